@@ -1,0 +1,1 @@
+"""What is supervised: one short file per method, and the Lightning modules that run them."""

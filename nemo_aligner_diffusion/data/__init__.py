@@ -1,0 +1,1 @@
+"""Prompt shards in, batches out, and the writers of such shards."""

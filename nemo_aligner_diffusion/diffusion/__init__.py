@@ -1,0 +1,1 @@
+"""How an image is made: model families, guidance, sampler and the differentiable trajectory."""

@@ -1,0 +1,39 @@
+"""The exceptions that a user can cause. Each carries one complete message; entry points print it without a traceback."""
+
+from __future__ import annotations
+
+
+class AlignerError(Exception):
+    """Base of every error whose cause lies with the input: says what was given, what was expected and what to do."""
+
+    exit_code = 2
+
+
+class ConfigurationError(AlignerError):
+    """A key is unknown or misspelt, or its value is impossible."""
+
+
+class DataError(AlignerError):
+    """A prompt shard or text file is missing, damaged, or holds no usable prompt."""
+
+
+class ArchiveError(AlignerError):
+    """A ``.nemo`` archive is damaged, hostile, or not of a kind that can be restored."""
+
+
+class CheckpointError(AlignerError):
+    """Model weights or training state do not fit what they are loaded into."""
+
+
+class RewardError(AlignerError):
+    """A reward is unknown, or was called with something it cannot score."""
+
+
+class OutputError(AlignerError):
+    """The results directory cannot be used as asked."""
+
+
+class NumericalError(AlignerError):
+    """Rewards or gradients stayed NaN or infinite for longer than the configuration allows."""
+
+    exit_code = 3

@@ -1,0 +1,1 @@
+"""Figures, diversity measures and the HTML report."""

@@ -1,0 +1,1 @@
+"""Configuration, assembly of model, reward, data and trainer, checkpoints and logging."""
