@@ -1,0 +1,47 @@
+# make train   train the embedded model with the embedded reward, from nothing but Python
+# make test    the tests, without the slow ones        make test-slow   the slow ones
+# make lint    ruff and mypy                           make clean       caches and builds; results/ and .venv stay
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# Extra words for the two programs:  make train ARGS="model.optim.lr=1e-4"   make test PYTEST_ARGS="-k plan -x"
+ARGS        ?=
+PYTEST_ARGS ?=
+# Several test processes, or other programs beside us, must not fight for cores with spinning threads.
+export OMP_WAIT_POLICY ?= PASSIVE
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: train test test-slow lint clean
+SOURCES_OF_INSTALLATION := pyproject.toml setup.py constraints.txt
+
+train: $(VENV)/.installed
+	@number=1; while [ -e results/train_$$(printf %03d $$number) ]; do number=$$((number + 1)); done; \
+	directory=results/train_$$(printf %03d $$number); echo "Training into $$directory"; \
+	$(BIN)/python examples/mm/stable_diffusion/train_sd_draftp.py exp_manager.explicit_log_dir=$$directory $(ARGS)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp file is newer than what it was installed from, so that a second `make` starts at once.
+$(VENV)/.installed: $(SOURCES_OF_INSTALLATION) | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(SOURCES_OF_INSTALLATION) | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@ $(VENV)/.installed

@@ -1,0 +1,11 @@
+"""Fine-tune a Stable Diffusion model on a reward with DRaFT+.
+
+python examples/mm/stable_diffusion/train_sd_draftp.py --help
+"""
+
+import sys
+
+from nemo_aligner_diffusion.training.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main("draftp_sd"))

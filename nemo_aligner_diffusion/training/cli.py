@@ -1,0 +1,148 @@
+"""The command line of the training scripts: options, help, and errors without a traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError
+
+USED_MOST = """\
+  model.kl_coeff=0.1                          weight of the KL penalty; 0: none
+  model.truncation_steps=1                    last sampling steps that get a gradient (draft_k, draft+)
+  model.drtune.train_steps=4                  sampling steps that get a gradient (drtune)
+  model.optim.lr=3e-4                         learning rate
+  model.micro_batch_size=8                    pictures a process handles at once
+  model.global_batch_size=8                   pictures an optimizer step
+  model.infer.inference_steps=20              sampling steps
+  model.infer.unconditional_guidance_scale=4  classifier-free guidance
+  model.peft.peft_scheme=sdlora               sdlora: LoRA; none: every weight
+  model.unet_config.from_pretrained=FILE      your denoiser; model.from_pretrained=FOLDER: your whole model
+  model.first_stage_config.from_pretrained=FILE   your VAE
+  rm.model.restore_from_path=FILE.nemo        your reward
+  model.data.train.webdataset.local_root_path='prompts-{0000..0127}.tar'   your prompts
+  trainer.devices=1 trainer.num_nodes=1 trainer.precision=32
+  trainer.draftp_sd.max_steps=60 trainer.draftp_sd.val_check_interval=20
+  exp_manager.explicit_log_dir=results/mine   the run directory
+  exp_manager.resume_if_exists=true           go on where the run directory stands"""
+
+
+@dataclass
+class Arguments:
+    """What the command line says. ``config_path`` is relative to the current folder."""
+
+    config_name: str
+    config_path: str | None = None
+    show_help: bool = False
+    show_config: bool = False
+    overrides: list[str] = field(default_factory=list)
+
+
+def parse_arguments(config_name: str, argv: Sequence[str]) -> Arguments:
+    """Hydra's options (``--config-name``, ``--config-path``, ``--cfg``) and dotted overrides, in any order.
+
+    Raises:
+        ConfigurationError: an option that does not exist or lacks its value.
+    """
+    result = Arguments(config_name)
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        option, separator, value = word.partition("=")
+        if option in ("--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd"):
+            if not separator:
+                if not words:
+                    raise ConfigurationError(f"{option} needs a value")
+                value = words.pop(0)
+            if option in ("--config-name", "-cn"):
+                result.config_name = value
+            else:
+                result.config_path = value
+        elif option in ("--cfg", "-c"):
+            if not separator and words and words[0] in ("job", "all", "hydra"):
+                words.pop(0)
+            result.show_config = True
+        elif word in ("--help", "-h"):
+            result.show_help = True
+        elif word == "--resolve":
+            pass  # the configuration is always shown resolved
+        elif word.startswith("-"):
+            raise ConfigurationError(
+                f"unknown option {word!r}: expected key=value, --config-name NAME, --config-path FOLDER, --cfg, "
+                "or --help"
+            )
+        else:
+            result.overrides.append(word)
+    return result
+
+
+def help_text(program: str, config_name: str) -> str:
+    """Usage, recipes, groups and the keys used most."""
+    from nemo_aligner_diffusion.training.config import groups, recipes
+
+    lines = [
+        f"usage: {program} [key=value …] [group=option …] [--config-name NAME] [--config-path FOLDER] [--cfg] [--help]",
+        "",
+        "Trains a text-to-image model on a reward. Without any argument: the embedded model, reward and prompts.",
+        "",
+        f"recipes (--config-name; here {config_name}):",
+        *(f"  {name:<14} {text}" for name, text in recipes().items()),
+        "",
+        "groups (group=option):",
+        *(f"  {group:<14} {', '.join(options)}" for group, options in groups().items()),
+        "",
+        "keys used most, with example values:",
+        USED_MOST,
+        "",
+        "--config-name NAME --config-path FOLDER  your own YAML; NeMo-Aligner's keys are understood",
+        "--cfg                                    show the whole resolved configuration and exit",
+        "All keys with their meaning: docs/configuration.md, and the comments in conf/.",
+    ]
+    return "\n".join(lines)
+
+
+def main(config_name: str, argv: Sequence[str] | None = None) -> int:
+    """Run a training script.
+
+    Args:
+        config_name: the script's recipe, which ``--config-name`` may change.
+        argv: words of the command line; None: the process's.
+
+    Returns:
+        The exit status: 0, or the ``exit_code`` of the error that was printed.
+    """
+    try:
+        arguments = parse_arguments(config_name, sys.argv[1:] if argv is None else argv)
+        if arguments.show_help:
+            print(help_text(os.path.basename(sys.argv[0]) or "train", arguments.config_name))
+            return 0
+        from nemo_aligner_diffusion.training.config import check_launcher, load_config
+
+        cfg = load_config(
+            arguments.config_name, arguments.overrides, config_dir=arguments.config_path, recipe=config_name
+        )
+        if arguments.show_config:
+            from omegaconf import OmegaConf
+
+            print(OmegaConf.to_yaml(cfg), end="")
+            return 0
+        check_launcher(cfg, os.environ)
+        from nemo_aligner_diffusion.training.run import run_training  # torch and all, only now
+
+        run_training(cfg)
+    except AlignerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def train_draftp() -> int:
+    """Console command ``nad-train-draftp``."""
+    return main("draftp_sd")
+
+
+def train_drtune() -> int:
+    """Console command ``nad-train-drtune``."""
+    return main("drtune_sd")

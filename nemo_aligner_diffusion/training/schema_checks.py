@@ -1,0 +1,197 @@
+"""Checks that need more than one key: batch arithmetic, steps, reward. They fail before any work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig
+
+from nemo_aligner_diffusion.errors import ConfigurationError
+
+# Settings that only some methods read: what is set on the command line for another method gets a warning.
+READ_BY: dict[str, tuple[str, ...]] = {
+    "model.truncation_steps": ("draft_k", "draft+"),
+    "model.drtune.": ("drtune",),
+    "model.draft_lv.": ("draft_lv",),
+    "model.refl.": ("refl",),
+    "model.alignprop.": ("alignprop",),
+}
+
+
+@dataclass(frozen=True)
+class Derived:
+    """What follows from the configuration's numbers.
+
+    Attributes:
+        world_size: processes, ``devices × num_nodes``.
+        data_parallel_size: ``world_size / tensor_model_parallel_size``.
+        accumulation: micro batches an optimizer step, on each process.
+    """
+
+    world_size: int
+    data_parallel_size: int
+    accumulation: int
+
+
+def devices_per_node(cfg: DictConfig) -> int:
+    devices = cfg.trainer.devices
+    return len(devices) if isinstance(devices, list | tuple | ListConfig) else int(devices)
+
+
+def derived(cfg: DictConfig) -> Derived:
+    """Batch arithmetic: ``global_batch_size = micro_batch_size × data_parallel_size × accumulation``.
+
+    Raises:
+        ConfigurationError: the sizes don't divide; the message names numbers that would fit.
+    """
+    nodes, devices = int(cfg.trainer.num_nodes), devices_per_node(cfg)
+    tensor_parallel = int(cfg.model.tensor_model_parallel_size)
+    if tensor_parallel > 1:
+        raise ConfigurationError(
+            f"model.tensor_model_parallel_size = {tensor_parallel}: tensor parallelism is not available yet, "
+            "expected 1; the devices then share the batch (data parallelism)"
+        )
+    world_size = nodes * devices
+    data_parallel = world_size // tensor_parallel
+    micro, whole = int(cfg.model.micro_batch_size), int(cfg.model.global_batch_size)
+    if whole % (micro * data_parallel):
+        raise ConfigurationError(_batch_mismatch(whole, micro, data_parallel, nodes, devices))
+    return Derived(world_size, data_parallel, whole // (micro * data_parallel))
+
+
+def _batch_mismatch(whole: int, micro: int, data_parallel: int, nodes: int, devices: int) -> str:
+    step = micro * data_parallel
+    below, above = whole // step * step, (whole // step + 1) * step
+    fits = [f"model.global_batch_size={' or '.join(str(size) for size in (below, above) if size)}"]
+    if whole % data_parallel == 0:
+        share = whole // data_parallel
+        sizes = [size for size in range(1, share + 1) if share % size == 0]
+        nearest = sorted(sorted(sizes, key=lambda size: abs(size - micro))[:3])
+        fits.append(f"model.micro_batch_size={' or '.join(map(str, nearest))}")
+    elif whole % micro == 0:
+        shares = [size for size in range(1, devices) if (whole // micro) % (size * nodes) == 0]
+        if shares:
+            fits.append(f"trainer.devices={shares[-1]}")
+    return (
+        f"model.global_batch_size = {whole} is no multiple of model.micro_batch_size × data_parallel_size = "
+        f"{micro} × {data_parallel} = {step} ({devices} device(s) × {nodes} node(s)). "
+        f"These would fit: {'; or '.join(fits)}"
+    )
+
+
+def check(cfg: DictConfig) -> None:
+    """Every check that needs no file and no torch.
+
+    Raises:
+        ConfigurationError: naming the keys, their values and what would be right.
+    """
+    derived(cfg)
+    _check_steps(cfg)
+    for side in ("height", "width"):
+        pixels = cfg.model.infer[side]
+        if pixels is not None and pixels % 8:
+            raise ConfigurationError(
+                f"model.infer.{side} = {pixels}: expected a multiple of 8 pixels, such as {pixels // 8 * 8 or 8} "
+                f"or {pixels // 8 * 8 + 8}"
+            )
+    _check_reward(cfg)
+    _check_loop(cfg)
+
+
+def _check_steps(cfg: DictConfig) -> None:
+    model, steps = cfg.model, int(cfg.model.infer.inference_steps)
+    within = f"model.infer.inference_steps = {steps}"
+    algorithm = model.algorithm
+    if algorithm in ("draft_k", "draft+") and model.truncation_steps > steps:
+        raise ConfigurationError(
+            f"model.truncation_steps = {model.truncation_steps} is beyond {within}: expected 1 … {steps}"
+        )
+    if algorithm == "drtune":
+        stop, train = int(model.drtune.early_stop_steps), int(model.drtune.train_steps)
+        if stop > steps:
+            raise ConfigurationError(
+                f"model.drtune.early_stop_steps = {stop} is beyond {within}: expected 0 … {steps} "
+                f"(about {round(0.4 * steps)} is usual)"
+            )
+        shortest = steps - stop + 1 if stop else steps
+        if train > shortest:
+            early = f", of which early stopping may leave {shortest}" if stop else ""
+            raise ConfigurationError(
+                f"model.drtune.train_steps = {train} is beyond {within}{early}: expected 1 … {shortest}"
+            )
+    if algorithm == "refl" and model.refl.window is not None:
+        first, last = model.refl.window
+        if not first <= last < steps:
+            raise ConfigurationError(
+                f"model.refl.window = [{first}, {last}] does not fit {within}: expected [first, last] with "
+                f"0 <= first <= last <= {steps - 1}"
+            )
+    if algorithm == "alignprop":
+        least = int(model.alignprop.min_truncation_steps)
+        most = steps if model.alignprop.max_truncation_steps is None else int(model.alignprop.max_truncation_steps)
+        if not least <= most <= steps:
+            raise ConfigurationError(
+                f"model.alignprop.min_truncation_steps = {least}, max_truncation_steps = {most} do not fit {within}: "
+                f"expected 1 <= min <= max <= {steps}"
+            )
+
+
+def _check_reward(cfg: DictConfig) -> None:
+    reward = cfg.rm
+    if reward.name == "composite":
+        parts = reward.get("parts")
+        if not isinstance(parts, Mapping | DictConfig) or not parts:
+            raise ConfigurationError(
+                "rm.name = composite needs rm.parts, such as rm.parts={clip:{weight:1.0},symmetry:{weight:10.0}}"
+            )
+        for label, part in parts.items():
+            _check_part(str(label), part)
+    path = (reward.get("model") or {}).get("restore_from_path")
+    if path is not None and reward.name != "clip":
+        raise ConfigurationError(
+            f"rm.model.restore_from_path = {path!r} with rm.name = {reward.name}, which restores no file: "
+            "expected rm.name=clip, or no path"
+        )
+
+
+def _check_part(label: str, part: Any) -> None:
+    if not isinstance(part, Mapping | DictConfig):
+        raise ConfigurationError(f"rm.parts.{label} = {part!r}: expected keys, such as {{weight: 1.0}}")
+    weight = part.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, int | float):
+        raise ConfigurationError(f"rm.parts.{label}.weight = {weight!r}: expected a number")
+
+
+def _check_loop(cfg: DictConfig) -> None:
+    for name, section in cfg.trainer.items():
+        if isinstance(section, DictConfig):
+            limit = section.limit_val_batches
+            if isinstance(limit, float) and limit > 1:
+                if limit == int(limit):
+                    section.limit_val_batches = int(limit)
+                else:
+                    raise ConfigurationError(
+                        f"trainer.{name}.limit_val_batches = {limit}: expected a whole number of batches, or a "
+                        "fraction up to 1.0"
+                    )
+
+
+def check_launcher(cfg: DictConfig, environment: Mapping[str, str]) -> None:
+    """Compare the configured devices with what ``torchrun`` started, where it did.
+
+    Raises:
+        ConfigurationError: they differ: the batch arithmetic would be wrong.
+    """
+    if "TORCHELASTIC_RUN_ID" not in environment or "WORLD_SIZE" not in environment:
+        return
+    started = int(environment["WORLD_SIZE"])
+    expected = int(cfg.trainer.num_nodes) * devices_per_node(cfg)
+    if started != expected:
+        local = int(environment.get("LOCAL_WORLD_SIZE", started))
+        raise ConfigurationError(
+            f"torchrun started {started} processes ({local} on this machine), but trainer.devices × "
+            f"trainer.num_nodes = {devices_per_node(cfg)} × {cfg.trainer.num_nodes} = {expected}: add trainer.devices={local} "
+            f"trainer.num_nodes={started // local}"
+        )
