@@ -64,13 +64,15 @@ def curve_plot(
     y_label: str = "",
     x_label: str = "optimizer step",
     log: bool = False,
+    from_zero: bool = False,
     file_format: str = "png",
     width_inches: float = 6.0,
     height_inches: float = 3.2,
 ) -> tuple[bytes, PlotArea]:
     """Draw curves; return the encoded picture (``file_format``: ``png`` or ``svg``) and where its axes lie.
 
-    A logarithmic axis is used only where every finite value is positive. Curves without a finite value are left out.
+    ``log`` takes effect where every finite value is positive and they span more than a factor of 20; ``from_zero``
+    starts a linear axis at 0, for quantities whose proportion matters. Curves without a finite value are left out.
 
     Raises:
         ValueError: no curve has a finite value, or the format is another.
@@ -84,16 +86,20 @@ def curve_plot(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
     finite = [value for curve in drawn for value in curve.values if math.isfinite(value)]
-    log = log and min(finite) > 0
+    log = log and min(finite) > 0 and max(finite) > 20 * min(finite)
     figure = Figure(figsize=(width_inches, height_inches), dpi=150, facecolor=PAPER, layout="constrained")
     axes = figure.add_subplot(facecolor=PAPER)
     for curve in drawn:
         _draw(axes, curve)
     if log:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    elif from_zero and min(finite) >= 0 and max(finite) > 0:
+        axes.set_ylim(0, 1.06 * max(finite))
     if len({step for curve in drawn for step in curve.steps}) == 1:
         only = drawn[0].steps[0]
         axes.set_xlim(only - 1, only + 1)
@@ -101,7 +107,7 @@ def curve_plot(
     axes.set_xlabel(x_label, color=QUIET, fontsize=9)
     axes.set_ylabel(y_label, color=QUIET, fontsize=9)
     if title:
-        axes.set_title(title, color=INK, fontsize=11, loc="left", fontweight="bold")
+        axes.set_title(title, color=INK, fontsize=11, loc="left", fontweight="bold", parse_math=False)
     axes.grid(True, color=GRID_LINE, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(colors=QUIET, labelsize=8.5, length=0, which="both")
@@ -109,9 +115,11 @@ def curve_plot(
     for spine in axes.spines.values():
         spine.set_visible(False)
     if len(drawn) > 1:
-        axes.legend(
+        legend = axes.legend(
             frameon=False, fontsize=8.5, labelcolor=INK, ncols=len(drawn), loc="lower right", bbox_to_anchor=(1, 1)
         )
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # a label is a name from a file, not TeX
     canvas = FigureCanvasAgg(figure) if file_format == "png" else FigureCanvasSVG(figure)
     buffer = io.BytesIO()
     # Text stays text (searchable, small); a fixed salt makes the same data the same bytes.
