@@ -31,9 +31,19 @@ from nemo_aligner_diffusion.training.config_layers import (
     parse_override,
     unflatten,
 )
-from nemo_aligner_diffusion.training.schema_checks import READ_BY, Derived, check, check_launcher, derived
+from nemo_aligner_diffusion.training.schema_checks import READ_BY, Derived, check, check_launcher, derived, refl_window
 
-__all__ = ["Derived", "check_launcher", "conf_directory", "derived", "groups", "load_config", "loop_section", "recipes"]
+__all__ = [
+    "Derived",
+    "check_launcher",
+    "conf_directory",
+    "derived",
+    "groups",
+    "load_config",
+    "loop_section",
+    "recipes",
+    "refl_window",
+]
 
 logger = logging.getLogger(__name__)
 

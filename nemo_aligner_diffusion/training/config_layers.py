@@ -10,7 +10,12 @@ from typing import Any
 
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.training import schema
-from nemo_aligner_diffusion.training.schema_compat import ALIASES, NOT_YET, Alias, reason_without_effect
+from nemo_aligner_diffusion.training.schema_compat import (
+    ALIASES,
+    NOT_YET,
+    pattern_without_effect,
+    reason_without_effect,
+)
 
 KEY = re.compile(r"[A-Za-z_][\w@/+-]*(\.[\w@/+-]+)*")
 
@@ -121,7 +126,7 @@ def add_layer(
         given[own] = value
     for key, value in list(given.items()):
         _check_known(key, value, loop, layer.origin)
-        alias = _alias(key)
+        alias = ALIASES.get(key)
         if alias is not None:
             target = alias.target.replace(schema.LOOP, loop)
             converted = alias.convert(value) if alias.convert else value
@@ -138,6 +143,9 @@ def add_layer(
             reason = reason_without_effect(key)
             if reason is not None:
                 notes.append(f"{key} ({reason})")
+    for key, other in schema.EITHER_OR.items():
+        if given.get(key) is not None and other not in given:
+            given[other] = None
     result = dict(tree)
     for key in layer.deletions:
         _delete(result, key, loop)
@@ -156,10 +164,6 @@ def _own_loop(key: str, loop: str, recipes: Collection[str]) -> str:
     return key
 
 
-def _alias(key: str) -> Alias | None:
-    return ALIASES.get(key)
-
-
 def _check_known(key: str, value: Any, loop: str, origin: str) -> None:
     if key in NOT_YET:
         neutral, advice = NOT_YET[key]
@@ -174,7 +178,8 @@ def _check_known(key: str, value: Any, loop: str, origin: str) -> None:
         inside = [known for known in schema.known_keys(loop) if known.startswith(f"{key}.")]
         raise ConfigurationError(f"{key} = {value!r}: {key} is a section; its keys are {', '.join(inside)}")
     # A pattern that lets a whole section through must not swallow a misspelt key of ours in it.
-    if reason_without_effect(key) is not None and not _nearly_known(key, loop):
+    pattern = pattern_without_effect(key)
+    if pattern is not None and not (pattern.endswith("*") and _nearly_known(key, loop)):
         return
     source = "" if origin == "command line" else f" in {origin}"
     suggestions = closest(key, [*schema.known_keys(loop), *ALIASES])

@@ -179,6 +179,7 @@ PATH = Kind("path", nullable=True)
 PATHS = Kind("paths", nullable=True)
 ANY = Kind("any")
 FRACTION = Kind("float", low=0, high=1, open_high=True)
+SHARE = Kind("float", low=0, high=1, nullable=True)
 
 
 def integer(low: int | None = None, *, nullable: bool = False) -> Kind:
@@ -195,8 +196,11 @@ def choice(*choices: str) -> Kind:
 
 ALGORITHMS = ("draft", "draft_k", "draft_lv", "draft+", "drtune", "refl", "alignprop")
 REWARDS = ("clip", "symmetry", "compressibility", "incompressibility", "composite")
-# The names diffusion/sampler.py knows (a test holds the two together: this file may not import torch).
+# The names that diffusion/sampler.py, training/optimizers.py and training/schedules.py know (a test holds them
+# together: this file may not import torch).
 SAMPLERS = ("DDIM", "PLMS", "Euler", "DPM++2M", "DPM++2M_SDE", "UniPC", "DPM", "DPMSolver++", "PARA_DDIM")
+OPTIMIZERS = ("fused_adam", "adamw", "adam", "sgd")
+SCHEDULES = ("WarmupHoldPolicy", "CosineAnnealing", "constant")
 PRECISIONS = ("32", "16", "bf16", "64", "32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true")
 
 KEYS: dict[str, Kind] = {
@@ -215,6 +219,7 @@ KEYS: dict[str, Kind] = {
     "exp_manager.explicit_log_dir": PATH,
     "exp_manager.exp_dir": PATH,
     "exp_manager.name": TEXT,
+    "exp_manager.version": Kind("text", nullable=True),
     "exp_manager.create_wandb_logger": BOOL,
     "exp_manager.wandb_logger_kwargs.*": ANY,
     "exp_manager.create_tensorboard_logger": BOOL,
@@ -259,17 +264,24 @@ KEYS: dict[str, Kind] = {
     "model.peft.lora_tuning.alpha": number(above=0, nullable=True),
     "model.peft.lora_tuning.dropout": FRACTION,
     "model.peft.lora_tuning.target_modules": Kind("texts"),
-    "model.optim.name": choice("fused_adam", "adamw", "adam", "sgd"),
+    "model.optim.name": choice(*OPTIMIZERS),
     "model.optim.lr": number(above=0),
     "model.optim.weight_decay": number(0),
     "model.optim.betas": Kind("floats", low=0, high=1, open_high=True, length=2),
     "model.optim.eps": number(above=0),
-    "model.optim.sched.name": choice("WarmupHoldPolicy", "CosineAnnealing", "constant"),
-    "model.optim.sched.warmup_steps": integer(0),
-    "model.optim.sched.hold_steps": integer(0),
+    "model.optim.momentum": FRACTION,
+    "model.optim.nesterov": BOOL,
+    "model.optim.sched.name": choice(*SCHEDULES),
+    "model.optim.sched.warmup_steps": integer(0, nullable=True),
+    "model.optim.sched.warmup_ratio": SHARE,
+    "model.optim.sched.hold_steps": integer(0, nullable=True),
+    "model.optim.sched.hold_ratio": SHARE,
+    "model.optim.sched.constant_steps": integer(0, nullable=True),
+    "model.optim.sched.constant_ratio": SHARE,
     "model.optim.sched.min_lr": number(0),
     "model.data.num_workers": integer(0),
-    "model.data.shuffle_buffer": integer(1),
+    "model.data.shuffle_buffer": integer(0),
+    "model.data.on_bad_sample": choice("error", "skip"),
     "model.data.train.webdataset.local_root_path": PATHS,
     "model.data.validation.webdataset.local_root_path": PATHS,
     "model.data.validation.prompts": Kind("texts", nullable=True),
@@ -281,6 +293,14 @@ KEYS: dict[str, Kind] = {
     "rm.parts.*": ANY,
     "report.enable": BOOL,
     "report.max_prompts": integer(1),
+}
+
+
+# Two ways to say one thing: a layer that gives one of them takes the other back.
+EITHER_OR: dict[str, str] = {
+    f"model.optim.sched.{name}_{way}": f"model.optim.sched.{name}_{other}"
+    for name in ("warmup", "hold", "constant")
+    for way, other in (("steps", "ratio"), ("ratio", "steps"))
 }
 
 

@@ -178,6 +178,15 @@ def _check_loop(cfg: DictConfig) -> None:
                     )
 
 
+def refl_window(cfg: DictConfig) -> tuple[int, int]:
+    """``model.refl.window`` as ``(first, last)`` step, both included; by default the last quarter (30 … 39 of 40)."""
+    steps = int(cfg.model.infer.inference_steps)
+    if cfg.model.refl.window is None:
+        return min(-(-3 * steps // 4), steps - 1), steps - 1
+    first, last = cfg.model.refl.window
+    return int(first), int(last)
+
+
 def check_launcher(cfg: DictConfig, environment: Mapping[str, str]) -> None:
     """Compare the configured devices with what ``torchrun`` started, where it did.
 
@@ -192,6 +201,6 @@ def check_launcher(cfg: DictConfig, environment: Mapping[str, str]) -> None:
         local = int(environment.get("LOCAL_WORLD_SIZE", started))
         raise ConfigurationError(
             f"torchrun started {started} processes ({local} on this machine), but trainer.devices × "
-            f"trainer.num_nodes = {devices_per_node(cfg)} × {cfg.trainer.num_nodes} = {expected}: add trainer.devices={local} "
-            f"trainer.num_nodes={started // local}"
+            f"trainer.num_nodes = {devices_per_node(cfg)} × {cfg.trainer.num_nodes} = {expected}: add "
+            f"trainer.devices={local} trainer.num_nodes={started // local}"
         )

@@ -1,8 +1,8 @@
 """Keys that users of NeMo and NeMo-Aligner bring, and what becomes of them here.
 
 Three tables: :data:`ALIASES` (another spelling of a key we have), :data:`WITHOUT_EFFECT` (accepted, named in one
-warning with the reason) and :data:`NOT_YET` (harmless at its neutral value, an error at any other, because going on would
-train something else than what was asked for). Sources: NeMo-Aligner 0.7 ``draftp_sd.yaml``, ``draftp_sdxl.yaml`` and
+warning with the reason) and :data:`NOT_YET` (harmless at its neutral value, an error at any other, because going on
+would train something else than what was asked for). Sources: NeMo-Aligner 0.7 ``draftp_sd.yaml``, ``draftp_sdxl.yaml`` and
 its launch scripts; NeMo 2.0 ``exp_manager`` and ``nlp_overrides``.
 """
 
@@ -145,8 +145,7 @@ WITHOUT_EFFECT: dict[str, str] = {
     "exp_manager.log_local_rank_0_only": "the first process alone writes",
     "exp_manager.log_global_rank_0_only": "the first process alone writes",
     "exp_manager.files_to_copy": "config.yaml holds everything a run was made from",
-    "exp_manager.version": "run directories have no versions below them",
-    "exp_manager.use_datetime_version": "run directories have no versions below them",
+    "exp_manager.use_datetime_version": "use exp_manager.explicit_log_dir or exp_manager.version",
     "exp_manager.resume_past_end": "raise trainer.<recipe>.max_steps to go on after the end",
     "exp_manager.disable_validation_on_resume": "validation follows trainer.<recipe>.val_check_interval",
     "exp_manager.seconds_to_sleep": _ELSEWHERE,
@@ -274,7 +273,10 @@ NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
 
 def reason_without_effect(key: str) -> str | None:
     """Why an accepted key does nothing; None for a key that is not of that kind."""
-    for pattern, reason in WITHOUT_EFFECT.items():
-        if fnmatch.fnmatchcase(key, pattern):
-            return reason
-    return None
+    pattern = pattern_without_effect(key)
+    return None if pattern is None else WITHOUT_EFFECT[pattern]
+
+
+def pattern_without_effect(key: str) -> str | None:
+    """The entry of :data:`WITHOUT_EFFECT` that lets ``key`` through."""
+    return next((pattern for pattern in WITHOUT_EFFECT if fnmatch.fnmatchcase(key, pattern)), None)
