@@ -1,0 +1,202 @@
+"""The training step that every direct-gradient method shares; a method is a plan rule (one short file each).
+
+A datum's way: prompts → conditioning → ``z_0`` → trajectory → latent the plan reads → image → reward → ``∂R/∂latent``
+→ active steps replayed in their backward pass → parameter gradients → optimizer.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from nemo_aligner_diffusion.diffusion.families.stable_diffusion import StableDiffusion
+from nemo_aligner_diffusion.diffusion.guidance import guided_predictor
+from nemo_aligner_diffusion.diffusion.noise import gaussian, plan_random, sample_generator
+from nemo_aligner_diffusion.diffusion.sampler import Sampler
+from nemo_aligner_diffusion.diffusion.trajectory import Plan, reward_gradient, run_trajectory
+from nemo_aligner_diffusion.rewards.base import Reward
+
+PlanRule = Callable[[int, random.Random], Plan]  # (number of network calls T, random source) -> plan of one batch
+OptimizerFactory = Callable[[list[tuple[str, Parameter]]], tuple[torch.optim.Optimizer, Any]]
+
+
+class NonFiniteGuard(Protocol):
+    """Decides what to do about NaN or infinite rewards and gradients."""
+
+    def check(self, step: int, prompts: Sequence[str], *, reward: float, grad_norm: float) -> bool:
+        """True if this update must be skipped; raises when too many came in a row."""
+        ...
+
+
+class RewardTuning(pl.LightningModule):
+    """Fine-tune a denoiser by the gradient of a reward through its own sampling.
+
+    The loss is ``L = −λ·mean(R) + kl_coeff·KL``, or with a margin ``λ·mean(relu(margin − R)) + kl_coeff·KL``, which
+    stops pushing what is good enough (ReFL).
+
+    Args:
+        model: the model family; only ``model.denoiser``'s parameters that require grad are trained.
+        reward: frozen, differentiable in the image.
+        sampler: the solver that makes the pictures.
+        plan_rule: which steps are supervised, drawn once per batch and equal on every rank.
+        optimizer_factory: named parameters → ``(optimizer, learning-rate schedule per optimizer step or None)``.
+        guidance_scale: classifier-free guidance ``g``.
+        kl_coeff: weight of the distance to the frozen model (DRaFT+); 0 makes no reference call.
+        reward_scale: ``λ``.
+        reward_margin: see above; ``None`` for the plain reward.
+        height, width: pixels; ``None``: the model's own size.
+        decode_micro_batch_size: pictures decoded and scored at a time; ``None``: the micro-batch.
+        seed: of plans and noise; a run is a function of it, whatever the layout.
+        guard: see :class:`NonFiniteGuard`; ``None``: non-finite updates are skipped without limit.
+    """
+
+    def __init__(
+        self,
+        model: StableDiffusion,
+        reward: Reward,
+        sampler: Sampler,
+        plan_rule: PlanRule,
+        optimizer_factory: OptimizerFactory,
+        *,
+        guidance_scale: float,
+        kl_coeff: float = 0.0,
+        reward_scale: float = 1.0,
+        reward_margin: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        decode_micro_batch_size: int | None = None,
+        seed: int = 0,
+        guard: NonFiniteGuard | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.reward = reward
+        self.sampler = sampler
+        self.plan_rule = plan_rule
+        self.optimizer_factory = optimizer_factory
+        self.guidance_scale = guidance_scale
+        self.kl_coeff = kl_coeff
+        self.reward_scale = reward_scale
+        self.reward_margin = reward_margin
+        self.height, self.width = height, width
+        self.decode_micro_batch_size = decode_micro_batch_size
+        self.seed = seed
+        self.guard = guard
+        self.last_metrics: dict[str, float] = {}
+        self.last_validation: dict[str, float] = {}
+        self._micro_batches: list[dict[str, Tensor]] = []  # figures of the micro-batches of the running optimizer step
+        self._prompts: list[str] = []
+        self._grad_norm = float("nan")
+        self._step_started = 0.0
+        if kl_coeff:
+            model.keep_reference()
+
+    def trainable_parameters(self) -> list[tuple[str, Parameter]]:
+        return [(name, p) for name, p in self.model.denoiser.named_parameters() if p.requires_grad]
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """The surrogate loss of one micro-batch: its gradient is that of ``L``, its value is not."""
+        if not self._micro_batches:
+            self._step_started = time.perf_counter()
+        prompts: list[str] = batch["prompts"]
+        conditioning = self.model.encode_prompts(prompts)
+        predict = guided_predictor(self.model, conditioning, self.guidance_scale)
+        plan = self.plan_rule(len(self.sampler), plan_random(self.seed, self.global_step, len(self._micro_batches)))
+        trajectory = run_trajectory(
+            predict,
+            self.sampler,
+            plan,
+            self._noise(batch["index"], like=conditioning.encoder_hidden_states).__next__,
+            reference=self._frozen(predict) if self.kl_coeff else None,
+        )
+        rewards: list[Tensor] = []
+        share = 1.0 / len(trajectory.reads)
+
+        def objective(images: Tensor, rows: slice) -> Tensor:
+            scores = self.reward(images, prompts[rows])
+            rewards.append(scores.detach())
+            return self.reward_loss(scores).sum() * (share / len(prompts))
+
+        gradients = reward_gradient(trajectory.reads, self.model.decode, objective, self.decode_micro_batch_size)
+        surrogate = sum((read * g.detach()).sum() for read, g in zip(trajectory.reads, gradients, strict=True))
+        scores = torch.cat(rewards)
+        loss = self.reward_loss(scores).mean()
+        divergence = torch.zeros((), device=scores.device)
+        if trajectory.divergence is not None:
+            divergence = trajectory.divergence.detach()
+            surrogate = surrogate + self.kl_coeff * trajectory.divergence
+            loss = loss + self.kl_coeff * divergence
+        if not torch.isfinite(scores).all():  # poison the gradient: every rank of a group then skips this update
+            surrogate = surrogate * float("nan")
+        self._prompts += prompts
+        self._micro_batches.append(
+            {
+                "reward": scores.mean(),
+                "kl_penalty": divergence,
+                "loss": loss,
+                "images": torch.tensor(float(len(prompts)), device=scores.device),
+                "active_steps": torch.tensor(float(len(plan.active)), device=scores.device),
+            }
+        )
+        return surrogate
+
+    def reward_loss(self, scores: Tensor) -> Tensor:
+        """Per-sample loss ``(B,)`` of per-sample rewards."""
+        if self.reward_margin is None:
+            return -self.reward_scale * scores
+        return self.reward_scale * torch.relu(self.reward_margin - scores)
+
+    def _noise(self, indices: Tensor, like: Tensor) -> Iterator[Tensor]:
+        generators = [sample_generator(self.seed, self.global_step, int(index)) for index in indices]
+        shape = self.model.latent_shape(self.height, self.width)
+        while True:
+            yield gaussian(generators, shape, like)
+
+    def _frozen(self, predict: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+        def frozen(latents: Tensor, timestep: Tensor) -> Tensor:
+            with self.model.reference():
+                return predict(latents, timestep)
+
+        return frozen
+
+    # Lightning's hooks, in the order in which an optimizer step runs them
+
+    def configure_optimizers(self) -> Any:
+        optimizer, schedule = self.optimizer_factory(self.trainable_parameters())
+        if schedule is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        self.eval()  # frozen parts stay as they are; only the denoiser may have dropout
+        self.model.denoiser.train()
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """After all micro-batches and the reduction over ranks, before clipping."""
+        gradients = [p.grad for _, p in self.trainable_parameters() if p.grad is not None]
+        self._grad_norm = float(torch.nn.utils.get_total_norm(gradients))
+        reward = float(torch.stack([figures["reward"] for figures in self._micro_batches]).mean())
+        # every rank has the same gradient here, hence the same decision
+        skip = not torch.isfinite(torch.tensor(self._grad_norm))
+        if self.guard is not None:
+            skip = self.guard.check(self.global_step, self._prompts, reward=reward, grad_norm=self._grad_norm) or skip
+        if skip:
+            optimizer.zero_grad(set_to_none=True)  # a parameter without gradient is left alone, its moments too
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        names = list(self._micro_batches[0])
+        figures = torch.stack([torch.stack([micro[name].float() for name in names]) for micro in self._micro_batches])
+        averaged = self.trainer.strategy.reduce(figures.mean(0), reduce_op="mean")
+        self.last_metrics = dict(zip(names, averaged.tolist(), strict=True))
+        self.last_metrics["images"] *= len(self._micro_batches) * self.trainer.world_size
+        self.last_metrics["grad_norm"] = self._grad_norm
+        self.last_metrics["seconds"] = time.perf_counter() - self._step_started
+        self._micro_batches, self._prompts = [], []

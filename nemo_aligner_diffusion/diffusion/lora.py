@@ -1,0 +1,140 @@
+"""LoRA on a denoiser, by ``peft``: θ = θ_pre + α·θ_LoRA for any real α, and sums over several adapters.
+
+The exported file is what ``diffusers``' ``pipeline.load_lora_weights`` reads, rank and alpha included.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from nemo_aligner_diffusion.errors import CheckpointError, ConfigurationError
+
+ADAPTER = "default"
+WEIGHT_NAME = "pytorch_lora_weights.safetensors"
+ATTENTION_MODULES = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+def add_lora(
+    denoiser: nn.Module,
+    rank: int,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    target_modules: Sequence[str] = ATTENTION_MODULES,
+    adapter_name: str = ADAPTER,
+) -> None:
+    """Freeze ``denoiser`` and give it a trainable adapter that starts as the identity (B = 0).
+
+    Args:
+        rank: rank of the update, at least 1 (``model.peft.lora_tuning.adapter_dim``).
+        alpha: the update is scaled by ``alpha / rank``; ``None``: ``alpha = rank``.
+        dropout: probability of dropping an input of the adapter while training, in ``[0, 1)``.
+        target_modules: module-name suffixes to adapt.
+
+    Raises:
+        ConfigurationError: no module of the denoiser has one of these names.
+    """
+    from peft import LoraConfig
+
+    names = [name for name, _ in denoiser.named_modules()]
+    unmatched = [t for t in target_modules if not any(n == t or n.endswith(f".{t}") for n in names)]
+    if unmatched:
+        raise ConfigurationError(
+            f"model.peft.lora_tuning.target_modules: no module of {type(denoiser).__name__} is named "
+            f"{', '.join(unmatched)}; attention layers are named {', '.join(ATTENTION_MODULES)}"
+        )
+    denoiser.requires_grad_(False)
+    denoiser.add_adapter(
+        LoraConfig(
+            r=rank,
+            lora_alpha=rank if alpha is None else alpha,
+            lora_dropout=dropout,
+            target_modules=list(target_modules),
+        ),
+        adapter_name=adapter_name,
+    )
+
+
+def has_lora(denoiser: nn.Module) -> bool:
+    return bool(getattr(denoiser, "peft_config", None))
+
+
+@contextmanager
+def adapters_off(denoiser: nn.Module) -> Iterator[None]:
+    """The pre-trained weights θ₀: the same network with its adapters switched off."""
+    denoiser.disable_adapters()
+    try:
+        yield
+    finally:
+        denoiser.enable_adapters()
+
+
+def lora_state_dict(denoiser: nn.Module, adapter_name: str = ADAPTER) -> dict[str, Tensor]:
+    from peft import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(denoiser, adapter_name=adapter_name)
+
+
+def save_lora_weights(
+    denoiser: nn.Module, directory: Path, state: Mapping[str, Tensor] | None = None, adapter_name: str = ADAPTER
+) -> Path:
+    """Write ``pytorch_lora_weights.safetensors`` atomically; ``state`` replaces the current weights (EMA)."""
+    from diffusers import StableDiffusionPipeline
+
+    layers = {name: value.detach().cpu() for name, value in lora_state_dict(denoiser, adapter_name).items()}
+    if state is not None:
+        layers = {name: state[name].detach().to(value.dtype).cpu() for name, value in layers.items()}
+    directory.mkdir(parents=True, exist_ok=True)
+    temporary = f".{WEIGHT_NAME}.{os.getpid()}.tmp.safetensors"
+    StableDiffusionPipeline.save_lora_weights(
+        directory,
+        unet_lora_layers={name: value.contiguous() for name, value in layers.items()},
+        weight_name=temporary,
+        unet_lora_adapter_metadata=denoiser.peft_config[adapter_name].to_dict(),  # rank and alpha, for the loader
+    )
+    os.replace(directory / temporary, directory / WEIGHT_NAME)
+    return directory / WEIGHT_NAME
+
+
+def load_lora_weights(denoiser: nn.Module, path: Path, adapter_name: str) -> None:
+    """Add the adapter of an ``export/`` folder or a ``.safetensors`` file to ``denoiser`` under ``adapter_name``.
+
+    Raises:
+        CheckpointError: missing, unreadable, or made for another architecture.
+    """
+    from diffusers import StableDiffusionPipeline
+
+    file = path / WEIGHT_NAME if path.is_dir() else path
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such LoRA file; expected an export folder or a .safetensors file")
+    try:
+        state, alphas, metadata = _lora_state(file)
+        StableDiffusionPipeline.load_lora_into_unet(
+            state, network_alphas=alphas, unet=denoiser, adapter_name=adapter_name, metadata=metadata
+        )
+    except CheckpointError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else repr(error)
+        raise CheckpointError(f"{file}: this LoRA does not fit the denoiser: {reason}") from error
+
+
+def mix(denoiser: nn.Module, weights: Mapping[str, float]) -> None:
+    """θ = θ_pre + Σ_k α_k·θ_LoRA^k over adapters loaded under these names (any real α)."""
+    denoiser.set_adapters(list(weights), [float(weight) for weight in weights.values()])
+
+
+def _lora_state(file: Path) -> tuple[dict[str, Tensor], Any, Any]:
+    from diffusers import StableDiffusionPipeline
+
+    from nemo_aligner_diffusion.diffusion.checkpoints import read_tensors
+
+    read_tensors(file)  # a damaged or pickled file ends here, with a message of ours
+    return StableDiffusionPipeline.lora_state_dict(
+        str(file.parent), weight_name=file.name, return_lora_metadata=True, local_files_only=True
+    )
