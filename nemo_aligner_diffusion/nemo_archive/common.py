@@ -1,0 +1,46 @@
+"""Names, limits and the one form of error that the reader and the writer share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from nemo_aligner_diffusion.errors import ArchiveError
+
+CONFIG_NAME = "model_config.yaml"
+WEIGHTS_NAME = "model_weights.ckpt"
+ARTIFACT_SCHEME = "nemo:"
+BLOCK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the reader accepts, in bytes and counts. Raise a field for an archive you trust."""
+
+    members: int = 4096
+    config_bytes: int = 1 << 20
+    artifact_bytes: int = 256 << 20
+    pickle_bytes: int = 64 << 20  # the structure of the state dict, without the numbers
+    weights_bytes: int = 128 << 30
+    name_characters: int = 512
+    # A gzipped archive may unpack to gzip_ratio times its size (random weights reach about 4) or to gzip_floor_bytes.
+    gzip_ratio: int = 64
+    gzip_floor_bytes: int = 128 << 20
+
+
+def archive_error(path: str | os.PathLike[str], found: str, remedy: str) -> ArchiveError:
+    return ArchiveError(f"{os.fspath(path)}: the .nemo archive {found}. {remedy}")
+
+
+def listing(names: Iterable[str], most: int = 6) -> str:
+    """The first names in order, for a message."""
+    ordered = sorted(names)
+    return (", ".join(map(repr, ordered[:most])) + (", …" if len(ordered) > most else "")) or "nothing"
+
+
+def short(value: object, most: int = 160) -> str:
+    """``str(value)`` on one line, cut: text from an untrusted file must not flood a terminal."""
+    text = " ".join(str(value).split())
+    text = "".join(character if character.isprintable() else "?" for character in text[: most + 1])
+    return text if len(text) <= most else text[:most] + "…"

@@ -1,0 +1,314 @@
+"""The ``.nemo`` reader. Every byte is untrusted until checked; see the package's docstring."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import re
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from nemo_aligner_diffusion.errors import ArchiveError
+from nemo_aligner_diffusion.nemo_archive.common import (
+    ARTIFACT_SCHEME,
+    BLOCK_BYTES,
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    Limits,
+    archive_error,
+    listing,
+    short,
+)
+from nemo_aligner_diffusion.nemo_archive.config import parse_config
+from nemo_aligner_diffusion.nemo_archive.weights import load_tensors
+
+if TYPE_CHECKING:
+    import torch
+
+_GZIP_MAGIC = b"\x1f\x8b"
+# Rank folders of model-parallel writers: mp_rank_00, tp_rank_00_pp_rank_000.
+_RANK_FOLDER = re.compile(r"(?:mp_rank_\d+|tp_rank_\d+_pp_rank_\d+)/" + re.escape(WEIGHTS_NAME))
+
+
+@dataclass(frozen=True)
+class _Member:
+    name: str  # without the leading "./"
+    offset: int  # of its first byte in the (unpacked) tar
+    size: int
+
+
+class NemoArchive:
+    """An opened ``.nemo``: ``config`` is parsed, weights and artifacts are read when asked for.
+
+    Attributes:
+        path: the file.
+        config: the configuration as plain dicts and lists. References between keys (``${model.output_dim}``) are
+            resolved; anything that would call an OmegaConf resolver (``${oc.env:…}``) stays the literal text it is.
+        members: names in the archive, without ``./``.
+
+    Raises:
+        ArchiveError: the file is missing, no tar, damaged, hostile, or lacks its configuration or weights.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], limits: Limits | None = None) -> None:
+        self.path = Path(path)
+        self._limits = limits or Limits()
+        self._unpacked: bytes | None = None  # the whole tar, when the file is gzipped
+        try:
+            self._index = self._read_index()
+        except ArchiveError:
+            raise
+        except FileNotFoundError:
+            raise self._error("does not exist", "Give the path of a .nemo file that does.") from None
+        except (IsADirectoryError, PermissionError) as error:
+            raise self._error(f"cannot be read: {error.strerror}", "Give the path of a readable .nemo file.") from None
+        except MemoryError:
+            raise self._error("needs more memory to open than this machine has", "Use a larger one.") from None
+        # The tar and gzip readers raise a wide and undocumented range of exceptions on damaged input.
+        except Exception as error:
+            raise self._error(
+                f"is damaged or no tar archive ({type(error).__name__}: {short(error)})",
+                "A .nemo file is a plain or gzipped tar; download or save it again.",
+            ) from error
+        self._weights = self._find_weights()
+        self.config: dict[str, Any] = self._read_config()
+
+    def __repr__(self) -> str:
+        return f"NemoArchive({str(self.path)!r}, target={self.target!r})"
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        return tuple(self._index)
+
+    @property
+    def target(self) -> str:
+        """The dotted class name the writer recorded, or ``""``. It is a label: nothing is ever imported by it."""
+        target = self.config.get("target")
+        return target if isinstance(target, str) else ""
+
+    def artifact(self, reference: str) -> bytes:
+        """Bytes of the artifact that the configuration names ``nemo:<hash>_<name>`` (the scheme may be left out)."""
+        if not isinstance(reference, str):
+            raise self._error(
+                f"names an artifact by {short(reference)!r}",
+                f"An artifact is named by a string {ARTIFACT_SCHEME}<hash>_<name>.",
+            )
+        member = self._index.get(_normalise(reference.removeprefix(ARTIFACT_SCHEME)))
+        if member is None:
+            raise self._error(
+                f"lacks the artifact {short(reference)!r} that it should hold (it holds {listing(self._index)})",
+                "Save the archive again with that file inside.",
+            )
+        return self._read(member, self._limits.artifact_bytes)
+
+    def extract(self, folder: str | os.PathLike[str]) -> list[Path]:
+        """Write every member below ``folder`` (created if need be); a file that is already there is an error."""
+        written = []
+        for member in self._index.values():
+            destination = Path(folder) / member.name
+            try:
+                destination.parent.mkdir(parents=True, exist_ok=True)
+                with open(destination, "xb") as output, self._window(member) as source:
+                    while block := source.read(BLOCK_BYTES):
+                        output.write(block)
+            except OSError as error:
+                raise self._error(
+                    f"cannot be extracted to {destination}: {error.strerror}", "Give an empty, writable folder."
+                ) from error
+            written.append(destination)
+        return written
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The weights, dense, on the CPU and as saved; ``_extra_state`` entries are left out."""
+        member = self._weights
+        return load_tensors(self.path, member.name, member.size, lambda: self._window(member), self._limits)
+
+    def _read_index(self) -> dict[str, _Member]:
+        with open(self.path, "rb") as file:
+            head = file.read(2)
+            if not head:
+                raise self._error("is empty", "A .nemo file is a plain or gzipped tar; download or save it again.")
+            file.seek(0)
+            if head == _GZIP_MAGIC:
+                self._unpacked = self._gunzip(file)
+                return self._walk(io.BytesIO(self._unpacked), len(self._unpacked))
+            return self._walk(file, os.fstat(file.fileno()).st_size)
+
+    def _gunzip(self, file: IO[bytes]) -> bytes:
+        """The unpacked tar, in memory. Read to the very end, so that gzip's own checksum is verified."""
+        packed_bytes = os.fstat(file.fileno()).st_size
+        allowed = max(self._limits.gzip_floor_bytes, self._limits.gzip_ratio * packed_bytes)
+        unpacked = bytearray()
+        with gzip.GzipFile(fileobj=file) as stream:
+            while block := stream.read(BLOCK_BYTES):
+                unpacked += block
+                if len(unpacked) > allowed:
+                    raise self._error(
+                        f"unpacks from {packed_bytes} to more than {allowed} bytes, as a gzip bomb does",
+                        "If you trust the file, gunzip it by hand and give the plain tar.",
+                    )
+        return bytes(unpacked)
+
+    def _walk(self, file: IO[bytes], total_bytes: int) -> dict[str, _Member]:
+        """Every member's place, after checking all of them. Reads headers only."""
+        index: dict[str, _Member] = {}
+        headers: Any = _HeaderReader(file)
+        with tarfile.open(fileobj=headers, mode="r:") as tar:
+            for count, info in enumerate(tar, start=1):
+                if count > self._limits.members:
+                    raise self._error(
+                        f"holds more than {self._limits.members} members", "A reward archive holds about ten; check it."
+                    )
+                name = self._safe_name(info.name)
+                if info.isdir():
+                    continue
+                if not info.isreg() or info.issparse():
+                    raise self._error(
+                        f"holds {name!r}, which is a {_kind(info)}",
+                        "Only plain files and folders belong in a .nemo. Do not trust this archive.",
+                    )
+                if name in index:
+                    raise self._error(f"holds {name!r} twice", "Which is meant is unclear: save the archive again.")
+                if name.startswith("model_weights/"):
+                    raise self._error(
+                        "holds a distributed checkpoint (a folder model_weights/, not a file model_weights.ckpt)",
+                        "Load it once with NeMo (megatron.core.dist_checkpointing), and save its plain state dict with "
+                        "nemo_aligner_diffusion.nemo_archive.save_nemo.",
+                    )
+                if info.size < 0 or info.offset_data + info.size > total_bytes:
+                    raise self._error(
+                        f"is truncated: {name!r} should have {info.size} bytes, "
+                        f"{max(total_bytes - info.offset_data, 0)} are there",
+                        "Download or copy the file again.",
+                    )
+                index[name] = _Member(name, info.offset_data, info.size)
+        return index
+
+    def _safe_name(self, name: str) -> str:
+        """The member's name without ``./``; refused when it could land outside a folder it were unpacked into."""
+        clean = _normalise(name)
+        parts = clean.split("/")
+        unsafe = name.startswith("/") or ".." in parts or "\\" in name or ":" in parts[0]
+        if unsafe or not name.isprintable() or len(name) > self._limits.name_characters:
+            raise self._error(
+                f"holds a member named {name[:100]!r}, which climbs out of its folder or is no plain file name",
+                "Do not trust this archive; get it from another source.",
+            )
+        return clean
+
+    def _window(self, member: _Member) -> io.BufferedReader:
+        source: IO[bytes] = open(self.path, "rb") if self._unpacked is None else io.BytesIO(self._unpacked)  # noqa: SIM115
+        return io.BufferedReader(_Window(source, member.offset, member.size), buffer_size=BLOCK_BYTES)
+
+    def _read(self, member: _Member, limit_bytes: int) -> bytes:
+        if member.size > limit_bytes:
+            raise self._error(
+                f"holds {member.name!r} with {member.size} bytes; at most {limit_bytes} are allowed for such a member",
+                "Pass larger Limits if you trust the file.",
+            )
+        try:
+            with self._window(member) as stream:
+                content = stream.read()
+        except OSError as error:
+            raise self._error(f"cannot be read: {error.strerror}", "Check the disk it lies on.") from error
+        if len(content) != member.size:
+            raise self._error(f"changed while {member.name!r} was being read", "Let its writer finish and try again.")
+        return content
+
+    def _read_config(self) -> dict[str, Any]:
+        member = self._index.get(CONFIG_NAME)
+        if member is None:
+            raise self._error(
+                f"lacks {CONFIG_NAME} (it holds {listing(self._index)})",
+                f"A .nemo needs {CONFIG_NAME} and {WEIGHTS_NAME} at its top level.",
+            )
+        try:
+            return parse_config(self._read(member, self._limits.config_bytes))
+        except ValueError as error:
+            remedy = "Repair the YAML or save the archive again."
+            raise self._error(f"has an unusable {CONFIG_NAME}: {error}", remedy) from error
+
+    def _find_weights(self) -> _Member:
+        if WEIGHTS_NAME in self._index:
+            return self._index[WEIGHTS_NAME]
+        ranked = [member for name, member in self._index.items() if _RANK_FOLDER.fullmatch(name)]
+        if len(ranked) == 1:
+            return ranked[0]
+        if ranked:
+            raise self._error(
+                f"holds weights split over {len(ranked)} model-parallel ranks ({listing(m.name for m in ranked)})",
+                "Merge them first with NeMo's examples/nlp/language_modeling/megatron_change_num_partitions.py "
+                "(target_tensor_model_parallel_size=1, target_pipeline_model_parallel_size=1).",
+            )
+        raise self._error(
+            f"lacks {WEIGHTS_NAME} (it holds {listing(self._index)})",
+            f"A .nemo needs {CONFIG_NAME} and {WEIGHTS_NAME}, the latter perhaps under mp_rank_00/.",
+        )
+
+    def _error(self, found: str, remedy: str) -> ArchiveError:
+        return archive_error(self.path, found, remedy)
+
+
+class _Window(io.RawIOBase):
+    """``size`` bytes of ``source`` from ``offset``, as a seekable read-only file. Owns ``source``."""
+
+    def __init__(self, source: IO[bytes], offset: int, size: int) -> None:
+        self._source, self._offset, self._size, self._position = source, offset, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        if base + offset < 0:
+            raise ValueError(f"seek to {base + offset}, before the start of the member")
+        self._position = base + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        self._source.seek(self._offset + self._position)
+        content = self._source.read(min(len(buffer), max(self._size - self._position, 0)))
+        buffer[: len(content)] = content
+        self._position += len(content)
+        return len(content)
+
+    def close(self) -> None:
+        self._source.close()
+        super().close()
+
+
+class _HeaderReader:
+    """A file face for ``tarfile`` that allows header-sized reads only: a "long name" of gigabytes is a bomb."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= BLOCK_BYTES:
+            raise ValueError(f"a tar header claims {size} bytes")
+        return self._file.read(size)
+
+
+def load_nemo(path: str | os.PathLike[str], limits: Limits | None = None) -> NemoArchive:
+    """Open a ``.nemo``: see :class:`NemoArchive` for what it offers and raises."""
+    return NemoArchive(path, limits)
+
+
+def _normalise(name: str) -> str:
+    return "/".join(part for part in name.split("/") if part not in ("", "."))
+
+
+def _kind(info: tarfile.TarInfo) -> str:
+    if info.islnk() or info.issym():
+        return "link"
+    return "sparse file" if info.issparse() else "device or other special file"

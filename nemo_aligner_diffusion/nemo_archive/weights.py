@@ -1,0 +1,119 @@
+"""The weights member of a ``.nemo``: tensors out of untrusted bytes, or an error."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from nemo_aligner_diffusion.errors import ArchiveError
+from nemo_aligner_diffusion.nemo_archive.common import Limits, archive_error, short
+
+if TYPE_CHECKING:
+    import torch
+
+_ZIP_MAGIC = b"PK\x03\x04"
+
+
+def load_tensors(
+    path: Path, name: str, size_bytes: int, open_stream: Callable[[], IO[bytes]], limits: Limits
+) -> dict[str, torch.Tensor]:
+    """The state dict that ``torch.save`` wrote into member ``name`` of the archive ``path``.
+
+    ``open_stream`` gives a fresh seekable stream over the member's ``size_bytes`` bytes. The tensors are dense, on the
+    CPU and as saved; ``_extra_state`` entries are left out.
+
+    Raises:
+        ArchiveError: the member is damaged, holds anything but tensors, or asks for code.
+    """
+    import torch
+
+    try:
+        with open_stream() as stream:
+            _check_records(path, name, size_bytes, stream, limits)
+        with open_stream() as stream:
+            loaded = torch.load(stream, map_location="cpu", weights_only=True)
+        return _checked_tensors(path, name, loaded)
+    except ArchiveError:
+        raise
+    except MemoryError:
+        raise archive_error(path, f"needs more memory for {name} than this machine has", "Use a larger one.") from None
+    # torch.load has no common base for what it raises on damaged or hostile input.
+    except Exception as error:
+        if wanted := re.search(r"GLOBAL `*([\w.<>]+)", str(error)):
+            raise archive_error(
+                path,
+                f"has a {name} whose pickle asks for {wanted.group(1)!r}: code, not only tensors; none was run",
+                "Only plain state dicts are loaded (torch.load with weights_only=True). Do not trust this archive.",
+            ) from error
+        raise archive_error(
+            path,
+            f"has a {name} that cannot be loaded as plain tensors ({type(error).__name__}: {short(error)})",
+            "It should be a torch.save'd state dict; download or save the archive again.",
+        ) from error
+
+
+def _check_records(path: Path, name: str, size_bytes: int, stream: IO[bytes], limits: Limits) -> None:
+    """Refuse what torch's own zip reader would swallow: flipped bits, compressed or duplicate records."""
+    if size_bytes > limits.weights_bytes:
+        raise archive_error(path, f"holds {size_bytes} bytes of weights", "Pass larger Limits if you trust the file.")
+    magic = stream.read(len(_ZIP_MAGIC))
+    stream.seek(0)
+    if magic != _ZIP_MAGIC:
+        raise archive_error(
+            path,
+            f"has a {name} that is no torch.save file of PyTorch 1.6 or later",
+            "Load it with the program that wrote it and torch.save its state dict anew.",
+        )
+    with zipfile.ZipFile(stream) as records:
+        entries = records.infolist()
+        if (
+            len({entry.filename for entry in entries}) != len(entries)
+            or sum(entry.file_size for entry in entries) > size_bytes
+            or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+            or any(e.file_size > limits.pickle_bytes for e in entries if e.filename.endswith(".pkl"))
+        ):
+            raise archive_error(
+                path,
+                f"has a {name} with duplicate, compressed or oversized records, which torch.save never writes",
+                "Do not trust this archive; get it from another source.",
+            )
+        # PyTorch reads records without comparing checksums: a flipped bit would silently become another reward.
+        if (broken := records.testzip()) is not None:
+            raise archive_error(
+                path,
+                f"has a damaged {name}: the checksum of its record {short(broken)!r} is wrong",
+                "Download the file again (or save it with torch.serialization.set_crc32_options(True)).",
+            )
+
+
+def _checked_tensors(path: Path, member: str, loaded: Any) -> dict[str, torch.Tensor]:
+    import torch
+
+    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
+        loaded = loaded["state_dict"]  # a Lightning checkpoint saved in the state dict's place
+    if not isinstance(loaded, Mapping):
+        raise archive_error(path, f"has a {member} that holds a {type(loaded).__name__}", "It should be a state dict.")
+    tensors: dict[str, torch.Tensor] = {}
+    for name, value in loaded.items():
+        if isinstance(name, str) and name.endswith("_extra_state"):
+            continue  # Transformer Engine's scaling factors: nothing here uses them
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise archive_error(
+                path,
+                f"has a state dict whose entry {short(name)!r} is a {type(value).__name__}",
+                "Every entry of a state dict is a tensor with a string for its name.",
+            )
+        dense = value.layout == torch.strided and not value.is_quantized and value.device.type == "cpu"
+        # An expanded tensor (stride 0) claims more elements than are stored: copying it could fill the memory.
+        if not dense or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise archive_error(
+                path,
+                f"has a tensor {short(name)!r} that is not dense "
+                f"(shape {tuple(value.shape)}, {value.layout}, {value.device})",
+                "Save it with .cpu().contiguous() and without quantisation.",
+            )
+        tensors[name] = value.detach()
+    return tensors

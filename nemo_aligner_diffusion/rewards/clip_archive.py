@@ -1,0 +1,296 @@
+"""CLIP rewards in ``.nemo`` files: restoring one, and packing a Hugging Face ``CLIPModel`` into one.
+
+``model_config.yaml`` of our own archives::
+
+    target: nemo_aligner_diffusion.rewards.clip.CLIPReward
+    nemo_version: nemo_aligner_diffusion 1
+    name: clip
+    clip: {projection_dim: …, text_config: {…}, vision_config: {…}}   # transformers.CLIPConfig, see _TEXT_KEYS below
+    score: pickscore                          # pickscore | hps | clipscore
+    preprocessing: {image_size: 224, mean: [r, g, b], std: [r, g, b], interpolation: bicubic}
+    tokenizer: {vocab_file: nemo:<hash>_vocab.json, merges_file: nemo:<hash>_merges.txt, max_length: 77}
+
+``model_weights.ckpt`` holds ``CLIPModel.state_dict()`` in any floating dtype. Archives written by NeMo and NeMo-Aligner
+(``…MegatronCLIPModel``, ``…MegatronCLIPRewardModel``) are converted on the fly, see :mod:`.clip_megatron`. ``target``
+is looked up in a table of these names; nothing is imported because an archive names it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from nemo_aligner_diffusion.errors import ArchiveError
+from nemo_aligner_diffusion.nemo_archive import NemoArchive, load_nemo, save_nemo
+from nemo_aligner_diffusion.rewards.base import Reward
+from nemo_aligner_diffusion.rewards.clip import SCORES, CLIPReward
+from nemo_aligner_diffusion.rewards.clip_megatron import MEGATRON_CLASSES, hf_layout
+from nemo_aligner_diffusion.rewards.clip_tokenizer import load_tokenizer
+from nemo_aligner_diffusion.rewards.preprocessing import INTERPOLATIONS, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel
+
+TARGET = "nemo_aligner_diffusion.rewards.clip.CLIPReward"
+NEMO_VERSION = "nemo_aligner_diffusion 1"
+
+# The only fields taken from an archive: others could make transformers fetch code (attn_implementation, auto_map).
+_TOP_KEYS = ("projection_dim", "logit_scale_init_value")
+_TOWER_KEYS = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("hidden_act", "layer_norm_eps", "projection_dim"),
+)
+_TEXT_KEYS = (*_TOWER_KEYS, "vocab_size", "max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id")
+_VISION_KEYS = (*_TOWER_KEYS, "image_size", "patch_size", "num_channels")
+_MOST_LISTED = 8
+
+
+def restore_reward(
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    tokenizer: str | Path | None = None,
+    score: str | None = None,
+    micro_batch_size: int | None = None,
+    activation_checkpointing: bool = False,
+) -> Reward:
+    """The reward in a ``.nemo`` file.
+
+    Args:
+        path: the archive.
+        device, dtype: where and in which precision its towers compute, whatever dtype they were saved in.
+        tokenizer: folder with ``vocab.json`` and ``merges.txt``, for archives that only name a tokenizer.
+        score: overrides the archive's own (``pickscore``, ``hps``, ``clipscore``).
+        micro_batch_size, activation_checkpointing: see :class:`CLIPReward`.
+
+    Raises:
+        ArchiveError: the archive is unusable, its ``target`` is no known reward, or its weights or tokenizer don't fit
+            its configuration.
+    """
+    archive = load_nemo(path)
+    target = archive.target
+    if target == TARGET:
+        config, megatron = archive.config, False
+    elif target.split(".")[0] in ("nemo", "nemo_aligner") and target.split(".")[-1] in MEGATRON_CLASSES:
+        config, megatron = archive.config, True
+    else:
+        known = (TARGET, *(f"nemo….{name}" for name in MEGATRON_CLASSES))
+        near = difflib.get_close_matches(target, known, n=1)
+        hint = f"Nearest is {near[0]}. " if near else ""
+        found = f"its target {target[:200]!r} is no reward that can be restored" if target else "it names no target"
+        raise ArchiveError(f"{archive.path}: {found}. {hint}Known are: {', '.join(known)}.")
+    state = archive.state_dict()
+    tokens = load_tokenizer(archive, tokenizer)
+    try:
+        if megatron:
+            config, state = hf_layout(archive, config, state, _highest_id(tokens) + 1, tokens.eos_token_id)
+        model = _build_model(archive, _mapping(archive, config, "clip"), state)
+        _check_tokenizer(archive, tokens, model)
+        preprocessing = _preprocessing(archive, config, model)
+        score = score or config.get("score", "pickscore")
+        if score not in SCORES:
+            raise ArchiveError(f"{archive.path}: its score is {score!r}; known are {', '.join(SCORES)}.")
+        max_length = _mapping(archive, config, "tokenizer").get("max_length")
+        if max_length is not None and (not isinstance(max_length, int) or max_length < 2):
+            raise ArchiveError(f"{archive.path}: tokenizer.max_length is {max_length!r}; expected at least 2 tokens.")
+    except ArchiveError:
+        raise
+    # transformers raises its own validation errors, and plain ones, for field values it cannot build a model from.
+    except Exception as error:
+        raise ArchiveError(
+            f"{archive.path}: its configuration describes no CLIP model that can be built "
+            f"({type(error).__name__}: {str(error)[:300]}). Save the archive again from a working model."
+        ) from error
+    reward = CLIPReward(
+        model,
+        tokens,
+        score=score,
+        max_length=max_length,
+        micro_batch_size=micro_batch_size,
+        activation_checkpointing=activation_checkpointing,
+        **preprocessing,
+    )
+    if isinstance(config.get("name"), str):
+        reward.name = config["name"]
+    return reward.to(device, dtype)
+
+
+def convert_hf_clip_to_nemo(
+    model: CLIPModel,
+    tokenizer_files: str | Path | Mapping[str, str | Path | bytes],
+    path: str | Path,
+    *,
+    score: str = "pickscore",
+    mean: tuple[float, float, float] = OPENAI_CLIP_MEAN,
+    std: tuple[float, float, float] = OPENAI_CLIP_STD,
+    interpolation: str = "bicubic",
+    max_length: int | None = None,
+    dtype: torch.dtype | None = None,
+    name: str = "clip",
+    extra: Mapping[str, Any] | None = None,
+    gzip: bool = False,
+) -> Path:
+    """Pack a CLIP model and its byte-pair tokenizer into a ``.nemo`` that :func:`restore_reward` reads.
+
+    Args:
+        model: the model; left as it is.
+        tokenizer_files: a folder holding ``vocab.json`` and ``merges.txt``, or their contents or paths by these names.
+        path: the archive to write.
+        score: how embeddings become a reward.
+        mean, std, interpolation: how the model's pictures were prepared when it was trained.
+        max_length: tokens a prompt may have; the model's number of positions when left out.
+        dtype: of the saved weights, e.g. ``torch.float16`` for half the size; ``logit_scale`` keeps its own.
+        name: what the reward is called in metrics.
+        extra: further configuration entries, e.g. provenance; ignored when restoring.
+        gzip: compress the archive.
+    """
+    if not isinstance(tokenizer_files, Mapping):
+        tokenizer_files = {file: Path(tokenizer_files) / file for file in ("vocab.json", "merges.txt")}
+    clip: Any = model.config
+    text, vision = clip.text_config, clip.vision_config
+    config = {
+        **(extra or {}),
+        "target": TARGET,
+        "nemo_version": NEMO_VERSION,
+        "name": name,
+        "clip": {
+            **{key: getattr(clip, key) for key in _TOP_KEYS},
+            "text_config": {key: getattr(text, key) for key in _TEXT_KEYS},
+            "vision_config": {key: getattr(vision, key) for key in _VISION_KEYS},
+        },
+        "score": score,
+        "preprocessing": {
+            "image_size": vision.image_size,
+            "mean": [float(value) for value in mean],
+            "std": [float(value) for value in std],
+            "interpolation": interpolation,
+        },
+        "tokenizer": {
+            "vocab_file": "nemo:vocab.json",
+            "merges_file": "nemo:merges.txt",
+            "max_length": max_length or text.max_position_embeddings,
+        },
+    }
+    state = {
+        key: tensor.to(dtype) if dtype is not None and key != "logit_scale" else tensor
+        for key, tensor in model.state_dict().items()
+        if not key.endswith("position_ids")
+    }
+    return save_nemo(path, config, state, dict(tokenizer_files), gzip=gzip)
+
+
+def _build_model(archive: NemoArchive, clip: Mapping[str, Any], state: dict[str, Tensor]) -> CLIPModel:
+    """A CLIPModel of the configured architecture holding ``state``; nothing is allocated before the two agree."""
+    from transformers import CLIPConfig, CLIPModel
+
+    sections: dict[str, Any] = {}
+    for section, keys in (("text_config", _TEXT_KEYS), ("vision_config", _VISION_KEYS)):
+        given = _mapping(archive, clip, section, "clip.")
+        sections[section] = {key: given[key] for key in keys if given.get(key) is not None}
+        layers = sections[section].get("num_hidden_layers", 12)
+        # Before a loop of that many layers is entered: each has 16 tensors of its own.
+        if not isinstance(layers, int) or not 0 < layers <= len(state):
+            raise ArchiveError(
+                f"{archive.path}: clip.{section}.num_hidden_layers is {layers!r}, but there are {len(state)} tensors."
+            )
+    sections.update({key: clip[key] for key in _TOP_KEYS if clip.get(key) is not None})
+    config = CLIPConfig(**sections)
+    with torch.device("meta"):
+        model = CLIPModel(config)
+    state = {key: value for key, value in state.items() if not key.endswith("position_ids")}
+    expected = {key: value for key, value in model.state_dict().items() if not key.endswith("position_ids")}
+    if "logit_scale" in state and state["logit_scale"].numel() == 1:
+        state["logit_scale"] = state["logit_scale"].reshape(())  # saved as (1,) by some
+    _check_fit(archive, state, expected)
+    model.load_state_dict(state, strict=False, assign=True)
+    for module in model.modules():  # constants that no state dict holds, still on the meta device
+        positions = getattr(module, "position_ids", None)
+        if isinstance(positions, Tensor):
+            module.position_ids = torch.arange(positions.shape[-1]).expand((1, -1))
+    return model
+
+
+def _check_fit(archive: NemoArchive, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    misfits = [
+        f"{key} is {tuple(state[key].shape)} and should be {tuple(expected[key].shape)}"
+        for key in expected
+        if key in state and state[key].shape != expected[key].shape
+    ]
+    misfits += [f"{key} {tuple(expected[key].shape)} is missing" for key in expected if key not in state]
+    misfits += [f"{key[:200]} {tuple(state[key].shape)} has no place" for key in state if key not in expected]
+    misfits += [
+        f"{key} holds {state[key].dtype}, not floating-point numbers"
+        for key in expected
+        if key in state and not state[key].is_floating_point()
+    ]
+    if misfits:
+        more = f"; and {len(misfits) - _MOST_LISTED} more" if len(misfits) > _MOST_LISTED else ""
+        raise ArchiveError(
+            f"{archive.path}: {len(misfits)} tensors do not fit its model_config.yaml: "
+            f"{'; '.join(misfits[:_MOST_LISTED])}{more}. Weights and configuration must come from the same model."
+        )
+
+
+def _highest_id(tokenizer: Any) -> int:
+    return max(tokenizer.get_vocab().values())
+
+
+def _check_tokenizer(archive: NemoArchive, tokenizer: Any, model: Any) -> None:
+    text = model.config.text_config
+    highest = _highest_id(tokenizer)
+    if highest >= text.vocab_size:
+        raise ArchiveError(
+            f"{archive.path}: its tokenizer gives ids up to {highest}, its text model has {text.vocab_size} of them. "
+            "Tokenizer and weights must come from the same model."
+        )
+    # transformers pools at eos_token_id, or, where that is 2 (files from before 2023), at the highest id.
+    pooled_at = highest if text.eos_token_id == 2 else text.eos_token_id
+    if tokenizer.eos_token_id != pooled_at:
+        raise ArchiveError(
+            f"{archive.path}: its tokenizer ends a prompt with id {tokenizer.eos_token_id}, its text model pools at "
+            f"{pooled_at} (clip.text_config.eos_token_id). Every prompt would be embedded at the wrong place."
+        )
+
+
+def _preprocessing(archive: NemoArchive, config: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    given = _mapping(archive, config, "preprocessing")
+    result: dict[str, Any] = {"image_size": given.get("image_size") or model.config.vision_config.image_size}
+    if result["image_size"] != model.config.vision_config.image_size:
+        raise ArchiveError(
+            f"{archive.path}: preprocessing.image_size is {result['image_size']!r}, but the vision model takes "
+            f"{model.config.vision_config.image_size}."
+        )
+    for key, default in (("mean", OPENAI_CLIP_MEAN), ("std", OPENAI_CLIP_STD)):
+        values = given.get(key) or default
+        numbers = isinstance(values, (list, tuple)) and all(isinstance(value, (int, float)) for value in values)
+        if not numbers or len(values) != 3 or (key == "std" and not all(value > 0 for value in values)):
+            raise ArchiveError(
+                f"{archive.path}: preprocessing.{key} is {values!r}; expected three numbers for R, G, B."
+            )
+        result[key] = tuple(float(value) for value in values)
+    result["interpolation"] = given.get("interpolation") or "bicubic"
+    if result["interpolation"] not in INTERPOLATIONS:
+        raise ArchiveError(
+            f"{archive.path}: preprocessing.interpolation is {result['interpolation']!r}; "
+            f"known are {', '.join(INTERPOLATIONS)}."
+        )
+    return result
+
+
+def _mapping(archive: NemoArchive, config: Mapping[str, Any], key: str, prefix: str = "") -> Mapping[str, Any]:
+    value = config.get(key)
+    if value is None and key in ("preprocessing", "tokenizer"):
+        return {}
+    if not isinstance(value, Mapping):
+        raise ArchiveError(
+            f"{archive.path}: its model_config.yaml has {prefix}{key} = {json.dumps(value, default=str)[:100]}; "
+            "expected a mapping of fields."
+        )
+    return value

@@ -1,0 +1,52 @@
+"""From a generated picture to a vision model's input, differentiably and on the picture's device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+# Statistics of OpenAI's CLIP training pictures, for RGB in [0, 1]; PickScore, HPSv2 and OpenCLIP use them too.
+OPENAI_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+INTERPOLATIONS = ("bicubic", "bilinear")
+
+
+def resize_short_side(images: Tensor, size: int, interpolation: str = "bicubic") -> Tensor:
+    """Antialiased resize of ``(B, C, H, W)`` so that the short side is ``size``, keeping the aspect ratio.
+
+    The long side is rounded down, as in torchvision's ``Resize`` and transformers' CLIP processor. Bicubic overshoot is
+    not clamped: a clamp would cut the gradient there.
+    """
+    height, width = images.shape[-2:]
+    short, long = min(height, width), max(height, width)
+    if short == size:
+        return images
+    long_size = max(size * long // short, size)
+    target = (long_size, size) if height > width else (size, long_size)
+    return functional.interpolate(images, size=target, mode=interpolation, align_corners=False, antialias=True)
+
+
+def centre_crop(images: Tensor, size: int) -> Tensor:
+    """The middle ``size``×``size`` of images at least that large (torchvision's rounding)."""
+    height, width = images.shape[-2:]
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    return images[..., top : top + size, left : left + size]
+
+
+def preprocess(
+    images: Tensor,
+    size: int,
+    mean: Sequence[float] = OPENAI_CLIP_MEAN,
+    std: Sequence[float] = OPENAI_CLIP_STD,
+    interpolation: str = "bicubic",
+) -> Tensor:
+    """``(B, 3, H, W)`` in ``[0, 1]`` to normalised ``(B, 3, size, size)``, in float32 or the images' float64."""
+    if images.dtype != torch.float64:
+        images = images.float()  # half precision has too few digits for an antialiased sum
+    images = centre_crop(resize_short_side(images, size, interpolation), size)
+    shift = images.new_tensor(mean).view(1, -1, 1, 1)
+    scale = images.new_tensor(std).view(1, -1, 1, 1)
+    return (images - shift) / scale
