@@ -61,3 +61,125 @@ def test_resuming_equals_never_having_stopped(tmp_path: Path, accumulate: int, v
     if val_every:
         validations = [_rows(tmp_path / run / "validation.csv") for run in ("whole", "parts")]
         assert validations[0] == validations[1]
+
+
+def test_a_checkpoint_holds_what_was_trained_and_loads_safely(tmp_path: Path) -> None:
+    module = Toy()
+    module.save_hyperparameters({"anything": Path("/some/where")})  # an object that weights_only refuses
+    fit(tmp_path, module, 3, callbacks=[EMACallback()])
+    path = tmp_path / "checkpoints" / "step_000003.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    assert set(checkpoint["state_dict"]) == {"adapter.weight", "adapter.bias"}
+    assert torch.equal(checkpoint["state_dict"]["adapter.weight"], module.adapter.weight)
+    assert checkpoint["global_step"] == 3
+    assert (tmp_path / "checkpoints" / "last").read_text() == "step_000003.ckpt\n"
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.startswith(".")] == []
+
+
+def test_the_newest_are_kept_and_the_best(tmp_path: Path) -> None:
+    fit(tmp_path / "all", Toy(), 8, save_interval=2, checkpoint={"keep_last_n": None})
+    assert _names(tmp_path / "all") == [2, 4, 6, 8]
+    fit(tmp_path / "two", Toy(), 8, save_interval=2, checkpoint={"keep_last_n": 2})
+    assert _names(tmp_path / "two") == [6, 8]
+
+    class Falling(Toy):  # the earlier, the better
+        def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+            self.last_validation = {"reward": -float(self.global_step), "base_reward": 0.0}
+
+    fit(tmp_path / "best", Falling(), 8, save_interval=2, val_every=2, checkpoint={"keep_last_n": 1, "save_top_k": 1})
+    assert _names(tmp_path / "best") == [2, 8]
+
+
+def _names(run_dir: Path) -> list[int]:
+    return sorted(int(path.stem.split("_")[1]) for path in (run_dir / "checkpoints").glob("step_*.ckpt"))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "empty", "foreign"])
+def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    fit(tmp_path / "whole", whole := Toy(), 8)
+    run = tmp_path / "run"
+    fit(run, Toy(), 6, save_interval=3)
+    last = run / "checkpoints" / "step_000006.ckpt"
+    content = last.read_bytes()
+    if damage == "truncated":
+        last.write_bytes(content[: len(content) // 2])
+    elif damage == "altered":
+        middle = content.index(b"adapter.weight") + 3
+        last.write_bytes(content[:middle] + b"\xff" + content[middle + 1 :])
+    elif damage == "empty":
+        last.write_bytes(b"")
+    else:
+        torch.save({"state_dict": {}, "global_step": 6}, last)
+
+    with caplog.at_level(logging.WARNING):
+        resume = find_resume_point(run / "checkpoints")
+    assert resume is not None
+    assert resume.step == 3
+    assert "step_000006.ckpt cannot be read" in caplog.text
+    assert "step_000003.ckpt instead" in caplog.text
+    again = Toy()
+    fit(run, again, 8, resume=resume, save_interval=3)
+    assert torch.equal(again.adapter.weight, whole.adapter.weight)
+    assert [row["step"] for row in _rows(run / "metrics.csv")] == [str(step) for step in range(1, 9)]
+    assert _names(run) == [6, 8]  # step 6 was written anew; the damaged file stands aside
+    assert (run / "checkpoints" / "step_000006.ckpt.unused").exists()
+
+
+def test_no_readable_checkpoint(tmp_path: Path) -> None:
+    assert find_resume_point(tmp_path / "nowhere") is None
+    for step in (1, 2):
+        (tmp_path / f"step_00000{step}.ckpt").write_bytes(b"no zip")
+    with pytest.raises(CheckpointError, match=r"none of the 2 checkpoints .*step_000002\.ckpt: .*start again"):
+        find_resume_point(tmp_path)
+
+
+def test_a_checkpoint_of_another_configuration_is_refused_by_tensor(tmp_path: Path) -> None:
+    fit(tmp_path, Toy(), 2)
+    resume = find_resume_point(tmp_path / "checkpoints")
+    wider = Toy()
+    wider.adapter = torch.nn.Linear(8, 2)
+    with pytest.raises(CheckpointError, match=r"adapter\.weight is \[1, 8\] there and \[2, 8\] here"):
+        fit(tmp_path, wider, 4, resume=resume)
+    more = Toy()
+    more.base.requires_grad_(True)
+    with pytest.raises(CheckpointError, match=r"2 not in it: base\.bias, base\.weight"):
+        fit(tmp_path, more, 4, resume=resume)
+
+
+def test_resuming_a_complete_run_changes_nothing(tmp_path: Path) -> None:
+    fit(tmp_path, module := Toy(), 4)
+    before = (tmp_path / "metrics.csv").read_bytes()
+    again = Toy()
+    trainer = fit(tmp_path, again, 4, resume=find_resume_point(tmp_path / "checkpoints"))
+    assert trainer.global_step == 4
+    assert torch.equal(again.adapter.weight, module.adapter.weight)
+    assert (tmp_path / "metrics.csv").read_bytes() == before
+
+
+def test_a_longer_run_follows_the_new_schedule(tmp_path: Path) -> None:
+    """NeMo's WarmupHoldPolicy falls to min_lr = 0 past max_steps; a resumed state must not bring the old end along."""
+    fit(tmp_path, Toy(max_steps=4), 4)
+    trainer = fit(tmp_path, Toy(max_steps=9), 9, resume=find_resume_point(tmp_path / "checkpoints"))
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.05
+    assert [float(row["lr"]) for row in _rows(tmp_path / "metrics.csv")][-4:] == [0.05] * 4
+
+
+def test_the_time_limit_saves_and_the_next_run_continues(tmp_path: Path) -> None:
+    fit(tmp_path / "whole", whole := Toy(), 6, accumulate=2)
+    timer = RunTimer("00:00:00:00")  # over at once: each run gets one optimizer step
+    run = tmp_path / "run"
+    module = Toy()
+    trainer = fit(run, module, 6, accumulate=2, callbacks=[timer], val_every=1)
+    assert timer.reached
+    assert trainer.global_step == 1
+    assert not (run / "validation.csv").exists()  # a time limit leaves no time for a last validation
+    assert trainer.limit_val_batches == 1
+    for step in range(1, 6):
+        resume = find_resume_point(run / "checkpoints")
+        assert resume is not None
+        assert resume.step == step
+        module = Toy()
+        fit(run, module, 6, accumulate=2, callbacks=[RunTimer("00:00:00:00")], resume=resume, seed=step)
+    assert torch.equal(module.adapter.weight, whole.adapter.weight)

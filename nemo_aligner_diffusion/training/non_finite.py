@@ -74,10 +74,11 @@ class NonFinitePolicy:
         at_fault = min(found.values(), key=len) if found else []
         culprits = [prompts[index] for index in at_fault]
         what = " and ".join(found) if found else "a value on another process"
+        verb = "are" if len(found) > 1 else "is"
         event = {"step": step, "what": what, "prompts": culprits}
         if len(self.events) < 100:
             self.events.append(event)
-        message = f"step {step}: {what} is not finite{_quote(culprits)}"
+        message = f"step {step}: {what} {verb} not finite{_quote(culprits)}"
         if self.consecutive > self.max_consecutive:
             raise NumericalError(
                 f"{message}; that is {self.consecutive} in a row, and model.nan_policy.max_consecutive="

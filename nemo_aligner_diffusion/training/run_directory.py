@@ -80,13 +80,13 @@ def resolve_run_directory(
 ) -> Path:
     """The run directory as NeMo's ``exp_manager`` chooses it.
 
-    ``explicit_log_dir`` as it is; else ``exp_dir/name/version`` with ``exp_dir`` ``./nemo_experiments`` by default and
+    ``explicit_log_dir`` as it is; else ``exp_dir/name/version`` with ``exp_dir`` ``./results`` by default and
     ``version`` the date and time. With ``resume_if_exists`` there is no version folder, so that the next run finds it.
     """
     explicit = exp_manager.get("explicit_log_dir")
     if explicit:
         return Path(str(explicit)).expanduser().absolute()
-    base = Path(str(exp_manager.get("exp_dir") or "nemo_experiments")).expanduser()
+    base = Path(str(exp_manager.get("exp_dir") or "results")).expanduser()
     directory = base / str(exp_manager.get("name") or default_name)
     version = exp_manager.get("version") or os.environ.get("NEMO_EXPM_VERSION")
     if not version and not exp_manager.get("resume_if_exists"):

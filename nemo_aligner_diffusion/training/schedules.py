@@ -20,9 +20,10 @@ from nemo_aligner_diffusion.training.optimizers import _did_you_mean
 SCHEDULE_NAMES = ("WarmupHoldPolicy", "CosineAnnealing", "constant")
 _KEYS = {
     "WarmupHoldPolicy": {"warmup_steps", "warmup_ratio", "hold_steps", "hold_ratio", "min_lr"},
-    "CosineAnnealing": {"warmup_steps", "warmup_ratio", "constant_steps", "constant_ratio", "min_lr"},
-    "constant": set(),
+    "CosineAnnealing": {"warmup_steps", "warmup_ratio", "hold_steps", "constant_steps", "constant_ratio", "min_lr"},
+    "constant": {"warmup_steps", "warmup_ratio"},
 }
+_FOREVER = 10**12  # NeMo's configurations hold for 10,000,000,000,000 steps to say "for good"
 _NO_EFFECT = {"last_epoch", "max_steps", "monitor", "reduce_on_plateau"}  # set by NeMo's machinery, not by users
 
 
@@ -33,9 +34,11 @@ def build_schedule(
 
     - ``WarmupHoldPolicy``: linear from ``lr/(warmup_steps+1)`` to ``lr`` over ``warmup_steps``, then ``lr`` for good.
       In NeMo too the rate stays at ``lr`` after ``hold_steps``, and drops to ``min_lr`` only past ``max_steps``.
-    - ``CosineAnnealing``: the warmup, then half a cosine down to ``min_lr`` at ``max_steps - constant_steps``, then
-      ``min_lr``. With ``constant_steps`` the warmup starts from 0, as in Megatron-LM and NeMo.
-    - ``constant``: ``lr``.
+    - ``CosineAnnealing``: the warmup, ``hold_steps`` at ``lr``, then half a cosine down to ``min_lr`` at
+      ``max_steps - constant_steps``, then ``min_lr``. With ``constant_steps`` the warmup starts from 0, as in
+      Megatron-LM and NeMo. ``hold_steps`` is ours (NeMo has none there); a hold "for good", which is what
+      ``WarmupHoldPolicy``'s settings leave behind when only the name is changed, counts as none.
+    - ``constant``: ``lr``, after the warmup if one is set.
 
     Args:
         optimizer: its groups' ``lr`` is the peak rate.
@@ -65,9 +68,12 @@ def build_schedule(
     if name == "WarmupHoldPolicy":
         factor = _warmup_hold(_steps(cfg, "warmup", total), total)
     elif name == "CosineAnnealing":
-        factor = _cosine(_steps(cfg, "warmup", total), _steps(cfg, "constant", total), total)
+        hold = _steps(cfg, "hold", total)
+        factor = _cosine(
+            _steps(cfg, "warmup", total), 0 if hold >= _FOREVER else hold, _steps(cfg, "constant", total), total
+        )
     else:
-        factor = _constant
+        factor = _warmup_hold(_steps(cfg, "warmup", total), None)
     functions = []
     for group in optimizer.param_groups:
         peak = float(group["lr"])
@@ -85,10 +91,6 @@ def _scaled(factor: Callable[[int, float], float], floor: float) -> Callable[[in
     return at
 
 
-def _constant(step: int, floor: float) -> float:
-    return 1.0
-
-
 def _warmup_hold(warmup: int, total: int | None) -> Callable[[int, float], float]:
     def factor(step: int, floor: float) -> float:
         if warmup > 0 and step <= warmup:
@@ -98,22 +100,22 @@ def _warmup_hold(warmup: int, total: int | None) -> Callable[[int, float], float
     return factor
 
 
-def _cosine(warmup: int, constant: int, total: int | None) -> Callable[[int, float], float]:
+def _cosine(warmup: int, hold: int, constant: int, total: int | None) -> Callable[[int, float], float]:
     if total is None:
         raise ConfigurationError(
             "model.optim.sched.name=CosineAnnealing needs the length of the run: set trainer.max_steps"
         )
-    decay = total - warmup - constant
+    decay = total - warmup - hold - constant
     if decay <= 0:
         raise ConfigurationError(
-            f"model.optim.sched: warmup_steps={warmup} and constant_steps={constant} leave no step of "
-            f"max_steps={total} for the cosine; lower them or raise max_steps"
+            f"model.optim.sched: warmup_steps={warmup}, hold_steps={hold} and constant_steps={constant} leave no step "
+            f"of max_steps={total} for the cosine; lower them or raise max_steps"
         )
 
     def factor(step: int, floor: float) -> float:
         if warmup > 0 and step <= warmup:
             return step / warmup if constant else (step + 1) / (warmup + 1)
-        done = min((step - warmup) / decay, 1.0)
+        done = min(max((step - warmup - hold) / decay, 0.0), 1.0)
         return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * done))
 
     return factor

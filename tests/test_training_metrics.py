@@ -1,0 +1,95 @@
+"""metrics.csv, validation.csv, and the loggers."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+from training_toy import Toy, fit
+
+from nemo_aligner_diffusion.errors import ConfigurationError
+from nemo_aligner_diffusion.training.checkpointing import find_resume_point
+from nemo_aligner_diffusion.training.metrics_logging import CSVTable, build_loggers, peak_memory_bytes
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_row_per_optimizer_step(tmp_path: Path) -> None:
+    module = Toy(max_steps=5)
+    seen: list[float] = []
+    module.at_step = lambda step: seen.append(module.last_metrics["reward"])
+    fit(tmp_path, module, 5, accumulate=3, val_every=2)
+    header = (tmp_path / "metrics.csv").read_text().splitlines()[0]
+    assert header.startswith("step,reward,kl_penalty,loss,grad_norm,lr,images_per_second,peak_memory_bytes")
+    rows = _rows(tmp_path / "metrics.csv")
+    assert [row["step"] for row in rows] == ["1", "2", "3", "4", "5"]
+    assert [float(row["reward"]) for row in rows] == seen  # to the last bit
+    # the rate each step was made with, not the next one's
+    assert [float(row["lr"]) for row in rows] == pytest.approx([0.0125, 0.025, 0.0375, 0.05, 0.05])
+    assert all(float(r["images_per_second"]) == float(r["images"]) / float(r["seconds"]) for r in rows)
+    assert all(100e6 < int(row["peak_memory_bytes"]) < 64e9 for row in rows)
+
+    validation = _rows(tmp_path / "validation.csv")
+    assert (tmp_path / "validation.csv").read_text().startswith("step,reward,base_reward\n")
+    assert [row["step"] for row in validation] == ["2", "4"]
+    assert float(validation[1]["reward"]) == module.last_validation["reward"]
+
+
+def test_resuming_drops_the_rows_of_steps_that_are_done_again(tmp_path: Path) -> None:
+    fit(tmp_path, Toy(), 4, save_interval=4, val_every=1)
+    with open(tmp_path / "metrics.csv", "a") as file:
+        file.write("5,-1.0,0.0,1.0,1.0,0.05,1.0,1\n6,-1.")  # a step after the checkpoint, and a row cut by the power
+    with open(tmp_path / "validation.csv", "a") as file:
+        file.write("5,-1.0,-1.5\n")
+    fit(tmp_path, Toy(), 6, val_every=1, resume=find_resume_point(tmp_path / "checkpoints"))
+    for name in ("metrics.csv", "validation.csv"):
+        rows = _rows(tmp_path / name)
+        assert [row["step"] for row in rows] == ["1", "2", "3", "4", "5", "6"]
+        assert all(None not in row and row["reward"] != "-1.0" for row in rows)
+
+
+def test_a_column_that_comes_later(tmp_path: Path) -> None:
+    table = CSVTable(tmp_path / "t.csv", ["step", "reward"])
+    table.append({"step": 1, "reward": 0.1 + 0.2})
+    table.append({"step": 2, "reward": float("nan"), "symmetry": 1e-17})
+    table.append({"step": 3})
+    assert (tmp_path / "t.csv").read_text() == ("step,reward,symmetry\n1,0.30000000000000004,\n2,nan,1e-17\n3,,\n")
+    again = CSVTable(tmp_path / "t.csv", ["step", "reward"])
+    again.append({"symmetry": 2.0, "step": 4})
+    assert (tmp_path / "t.csv").read_text().splitlines()[-1] == "4,,2.0"
+
+
+def test_peak_memory_grows_with_what_is_held() -> None:
+    before = peak_memory_bytes()
+    block = bytearray(before + (64 << 20))  # twice the peak: must raise it
+    block[::4096] = b"x" * len(block[::4096])
+    assert peak_memory_bytes() >= before + (32 << 20)
+
+
+def test_tensorboard_gets_the_same_figures(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    cfg = OmegaConf.create({"exp_manager": {"create_tensorboard_logger": True, "create_wandb_logger": False}})
+    loggers = build_loggers(cfg, tmp_path)
+    fit(tmp_path, Toy(), 3, val_every=3, logger=loggers)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    rewards = [(event.step, event.value) for event in events.Scalars("train/reward")]
+    assert rewards == [(int(r["step"]), pytest.approx(float(r["reward"]))) for r in _rows(tmp_path / "metrics.csv")]
+    assert [event.step for event in events.Scalars("validation/base_reward")] == [3]
+
+
+def test_no_logger(tmp_path: Path) -> None:
+    assert build_loggers({"create_tensorboard_logger": False}, tmp_path) == []
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
+def test_a_logger_without_its_package(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"create_wandb_logger=True needs the package 'wandb'.*pip install"):
+        build_loggers({"exp_manager": {"create_wandb_logger": True}}, tmp_path)

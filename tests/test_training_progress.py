@@ -1,0 +1,68 @@
+"""What a run shows: whole lines in a log file, one live line on a terminal."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+import pytest
+from training_toy import Toy, fit
+
+from nemo_aligner_diffusion.training.checkpointing import find_resume_point
+from nemo_aligner_diffusion.training.progress import TrainingProgress, clock
+
+LINE = re.compile(
+    r"step \d+/\d+  reward -?\d+\.\d{4}  KL [\d.e+-]+  \d+\.\d\d images/s  ((\d+ s|\d+:\d\d) left|took .*)"
+)
+
+
+def test_a_log_file_gets_whole_lines(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    fit(tmp_path, Toy(), 5, accumulate=2, val_every=4, progress=TrainingProgress(stream=stream))
+    text = stream.getvalue()
+    assert "\r" not in text
+    assert "\x1b" not in text
+    lines = text.splitlines()
+    steps = [line for line in lines if line.startswith("step")]
+    assert [line.split()[1] for line in steps] == ["1/5", "2/5", "3/5", "4/5", "5/5"]
+    assert all(LINE.fullmatch(line) for line in steps)
+    assert "left" in steps[0]
+    assert "took" in steps[-1]
+    validation = [line for line in lines if line.startswith("validation")]
+    assert len(validation) == 1
+    assert re.fullmatch(r"validation at step 4: reward -\d+\.\d{4}, base -1\.5000 \([+-]\d+\.\d{4}\)", validation[0])
+    assert len(lines) == 6
+
+
+def test_a_long_run_is_brief(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    fit(tmp_path, Toy(), 30, progress=TrainingProgress(stream=stream, short_run=10, seconds_between_lines=3600))
+    assert re.findall(r"^step +(\d+)/30 ", stream.getvalue(), re.MULTILINE) == ["1", "30"]
+    assert len(stream.getvalue().splitlines()) == 2
+
+
+def test_a_resumed_run_says_so_and_counts_on(tmp_path: Path) -> None:
+    fit(tmp_path, Toy(), 3)
+    stream = io.StringIO()
+    resume = find_resume_point(tmp_path / "checkpoints")
+    fit(tmp_path, Toy(), 5, resume=resume, progress=TrainingProgress(stream=stream))
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "resuming at step 3 of 5"
+    assert [line.split()[1] for line in lines[1:]] == ["4/5", "5/5"]
+
+
+def test_a_terminal_gets_one_live_line(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    fit(tmp_path, Toy(), 5, val_every=5, progress=TrainingProgress(stream=stream, live=True))
+    text = stream.getvalue()
+    assert "\r" in text
+    redrawn = text.split("\r")
+    assert any(re.search(r"training 5/5 \|.*reward -\d+\.\d{4}  KL 0  .*images/s \[", part) for part in redrawn)
+    assert any("validation at step 5: reward" in part for part in redrawn)
+    assert text.count("\n") <= 3  # the validation's line and the bar's end
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (59.4, "59 s"), (125, "2:05"), (3725, "1:02:05")])
+def test_clock(seconds: float, text: str) -> None:
+    assert clock(seconds) == text
