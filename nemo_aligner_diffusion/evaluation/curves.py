@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nemo_aligner_diffusion.evaluation.files import write_atomic
 
@@ -90,8 +91,8 @@ def curve_plot(
 
     finite = [value for curve in drawn for value in curve.values if math.isfinite(value)]
     log = log and min(finite) > 0 and max(finite) > 20 * min(finite)
-    figure = Figure(figsize=(width_inches, height_inches), dpi=150, facecolor=PAPER, layout="constrained")
-    axes = figure.add_subplot(facecolor=PAPER)
+    figure = Figure(figsize=(width_inches, height_inches), dpi=150, facecolor=PAPER)
+    axes = figure.add_axes((0.1, 0.15, 0.87, 0.7), facecolor=PAPER)
     for curve in drawn:
         _draw(axes, curve)
     if log:
@@ -120,6 +121,7 @@ def curve_plot(
         )
         for text in legend.get_texts():
             text.set_parse_math(False)  # a label is a name from a file, not TeX
+    _place(axes, width_inches, height_inches)
     canvas = FigureCanvasAgg(figure) if file_format == "png" else FigureCanvasSVG(figure)
     buffer = io.BytesIO()
     # Text stays text (searchable, small); a fixed salt makes the same data the same bytes.
@@ -133,11 +135,21 @@ def curve_plot(
     return buffer.getvalue(), area
 
 
-def _draw(axes: object, curve: Curve) -> None:
+def _place(axes: Any, width: float, height: float) -> None:
+    """Margins for the tick labels there are; matplotlib's constrained layout does it too, by drawing everything twice."""
+    low, high = axes.get_ylim()
+    ticks = [tick for tick in axes.yaxis.get_major_locator()() if low <= tick <= high]
+    longest = max((len(label) for label in axes.yaxis.get_major_formatter().format_ticks(ticks)), default=1)
+    left = 0.14 + 0.077 * longest + (0.2 if axes.get_ylabel() else 0.0)  # inches; 8.5 pt digits are 0.075 wide
+    bottom, top, right = 0.48, 0.36, 0.14
+    axes.set_position((left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + top) / height))
+
+
+def _draw(axes: Any, curve: Curve) -> None:
     colour = PALETTE.get(curve.colour, curve.colour)
     finite = sum(map(math.isfinite, curve.values))
     marker = "o" if curve.markers or finite == 1 else ""
-    plot = axes.plot  # type: ignore[attr-defined]
+    plot = axes.plot
     if curve.smooth and finite >= 12:
         plot(curve.steps, curve.values, color=colour, linewidth=0.9, alpha=0.35)
         plot(

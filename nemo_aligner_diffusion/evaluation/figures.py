@@ -408,7 +408,7 @@ def encode_png(image: Image.Image, metadata: Mapping[str, str] | None = None) ->
     for key, value in {**entries, **(metadata or {})}.items():
         text.add_itxt(key, value)
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG", pnginfo=text, optimize=True)
+    image.save(buffer, format="PNG", pnginfo=text, compress_level=6)
     return buffer.getvalue()
 
 

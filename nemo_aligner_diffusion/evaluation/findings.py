@@ -114,8 +114,8 @@ def _diversity(run: RunFiles) -> list[Finding]:
             "warning",
             f"Diversity fell to {ratio:.0%} of the base model's",
             "Pictures of one prompt with different seeds look more alike than before (the mark is "
-            f"{KEPT_DIVERSITY:.0%}). That is how a reward is hacked. Raise model.kl_coeff, stop earlier, or use the LoRA at "
-            "a scale below 1.",
+            f"{KEPT_DIVERSITY:.0%}). That is how a reward is hacked. Raise model.kl_coeff, stop earlier, or use the "
+            "LoRA at a scale below 1.",
         )
     ]
 

@@ -1,0 +1,295 @@
+"""The work of ``generate.py``: load a model and what was learnt, make the rows that were asked for, write them down."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from nemo_aligner_diffusion.diffusion.checkpoints import load_component
+from nemo_aligner_diffusion.diffusion.families.stable_diffusion import StableDiffusion
+from nemo_aligner_diffusion.diffusion.generate import generate
+from nemo_aligner_diffusion.diffusion.lora import load_lora_weights, mix
+from nemo_aligner_diffusion.diffusion.sampler import Sampler
+from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError
+from nemo_aligner_diffusion.evaluation.annealing import annealed_weights
+from nemo_aligner_diffusion.evaluation.generate_cli import (
+    DEFAULT_ETA,
+    DEFAULT_GUIDANCE,
+    DEFAULT_SAMPLER,
+    DEFAULT_STEPS,
+    Request,
+)
+from nemo_aligner_diffusion.evaluation.generation_output import claim_folder, print_rewards, write_grid, write_pictures
+from nemo_aligner_diffusion.evaluation.run_files import RunFiles, read_run
+
+if TYPE_CHECKING:
+    from nemo_aligner_diffusion.rewards.base import Reward
+
+_DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
+_ANALYTIC_REWARDS = ("symmetry", "compressibility", "incompressibility")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How pictures are sampled, with every default filled in."""
+
+    model: Path
+    unet: Path | None  # weights of the *base* model's denoiser, where they are not the model folder's own
+    vae: Path | None
+    steps: int
+    guidance: float
+    sampler: str
+    eta: float
+    height: int | None
+    width: int | None
+
+    def describe(self) -> str:
+        eta = f", eta {self.eta:g}" if self.eta else ""
+        return f"{self.steps} steps, guidance {self.guidance:g}, {self.sampler.lower()}{eta}"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row: the base model, or the tuned one with ``scale`` on its adapters and perhaps annealed guidance."""
+
+    label: str
+    tuned: bool
+    scale: float = 1.0
+    annealing: str | None = None
+
+
+@dataclass
+class Result:
+    """What was made.
+
+    Attributes:
+        output: the folder written to.
+        images: by variant's label, ``(N, 3, H, W)`` in ``[0, 1]``; N runs over prompts and, fastest, seeds.
+        rewards: by variant's label, N numbers; empty without a reward.
+        files: the single pictures, then the grid.
+    """
+
+    output: Path
+    images: dict[str, Tensor] = field(default_factory=dict)
+    rewards: dict[str, list[float]] = field(default_factory=dict)
+    files: list[Path] = field(default_factory=list)
+
+
+def run_generation(request: Request) -> Result:
+    """Make and write all pictures of a request; print where they are and how they score.
+
+    Raises:
+        AlignerError: a path, name or size that does not fit. Everything is checked and loaded before the first file.
+    """
+    run = _run_of(request)
+    settings = resolve_settings(request, run)
+    device = _device(request.device)
+    model = StableDiffusion.from_pretrained(settings.model, settings.unet, settings.vae, _DTYPES[request.precision])
+    sampler = Sampler(model.scheduler_config, settings.sampler, settings.steps, settings.eta)
+    _check_size(model, settings)
+    _load_tuned(model, request)
+    model.to(device)
+    reward = _reward(request, run, device)
+    _warn_of_truncation(model, request.prompts)
+    pairs = [(prompt, seed) for prompt in request.prompts for seed in request.seeds]
+    prompts, seeds = [prompt for prompt, _ in pairs], [seed for _, seed in pairs]
+    variants = plan_variants(request)
+    result = Result(claim_folder(request.output, request.overwrite))
+    for variant in variants:
+        started = time.perf_counter()
+        annealing = None if variant.annealing is None else annealed_weights(variant.annealing, len(sampler))
+        with _as_variant(model, variant, request):
+            images = generate(
+                model,
+                sampler,
+                prompts,
+                seeds,
+                settings.guidance,
+                settings.height,
+                settings.width,
+                request.batch_size,
+                tuned_weights=annealing,
+            )
+        print(f"{variant.label}: {len(pairs)} picture(s) in {time.perf_counter() - started:.1f} s", flush=True)
+        result.images[variant.label] = images
+        if reward is not None:
+            result.rewards[variant.label] = _scores(reward, images.to(device), prompts, request.batch_size)
+        facts = {**_facts(request, settings), "row": variant.label}
+        name = variant.label if len(variants) > 1 else ""
+        scores = result.rewards.get(variant.label)
+        result.files += write_pictures(result.output, images, pairs, name, facts, scores)
+    result.files.append(write_grid(result.output, result.images, result.rewards, pairs, settings.describe()))
+    if reward is not None:
+        print_rewards(result.rewards, pairs, reward.name)
+    print(f"written to {result.output}: {len(result.files) - 1} picture(s) and {result.files[-1].name}")
+    return result
+
+
+def plan_variants(request: Request) -> list[Variant]:
+    """The rows, from top to bottom, each once."""
+    tuned = bool(request.adapters or request.unet)
+    rows = [Variant("base", tuned=False)] if request.compare or not tuned else []
+    if request.scales:
+        rows += [Variant(f"scale {scale:g}", tuned=True, scale=scale) for scale in request.scales]
+    elif request.weights:
+        rows += [Variant(f"weight {kind}", tuned=True, annealing=kind) for kind in request.weights]
+    elif tuned:
+        rows.append(Variant("tuned", tuned=True))
+    return list({row.label: row for row in rows}.values())
+
+
+def resolve_settings(request: Request, run: RunFiles | None) -> Settings:
+    """The command line over the settings of the run that made the adapter, over the shipped ones.
+
+    Raises:
+        ConfigurationError: weights that the run was based on have moved.
+    """
+
+    def setting(key: str, default: Any) -> Any:
+        return run.setting(key, default) if run else default
+
+    def base_path(key: str) -> Path | None:
+        value = setting(key, None)
+        if value is None or request.model is not None:
+            return None
+        path = Path(str(value)).expanduser()
+        if not path.exists():
+            where = run.folder / "config.yaml" if run else "config.yaml"
+            raise ConfigurationError(
+                f"{path} is gone: {where} names it as {key}, which this adapter was made for; "
+                "give the model's present place with --model FOLDER"
+            )
+        return path
+
+    def first(given: Any, otherwise: Any) -> Any:
+        return otherwise if given is None else given
+
+    model = request.model or base_path("model.from_pretrained")
+    if model is None:
+        from nemo_aligner_diffusion.assets import embedded_model_path
+
+        model = embedded_model_path()
+    return Settings(
+        model=model,
+        unet=base_path("model.unet_config.from_pretrained"),
+        vae=request.vae or base_path("model.first_stage_config.from_pretrained"),
+        steps=int(first(request.steps, setting("model.infer.inference_steps", DEFAULT_STEPS))),
+        guidance=float(first(request.guidance, setting("model.infer.unconditional_guidance_scale", DEFAULT_GUIDANCE))),
+        sampler=str(first(request.sampler, setting("model.infer.sampler_type", DEFAULT_SAMPLER))),
+        eta=float(first(request.eta, setting("model.infer.eta", DEFAULT_ETA))),
+        height=first(request.height, setting("model.infer.height", None)),
+        width=first(request.width, setting("model.infer.width", None)),
+    )
+
+
+def _run_of(request: Request) -> RunFiles | None:
+    """The run directory around the (first) adapter or the fine-tuned denoiser, if it is one."""
+    path = request.adapters[0].path if request.adapters else request.unet
+    if path is None:
+        return None
+    for folder in list(path.absolute().parents)[:2]:
+        if folder.name != "export" and (folder / "config.yaml").is_file():
+            return read_run(folder)
+    return None
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigurationError(f"--device {name}: this device cannot be used here ({reason}); try cpu") from error
+    return device
+
+
+def _check_size(model: StableDiffusion, settings: Settings) -> None:
+    for option, value in (("--height", settings.height), ("--width", settings.width)):
+        if value is not None and value % model.vae_scale_factor:
+            near = max(1, round(value / model.vae_scale_factor)) * model.vae_scale_factor
+            raise ConfigurationError(
+                f"{option} {value}: this model makes pictures whose sides are multiples of {model.vae_scale_factor}; "
+                f"the nearest is {near}"
+            )
+
+
+def _load_tuned(model: StableDiffusion, request: Request) -> None:
+    for index, adapter in enumerate(request.adapters):
+        load_lora_weights(model.denoiser, adapter.path, f"adapter_{index}")
+    if request.unet is not None:
+        if request.compare or request.weights:
+            model.keep_reference()
+        load_component(model.denoiser, "unet", request.unet)
+
+
+def _as_variant(model: StableDiffusion, variant: Variant, request: Request) -> AbstractContextManager[None]:
+    """Within, the model is the row's: base, tuned, or tuned at a scale (θ = θ_pre + s·Σ_k α_k·θ_LoRA^k)."""
+    if not variant.tuned:
+        return model.reference() if request.adapters or request.unet else nullcontext()
+    if request.adapters:
+        weights = {f"adapter_{i}": variant.scale * adapter.weight for i, adapter in enumerate(request.adapters)}
+        mix(model.denoiser, weights)
+    return nullcontext()
+
+
+def _reward(request: Request, run: RunFiles | None, device: torch.device) -> Reward | None:
+    """The reward asked for; else the run's own, else the embedded one, as far as they can be had."""
+    from nemo_aligner_diffusion.rewards import build_reward
+
+    asked = request.reward
+    if asked is not None and asked.lower() == "none":
+        return None
+    if asked is not None:
+        by_name = asked.lower() in _ANALYTIC_REWARDS
+        config: Mapping[str, Any] = (
+            {"name": asked.lower()} if by_name else {"name": "clip", "model": {"restore_from_path": asked}}
+        )
+        return build_reward(config, device=device)
+    try:
+        return build_reward(run.config["rm"] if run and run.config.get("rm") else {"name": "clip"}, device=device)
+    except AlignerError as error:
+        print(f"note: the pictures are not scored, the reward cannot be loaded: {error}", file=sys.stderr)
+        return None
+
+
+@torch.no_grad()
+def _scores(reward: Reward, images: Tensor, prompts: list[str], batch_size: int) -> list[float]:
+    parts = [
+        reward(images[start : start + batch_size], prompts[start : start + batch_size])
+        for start in range(0, len(prompts), batch_size)
+    ]
+    return torch.cat(parts).tolist()
+
+
+def _warn_of_truncation(model: StableDiffusion, prompts: list[str]) -> None:
+    before = model.truncated_prompts
+    for start in range(0, len(prompts), 64):
+        model.encode_prompts(prompts[start : start + 64])
+    cut = model.truncated_prompts - before
+    if cut:
+        limit = model.tokenizer.model_max_length
+        print(
+            f"warning: {cut} prompt(s) are longer than {limit} tokens; what lies beyond has no effect", file=sys.stderr
+        )
+
+
+def _facts(request: Request, settings: Settings) -> dict[str, Any]:
+    """What a picture's metadata says of its making; paths as the user gave them."""
+    return {
+        "model": settings.model.name,
+        "unet": os.fspath(request.unet) if request.unet else None,
+        "lora": {os.fspath(adapter.path): adapter.weight for adapter in request.adapters},
+        "steps": settings.steps,
+        "guidance": settings.guidance,
+        "sampler": settings.sampler,
+        "eta": settings.eta,
+    }

@@ -1,0 +1,194 @@
+"""Grids and curves: what is where, and that it can be read back."""
+
+from __future__ import annotations
+
+import io
+import math
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from nemo_aligner_diffusion.errors import OutputError
+from nemo_aligner_diffusion.evaluation.curves import Curve, curve_plot, running_mean, save_curve_plot
+from nemo_aligner_diffusion.evaluation.figures import (
+    enlarge,
+    font,
+    format_gain,
+    format_number,
+    labelled_grid,
+    read_grid,
+    sample_grid,
+    save_image,
+    to_pictures,
+    wrap_text,
+)
+
+
+def flat(colour: tuple[float, float, float], height: int = 16, width: int = 16) -> torch.Tensor:
+    return torch.tensor(colour)[:, None, None].expand(3, height, width)
+
+
+COLOURS = [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (1.0, 1.0, 0.0), (0.0, 1.0, 1.0), (1.0, 0.0, 1.0)]
+
+
+def centre(image: Image.Image, rectangle: list[int]) -> tuple[int, int, int]:
+    left, top, width, height = rectangle
+    return image.getpixel((left + width // 2, top + height // 2))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (16, 48), (48, 16), (700, 300)])
+def test_every_cell_of_a_grid_shows_its_picture(tmp_path: Path, height: int, width: int) -> None:
+    base = torch.stack([flat(c, height, width) for c in COLOURS])
+    tuned = base.flip(0)
+    prompts = [f"prompt {i} " * 9 for i in range(6)]
+    grid = sample_grid(base, tuned, prompts, range(6), torch.arange(6) + 0.5, seeds=range(6), max_columns=4)
+    path = save_image(grid, tmp_path / "samples" / "step_000001.png")
+    cells = read_grid(Image.open(path))
+    assert cells is not None
+    read_back = Image.open(path).convert("RGB")
+    for index, cell in enumerate(cells):
+        assert centre(read_back, cell["base"]) == tuple(int(255 * v) for v in COLOURS[index])
+        assert centre(read_back, cell["tuned"]) == tuple(int(255 * v) for v in COLOURS[5 - index])
+        assert cell["tuned"][1] > cell["base"][1]  # base above tuned
+        assert cell["base"][2] / cell["base"][3] == pytest.approx(width / height, rel=0.01)
+        assert max(cell["base"][2:]) >= 128
+        assert (cell["prompt"], cell["seed"]) == (prompts[index], index)
+        assert (cell["base_reward"], cell["reward"]) == (index, index + 0.5)
+    rows = {cell["base"][1] for cell in cells}
+    assert len(rows) == 2  # six columns, at most four a band: two bands
+    assert [sum(cell["base"][1] == top for cell in cells) for top in sorted(rows)] == [3, 3]
+
+
+def test_a_gain_is_green_and_a_loss_is_red() -> None:
+    white = torch.ones(2, 3, 64, 64)
+    grid = np.asarray(sample_grid(white, white, ["a", "b"], [1.0, 1.0], [2.0, 0.5]))
+    left, right = grid[:, : grid.shape[1] // 2].astype(int), grid[:, grid.shape[1] // 2 :].astype(int)
+
+    def has(part: np.ndarray, colour: tuple[int, int, int]) -> bool:
+        return bool((abs(part - np.array(colour)).sum(-1) < 30).any())
+
+    assert has(left, (21, 128, 61))
+    assert not has(left, (185, 28, 28))
+    assert has(right, (185, 28, 28))
+    assert not has(right, (21, 128, 61))
+
+
+def test_a_grid_of_unequal_numbers_is_refused_with_the_numbers() -> None:
+    with pytest.raises(ValueError, match="'tuned_images': 1"):
+        sample_grid(torch.rand(2, 3, 8, 8), torch.rand(1, 3, 8, 8), ["a", "b"])
+    with pytest.raises(ValueError, match="at least one"):
+        sample_grid(torch.rand(0, 3, 8, 8), torch.rand(0, 3, 8, 8), [])
+
+
+def test_a_labelled_grid_takes_empty_places_and_unequal_sizes() -> None:
+    images = [[flat(COLOURS[0], 32, 32), None], [flat(COLOURS[1], 64, 32), Image.new("RGB", (20, 40), "blue")]]
+    grid = labelled_grid(images, ["scale 0.5", "scale 1"], ["red apple", "tree"], notes=[["1", ""], ["2", "3"]])
+    found = {tuple(pixel) for pixel in np.asarray(grid).reshape(-1, 3).tolist()}
+    assert {(255, 0, 0), (0, 255, 0), (0, 0, 255), (238, 240, 243)} <= found
+    with pytest.raises(ValueError, match="unequal length"):
+        labelled_grid([[None], [None, None]], ["a", "b"], ["c"])
+    with pytest.raises(ValueError, match="1 row and 1 column labels"):
+        labelled_grid([[None, None]], ["a"], ["c"])
+
+
+def test_pictures_keep_their_values_and_survive_nan() -> None:
+    values = torch.tensor([0.0, 1 / 255, 0.5, 254 / 255, 1.0, 2.0, -1.0, math.nan])
+    picture = to_pictures(values.expand(3, 2, 8)[None])[0]
+    assert np.asarray(picture)[0, :, 0].tolist() == [0, 1, 128, 254, 255, 255, 0, 0]
+    with pytest.raises(ValueError, match=r"\(1, 8, 8\)"):
+        to_pictures(torch.rand(1, 1, 8, 8))
+
+
+def test_small_pictures_grow_by_whole_factors() -> None:
+    checks = Image.fromarray((np.indices((16, 16)).sum(0) % 2 * 255).astype(np.uint8)).convert("RGB")
+    grown = enlarge(checks)
+    factor = grown.width // 16
+    assert grown.size == (16 * factor, 16 * factor)
+    assert grown.resize((16, 16), Image.Resampling.NEAREST).tobytes() == checks.tobytes()
+    assert set(np.asarray(grown).reshape(-1).tolist()) == {0, 255}  # no blur at this size
+    assert enlarge(Image.new("RGB", (64, 64))).size == (192, 192)
+    assert enlarge(Image.new("RGB", (300, 200))).size == (300, 200)
+    assert enlarge(Image.new("RGB", (1024, 512))).size == (512, 256)
+
+
+def test_text_is_wrapped_to_the_width() -> None:
+    face = font(13)
+    text = "a smiling face with heart-shaped eyes " * 4 + "Donaudampfschifffahrtselektrizitätenhauptbetriebswerk"
+    lines = wrap_text(text, 120, face, max_lines=40)
+    assert all(face.getlength(line) <= 120 for line in lines)
+    assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+    cut = wrap_text(text, 120, face, max_lines=2)
+    assert len(cut) == 2
+    assert cut[-1].endswith("…")
+    assert wrap_text("", 120, face, 3) == []
+
+
+def test_numbers_are_short_and_signed() -> None:
+    assert [format_number(v) for v in (21.4321, 0, -0.03125, 1.2e-7, 123456.7, math.nan)] == [
+        "21.43",
+        "0",
+        "\N{MINUS SIGN}0.0312",
+        "1.2e-07",
+        "123457",
+        "NaN",
+    ]
+    assert format_gain(0.5, 21.43) == "+0.50"
+    assert format_gain(-0.5, 21.43) == "\N{MINUS SIGN}0.50"
+
+
+def test_saving_leaves_nothing_half_written(tmp_path: Path) -> None:
+    target = tmp_path / "grid.png"
+    save_image(Image.new("RGB", (4, 4), "red"), target, {"prompt": "röd äpple 🍎"})
+    assert Image.open(target).info["prompt"] == "röd äpple 🍎"
+    assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OutputError, match="cannot write"):
+        save_image(Image.new("RGB", (4, 4)), tmp_path / "file" / "grid.png")
+
+
+def test_a_foreign_or_damaged_description_is_not_believed() -> None:
+    image = Image.new("RGB", (100, 100))
+    assert read_grid(image) is None
+    image.info["grid"] = '{"cells": [{"prompt": "a", "base": [0, 0, 90, 90], "tuned": [50, 50, 90, 90]}]}'
+    assert read_grid(image) is None  # reaches beyond the picture
+    image.info["grid"] = "{"
+    assert read_grid(image) is None
+
+
+def test_the_axes_lie_where_curve_plot_says() -> None:
+    """Draw a wide rectangle of a line and look for its pixels at the place computed from the returned area."""
+    data, area = curve_plot([Curve("reward", [0, 10], [5.0, 5.0], "#ff0000")], from_zero=True)
+    picture = Image.open(io.BytesIO(data)).convert("RGB")
+    low, high = area.y_range
+    assert low == 0
+    y = (1 - (area.bottom + area.height * (5.0 - low) / (high - low))) * picture.height
+    x = (area.left + area.width * (5.0 - area.x_range[0]) / (area.x_range[1] - area.x_range[0])) * picture.width
+    red, green, blue = picture.getpixel((round(x), round(y)))  # type: ignore[misc]
+    assert red > 200
+    assert green < 120
+    assert blue < 120
+
+
+def test_curves_take_gaps_and_refuse_nothing_at_all(tmp_path: Path) -> None:
+    path = save_curve_plot(
+        tmp_path / "kl.svg",
+        [Curve("$a_b$ <tuned>", [1, 2, 3], [1e-6, math.nan, 1e-2]), Curve("empty", [1, 2, 3], [math.nan] * 3)],
+        log=True,
+    )
+    root = ElementTree.parse(path).getroot()
+    assert root.tag.endswith("svg")
+    with pytest.raises(ValueError, match="no finite value"):
+        curve_plot([Curve("empty", [1], [math.nan])])
+    with pytest.raises(ValueError, match="'pdf'"):
+        curve_plot([Curve("a", [1], [1.0])], file_format="pdf")
+
+
+def test_the_running_mean_is_unbiased_and_passes_over_gaps() -> None:
+    assert running_mean([3.0, 3.0, 3.0], 2.0) == pytest.approx([3.0, 3.0, 3.0])
+    smoothed = running_mean([1.0, math.nan, 0.0], 1.0)
+    assert math.isnan(smoothed[1])
+    assert smoothed[2] == pytest.approx(1 / 3)  # weights ½ for the old, 1 for the new: 0.5·1/(0.5+1)

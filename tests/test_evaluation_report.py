@@ -1,0 +1,285 @@
+"""report.html: complete, harmless, and there for a run in any state."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from html import unescape
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemo_aligner_diffusion.errors import OutputError
+from nemo_aligner_diffusion.evaluation.figures import sample_grid, save_image
+from nemo_aligner_diffusion.evaluation.findings import diversity_kept, findings
+from nemo_aligner_diffusion.evaluation.report import duration, main, write_report
+from nemo_aligner_diffusion.evaluation.run_files import read_run, read_table
+
+HOSTILE = "<script>alert(1)</script> & \"quotes\" 'single'"
+CONFIG = """
+name: draftp_sd
+trainer: {devices: 1, draftp_sd: {max_steps: 20}}
+exp_manager: {explicit_log_dir: results/demo}
+model:
+  algorithm: draft+
+  kl_coeff: 0.2
+  infer: {unconditional_guidance_scale: 4.0, inference_steps: 20, sampler_type: DDIM}
+  peft: {peft_scheme: sdlora, lora_tuning: {adapter_dim: 8}}
+  optim: {name: fused_adam, lr: 0.001}
+rm: {name: clip, model: {restore_from_path: null}}
+"""
+
+
+class Page(HTMLParser):
+    """Checks that tags close, and collects what a browser would load or run."""
+
+    VOID = frozenset({"meta", "img", "br", "input", "path", "use", "link", "hr"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+        self.scripts = 0
+        self.ids: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self.scripts += tag == "script"
+        for name, value in attrs:
+            assert not name.startswith("on"), f"an event handler in <{tag}>"
+            if name == "id":
+                self.ids.append(value or "")
+            if name in ("src", "href", "xlink:href", "action", "data"):
+                self.addresses.append(value or "")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+def make_run(folder: Path, steps: int = 20, described: bool = True, **validation: str) -> Path:
+    (folder / "samples").mkdir(parents=True)
+    (folder / "config.yaml").write_text(CONFIG)
+    lines = ["step,reward,kl_penalty,loss,grad_norm,lr,images_per_second,peak_memory_bytes,images,seconds,reward/clip"]
+    lines += [f"{s},{20 + s / 10},{s / 1000},-20,0.{s:03d},0.001,6.5,2000000000,8,1.5,{s}" for s in range(1, steps + 1)]
+    (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
+    extra, values = ",".join(["", *validation]), ",".join(["", *validation.values()])
+    rows = [f"{s},{20 + s / 10},20{values}" for s in range(0, steps + 1, 10)]
+    (folder / "validation.csv").write_text("\n".join([f"step,reward,base_reward{extra}", *rows]) + "\n")
+    for step in range(0, steps + 1, 10):
+        grid = sample_grid(
+            torch.zeros(2, 3, 16, 16),
+            torch.full((2, 3, 16, 16), step / 20),
+            ["red apple", HOSTILE],
+            [20.0, 21.0],
+            [20.0 + step, 20.5],
+            seeds=[0, 1],
+        )
+        if not described:
+            grid.info.clear()
+        save_image(grid, folder / "samples" / f"step_{step:06d}.png")
+    scores = [
+        {"prompt": "red apple", "seed": 0, "base_reward": 20.0, "reward": 22.0},
+        {"prompt": HOSTILE, "seed": 1, "base_reward": 21.0, "reward": 20.5},
+    ]
+    (folder / "validation_samples.json").write_text(json.dumps({"step": steps, "prompts": scores}))
+    state = {"status": "finished", "command": ["train.py", "model.kl_coeff=0.2"], "host": HOSTILE, "skipped_steps": 1}
+    (folder / "run.json").write_text(json.dumps(state))
+    return folder
+
+
+def read(path: Path) -> tuple[str, Page]:
+    text = path.read_text(encoding="utf-8")
+    return text, Page(text)
+
+
+def test_a_finished_run_has_everything(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "export").mkdir()
+    (run / "export" / "pytorch_lora_weights.safetensors").write_bytes(b"")
+    text, page = read(write_report(run))
+    for words in (
+        "DRaFT+",
+        "a LoRA of rank 8",
+        "the embedded CLIP reward",
+        "20.00 → 22.00",
+        "1 of 2 validation pictures",
+        "Validation reward",
+        "KL penalty",
+        "Gradient norm",
+        "Learning rate",
+        "Parts of the reward",
+        "1 optimizer step skipped",
+        "load_lora_weights",
+        "--scales 0,0.5,1,1.5",
+        "unconditional_guidance_scale",
+        "of 20 · 30 s",
+    ):
+        assert words in text, words
+    assert 'class="chosen">model.kl_coeff' in text
+    assert text.count('class="pair"') == 2
+    assert text.count("data:image/") == 2 * 2 + 2 * 3  # pairs; and for each prompt base, step 10 and step 20
+    assert all(address.startswith(("data:image/", "#")) for address in page.addresses)
+    assert len(page.ids) == len(set(page.ids))
+    assert not re.search(r"https?://(?!www\.w3\.org/)", text)  # namespaces of SVG are names, not requests
+
+
+def test_text_of_others_stays_text(tmp_path: Path) -> None:
+    text, page = read(write_report(make_run(tmp_path / "run")))
+    assert page.scripts == 1  # the page's own
+    assert "<script>alert" not in text
+    assert unescape(text).count(HOSTILE) >= 4  # pair, alt texts, table of prompts, environment
+
+
+def test_curves_can_be_read_off(tmp_path: Path) -> None:
+    text, _ = read(write_report(make_run(tmp_path / "run")))
+    curves = [json.loads(unescape(found)) for found in re.findall(r'data-curves="([^"]*)"', text)]
+    validation = next(c for c in curves if [s["label"] for s in c["series"]] == ["tuned", "base"])
+    assert validation["series"][0] == {"label": "tuned", "x": [0, 10, 20], "y": [20, 21, 22]}
+    assert 0 < validation["area"]["left"] < 0.2
+
+
+def test_the_report_is_the_same_for_the_same_run(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    first = write_report(run).read_bytes()
+    assert write_report(run).read_bytes() == first
+
+
+def test_a_full_fine_tune_says_how_to_use_its_unet(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "config.yaml").write_text(CONFIG.replace("sdlora", "none") + "")
+    (run / "export" / "unet").mkdir(parents=True)
+    (run / "export" / "unet" / "config.json").write_text("{}")
+    text, _ = read(write_report(run))
+    assert "UNet2DConditionModel.from_pretrained" in text
+    assert "load_lora_weights" not in text
+    assert "all denoiser weights of the embedded model" in text
+
+
+@pytest.mark.parametrize("keep", [(), ("config.yaml",), ("metrics.csv",), ("samples",), ("run.json",)])
+def test_any_part_of_a_run_makes_a_page(tmp_path: Path, keep: tuple[str, ...]) -> None:
+    run = make_run(tmp_path / "run")
+    for path in sorted(run.rglob("*"), reverse=True):
+        if path.relative_to(run).parts[0] not in keep:
+            path.rmdir() if path.is_dir() else path.unlink()
+    text, _ = read(write_report(run))
+    assert "Before and after" in text
+    assert ("No optimizer step yet" in text) == ("metrics.csv" not in keep)
+
+
+def test_a_run_stopped_after_a_step(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=1)
+    with (run / "metrics.csv").open("a") as stream:
+        stream.write("2,20.5,0.00")  # killed while writing
+    (run / "run.json").write_text(json.dumps({"status": "interrupted"}))
+    text, _ = read(write_report(run))
+    assert "This run was interrupted" in text
+    assert "until step 1 of 20" in text
+    assert "Training reward" in text
+
+
+def test_damaged_files_are_named_and_cost_only_themselves(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "run.json").write_text("{")
+    (run / "validation_samples.json").write_text('{"prompts": [{}]}')
+    (run / "config.yaml").write_text("a: [")
+    newest = run / "samples" / "step_000020.png"
+    newest.write_bytes(newest.read_bytes()[:200])
+    text, _ = read(write_report(run))
+    for name in ("run.json", "validation_samples.json", "config.yaml"):
+        assert f"{name} cannot be read" in text
+    assert "Step 10." in text  # the newest whole grid
+    assert "Training reward" in text
+
+
+def test_grids_of_another_writer_are_shown_whole(tmp_path: Path) -> None:
+    text, _ = read(write_report(make_run(tmp_path / "run", described=False)))
+    assert text.count('class="whole"') == 1 + 2
+    assert 'class="pair"' not in text
+
+
+def test_a_missing_directory_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(OutputError, match="is no folder"):
+        write_report(tmp_path / "nothing")
+    assert main([str(tmp_path / "nothing")]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+    assert main([str(make_run(tmp_path / "run"))]) == 0
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+def titles(run: Path) -> list[str]:
+    return [finding.title for finding in findings(read_run(run))]
+
+
+def test_lost_diversity_is_a_warning(tmp_path: Path) -> None:
+    assert not any(
+        "Diversity" in title for title in titles(make_run(tmp_path / "a", diversity="0.5", base_diversity="0.6"))
+    )
+    lost = make_run(tmp_path / "b", diversity="0.3", base_diversity="0.6")
+    assert "Diversity fell to 50% of the base model's" in titles(lost)
+    assert diversity_kept(read_run(lost)) == pytest.approx(0.5)
+    assert diversity_kept(read_run(make_run(tmp_path / "c", diversity_ratio="0.9"))) == pytest.approx(0.9)
+
+
+def write_metrics(run: Path, reward: list[float], kl: list[float], norm: list[float]) -> None:
+    rows = [f"{i + 1},{r},{k},{n}" for i, (r, k, n) in enumerate(zip(reward, kl, norm, strict=True))]
+    (run / "metrics.csv").write_text("\n".join(["step,reward,kl_penalty,grad_norm", *rows]) + "\n")
+
+
+def test_reward_bought_with_kl_is_a_warning(tmp_path: Path) -> None:
+    run, steps = make_run(tmp_path / "run"), range(60)
+    title = "The last third of the run is bought dearly"
+    steady = [math.sqrt(s) for s in steps], [0.001 * s for s in steps]
+    write_metrics(run, *steady, norm=[1.0] * 60)
+    assert title not in titles(run)
+    hacked = [min(s, 40) / 10 + s / 100 for s in steps], [0.001 * s + (0.01 * (s - 40) if s > 40 else 0) for s in steps]
+    write_metrics(run, *hacked, norm=[1.0] * 60)
+    assert title in titles(run)
+
+
+def test_exploding_gradients_are_a_warning(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    write_metrics(run, [1.0] * 60, [0.0] * 60, [1.0] * 60)
+    assert "Gradients are growing" not in titles(run)
+    write_metrics(run, [1.0] * 60, [0.0] * 60, [1.0] * 50 + [30.0] * 10)
+    assert "Gradients are growing" in titles(run)
+
+
+def test_a_reward_that_collapses_is_a_warning(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "validation.csv").write_text("step,reward,base_reward\n0,20,20\n10,22,20\n20,21.8,20\n")
+    assert "The reward has fallen from its best value" not in titles(run)
+    (run / "validation.csv").write_text("step,reward,base_reward\n0,20,20\n10,22,20\n20,20.5,20\n")
+    assert "The reward has fallen from its best value" in titles(run)
+    (run / "validation.csv").write_text("step,reward,base_reward\n0,20,20\n20,19,20\n")
+    assert "The tuned model scores below the base model" in titles(run)
+
+
+def test_a_resumed_table_keeps_the_last_row_of_a_step(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    path.write_text("step,reward\n1,1.0\n2,2.0\n3,3.0\n2,20\n3,nonsense\n4\n")
+    table = read_table(path)
+    assert table["step"] == [1, 2, 3]
+    assert table["reward"][:2] == [1.0, 20.0]
+    assert math.isnan(table["reward"][2])
+    path.write_text("")
+    assert read_table(path) == {}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(3.25, "3.2 s"), (42, "42 s"), (252.4, "4 min 12 s"), (11100, "3 h 05 min")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
