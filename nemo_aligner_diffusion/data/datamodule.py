@@ -1,0 +1,167 @@
+"""The prompts of a training run as a LightningDataModule: layout from the trainer, position in its checkpoints."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+
+from nemo_aligner_diffusion.data.paths import PathSpec
+from nemo_aligner_diffusion.data.prompt_files import OnBadSample
+from nemo_aligner_diffusion.data.prompts import PromptDataset, PromptLoader, build_prompt_loader
+from nemo_aligner_diffusion.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+
+class PromptDataModule(pl.LightningDataModule):
+    """Training prompts without end (or for ``epochs``), validation prompts once each in file order.
+
+    The data-parallel rank and size come from the trainer's strategy when it sets the module up (under tensor
+    parallelism they are the data-parallel ones, so a tensor group sees one batch), or from ``rank`` and ``world_size``.
+    Lightning saves the number of consumed samples in its checkpoints and a resumed run goes on with the next one,
+    under another layout too. One iteration of the training loader covers all epochs: give the trainer ``max_steps``,
+    not ``max_epochs``.
+
+    Args:
+        train: what :func:`~nemo_aligner_diffusion.data.prompts.expand_paths` accepts.
+        validation: the same, or None for no validation loader.
+        micro_batch_size: prompts a training batch on one rank.
+        global_batch_size: prompts an optimizer step over all ranks; see
+            :class:`~nemo_aligner_diffusion.data.prompts.PromptDataset` for this and for ``seed``, ``shuffle_buffer``,
+            ``epochs``, ``incomplete``, which concern training, and ``on_bad_sample``.
+        validation_batch_size: prompts a validation batch on one rank; ``micro_batch_size`` by default. Validation
+            "wraps": an ``index`` not below the number of prompts marks a repetition that fills the last batch.
+        start_sample: global samples to leave out at the start; a loaded checkpoint overrides it.
+
+    >>> data = PromptDataModule("prompts-{0000..0012}.tar", micro_batch_size=1, global_batch_size=8)  # doctest: +SKIP
+    >>> trainer.fit(model, datamodule=data)  # doctest: +SKIP
+
+    Raises:
+        DataError: at ``setup`` when files are missing, the first prompt cannot be read, or sizes do not fit.
+    """
+
+    def __init__(
+        self,
+        train: PathSpec,
+        validation: PathSpec | None = None,
+        *,
+        micro_batch_size: int,
+        global_batch_size: int | None = None,
+        seed: int = 0,
+        shuffle_buffer: int = 10_000,
+        num_workers: int = 0,
+        epochs: int | None = None,
+        incomplete: Literal["drop", "wrap"] = "drop",
+        on_bad_sample: OnBadSample = "error",
+        validation_batch_size: int | None = None,
+        start_sample: int = 0,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        if (rank is None) != (world_size is None):
+            raise DataError(f"rank is {rank} and world_size is {world_size}; expected both or neither")
+        self.train = train
+        self.validation = validation
+        self.micro_batch_size = micro_batch_size
+        self.validation_batch_size = validation_batch_size or micro_batch_size
+        self.num_workers = num_workers
+        self.on_bad_sample = on_bad_sample
+        self.start_sample = start_sample
+        self._order: dict[str, Any] = {"seed": seed, "shuffle_buffer": shuffle_buffer}
+        self._end: dict[str, Any] = {
+            "epochs": epochs,
+            "incomplete": incomplete,
+            "global_batch_size": global_batch_size,
+        }
+        self._layout = None if rank is None or world_size is None else (rank, world_size)
+        self._batches_before = 0  # the trainer's count when the current training loader was made
+        self._train_prompts: PromptDataset | None = None
+        self._validation_loader: PromptLoader | None = None
+
+    @property
+    def data_parallel(self) -> tuple[int, int]:
+        """(rank, size) of the data-parallel group."""
+        if self._layout is not None:
+            return self._layout
+        layout = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
+        return (int(layout["rank"]), int(layout["num_replicas"])) if layout else (0, 1)
+
+    @property
+    def samples_consumed(self) -> int:
+        """Global samples whose micro-step is over: prefetched batches do not count, skipped steps do."""
+        if self._train_prompts is None:
+            return self.start_sample
+        batches = self._batches_processed() - self._batches_before
+        return self._train_prompts.start_sample + batches * self._train_prompts.step_size
+
+    def setup(self, stage: str | None = None) -> None:
+        """Check the files and read one prompt of each kind, before anything slow happens."""
+        if stage in (None, "fit"):
+            self._make_train_loader()
+        if stage in (None, "fit", "validate") and self.validation is not None:
+            rank, world_size = self.data_parallel
+            self._validation_loader = build_prompt_loader(
+                self.validation,
+                micro_batch_size=self.validation_batch_size,
+                shuffle_buffer=0,
+                rank=rank,
+                world_size=world_size,
+                epochs=1,
+                incomplete="wrap",
+                on_bad_sample=self.on_bad_sample,
+            )
+
+    def train_dataloader(self) -> PromptLoader:
+        """Return the loader from the first unconsumed sample on."""
+        self.start_sample = self.samples_consumed
+        loader = self._make_train_loader()
+        self._train_prompts = loader.prompts
+        self._batches_before = self._batches_processed()
+        return loader
+
+    def val_dataloader(self) -> PromptLoader | list[PromptLoader]:
+        """Return the validation loader; without such prompts an empty list, which Lightning takes for no validation."""
+        return [] if self._validation_loader is None else self._validation_loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position, and what the order of the stream depends on."""
+        return {"samples_consumed": self.samples_consumed, "order": dict(self._order)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a saved position; warn when seed or shuffle buffer differ: then it is a place in another order."""
+        self.start_sample = int(state_dict["samples_consumed"])
+        self._train_prompts = None
+        for name, saved in state_dict.get("order", {}).items():
+            now = self._order.get(name)
+            if now != saved:
+                logger.warning(
+                    "the checkpoint was written with %s %s and this run has %s: prompts are no longer seen exactly "
+                    "once in the epoch under way; set it back to %s for an exact continuation",
+                    name,
+                    saved,
+                    now,
+                    saved,
+                )
+
+    def _make_train_loader(self) -> PromptLoader:
+        rank, world_size = self.data_parallel
+        return build_prompt_loader(
+            self.train,
+            micro_batch_size=self.micro_batch_size,
+            rank=rank,
+            world_size=world_size,
+            num_workers=self.num_workers,
+            start_sample=self.start_sample,
+            on_bad_sample=self.on_bad_sample,
+            **self._order,
+            **self._end,
+        )
+
+    def _batches_processed(self) -> int:
+        """Training batches of this rank in the trainer's count, which resuming restores: only differences are used."""
+        if self.trainer is None:
+            return 0
+        return int(self.trainer.fit_loop.epoch_loop.batch_progress.total.processed)  # type: ignore[attr-defined]

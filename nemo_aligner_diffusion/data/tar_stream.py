@@ -1,0 +1,202 @@
+"""A walk through the members of a tar file: forward only, bounded in memory, exact about what is wrong.
+
+The standard ``tarfile`` reads extension headers of any size into memory, takes a file cut at a block boundary for a
+whole one, does not check the checksum of a gzip stream, and takes several times as long; every rank walks every shard
+(``prompts.py`` says why), so all four matter here. Format: POSIX.1-1988 (ustar), POSIX.1-2001 (pax), GNU long names.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from nemo_aligner_diffusion.errors import DataError
+
+BLOCK = 512  # bytes; headers are one block, data is padded to whole blocks
+MAX_EXTENSION_BYTES = 1 << 20  # a pax or GNU long-name header; real ones hold a path
+MAX_TRAILER_BYTES = 1 << 20  # padding read after the end marker to reach a gzip stream's checksum
+ZERO_BLOCK = bytes(BLOCK)
+REGULAR = b"0\x007"  # type flags of regular files; 7 is "contiguous", the same to a reader
+PAX_LOCAL, PAX_GLOBAL, GNU_LONG_NAME, GNU_LONG_LINK = b"x", b"g", b"L", b"K"
+
+
+class Member(NamedTuple):
+    """One member: ``kind`` is "file", "folder", "link" or "other"; ``data`` is None unless it was asked for."""
+
+    name: str
+    kind: str
+    size: int
+    data: bytes | None
+
+
+def walk_tar(path: Path, wanted: Callable[[str, str, int], bool]) -> Iterator[Member]:
+    """Yield every member of a plain or gzipped tar in order; read the data of those that ``wanted(name, kind, size)``.
+
+    Memory is bounded by the largest member that ``wanted`` accepts. Links are reported, never followed; nothing is
+    written to disk.
+
+    Raises:
+        DataError: the file is no tar, is damaged, or ends before its end-of-archive marker.
+    """
+    try:
+        with open(path, "rb") as raw:
+            if raw.read(2) == b"\x1f\x8b":
+                raw.seek(0)
+                with gzip.GzipFile(fileobj=raw, mode="rb") as stream:
+                    yield from _walk(path, stream, None, wanted)  # type: ignore[arg-type]
+            else:
+                raw.seek(0)
+                yield from _walk(path, raw, os.fstat(raw.fileno()).st_size, wanted)
+    except EOFError as error:
+        raise _truncated(path, "its gzip stream has no end") from error
+    except (zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path} is damaged: its gzip stream does not decompress ({error}); copy it again") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _walk(
+    path: Path, stream: IO[bytes], file_size: int | None, wanted: Callable[[str, str, int], bool]
+) -> Iterator[Member]:
+    """``file_size`` is None for a compressed stream, whose length nobody knows before its end."""
+    last = ""  # the last complete member, for error messages
+    long_name: str | None = None
+    long_size: int | None = None
+    while True:
+        header = stream.read(BLOCK)
+        if header == ZERO_BLOCK:
+            break
+        if len(header) < BLOCK:
+            if header and not last:
+                raise _not_a_tar(path, header)
+            raise _truncated(
+                path, f"it stops after member {last!r} without an end marker" if last else "it holds nothing"
+            )
+        if not _checksum_is_right(header):
+            if not last and long_name is None:
+                raise _not_a_tar(path, header)
+            raise DataError(
+                f"{path} is damaged after member {last!r}: no valid tar header there; copy or write it again"
+            )
+        kind_flag, size = header[156:157], _number(header[124:136])
+        if size < 0:
+            raise DataError(
+                f"{path} is damaged after member {last!r}: a member of {size} bytes; copy or write it again"
+            )
+
+        if kind_flag in (PAX_LOCAL, PAX_GLOBAL, GNU_LONG_NAME, GNU_LONG_LINK):
+            if size > MAX_EXTENSION_BYTES:
+                raise DataError(
+                    f"{path}: a tar extension header of {size:,} bytes after member {last!r}; expected at most "
+                    f"{MAX_EXTENSION_BYTES:,}: the file is damaged or hostile"
+                )
+            body = _read_data(path, stream, size, last)
+            if kind_flag == GNU_LONG_NAME:
+                long_name = _text(body)
+            elif kind_flag == PAX_LOCAL:
+                records = _pax_records(path, body, last)
+                long_name = records.get("path", long_name)
+                long_size = int(records["size"]) if records.get("size", "").isdecimal() else long_size
+            continue
+
+        name = _text(header[:100])
+        if (
+            header[257:262] == b"ustar" and header[263:265] == b"00" and header[345:346] != b"\0"
+        ):  # not GNU, which keeps times there
+            name = f"{_text(header[345:500])}/{name}"
+        name = long_name if long_name is not None else name
+        size = long_size if long_size is not None else size
+        long_name = long_size = None
+
+        kind = {b"5": "folder", b"1": "link", b"2": "link"}.get(kind_flag, "file" if kind_flag in REGULAR else "other")
+        if kind == "file" and name.endswith("/"):  # how tar said "folder" before 1988
+            kind = "folder"
+        if kind in ("folder", "link"):
+            size = 0  # whatever their size field says, no data follows
+        if wanted(name, kind, size):
+            data: bytes | None = _read_data(path, stream, size, name)
+        else:
+            _skip_data(path, stream, size, name, file_size)
+            data = None
+        yield Member(name, kind, size, data)
+        last = name
+    if file_size is None:
+        # Reading on to the end is what makes the gzip module compare its checksum.
+        for _ in range(MAX_TRAILER_BYTES // BLOCK):
+            if not stream.read(BLOCK):
+                break
+
+
+def _checksum_is_right(header: bytes) -> bool:
+    try:
+        stored = int(header[148:156].strip(b" \0") or b"0", 8)
+    except ValueError:
+        return False
+    return stored == sum(header) - sum(header[148:156]) + 8 * ord(" ")
+
+
+def _number(field: bytes) -> int:
+    """An octal number, or GNU's base-256 for what octal cannot hold; -1 for neither."""
+    if field[0] in (0x80, 0xFF):
+        return int.from_bytes(field[1:], "big", signed=field[0] == 0xFF)
+    try:
+        return int(field.strip(b" \0") or b"0", 8)
+    except ValueError:
+        return -1
+
+
+def _text(field: bytes) -> str:
+    return field.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
+
+
+def _read_data(path: Path, stream: IO[bytes], size: int, name: str) -> bytes:
+    padded = -(-size // BLOCK) * BLOCK
+    data = stream.read(padded)
+    if len(data) < padded:
+        raise _truncated(path, f"it stops inside member {name!r} ({len(data):,} of {padded:,} bytes are there)")
+    return data[:size]
+
+
+def _skip_data(path: Path, stream: IO[bytes], size: int, name: str, file_size: int | None) -> None:
+    left = -(-size // BLOCK) * BLOCK
+    if file_size is not None:
+        if stream.tell() + left > file_size:
+            raise _truncated(path, f"it stops inside member {name!r}")
+        stream.seek(left, os.SEEK_CUR)
+        return
+    while left:
+        chunk = stream.read(min(left, 1 << 20))
+        if not chunk:
+            raise _truncated(path, f"it stops inside member {name!r}")
+        left -= len(chunk)
+
+
+def _pax_records(path: Path, body: bytes, last: str) -> dict[str, str]:
+    """Records ``"<length> <keyword>=<value>\\n"``, the length counting itself."""
+    records: dict[str, str] = {}
+    while body.strip(b"\0"):
+        length, _, _ = body.partition(b" ")
+        end = int(length) if length.isdigit() and len(length) < 10 else 0
+        keyword, equals, value = body[len(length) + 1 : max(end - 1, 0)].partition(b"=")
+        if not equals or end > len(body):
+            raise DataError(
+                f"{path} is damaged after member {last!r}: a pax header that cannot be read; write the shard again"
+            )
+        records[keyword.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
+        body = body[end:]
+    return records
+
+
+def _truncated(path: Path, where: str) -> DataError:
+    return DataError(f"{path} is truncated: {where}; was the copy interrupted? Copy or write the shard again")
+
+
+def _not_a_tar(path: Path, start: bytes) -> DataError:
+    return DataError(
+        f"{path} is not a tar archive: it starts with {start[:16]!r}; expected a shard (.tar, .tar.gz, .tgz) or a file "
+        "named *.txt with one prompt a line"
+    )
