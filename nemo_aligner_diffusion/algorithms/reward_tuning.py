@@ -6,9 +6,11 @@ A datum's way: prompts → conditioning → ``z_0`` → trajectory → latent th
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import pytorch_lightning as pl
@@ -17,6 +19,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from nemo_aligner_diffusion.diffusion.families.stable_diffusion import StableDiffusion
+from nemo_aligner_diffusion.diffusion.generate import generate
 from nemo_aligner_diffusion.diffusion.guidance import guided_predictor
 from nemo_aligner_diffusion.diffusion.noise import gaussian, plan_random, sample_generator
 from nemo_aligner_diffusion.diffusion.sampler import Sampler
@@ -30,9 +33,24 @@ OptimizerFactory = Callable[[list[tuple[str, Parameter]]], tuple[torch.optim.Opt
 class NonFiniteGuard(Protocol):
     """Decides what to do about NaN or infinite rewards and gradients."""
 
-    def check(self, step: int, prompts: Sequence[str], *, reward: float, grad_norm: float) -> bool:
-        """True if this update must be skipped; raises when too many came in a row."""
+    def check(self, step: int, prompts: Sequence[str], **values: Any) -> bool:
+        """True if the update of this step must be skipped; raises when too many came in a row.
+
+        ``values`` are numbers by name (``grad_norm``) or one number for each prompt (``reward``).
+        """
         ...
+
+
+@dataclass(frozen=True)
+class ValidationPictures:
+    """The last validation, all ranks together: ``N`` (prompt, seed) pairs, pictures ``(N, 3, H, W)`` in [0, 1]."""
+
+    prompts: list[str]
+    seeds: list[int]
+    base: Tensor
+    tuned: Tensor
+    base_rewards: list[float]
+    tuned_rewards: list[float]
 
 
 class RewardTuning(pl.LightningModule):
@@ -91,8 +109,14 @@ class RewardTuning(pl.LightningModule):
         self.guard = guard
         self.last_metrics: dict[str, float] = {}
         self.last_validation: dict[str, float] = {}
+        self.validation_prompts: list[str] = []  # prompt of each row of the validation set
+        self.validation_pictures: ValidationPictures | None = None
+        self.validated_step = -1
+        self._base: dict[int, tuple[Tensor, Tensor]] = {}  # row of the validation set -> base picture and reward
+        self._validated: list[tuple[int, str, int, Tensor, Tensor]] = []
         self._micro_batches: list[dict[str, Tensor]] = []  # figures of the micro-batches of the running optimizer step
         self._prompts: list[str] = []
+        self._rewards: list[Tensor] = []
         self._grad_norm = float("nan")
         self._step_started = 0.0
         if kl_coeff:
@@ -116,17 +140,17 @@ class RewardTuning(pl.LightningModule):
             self._noise(batch["index"], like=conditioning.encoder_hidden_states).__next__,
             reference=self._frozen(predict) if self.kl_coeff else None,
         )
-        rewards: list[Tensor] = []
+        scored: list[tuple[Tensor, dict[str, Tensor]]] = []
         share = 1.0 / len(trajectory.reads)
 
         def objective(images: Tensor, rows: slice) -> Tensor:
-            scores = self.reward(images, prompts[rows])
-            rewards.append(scores.detach())
+            scores, parts = self.reward.scores(images, prompts[rows])
+            scored.append((scores.detach(), {name: part.detach() for name, part in parts.items()}))
             return self.reward_loss(scores).sum() * (share / len(prompts))
 
         gradients = reward_gradient(trajectory.reads, self.model.decode, objective, self.decode_micro_batch_size)
         surrogate = sum((read * g.detach()).sum() for read, g in zip(trajectory.reads, gradients, strict=True))
-        scores = torch.cat(rewards)
+        scores = torch.cat([score for score, _ in scored])
         loss = self.reward_loss(scores).mean()
         divergence = torch.zeros((), device=scores.device)
         if trajectory.divergence is not None:
@@ -135,16 +159,19 @@ class RewardTuning(pl.LightningModule):
             loss = loss + self.kl_coeff * divergence
         if not torch.isfinite(scores).all():  # poison the gradient: every rank of a group then skips this update
             surrogate = surrogate * float("nan")
+        figures = {
+            "reward": scores.mean(),
+            "kl_penalty": divergence,
+            "loss": loss,
+            "images": torch.tensor(float(len(prompts)), device=scores.device),
+            "active_steps": torch.tensor(float(len(plan.active)), device=scores.device),
+        }
+        if len(scored[0][1]) > 1:  # a composite reward: each part on its own
+            for name in scored[0][1]:
+                figures[f"reward_{name}"] = torch.cat([parts[name] for _, parts in scored]).mean()
+        self._micro_batches.append(figures)
         self._prompts += prompts
-        self._micro_batches.append(
-            {
-                "reward": scores.mean(),
-                "kl_penalty": divergence,
-                "loss": loss,
-                "images": torch.tensor(float(len(prompts)), device=scores.device),
-                "active_steps": torch.tensor(float(len(plan.active)), device=scores.device),
-            }
-        )
+        self._rewards.append(scores.reshape(len(trajectory.reads), -1).mean(0))
         return surrogate
 
     def reward_loss(self, scores: Tensor) -> Tensor:
@@ -182,11 +209,12 @@ class RewardTuning(pl.LightningModule):
         """After all micro-batches and the reduction over ranks, before clipping."""
         gradients = [p.grad for _, p in self.trainable_parameters() if p.grad is not None]
         self._grad_norm = float(torch.nn.utils.get_total_norm(gradients))
-        reward = float(torch.stack([figures["reward"] for figures in self._micro_batches]).mean())
-        # every rank has the same gradient here, hence the same decision
-        skip = not torch.isfinite(torch.tensor(self._grad_norm))
+        # a non-finite reward anywhere has poisoned the gradient everywhere: all ranks decide alike
+        skip = not math.isfinite(self._grad_norm)
         if self.guard is not None:
-            skip = self.guard.check(self.global_step, self._prompts, reward=reward, grad_norm=self._grad_norm) or skip
+            rewards = torch.cat(self._rewards)
+            step = self.global_step + 1  # as metrics.csv counts
+            skip = self.guard.check(step, self._prompts, reward=rewards, grad_norm=self._grad_norm) or skip
         if skip:
             optimizer.zero_grad(set_to_none=True)  # a parameter without gradient is left alone, its moments too
 
@@ -199,4 +227,64 @@ class RewardTuning(pl.LightningModule):
         self.last_metrics["images"] *= len(self._micro_batches) * self.trainer.world_size
         self.last_metrics["grad_norm"] = self._grad_norm
         self.last_metrics["seconds"] = time.perf_counter() - self._step_started
-        self._micro_batches, self._prompts = [], []
+        self._micro_batches, self._prompts, self._rewards = [], [], []
+
+    # validation: the same prompts and seeds every time, base against tuned
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        prompts, seeds, rows = batch["prompts"], batch["seeds"], batch["rows"]
+        if any(row not in self._base for row in rows):
+            with self.model.reference():
+                self._base |= dict(zip(rows, self._pictures(prompts, seeds), strict=True))
+        for row, prompt, seed, (picture, score) in zip(
+            rows, prompts, seeds, self._pictures(prompts, seeds), strict=True
+        ):
+            self._validated.append((row, prompt, seed, picture, score))
+
+    def on_validation_epoch_end(self) -> None:
+        rows = [row for row, *_ in self._validated]
+        mine = {
+            "rows": torch.tensor(rows, device=self.device),
+            "seeds": torch.tensor([seed for _, _, seed, _, _ in self._validated], device=self.device),
+            "base": torch.stack([self._base[row][0] for row in rows]).to(self.device),
+            "tuned": torch.stack([picture for *_, picture, _ in self._validated]).to(self.device),
+            "base_rewards": torch.stack([self._base[row][1] for row in rows]).to(self.device),
+            "tuned_rewards": torch.stack([score for *_, score in self._validated]).to(self.device),
+        }
+        if self.trainer.world_size > 1:
+            mine = {name: value.flatten(0, 1) for name, value in self.all_gather(mine).items()}
+        together = {name: value.cpu() for name, value in mine.items()}
+        order = {int(row): place for place, row in reversed(list(enumerate(together["rows"])))}  # each row once
+        places = [order[row] for row in sorted(order)]
+        base, tuned = together["base_rewards"][places], together["tuned_rewards"][places]
+        self.validation_pictures = ValidationPictures(
+            prompts=[self.validation_prompts[row] for row in sorted(order)],
+            seeds=[int(seed) for seed in together["seeds"][places]],
+            base=together["base"][places],
+            tuned=together["tuned"][places],
+            base_rewards=base.tolist(),
+            tuned_rewards=tuned.tolist(),
+        )
+        self.last_validation = {
+            "reward": float(tuned.mean()),
+            "base_reward": float(base.mean()),
+            "share_improved": float((tuned > base).float().mean()),
+        }
+        self.validated_step = self.trainer.global_step
+        self._validated = []
+
+    def _pictures(self, prompts: list[str], seeds: list[int]) -> list[tuple[Tensor, Tensor]]:
+        """``(picture (3, H, W), reward ())`` of each pair, on the CPU."""
+        images = generate(
+            self.model,
+            self.sampler,
+            prompts,
+            seeds,
+            self.guidance_scale,
+            height=self.height,
+            width=self.width,
+            batch_size=len(prompts),
+        )
+        with torch.no_grad():
+            scores = self.reward(images.to(self.device), prompts).cpu()
+        return list(zip(images, scores, strict=True))

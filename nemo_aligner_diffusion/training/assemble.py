@@ -1,0 +1,94 @@
+"""From a checked configuration to the model, the reward and the Lightning module. Nothing here trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_aligner_diffusion.algorithms import AlignProp, DRaFT, DRaFTLV, DRaFTPlus, DRTune, ReFL, RewardTuning
+from nemo_aligner_diffusion.algorithms.alignprop import RandomTruncation
+from nemo_aligner_diffusion.algorithms.draft import LastSteps
+from nemo_aligner_diffusion.algorithms.draft_lv import RenoisedLastStep
+from nemo_aligner_diffusion.algorithms.drtune import SpacedSteps
+from nemo_aligner_diffusion.algorithms.refl import OneLateStep
+from nemo_aligner_diffusion.algorithms.reward_tuning import NonFiniteGuard, PlanRule
+from nemo_aligner_diffusion.diffusion.families.stable_diffusion import StableDiffusion
+from nemo_aligner_diffusion.diffusion.lora import add_lora
+from nemo_aligner_diffusion.diffusion.sampler import Sampler
+from nemo_aligner_diffusion.embedded_assets import embedded_model_path
+from nemo_aligner_diffusion.rewards.base import Reward
+from nemo_aligner_diffusion.training.config import refl_window
+from nemo_aligner_diffusion.training.optimizers import build_optimizer
+from nemo_aligner_diffusion.training.schedules import build_schedule
+
+# model.algorithm -> (Lightning module, how its plan rule follows from the configuration)
+ALGORITHMS: dict[str, tuple[type[RewardTuning], Callable[[DictConfig], PlanRule]]] = {
+    "draft": (DRaFT, lambda cfg: LastSteps()),
+    "draft_k": (DRaFT, lambda cfg: LastSteps(cfg.model.truncation_steps)),
+    "draft_lv": (DRaFTLV, lambda cfg: RenoisedLastStep(cfg.model.draft_lv.samples)),
+    "draft+": (DRaFTPlus, lambda cfg: LastSteps(cfg.model.truncation_steps)),
+    "drtune": (DRTune, lambda cfg: SpacedSteps(cfg.model.drtune.train_steps, cfg.model.drtune.early_stop_steps)),
+    "refl": (ReFL, lambda cfg: OneLateStep(*refl_window(cfg))),
+    "alignprop": (
+        AlignProp,
+        lambda cfg: RandomTruncation(
+            cfg.model.alignprop.min_truncation_steps,
+            cfg.model.alignprop.max_truncation_steps or cfg.model.infer.inference_steps,
+        ),
+    ),
+}
+
+
+def build_model(cfg: DictConfig) -> StableDiffusion:
+    """The model with its trainable part marked: a LoRA (``sdlora``) or the whole denoiser (``none``)."""
+    model = StableDiffusion.from_pretrained(
+        cfg.model.from_pretrained or embedded_model_path(),
+        unet_path=cfg.model.unet_config.from_pretrained,
+        vae_path=cfg.model.first_stage_config.from_pretrained,
+    )
+    if cfg.model.peft.peft_scheme == "sdlora":
+        tuning = cfg.model.peft.lora_tuning
+        torch.manual_seed(cfg.model.seed)  # the adapter's start is part of the run
+        add_lora(model.denoiser, tuning.adapter_dim, tuning.alpha, tuning.dropout, list(tuning.target_modules))
+    else:
+        model.denoiser.requires_grad_(True)
+        model.keep_reference()  # validation shows the base model beside the tuned one, the KL term needs it
+    if cfg.model.activation_checkpointing:
+        model.denoiser.enable_gradient_checkpointing()
+    return model
+
+
+def build_sampler(cfg: DictConfig, model: StableDiffusion) -> Sampler:
+    infer = cfg.model.infer
+    return Sampler(model.scheduler_config, infer.sampler_type, infer.inference_steps, infer.eta)
+
+
+def build_module(
+    cfg: DictConfig, model: StableDiffusion, reward: Reward, max_steps: int, guard: NonFiniteGuard | None = None
+) -> RewardTuning:
+    """The Lightning module of ``model.algorithm``."""
+    module_class, plan_rule = ALGORITHMS[cfg.model.algorithm]
+    optim: dict[str, Any] = OmegaConf.to_container(cfg.model.optim, resolve=True)  # type: ignore[assignment]
+
+    def optimizer_factory(parameters: list[tuple[str, torch.nn.Parameter]]) -> tuple[torch.optim.Optimizer, Any]:
+        optimizer = build_optimizer(parameters, optim)
+        return optimizer, build_schedule(optimizer, optim.get("sched"), max_steps)
+
+    return module_class(
+        model,
+        reward,
+        build_sampler(cfg, model),
+        plan_rule(cfg),
+        optimizer_factory,
+        guidance_scale=cfg.model.infer.unconditional_guidance_scale,
+        kl_coeff=cfg.model.kl_coeff,
+        reward_scale=cfg.model.reward_scale,
+        reward_margin=cfg.model.reward_margin,
+        height=cfg.model.infer.height,
+        width=cfg.model.infer.width,
+        seed=cfg.model.seed,
+        guard=guard,
+    )
