@@ -136,7 +136,7 @@ def curve_plot(
 
 
 def _place(axes: Any, width: float, height: float) -> None:
-    """Margins for the tick labels there are; matplotlib's constrained layout does it too, by drawing everything twice."""
+    """Margins for the tick labels there are (matplotlib's constrained layout draws everything twice for that)."""
     low, high = axes.get_ylim()
     ticks = [tick for tick in axes.yaxis.get_major_locator()() if low <= tick <= high]
     longest = max((len(label) for label in axes.yaxis.get_major_formatter().format_ticks(ticks)), default=1)

@@ -93,8 +93,9 @@ def run_generation(request: Request) -> Result:
     run = _run_of(request)
     settings = resolve_settings(request, run)
     device = _device(request.device)
+    _quiet()
     model = StableDiffusion.from_pretrained(settings.model, settings.unet, settings.vae, _DTYPES[request.precision])
-    sampler = Sampler(model.scheduler_config, settings.sampler, settings.steps, settings.eta)
+    sampler = _sampler(model, settings)
     _check_size(model, settings)
     _load_tuned(model, request)
     model.to(device)
@@ -175,7 +176,7 @@ def resolve_settings(request: Request, run: RunFiles | None) -> Settings:
 
     model = request.model or base_path("model.from_pretrained")
     if model is None:
-        from nemo_aligner_diffusion.assets import embedded_model_path
+        from nemo_aligner_diffusion.embedded_assets import embedded_model_path
 
         model = embedded_model_path()
     return Settings(
@@ -210,6 +211,25 @@ def _device(name: str | None) -> torch.device:
         reason = str(error).splitlines()[0]
         raise ConfigurationError(f"--device {name}: this device cannot be used here ({reason}); try cpu") from error
     return device
+
+
+def _sampler(model: StableDiffusion, settings: Settings) -> Sampler:
+    try:
+        return Sampler(model.scheduler_config, settings.sampler, settings.steps, settings.eta)
+    except ConfigurationError as error:  # written for the training configuration; here the same things are options
+        text = str(error)
+        for key, option in (("sampler_type", "--sampler"), ("inference_steps", "--steps"), ("eta", "--eta")):
+            text = text.replace(f"model.infer.{key}", option)
+        raise ConfigurationError(text) from error
+
+
+def _quiet() -> None:
+    """Loading a model takes a second: its progress bars only hide what is said here."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    diffusers_logging.disable_progress_bar()
 
 
 def _check_size(model: StableDiffusion, settings: Settings) -> None:
@@ -250,6 +270,11 @@ def _reward(request: Request, run: RunFiles | None, device: torch.device) -> Rew
         return None
     if asked is not None:
         by_name = asked.lower() in _ANALYTIC_REWARDS
+        if not by_name and not Path(asked).expanduser().exists():
+            raise ConfigurationError(
+                f"--reward {asked}: neither a file nor one of {', '.join(_ANALYTIC_REWARDS)}, none; "
+                "expected one of these or a .nemo file"
+            )
         config: Mapping[str, Any] = (
             {"name": asked.lower()} if by_name else {"name": "clip", "model": {"restore_from_path": asked}}
         )

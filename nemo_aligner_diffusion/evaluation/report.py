@@ -206,8 +206,14 @@ def _share_improved(run: RunFiles) -> tuple[float, str] | None:
     rows = run.prompt_rewards
     if rows:
         better = sum(row["reward"] > row["base_reward"] for row in rows)
-        return better / len(rows), f"{better} of {len(rows)} validation pictures"
-    value = last(column(run.validation, "beat_ratio", "win_rate"))
+        under = f"{better} of {len(rows)} validation pictures"
+        gains: dict[str, list[float]] = {}
+        for row in rows:
+            gains.setdefault(row["prompt"], []).append(row["reward"] - row["base_reward"])
+        if len(gains) < len(rows):  # several seeds a prompt
+            under += f"; {sum(sum(gain) > 0 for gain in gains.values())} of {len(gains)} prompts on average"
+        return better / len(rows), under
+    value = last(column(run.validation, "share_improved"))
     return None if value is None else (value, "of the validation pictures")
 
 

@@ -83,8 +83,8 @@ def charts(run: RunFiles) -> tuple[list[str], list[str]]:
         ),
         *[
             _chart(name, [Curve(name, _steps(metrics), column(metrics, name), "tuned", smooth=True)], "")
-            for name in metrics
-            if name not in _SHOWN and not _is_part(name)
+            for name, values in metrics.items()
+            if name not in _SHOWN and not _is_part(name) and len(set(values)) > 1  # constants tell nothing
         ],
     ]
     return [chart for chart in main if chart], [chart for chart in more if chart]

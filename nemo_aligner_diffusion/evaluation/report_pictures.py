@@ -128,7 +128,9 @@ def over_training(run: RunFiles) -> str:
     if any(grid.cells is None for grid in grids):
         return "".join(_whole(grid) for grid in _spread(grids, 3))
     places = [{(cell["prompt"], cell.get("seed")): cell for cell in grid.cells or []} for grid in grids]
-    keys = [key for key in places[-1] if all(key in place for place in places)][:_MOST_PROMPTS_OVER_TIME]
+    common = [key for key in places[-1] if all(key in place for place in places)]
+    first_seeds = list({key[0]: key for key in reversed(common)}.values())[::-1]  # more prompts rather than more seeds
+    keys = [*first_seeds, *(key for key in common if key not in first_seeds)][:_MOST_PROMPTS_OVER_TIME]
     if not keys:
         return "".join(_whole(grid) for grid in _spread(grids, 3))
     head = "".join(f'<th scope="col">step {grid.step}</th>' for grid in grids)

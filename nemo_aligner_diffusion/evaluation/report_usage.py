@@ -54,7 +54,10 @@ def usage(run: RunFiles) -> str:
 def _diffusers(run: RunFiles, folder: str, prompt: str, model: Any) -> str:
     imports, source = [], repr(str(model))
     if not model:
-        imports, source = ["from nemo_aligner_diffusion.assets import embedded_model_path"], "embedded_model_path()"
+        imports, source = (
+            ["from nemo_aligner_diffusion.embedded_assets import embedded_model_path"],
+            "embedded_model_path()",
+        )
     names = ["StableDiffusionPipeline"]
     if not run.lora_export:
         names.append("UNet2DConditionModel")
