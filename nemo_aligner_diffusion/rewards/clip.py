@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SCORES = ("pickscore", "hps", "clipscore")
-_TEXT_BATCH = 64  # prompts per forward pass of the text tower: without gradient, so small in memory
 _Self = TypeVar("_Self", bound="CLIPReward")
 
 
@@ -127,9 +126,10 @@ class CLIPReward(Reward):
         fresh: dict[str, Tensor] = {}
         # Inference mode is left, not only entered: its tensors, once cached, could never meet autograd again.
         with torch.inference_mode(False), torch.no_grad(), _no_autocast(self.device.type):
-            for start in range(0, len(missing), _TEXT_BATCH):
-                part = missing[start : start + _TEXT_BATCH]
-                fresh.update(zip(part, self._embed_tokens(self._tokenize(part)), strict=True))
+            for prompt in missing:
+                # One at a time, which is cheap beside making a picture: in a batch the last digits would depend on the
+                # neighbours, so on what happened to be cached, and a resumed run would differ from one that went on.
+                fresh[prompt] = self._embed_tokens(self._tokenize(prompt))[0]
         rows = [fresh[prompt] if prompt in fresh else self._text_cache[prompt] for prompt in prompts]
         for prompt, row in zip(prompts, rows, strict=True):
             self._text_cache[prompt] = row
@@ -145,20 +145,15 @@ class CLIPReward(Reward):
         return _normalise(self.model.visual_projection(pooled))
 
     def _embed_tokens(self, input_ids: Tensor) -> Tensor:
-        # No attention mask: the text tower is causal and pools at the end-of-text token, so padding is never seen.
+        # Neither padding nor a mask: the text tower is causal and pools at the first end-of-text token.
         pooled = self.model.text_model(input_ids=input_ids).pooler_output
         return _normalise(self.model.text_projection(pooled))
 
-    def _tokenize(self, prompts: Sequence[str]) -> Tensor:
-        ids = self.tokenizer(
-            list(prompts), padding="longest", truncation=True, max_length=self.max_length, return_tensors="pt"
-        ).input_ids
-        if ids.shape[1] == self.max_length:  # some prompt fills the limit: which of them lost tokens?
-            lengths = [len(tokens) for tokens in self.tokenizer(list(prompts)).input_ids]
-            for prompt, length in zip(prompts, lengths, strict=True):
-                if length > self.max_length:
-                    self._count_truncation(prompt)
-        return ids.to(self.device)
+    def _tokenize(self, prompt: str) -> Tensor:
+        ids: list[int] = self.tokenizer(prompt, truncation=True, max_length=self.max_length).input_ids
+        if len(ids) == self.max_length and len(self.tokenizer(prompt).input_ids) > self.max_length:
+            self._count_truncation(prompt)
+        return torch.tensor([ids], device=self.device)
 
     def _count_truncation(self, prompt: str) -> None:
         self.truncated_prompts += 1

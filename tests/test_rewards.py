@@ -1,0 +1,247 @@
+"""The reward protocol, the analytic rewards, preprocessing, and building rewards from a configuration."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from nemo_aligner_diffusion.errors import ConfigurationError, RewardError
+from nemo_aligner_diffusion.rewards import (
+    CompositeReward,
+    JPEGCompressibility,
+    MirrorSymmetry,
+    build_reward,
+    convert_hf_clip_to_nemo,
+)
+from nemo_aligner_diffusion.rewards.jpeg import DifferentiableJPEG
+from nemo_aligner_diffusion.rewards.preprocessing import centre_crop, preprocess, resize_short_side
+
+
+def smooth_pictures(count: int, height: int, width: int, detail: float = 3.0, seed: int = 0) -> Tensor:
+    """Sums of a few waves, ``(count, 3, height, width)`` within ``[0.2, 0.8]``."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns = torch.linspace(0, 1, height).view(-1, 1), torch.linspace(0, 1, width).view(1, -1)
+    pictures = torch.zeros(count, 3, height, width)
+    for _ in range(5):
+        frequency = torch.rand(count, 1, 1, 1, 2, generator=generator) * detail * 2 * torch.pi
+        phase = torch.rand(count, 3, 1, 1, generator=generator) * 2 * torch.pi
+        pictures += torch.sin(frequency[..., 0] * rows + frequency[..., 1] * columns + phase)
+    return 0.5 + 0.06 * pictures
+
+
+def to_pil(picture: Tensor) -> Image.Image:
+    return Image.fromarray((picture.permute(1, 2, 0) * 255).round().byte().numpy())
+
+
+def from_pil(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) / 255
+
+
+def spearman(left: list[float], right: list[float]) -> float:
+    ranks = [np.argsort(np.argsort(values)).astype(float) for values in (left, right)]
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def test_symmetry_values() -> None:
+    half = smooth_pictures(1, 8, 8)
+    mirrored = torch.cat([half, half.flip(-1)], dim=-1)
+    left_white = torch.zeros(1, 3, 4, 4)
+    left_white[..., :2] = 1
+    ramp = torch.tensor([0.0, 0.0, 0.0, 1.0]).expand(1, 3, 4, 4)
+    reward = MirrorSymmetry()
+    assert reward(mirrored, [""]).item() == 0
+    assert reward(left_white, [""]).item() == -1
+    assert reward(ramp, [""]).item() == -0.5
+    pictures = smooth_pictures(2, 9, 7).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: reward(x, ["", ""]), pictures)
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (96, 40), (40, 96), (31, 200), (33, 37)])
+@pytest.mark.parametrize("size", [32, 48])
+def test_resize_matches_pillow(height: int, width: int, size: int) -> None:
+    picture = smooth_pictures(1, height, width, seed=height)[0]
+    ours = resize_short_side(picture.unsqueeze(0), size)[0]
+    short, long = min(height, width), max(height, width)
+    long_size = int(size * long / short)
+    target = (size, long_size) if height > width else (long_size, size)  # Pillow: width first
+    theirs = from_pil(to_pil(picture).resize(target, Image.Resampling.BICUBIC))
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().max() < 2e-2
+
+
+def test_centre_crop_and_statistics() -> None:
+    picture = torch.arange(7 * 4).reshape(1, 1, 4, 7).expand(1, 3, 4, 7).double()
+    assert torch.equal(centre_crop(picture, 4), picture[..., 2:6])
+    grey = preprocess(torch.full((1, 3, 10, 12), 0.5), 8, mean=(0.5, 0.25, 0.0), std=(1.0, 0.5, 0.25))
+    assert torch.allclose(grey[0, :, 3, 3], torch.tensor([0.0, 0.5, 2.0]), atol=1e-5)
+    assert preprocess(torch.zeros(1, 3, 8, 8, dtype=torch.float16), 8).dtype == torch.float32
+
+
+@pytest.mark.parametrize(("height", "width"), [(12, 9), (5, 8), (6, 6)])
+def test_preprocessing_gradient(height: int, width: int) -> None:
+    pictures = torch.rand(1, 3, height, width, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: preprocess(x, 6), pictures)
+
+
+@pytest.mark.parametrize("subsampling", [False, True])
+def test_jpeg_gradient_of_odd_sizes(subsampling: bool) -> None:
+    torch.manual_seed(0)
+    pictures = torch.rand(1, 3, 5, 11, dtype=torch.float64, requires_grad=True)
+    reward = JPEGCompressibility(quality=70, chroma_subsampling=subsampling)
+    assert torch.autograd.gradcheck(lambda x: reward(x, [""]), pictures)
+
+
+@pytest.mark.parametrize("subsampling", [False, True])
+@pytest.mark.parametrize("quality", [30, 90])
+def test_jpeg_is_pillows(quality: int, subsampling: bool) -> None:
+    picture = smooth_pictures(1, 48, 56, detail=5)[0]
+    stream = io.BytesIO()
+    to_pil(picture).save(stream, "JPEG", quality=quality, subsampling=2 if subsampling else 0)
+    decoded = Image.open(stream)
+    codec = DifferentiableJPEG(quality, subsampling, exact_rounding=True)
+    assert decoded.quantization[0] == codec.luminance_steps.flatten().int().tolist()
+    assert decoded.quantization[1] == codec.chrominance_steps.flatten().int().tolist()
+    ours = codec(from_pil(to_pil(picture)).unsqueeze(0))[0]
+    theirs = from_pil(decoded)
+    # Pillow rounds to whole numbers between the stages: a coefficient near a half may fall to the other side.
+    assert (ours - theirs).abs().mean() < 1.5 / 255
+
+
+def test_compressibility_ranks_pictures_as_jpeg_file_sizes_do() -> None:
+    pictures, sizes = [], []
+    generator = torch.Generator().manual_seed(1)
+    for index in range(24):
+        picture = smooth_pictures(1, 64, 64, detail=0.5 + index / 2, seed=index)[0]
+        picture = picture + 0.1 * (index / 24) ** 2 * torch.randn(3, 64, 64, generator=generator)
+        pictures.append(picture.clamp(0, 1))
+        stream = io.BytesIO()
+        to_pil(pictures[-1]).save(stream, "JPEG", quality=80)
+        sizes.append(float(stream.tell()))
+    batch, prompts = torch.stack(pictures), [""] * len(pictures)
+    score = JPEGCompressibility(quality=80)(batch, prompts)
+    assert spearman(score.tolist(), [-size for size in sizes]) >= 0.9
+    assert torch.equal(JPEGCompressibility(quality=80, incompressible=True)(batch, prompts), -score)
+    mean = JPEGCompressibility(quality=80, reduction="mean")(batch, prompts)
+    assert torch.allclose(mean * 3 * 64 * 64, score, rtol=1e-4)
+
+
+def test_following_the_compressibility_gradient_shrinks_the_file() -> None:
+    torch.manual_seed(0)
+    picture = (0.5 + 0.1 * torch.randn(1, 3, 32, 32)).clamp(0, 1)
+
+    def file_size(image: Tensor) -> int:
+        stream = io.BytesIO()
+        to_pil(image[0].clamp(0, 1)).save(stream, "JPEG", quality=80)
+        return stream.tell()
+
+    reward, moved = JPEGCompressibility(), picture.clone()
+    for _ in range(40):
+        moved.requires_grad_()
+        (gradient,) = torch.autograd.grad(reward(moved, [""]).sum(), moved)
+        moved = (moved + 0.003 * gradient.sign()).detach()
+    assert reward(moved, [""]) > 0.5 * reward(picture, [""])
+    assert file_size(moved) < file_size(picture)
+
+
+def test_composite_weighs_and_reports_its_parts() -> None:
+    pictures = smooth_pictures(2, 16, 16)
+    parts = {"mirror": (2.0, MirrorSymmetry()), "small": (-0.5, JPEGCompressibility())}
+    reward = CompositeReward(parts)
+    total, components = reward.scores(pictures, ["a", "b"])
+    assert list(components) == ["mirror", "small"]
+    assert torch.equal(components["mirror"], MirrorSymmetry()(pictures, ["a", "b"]))
+    assert torch.allclose(total, 2 * components["mirror"] - 0.5 * components["small"])
+    assert torch.equal(reward(pictures, ["a", "b"]), total)
+
+
+def test_non_finite_pictures_give_non_finite_rewards() -> None:
+    pictures = smooth_pictures(2, 16, 16)
+    pictures[1, 0, 3, 3] = float("nan")
+    for reward in (MirrorSymmetry(), JPEGCompressibility(), CompositeReward({"s": (0.0, MirrorSymmetry())})):
+        assert torch.isfinite(reward(pictures, ["", ""])).tolist() == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("images", "prompts"),
+    [
+        (torch.rand(3, 8, 8), ["a"]),
+        (torch.rand(1, 4, 8, 8), ["a"]),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), ["a"]),
+        (torch.rand(2, 3, 8, 8), ["a"]),
+        (torch.rand(1, 3, 8, 8), "a"),
+    ],
+)
+def test_wrong_calls_are_named(images: Tensor, prompts: list[str]) -> None:
+    with pytest.raises(RewardError, match="needs"):
+        MirrorSymmetry()(images, prompts)
+
+
+def test_rewards_stay_in_evaluation_mode() -> None:
+    reward = CompositeReward({"mirror": (1.0, MirrorSymmetry())})
+    reward.train()
+    assert not any(module.training for module in reward.modules())
+
+
+def test_build_from_configuration(tmp_path: Path) -> None:
+    from clip_toy import tokenizer_files, toy_clip
+    from omegaconf import OmegaConf
+
+    path = convert_hf_clip_to_nemo(toy_clip(), tokenizer_files(), tmp_path / "clip.nemo")
+    clip = build_reward({"name": "clip", "model": {"restore_from_path": str(path)}, "trainer": {"precision": "bf16"}})
+    assert next(clip.parameters()).dtype == torch.bfloat16
+    section = OmegaConf.create(
+        {
+            "name": "composite",
+            "model": None,
+            "parts": {
+                "fit": {"weight": 0.5, "reward": {"name": "clip", "model": {"restore_from_path": str(path)}}},
+                "symmetry": {"weight": 3},
+                "small": {"name": "compressibility", "quality": 40, "reduction": "mean"},
+            },
+        }
+    )
+    pictures = smooth_pictures(2, 32, 32)
+    total, parts = build_reward(section).scores(pictures, ["a cat", "red"])
+    assert torch.allclose(total, 0.5 * parts["fit"] + 3 * parts["symmetry"] + parts["small"])
+    expected = JPEGCompressibility(quality=40, reduction="mean")(pictures, ["", ""])
+    assert torch.equal(parts["small"], expected)
+    incompressible = build_reward({"name": "incompressibility", "quality": 40, "reduction": "mean", "parts": None})
+    assert torch.equal(incompressible(pictures, ["", ""]), -expected)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"name": "simmetry"}, "Nearest is 'symmetry'"),
+        ({"nmae": "clip"}, "Nearest is 'name'"),
+        ({"name": "clip", "model": {"restore_from": "x"}}, "restore_from_path"),
+        ({"name": "clip", "model": {"micro_batch_size": 0}}, "at least 1"),
+        ({"name": "clip", "model": "x.nemo"}, "section"),
+        ({"name": "symmetry", "trainer": {"precision": "fp23"}}, "precision"),
+        ({"name": "composite"}, "rm.parts"),
+        ({"name": "composite", "parts": {"symmetry": {"weight": "much"}}}, "rm.parts.symmetry.weight"),
+        ({"name": "composite", "parts": {"mirror": {"weight": 1}}}, "rm.parts.mirror.name='mirror' is no reward"),
+    ],
+)
+def test_configuration_errors(config: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        build_reward(config)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"quality": 0}, {"quality": 101}, {"quality": 50.5}, {"reduction": "max"}], ids=str
+)
+def test_impossible_jpeg_settings(settings: dict[str, object]) -> None:
+    with pytest.raises(RewardError, match=next(iter(settings))):
+        build_reward({"name": "compressibility", **settings})
+
+
+def test_a_key_without_effect_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    build_reward({"name": "symmetry", "quality": 30})
+    assert "rm.quality has no effect" in caplog.text
