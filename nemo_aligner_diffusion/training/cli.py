@@ -131,7 +131,7 @@ def main(config_name: str, argv: Sequence[str] | None = None) -> int:
         check_launcher(cfg, os.environ)
         from nemo_aligner_diffusion.training.run import run_training  # torch and all, only now
 
-        run_training(cfg)
+        return run_training(cfg)
     except AlignerError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.training import schema
@@ -36,6 +36,13 @@ class Layer:
     leaves: dict[str, Any]
     origin: str
     deletions: list[str] = field(default_factory=list)
+
+
+class Note(NamedTuple):
+    """A key that was accepted and does nothing."""
+
+    key: str
+    reason: str
 
 
 def flatten(tree: Mapping[str, Any], dotted: bool = False) -> dict[str, Any]:
@@ -105,7 +112,7 @@ def parse_override(text: str) -> Override:
 
 
 def add_layer(
-    tree: Mapping[str, Any], layer: Layer, loop: str, recipes: Collection[str], notes: list[str]
+    tree: Mapping[str, Any], layer: Layer, loop: str, recipes: Collection[str], notes: list[Note]
 ) -> dict[str, Any]:
     """``layer`` over ``tree``, its aliases translated, every key known.
 
@@ -121,7 +128,7 @@ def add_layer(
     for key, value in layer.leaves.items():
         own = _own_loop(key, loop, recipes)
         if own != key and own in layer.leaves:
-            notes.append(f"{key} ({own} is given too)")
+            notes.append(Note(key, f"{own} is given too"))
             continue
         given[own] = value
     for key, value in list(given.items()):
@@ -131,7 +138,7 @@ def add_layer(
             target = alias.target.replace(schema.LOOP, loop)
             converted = alias.convert(value) if alias.convert else value
             if alias.weak and target in layer.leaves:
-                notes.append(f"{key} ({target} is given too)")
+                notes.append(Note(key, f"{target} is given too"))
             elif target in layer.leaves and layer.leaves[target] != value:
                 raise ConfigurationError(
                     f"{key} = {value!r} and {target} = {layer.leaves[target]!r} are two spellings of one setting that "
@@ -142,9 +149,9 @@ def add_layer(
         elif schema.kind_of(key, loop) is None and value is not None:
             reason = reason_without_effect(key)
             if reason is not None:
-                notes.append(f"{key} ({reason})")
+                notes.append(Note(key, reason))
     for key, other in schema.EITHER_OR.items():
-        if given.get(key) is not None and other not in given:
+        if given.get(key) is not None and other not in given and other in tree:
             given[other] = None
     result = dict(tree)
     for key in layer.deletions:

@@ -2,8 +2,8 @@
 
 Three tables: :data:`ALIASES` (another spelling of a key we have), :data:`WITHOUT_EFFECT` (accepted, named in one
 warning with the reason) and :data:`NOT_YET` (harmless at its neutral value, an error at any other, because going on
-would train something else than what was asked for). Sources: NeMo-Aligner 0.7 ``draftp_sd.yaml``, ``draftp_sdxl.yaml`` and
-its launch scripts; NeMo 2.0 ``exp_manager`` and ``nlp_overrides``.
+would train something else than what was asked for). Sources: NeMo-Aligner 0.7 ``draftp_sd.yaml``, ``draftp_sdxl.yaml``
+and its launch scripts; NeMo 2.0 ``exp_manager`` and ``nlp_overrides``.
 """
 
 from __future__ import annotations

@@ -1,0 +1,85 @@
+"""The tables of ``docs/configuration.md``, made from the comments in ``conf/`` and the schema.
+
+python -m nemo_aligner_diffusion.training.schema_docs docs/configuration.md
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from nemo_aligner_diffusion.training.config import conf_directory
+from nemo_aligner_diffusion.training.schema import LOOP, kind_of
+
+BEGIN, END = "<!-- keys: begin -->\n", "<!-- keys: end -->"
+LINE = re.compile(r"(?P<indent> *)(?P<key>[\w+]+):(?P<value>.*?) # (?P<comment>.*)")
+
+# Section of the tables -> files that explain its keys, the one whose defaults are shown first.
+SECTIONS: dict[str, list[str]] = {
+    "Run": ["draftp_sd.yaml"],
+    "Machine": ["trainer/default.yaml"],
+    "Training loop": ["loop/default.yaml"],
+    "Results, logging, resuming": ["exp_manager/default.yaml"],
+    "Model and sampling": ["model/stable_diffusion.yaml"],
+    "Method": ["algorithm/draft_plus.yaml", "algorithm/base.yaml"],
+    "What is trained": ["peft/sdlora.yaml"],
+    "Optimizer": ["optim/fused_adam.yaml", "optim/sgd.yaml"],
+    "Learning-rate schedule": ["sched/warmup_hold.yaml", "sched/cosine.yaml"],
+    "Prompts": ["data/prompts.yaml"],
+    "Reward": ["rm/clip.yaml"],
+    "Report": ["report/default.yaml"],
+}
+
+
+def documented_keys(section: str | None = None) -> dict[str, tuple[str, str]]:
+    """Dotted key -> (default, meaning), of one section or all. Methods' own values are those of ``draft_plus``."""
+    result: dict[str, tuple[str, str]] = {}
+    for name in [section] if section else SECTIONS:
+        for file in SECTIONS[name]:
+            for key, entry in _file_keys(file).items():
+                result.setdefault(key, entry)
+    return result
+
+
+def _file_keys(file: str) -> dict[str, tuple[str, str]]:
+    path = conf_directory() / file
+    text = path.read_text(encoding="utf-8")
+    header = re.match(r"# @package (\S+)", text)
+    group = file.partition("/")[0] if "/" in file else ""
+    package = header.group(1) if header else f"trainer.{LOOP}" if group == "loop" else group
+    result: dict[str, tuple[str, str]] = {}
+    sections: list[str] = []
+    for line in text.splitlines():
+        match = LINE.fullmatch(line)
+        if not match:
+            continue
+        depth = len(match["indent"]) // 2
+        sections[depth:] = [match["key"]]
+        key = ".".join(filter(None, [package, *sections]))
+        if kind_of(key, LOOP) is not None:
+            result[key] = (match["value"].strip(), match["comment"].strip())
+    return result
+
+
+def tables() -> str:
+    """Markdown: one table a section, ``key | default | meaning``."""
+    parts: list[str] = []
+    for section in SECTIONS:
+        parts += [f"### {section}", "", "| key | default | meaning, range |", "| --- | --- | --- |"]
+        for key, (default, meaning) in documented_keys(section).items():
+            shown = key.replace(LOOP, "draftp_sd")
+            parts.append(f"| `{shown}` | `{default}` | {meaning.replace('|', chr(92) + '|')} |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def main(path: str) -> None:
+    page = Path(path)
+    text = page.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    page.write_text(before + BEGIN + tables() + END + rest.split(END)[1], encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
