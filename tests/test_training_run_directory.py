@@ -48,7 +48,7 @@ def test_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_run_directory({"exp_dir": "runs", "name": "n", "resume_if_exists": True}) == tmp_path / "runs" / "n"
     assert "NEMO_EXPM_VERSION" not in os.environ
     dated = resolve_run_directory({}, "draftp_sd", now)
-    assert dated == tmp_path / "results" / "draftp_sd" / "2026-11-20_06-13-05"
+    assert dated == tmp_path / "nemo_experiments" / "draftp_sd" / "2026-11-20_06-13-05"
     assert resolve_run_directory({}, "draftp_sd") == dated  # as a process that this one launches
 
 
@@ -153,6 +153,7 @@ def test_what_changed_between_two_runs(tmp_path: Path) -> None:
     assert run.changed_keys(OmegaConf.create({"a": 1})) == {}
     run.write_config(OmegaConf.create({"model": {"lr": 1e-4, "betas": [0.9, 0.999]}, "same": "${model.lr}", "gone": 1}))
     now = OmegaConf.create({"model": {"lr": 2e-4, "betas": [0.9, 0.999]}, "same": 1e-4})
+    now.exp_manager = {"resume_if_exists": True}
     assert run.changed_keys(now) == {"model.lr": (1e-4, 2e-4), "gone": (1, None)}
 
 

@@ -126,7 +126,7 @@ def fit(
     save = TrainingCheckpoint(run_dir / "checkpoints", save_interval, resume=resume, **(checkpoint or {}))
     trainer = pl.Trainer(
         accelerator="cpu",
-        devices=1,
+        devices=trainer_arguments.pop("devices", 1),
         max_steps=max_steps,
         max_epochs=-1,
         accumulate_grad_batches=accumulate,

@@ -20,6 +20,7 @@ from typing import Any
 from nemo_aligner_diffusion.errors import OutputError
 
 STATE_FILE = "run.json"
+_HOW_TO_RESUME = ("exp_manager.resume_", "exp_manager.explicit_log_dir", "exp_manager.exp_dir", "exp_manager.version")
 CHECKPOINT_PATTERN = re.compile(r"step_(\d+)\.ckpt")
 PACKAGES = (
     "nemo-aligner-diffusion",
@@ -80,13 +81,13 @@ def resolve_run_directory(
 ) -> Path:
     """The run directory as NeMo's ``exp_manager`` chooses it.
 
-    ``explicit_log_dir`` as it is; else ``exp_dir/name/version`` with ``exp_dir`` ``./results`` by default and
+    ``explicit_log_dir`` as it is; else ``exp_dir/name/version`` with ``exp_dir`` ``./nemo_experiments`` by default and
     ``version`` the date and time. With ``resume_if_exists`` there is no version folder, so that the next run finds it.
     """
     explicit = exp_manager.get("explicit_log_dir")
     if explicit:
         return Path(str(explicit)).expanduser().absolute()
-    base = Path(str(exp_manager.get("exp_dir") or "results")).expanduser()
+    base = Path(str(exp_manager.get("exp_dir") or "nemo_experiments")).expanduser()
     directory = base / str(exp_manager.get("name") or default_name)
     version = exp_manager.get("version") or os.environ.get("NEMO_EXPM_VERSION")
     if not version and not exp_manager.get("resume_if_exists"):
@@ -176,7 +177,8 @@ class RunDirectory:
     def changed_keys(self, cfg: Any) -> dict[str, tuple[Any, Any]]:
         """Keys whose value differs from the ``config.yaml`` already here: ``{dotted key: (there, now)}``.
 
-        Call it before :meth:`write_config`, to tell the user of a resumed run what is no longer the same.
+        Call it before :meth:`write_config`, to tell the user of a resumed run what is no longer the same. What says
+        where the run is and that it resumes is left out.
         """
         from omegaconf import OmegaConf
 
@@ -185,7 +187,11 @@ class RunDirectory:
         except (OSError, ValueError):
             return {}
         now = _flatten(OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(cfg, resolve=True))))
-        return {key: (there.get(key), now.get(key)) for key in sorted({*there, *now}) if there.get(key) != now.get(key)}
+        return {
+            key: (there.get(key), now.get(key))
+            for key in sorted({*there, *now})
+            if there.get(key) != now.get(key) and not key.startswith(_HOW_TO_RESUME)
+        }
 
     def begin(self, argv: Sequence[str] | None = None) -> None:
         """Write ``run.json`` with status ``running``, the command line and the versions of what computes."""

@@ -1,0 +1,52 @@
+"""Two data-parallel processes on the CPU: resuming is exact there too, dropout's random state of each rank included."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+PROGRAM = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from training_toy import Toy, fit
+from nemo_aligner_diffusion.training.checkpointing import find_resume_point
+from nemo_aligner_diffusion.training.interruption import Interruption, InterruptionCallback, RunTimer
+
+rank, root = int(os.environ["RANK"]), Path(sys.argv[1])
+options = dict(accumulate=2, strategy="ddp", devices=2, use_distributed_sampler=False)
+fit(root / "whole", Toy(), 4, seed=rank, **options)
+
+interruption, first = Interruption(), Toy()
+def at_step(step):
+    if step == 2 and rank == 1:  # only one process hears of it; both must stop at the same step
+        os.kill(os.getpid(), 15)
+first.at_step = at_step
+with interruption:
+    fit(root / "parts", first, 4, seed=rank, callbacks=[InterruptionCallback(interruption)], **options)
+resume = find_resume_point(root / "parts" / "checkpoints")
+assert resume.step == 2, resume
+fit(root / "parts", Toy(), 4, seed=50 + rank, resume=resume, callbacks=[RunTimer("00:01:00:00")], **options)
+"""
+
+
+@pytest.mark.slow
+def test_resuming_on_two_processes(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM.format(tests=str(Path(__file__).parent)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(program)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=300, env=environment)
+    assert result.returncode == 0, result.stderr
+    whole, parts = (
+        torch.load(tmp_path / run / "checkpoints" / "step_000004.ckpt", weights_only=True)["state_dict"]
+        for run in ("whole", "parts")
+    )
+    assert whole.keys() == parts.keys() == {"adapter.weight", "adapter.bias"}
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert (tmp_path / "parts" / "metrics.csv").read_text().count("\n") == 5
