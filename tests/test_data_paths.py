@@ -115,7 +115,7 @@ def test_what_cannot_be_found(shards: Path, spec: object, parts: list[str]) -> N
 
 
 def test_empty_file_and_empty_folder(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="holds no prompt file; expected .tar"):
+    with pytest.raises(DataError, match=r"holds no prompt file; expected \.tar"):
         expand_paths(tmp_path)
     (tmp_path / "a.tar").touch()
     with pytest.raises(DataError, match=r"a.tar is empty \(0 bytes\)"):

@@ -160,6 +160,14 @@ def test_lacking_member(tmp_path: Path, lacking: str) -> None:
         load_nemo(write_tar(tmp_path / "x.nemo", members))
 
 
+def test_damaged_artifact(tmp_path: Path) -> None:
+    path = save_nemo(tmp_path / "x.nemo", CONFIG, STATE, {"vocab.json": VOCAB})
+    path.write_bytes(path.read_bytes().replace(VOCAB, VOCAB.replace(b"0", b"1")))
+    archive = load_nemo(path)
+    with pytest.raises(ArchiveError, match="digest"):
+        archive.artifact(archive.config["tokenizer"]["vocab_file"])
+
+
 def test_lacking_artifact(tmp_path: Path) -> None:
     with pytest.raises(ArchiveError, match=r"abc_vocab.json"):
         load_nemo(write_tar(tmp_path / "x.nemo", good_members())).artifact("nemo:abc_vocab.json")

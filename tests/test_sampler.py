@@ -58,7 +58,9 @@ def test_clean_estimate_recovers_the_picture_from_a_perfect_prediction(name, pre
     for i in range(len(sampler)):
         z = scheduler.add_noise(clean, noise, sampler.timesteps[i].reshape(1))
         cumulative = scheduler.alphas_cumprod[int(sampler.timesteps[i])].double()
-        prediction = noise if prediction_type == "epsilon" else cumulative.sqrt() * noise - (1 - cumulative).sqrt() * clean
+        prediction = (
+            noise if prediction_type == "epsilon" else cumulative.sqrt() * noise - (1 - cumulative).sqrt() * clean
+        )
         torch.testing.assert_close(sampler.clean_estimate(i, z, prediction), clean, rtol=0, atol=2e-3)
 
 

@@ -8,8 +8,10 @@ import time
 import warnings
 from typing import Any
 
+import diffusers
 import pytorch_lightning as pl
 import torch
+import transformers
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_aligner_diffusion.data.datamodule import PromptDataModule
@@ -52,9 +54,7 @@ class RunData(PromptDataModule):
         if not self.validation_prompts:
             return []
         rank, size = self.data_parallel
-        return validation_loader(
-            self.validation_prompts, self.validation_seeds, self.validation_batch_size, rank, size
-        )
+        return validation_loader(self.validation_prompts, self.validation_seeds, self.validation_batch_size, rank, size)
 
 
 def run_training(cfg: DictConfig) -> int:
@@ -125,8 +125,9 @@ def run_training(cfg: DictConfig) -> int:
     def record() -> None:
         if model.truncated_prompts and trainer.is_global_zero:
             log.warning(
-                "%d prompts were longer than the text encoder's limit of %d tokens and were truncated",
+                "%d prompt%s longer than the text encoder's limit of %d tokens, and truncated",
                 model.truncated_prompts,
+                " was" if model.truncated_prompts == 1 else "s were",
                 model.tokenizer.model_max_length,
             )
         directory.finish(
@@ -222,9 +223,15 @@ def _quiet() -> None:
     if not logging.getLogger().handlers:
         logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("nemo_aligner_diffusion").setLevel(logging.INFO)
-    for noisy in ("pytorch_lightning", "lightning.pytorch", "diffusers", "transformers"):
+    for noisy in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    for pattern in (".*does not have many workers.*", ".*isinstance.treespec.*", ".*IterableDataset.*__len__.*"):
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    for pattern in (
+        ".*does not have many workers.*",
+        ".*isinstance.treespec.*",
+        ".*IterableDataset.*__len__.*",
+        ".*in eval mode at the start of training.*",  # frozen parts, on purpose
+    ):
         warnings.filterwarnings("ignore", pattern)
-
-

@@ -1,0 +1,289 @@
+"""Whole runs on a tiny model: what a user starts, and what must be on disk afterwards."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import save_tiny_pipeline
+
+from nemo_aligner_diffusion.errors import ConfigurationError, NumericalError, OutputError
+from nemo_aligner_diffusion.training.config import load_config
+from nemo_aligner_diffusion.training.run import run_training
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    return save_tiny_pipeline(tmp_path_factory.mktemp("model") / "pipeline")
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    file = tmp_path_factory.mktemp("data") / "prompts.txt"
+    file.write_text("".join(f"p{i}\n" for i in range(40)), encoding="utf-8")
+    return file
+
+
+def overrides(pipeline, prompts, directory, *more, loop="draftp_sd"):
+    return [
+        "rm=symmetry",
+        f"model.from_pretrained={pipeline}",
+        f"model.data.train.webdataset.local_root_path={prompts}",
+        f"model.data.validation.webdataset.local_root_path={prompts}",
+        "model.data.validation.max_prompts=3",
+        "model.infer.inference_steps=4",
+        "model.infer.unconditional_guidance_scale=2",
+        "model.micro_batch_size=2",
+        "model.global_batch_size=4",
+        "model.optim.lr=0.01",
+        "trainer.accelerator=cpu",
+        f"trainer.{loop}.max_steps=4",
+        f"trainer.{loop}.val_check_interval=2",
+        f"trainer.{loop}.save_interval=2",
+        f"exp_manager.explicit_log_dir={directory}",
+        *more,
+    ]
+
+
+def run(pipeline, prompts, directory, *more, recipe="draftp_sd"):
+    return run_training(load_config(recipe, overrides(pipeline, prompts, directory, *more, loop=recipe)))
+
+
+def rows(file):
+    with file.open(encoding="utf-8", newline="") as handle:
+        return list(csv.DictReader(handle))
+
+
+def adapter(directory):
+    from safetensors.torch import load_file
+
+    return load_file(directory / "export" / "pytorch_lora_weights.safetensors")
+
+
+TIMING = {"images_per_second", "peak_memory_bytes", "seconds"}
+
+
+def figures(directory):
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in rows(directory / "metrics.csv")]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "more"),
+    [
+        ("draftp_sd", ["model.truncation_steps=2", "exp_manager.ema.enable=true"]),
+        ("drtune_sd", ["model.drtune.train_steps=2", "model.drtune.early_stop_steps=2", "model.kl_coeff=0.1"]),
+        ("draft_sd", ["model.infer.sampler_type=euler"]),
+        ("draft_lv_sd", []),
+        ("refl_sd", ["model.infer.sampler_type=dpm++2m"]),
+        ("alignprop_sd", ["model.infer.sampler_type=unipc"]),
+    ],
+)
+def test_every_recipe_leaves_a_complete_run_directory(recipe, more, pipeline, prompts, tmp_path):
+    directory = tmp_path / "run"
+    assert run(pipeline, prompts, directory, *more, recipe=recipe) == 0
+    metrics = rows(directory / "metrics.csv")
+    assert [int(row["step"]) for row in metrics] == [1, 2, 3, 4]
+    assert list(metrics[0])[:8] == (
+        "step,reward,kl_penalty,loss,grad_norm,lr,images_per_second,peak_memory_bytes".split(",")
+    )
+    assert all(math.isfinite(float(row["reward"])) and float(row["grad_norm"]) > 0 for row in metrics)
+    assert float(metrics[0]["kl_penalty"]) == 0.0  # the adapter starts as the identity
+    assert float(metrics[0]["images"]) == 4
+    validation = rows(directory / "validation.csv")
+    assert [int(row["step"]) for row in validation] == [2, 4]
+    assert float(validation[-1]["reward"]) > float(validation[-1]["base_reward"])
+    assert sorted(path.name for path in (directory / "samples").iterdir()) == ["step_000002.png", "step_000004.png"]
+    for name in ("config.yaml", "report.html", "export/pytorch_lora_weights.safetensors", "checkpoints/last"):
+        assert (directory / name).stat().st_size > 0
+    assert json.loads((directory / "run.json").read_text())["status"] == "finished"
+
+
+def test_full_fine_tuning_exports_a_unet_that_diffusers_loads(pipeline, prompts, tmp_path):
+    from diffusers import UNet2DConditionModel
+
+    directory = tmp_path / "run"
+    run(pipeline, prompts, directory, "model.peft.peft_scheme=none", "model.kl_coeff=0.1", "model.optim.lr=1e-3")
+    tuned = UNet2DConditionModel.from_pretrained(directory / "export" / "unet")
+    base = UNet2DConditionModel.from_pretrained(pipeline / "unet")
+    moved = [name for name, value in base.state_dict().items() if not torch.equal(value, tuned.state_dict()[name])]
+    assert len(moved) > 0.9 * len(base.state_dict())
+
+
+def test_the_export_gives_the_same_picture_in_plain_diffusers(pipeline, prompts, tmp_path):
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    from nemo_aligner_diffusion.diffusion.families.stable_diffusion import StableDiffusion
+    from nemo_aligner_diffusion.diffusion.generate import generate, seeded_noise
+    from nemo_aligner_diffusion.diffusion.lora import load_lora_weights
+    from nemo_aligner_diffusion.diffusion.sampler import Sampler
+
+    directory = tmp_path / "run"
+    run(pipeline, prompts, directory, "model.peft.lora_tuning.alpha=3", "model.peft.lora_tuning.adapter_dim=2")
+    ours = StableDiffusion.from_pretrained(pipeline)
+    before = generate(ours, Sampler(ours.scheduler_config, "ddim", 6), ["p1", "p2"], [3, 4], 3.0)
+    load_lora_weights(ours.denoiser, directory / "export", "tuned")
+    pictures = generate(ours, Sampler(ours.scheduler_config, "ddim", 6), ["p1", "p2"], [3, 4], 3.0)
+    assert (pictures - before).abs().max() > 1e-3
+    theirs = StableDiffusionPipeline.from_pretrained(pipeline, safety_checker=None)
+    theirs.scheduler = DDIMScheduler.from_config(theirs.scheduler.config)
+    theirs.load_lora_weights(directory / "export")
+    theirs.set_progress_bar_config(disable=True)
+    noise = next(seeded_noise([3, 4], ours.latent_shape(), like=torch.zeros(1)))
+    expected = theirs(["p1", "p2"], latents=noise, num_inference_steps=6, guidance_scale=3.0, output_type="pt").images
+    torch.testing.assert_close(pictures, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("scheme", ["sdlora", "none"])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(scheme, pipeline, prompts, tmp_path):
+    more = [f"model.peft.peft_scheme={scheme}", "model.kl_coeff=0.1", "exp_manager.ema.enable=true"]
+    run(pipeline, prompts, tmp_path / "whole", *more)
+    run(pipeline, prompts, tmp_path / "parts", *more, "trainer.draftp_sd.max_steps=2")
+    run(pipeline, prompts, tmp_path / "parts", *more, "exp_manager.resume_if_exists=true")
+    assert figures(tmp_path / "parts") == figures(tmp_path / "whole")
+    assert rows(tmp_path / "parts" / "validation.csv") == rows(tmp_path / "whole" / "validation.csv")
+    if scheme == "sdlora":
+        whole, parts = adapter(tmp_path / "whole"), adapter(tmp_path / "parts")
+        assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_same_seed_same_metrics_and_another_seed_others(pipeline, prompts, tmp_path):
+    for name, seed in (("a", 7), ("b", 7), ("c", 8)):
+        run(pipeline, prompts, tmp_path / name, f"model.seed={seed}", "trainer.draftp_sd.max_steps=2")
+    assert figures(tmp_path / "a") == figures(tmp_path / "b") != figures(tmp_path / "c")
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(pipeline, prompts, tmp_path):
+    for name, micro in (("one", 4), ("four", 1)):
+        run(pipeline, prompts, tmp_path / name, f"model.micro_batch_size={micro}", "model.kl_coeff=0.3")
+    for one, four in zip(figures(tmp_path / "one"), figures(tmp_path / "four"), strict=True):
+        for column in ("reward", "loss", "grad_norm", "images"):
+            assert float(one[column]) == pytest.approx(float(four[column]), rel=1e-4)
+
+
+def test_a_second_run_into_a_finished_directory_is_refused_and_changes_nothing(pipeline, prompts, tmp_path):
+    directory = tmp_path / "run"
+    run(pipeline, prompts, directory, "trainer.draftp_sd.max_steps=1")
+    before = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    with pytest.raises(OutputError, match="resume_if_exists"):
+        run(pipeline, prompts, directory)
+    assert {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()} == before
+
+
+def test_nan_rewards_are_skipped_then_stop_the_run_without_touching_the_weights(
+    pipeline, prompts, tmp_path, monkeypatch
+):
+    from nemo_aligner_diffusion.rewards.symmetry import MirrorSymmetry
+
+    sane = MirrorSymmetry.score
+    calls = []
+
+    def sometimes(self, images, given):
+        calls.append(1)
+        score = sane(self, images, given)
+        return score * float("nan") if 3 <= len(calls) <= broken_until else score
+
+    monkeypatch.setattr(MirrorSymmetry, "score", sometimes)
+    more = ["model.micro_batch_size=4", "trainer.draftp_sd.val_check_interval=0", "trainer.draftp_sd.max_steps=6"]
+    broken_until = 4
+    assert run(pipeline, prompts, tmp_path / "skips", *more, "model.nan_policy.max_consecutive=2") == 0
+    assert all(torch.isfinite(value).all() for value in adapter(tmp_path / "skips").values())
+    assert json.loads((tmp_path / "skips" / "run.json").read_text())["skipped_steps"] == 2
+    calls.clear()
+    broken_until = 1000
+    with pytest.raises(NumericalError, match=r"step 5.*reward"):
+        run(pipeline, prompts, tmp_path / "stops", *more, "model.nan_policy.max_consecutive=2")
+    assert all(torch.isfinite(value).all() for value in adapter(tmp_path / "stops").values())
+    assert (tmp_path / "stops" / "report.html").exists()
+    assert json.loads((tmp_path / "stops" / "run.json").read_text())["status"] == "failed"
+
+
+def test_ctrl_c_leaves_an_export_and_a_report(pipeline, prompts, tmp_path):
+    directory = tmp_path / "run"
+    command = [
+        sys.executable,
+        str(ROOT / "examples/mm/stable_diffusion/train_sd_draftp.py"),
+        *overrides(pipeline, prompts, directory, "trainer.draftp_sd.max_steps=100000"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    metrics = directory / "metrics.csv"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and (not metrics.exists() or len(metrics.read_text().splitlines()) < 3):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
+    assert json.loads((directory / "run.json").read_text())["status"] == "interrupted"
+    assert adapter(directory) and (directory / "report.html").exists()
+
+
+def test_two_processes_train_as_one(pipeline, prompts, tmp_path):
+    """The noise is keyed by sample, the plan by step: data parallelism changes rounding only."""
+    run(pipeline, prompts, tmp_path / "one", "model.micro_batch_size=4")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(ROOT / "examples/mm/stable_diffusion/train_sd_draftp.py"),
+        *overrides(pipeline, prompts, tmp_path / "two", "trainer.devices=2"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for one, two in zip(figures(tmp_path / "one"), figures(tmp_path / "two"), strict=True):
+        for column in ("reward", "loss", "images"):
+            assert float(one[column]) == pytest.approx(float(two[column]), rel=1e-5)
+        # this model's gradient is 1e-5 of its activations: float32 rounding shows in it
+        assert float(one["grad_norm"]) == pytest.approx(float(two["grad_norm"]), rel=1e-2)
+    one, two = adapter(tmp_path / "one"), adapter(tmp_path / "two")
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=2e-3)
+    ours, theirs = rows(tmp_path / "one" / "validation.csv"), rows(tmp_path / "two" / "validation.csv")
+    assert [float(row["reward"]) for row in ours] == pytest.approx([float(row["reward"]) for row in theirs], rel=1e-5)
+
+
+def test_single_file_weights_are_used_and_misfits_are_named(pipeline, prompts, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from nemo_aligner_diffusion.errors import CheckpointError
+
+    weights = load_file(pipeline / "unet" / "diffusion_pytorch_model.safetensors")
+    torch.save(weights, tmp_path / "unet.ckpt")
+    more = ["trainer.draftp_sd.max_steps=1", "trainer.draftp_sd.val_check_interval=0"]
+    run(pipeline, prompts, tmp_path / "plain", *more)
+    run(pipeline, prompts, tmp_path / "file", *more, f"model.unet_config.from_pretrained={tmp_path / 'unet.ckpt'}")
+    assert figures(tmp_path / "plain") == figures(tmp_path / "file")
+    del weights["conv_in.weight"]
+    save_file(weights, tmp_path / "short.safetensors")
+    with pytest.raises(CheckpointError, match=r"1 missing, e\.g\. conv_in\.weight"):
+        run(pipeline, prompts, tmp_path / "x", f"model.unet_config.from_pretrained={tmp_path / 'short.safetensors'}")
+    assert not (tmp_path / "x" / "config.yaml").exists()
+
+
+def test_prompts_beyond_the_limit_are_counted(pipeline, tmp_path, caplog):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a\na prompt much longer than eight letters\n", encoding="utf-8")
+    more = ["trainer.draftp_sd.max_steps=1", "trainer.draftp_sd.val_check_interval=0"]
+    run(pipeline, file, tmp_path / "run", *more, "model.micro_batch_size=2", "model.global_batch_size=2")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["truncated_prompts"] == 1
+    assert "1 prompt" in caplog.text
+
+
+def test_a_misspelt_target_module_is_named(pipeline, prompts, tmp_path):
+    with pytest.raises(ConfigurationError, match="to_query"):
+        run(pipeline, prompts, tmp_path / "run", "model.peft.lora_tuning.target_modules=[to_query]")
