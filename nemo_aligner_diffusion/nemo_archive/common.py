@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,6 +12,9 @@ from nemo_aligner_diffusion.errors import ArchiveError
 CONFIG_NAME = "model_config.yaml"
 WEIGHTS_NAME = "model_weights.ckpt"
 ARTIFACT_SCHEME = "nemo:"
+# What save_nemo writes as nemo_version. In such archives an artifact's prefix is a digest of its content, which the
+# reader checks; NeMo's own prefixes are random.
+OUR_VERSION = "nemo_aligner_diffusion 1"
 BLOCK_BYTES = 1 << 20
 
 
@@ -31,6 +35,11 @@ class Limits:
 
 def archive_error(path: str | os.PathLike[str], found: str, remedy: str) -> ArchiveError:
     return ArchiveError(f"{os.fspath(path)}: the .nemo archive {found}. {remedy}")
+
+
+def artifact_digest(content: bytes) -> str:
+    """32 hexadecimal digits, as long as the prefix NeMo gives."""
+    return hashlib.sha256(content).hexdigest()[:32]
 
 
 def listing(names: Iterable[str], most: int = 6) -> str:

@@ -16,9 +16,11 @@ from nemo_aligner_diffusion.nemo_archive.common import (
     ARTIFACT_SCHEME,
     BLOCK_BYTES,
     CONFIG_NAME,
+    OUR_VERSION,
     WEIGHTS_NAME,
     Limits,
     archive_error,
+    artifact_digest,
     listing,
     short,
 )
@@ -102,7 +104,14 @@ class NemoArchive:
                 f"lacks the artifact {short(reference)!r} that it should hold (it holds {listing(self._index)})",
                 "Save the archive again with that file inside.",
             )
-        return self._read(member, self._limits.artifact_bytes)
+        content = self._read(member, self._limits.artifact_bytes)
+        ours = self.config.get("nemo_version") == OUR_VERSION
+        if ours and not member.name.startswith(artifact_digest(content) + "_"):
+            raise self._error(
+                f"has a damaged artifact {member.name!r}: its content does not match the digest in its name",
+                "Download the file again, or save the archive anew with the changed artifact.",
+            )
+        return content
 
     def extract(self, folder: str | os.PathLike[str]) -> list[Path]:
         """Write every member below ``folder`` (created if need be); a file that is already there is an error."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip as gzip_module
-import hashlib
 import io
 import os
 import tarfile
@@ -13,7 +12,14 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from nemo_aligner_diffusion.errors import ArchiveError
-from nemo_aligner_diffusion.nemo_archive.common import ARTIFACT_SCHEME, CONFIG_NAME, WEIGHTS_NAME, listing
+from nemo_aligner_diffusion.nemo_archive.common import (
+    ARTIFACT_SCHEME,
+    CONFIG_NAME,
+    OUR_VERSION,
+    WEIGHTS_NAME,
+    artifact_digest,
+    listing,
+)
 from nemo_aligner_diffusion.nemo_archive.config import serialise_config
 
 if TYPE_CHECKING:
@@ -32,8 +38,9 @@ def save_nemo(
 
     Args:
         path: the file to write; replaced if it exists. Missing folders are made.
-        config: plain values, or an OmegaConf container; ``target`` is required. A string value ``nemo:<name>`` names
-            the artifact ``<name>`` and is rewritten to ``nemo:<hash>_<name>``, the name it gets in the archive.
+        config: plain values, or an OmegaConf container. ``target`` is required, ``nemo_version`` is set here. A string
+            value ``nemo:<name>`` names the artifact ``<name>`` and is rewritten to ``nemo:<hash>_<name>``, the name it
+            gets in the archive.
         state_dict: tensors of any device, saved in their order and dtype.
         artifacts: file name to its content (a path or the bytes). Every one must be named in ``config``.
         gzip: compress. Weights hardly shrink and opening gets slower, so the default is a plain tar, as in NeMo.
@@ -55,7 +62,7 @@ def save_nemo(
             raise ArchiveError(
                 f"{path}: the artifact {name!r} is not readable at {source!r}: {error.strerror}."
             ) from error
-        stored_names[name] = f"{hashlib.sha256(content).hexdigest()[:32]}_{name}"
+        stored_names[name] = f"{artifact_digest(content)}_{name}"
         contents[stored_names[name]] = content
     used: set[str] = set()
 
@@ -75,7 +82,7 @@ def save_nemo(
         return value
 
     try:
-        yaml_text, plain = serialise_config(config, rename)
+        yaml_text, plain = serialise_config(config, lambda plain: {**rename(plain), "nemo_version": OUR_VERSION})
     except ValueError as error:
         raise ArchiveError(f"{path}: the config cannot be written as YAML: {error}") from error
     if not isinstance(plain.get("target"), str):

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from transformers import CLIPModel
 
 TARGET = "nemo_aligner_diffusion.rewards.clip.CLIPReward"
-NEMO_VERSION = "nemo_aligner_diffusion 1"
 
 # The only fields taken from an archive: others could make transformers fetch code (attn_implementation, auto_map).
 _TOP_KEYS = ("projection_dim", "logit_scale_init_value")
@@ -158,7 +157,6 @@ def convert_hf_clip_to_nemo(
     config = {
         **(extra or {}),
         "target": TARGET,
-        "nemo_version": NEMO_VERSION,
         "name": name,
         "clip": {
             **{key: getattr(clip, key) for key in _TOP_KEYS},
