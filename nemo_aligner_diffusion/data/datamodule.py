@@ -80,6 +80,9 @@ class PromptDataModule(pl.LightningDataModule):
         self._batches_before = 0  # the trainer's count when the current training loader was made
         self._train_prompts: PromptDataset | None = None
         self._validation_loader: PromptLoader | None = None
+        if validation is None and type(self).val_dataloader is PromptDataModule.val_dataloader:
+            # Lightning must see a module that does not override the hook, or it warns about an empty loader.
+            self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
 
     @property
     def data_parallel(self) -> tuple[int, int]:
@@ -122,9 +125,10 @@ class PromptDataModule(pl.LightningDataModule):
         self._batches_before = self._batches_processed()
         return loader
 
-    def val_dataloader(self) -> PromptLoader | list[PromptLoader]:
-        """Return the validation loader; without such prompts an empty list, which Lightning takes for no validation."""
-        return [] if self._validation_loader is None else self._validation_loader
+    def val_dataloader(self) -> PromptLoader:
+        """Return the validation loader that ``setup`` made."""
+        assert self._validation_loader is not None
+        return self._validation_loader
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position, and what the order of the stream depends on."""

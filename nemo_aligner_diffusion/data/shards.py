@@ -91,9 +91,7 @@ def write_prompt_shards(
         ) from error
     try:
         written = list(_write_all(numbered, partial, samples_per_shard, bytes_per_shard, gzip))
-        digits = max(4, len(str(len(written) - 1)))  # so that names sort as numbers
-        suffix = ".tar.gz" if gzip else ".tar"
-        paths = [folder / f"{prefix}-{number:0{digits}d}{suffix}" for number in range(len(written))]
+        paths = [folder / name for name in shard_names(len(written), prefix, gzip)]
         for (path, _), final in zip(written, paths, strict=True):
             os.replace(path, final)
         for stale in set(before) - set(paths):
@@ -107,6 +105,12 @@ def write_prompt_shards(
         shutil.rmtree(partial, ignore_errors=True)
         if new_folder and not any(folder.iterdir()):
             folder.rmdir()
+
+
+def shard_names(count: int, prefix: str, gzip: bool) -> list[str]:
+    """Names of ``count`` shards, with as many digits as make them sort as numbers, four at least."""
+    digits = max(4, len(str(count - 1)))
+    return [f"{prefix}-{number:0{digits}d}{'.tar.gz' if gzip else '.tar'}" for number in range(count)]
 
 
 def _existing_shards(folder: Path, prefix: str) -> list[Path]:
