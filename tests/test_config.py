@@ -167,6 +167,10 @@ def test_no_invented_key_of_the_model_passes(name: str) -> None:
         ("model.algorithm=dpok", "expected one of draft, draft_k"),
         ("model.infer.eta=1.5", "expected a number >= 0 and <= 1"),
         ("model.infer.sampler_type=heun", "expected one of DDIM"),
+        ("model.decode_micro_batch_size=0", "expected an integer >= 1, or null"),
+        ("rm.model.score=aesthetic", "expected one of pickscore, hps, clipscore, or null"),
+        ("rm.trainer.precision=8", "expected one of 32, 16, bf16"),
+        ("rm.quality=101", "expected an integer >= 1 and <= 100"),
         ("model.infer.height=100", "expected a multiple of 8 pixels, such as 96 or 104"),
         ("model.optim.betas=[0.9]", "expected a list of 2 numbers"),
         ("model.optim.betas=0.9", "expected a list of 2 numbers"),
@@ -235,6 +239,7 @@ def test_a_list_of_devices_counts_its_entries() -> None:
     [
         ("draftp_sd", ["model.truncation_steps=21"], "model.truncation_steps = 21 is beyond"),
         ("draft_k_sd", ["model.infer.inference_steps=4", "model.truncation_steps=5"], "expected 1 … 4"),
+        ("drtune_sd", ["model.infer.inference_steps=10", "model.drtune.train_steps=4"], "expected 1 … 3"),
         ("drtune_sd", ["model.drtune.train_steps=14"], "early stopping may leave 13: expected 1 … 13"),
         ("drtune_sd", ["model.drtune.early_stop_steps=21"], "expected 0 … 20"),
         ("refl_sd", ["model.refl.window=[15,20]"], "0 <= first <= last <= 19"),
@@ -245,6 +250,11 @@ def test_a_list_of_devices_counts_its_entries() -> None:
 )
 def test_steps_beyond_the_sampling_steps(name: str, overrides: list[str], expected: str) -> None:
     assert expected in message(*overrides, name=name)
+
+
+def test_eta_is_ddims_own() -> None:
+    assert load_config("draftp_sd", ["model.infer.eta=0.5", "model.infer.sampler_type=ddim"]).model.infer.eta == 0.5
+    assert "expected 0, or sampler_type=DDIM" in message("model.infer.eta=0.5", "model.infer.sampler_type=Euler")
 
 
 def test_steps_up_to_the_sampling_steps_are_fine() -> None:
@@ -258,6 +268,45 @@ def test_steps_up_to_the_sampling_steps_are_fine() -> None:
 
 def test_a_file_for_a_reward_without_one_is_an_error() -> None:
     assert "which restores no file" in message("rm=symmetry", "rm.model.restore_from_path=/r.nemo")
+    assert "which restores no file" in message("rm.name=symmetry", "rm.model.restore_from_path=/r.nemo")
+
+
+def test_only_what_the_reward_reads_remains(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        cfg = load_config("draftp_sd", ["rm.name=compressibility", "rm.quality=50", "rm.model.micro_batch_size=2"])
+    assert cfg.rm == {"name": "compressibility", "quality": 50}
+    assert "rm.model.micro_batch_size: rm.name=compressibility does not read it" in caplog.text
+    assert "rm.quality" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        ("{clip:{weight:much}}", "rm.parts.clip.weight = 'much': expected a number"),
+        ("{clip:3}", "rm.parts.clip = 3: expected keys"),
+        ("{aesthetics:{weight:1}}", "rm.parts.aesthetics.name = 'aesthetics': expected one of clip, symmetry"),
+        ("{a:{name:simmetry}}", "did you mean symmetry"),
+        ("{symmetry:{wieght:1}}", "unknown key 'rm.parts.symmetry.wieght'; symmetry reads no further keys"),
+        ("{compressibility:{qualty:50}}", "did you mean quality"),
+        ("{compressibility:{quality:500}}", "rm.parts.compressibility.quality = 500: expected an integer >= 1 and <="),
+        ("{clip:{model:{restore_path:/r.nemo}}}", "did you mean model.restore_from_path"),
+        ("{clip:{trainer:{precision:16}}}", "set rm.trainer.precision"),
+        ("{a:{weight:1,reward:{name:clip},model:{}}}", "expected only weight and reward"),
+        ("{a:{name:composite}}", "needs rm.parts.a.parts"),
+        ("{a:{name:composite,parts:{b:{}}}}", "rm.parts.a.parts.b.name = 'b'"),
+    ],
+)
+def test_parts_of_a_composite_are_checked_before_anything_is_loaded(parts: str, expected: str) -> None:
+    assert expected in message("rm=composite", "~rm.parts.clip", "~rm.parts.symmetry", f"rm.parts={parts}")
+
+
+def test_parts_that_fit() -> None:
+    parts = "{clip:{weight:1,model:{restore_from_path:/r.nemo,score:hps}},a:{weight:-2,reward:{name:symmetry}}}"
+    cfg = load_config("draftp_sd", ["rm=composite", f"rm.parts={parts}"])
+    assert set(cfg.rm.parts) == {"clip", "a", "symmetry"}, "added to the parts that rm=composite brings"
+    assert cfg.rm.parts.a == {"weight": -2, "reward": {"name": "symmetry"}}
+    nested = "{all:{name:composite,parts:{symmetry:{},compressibility:{quality:50}}}}"
+    load_config("draftp_sd", ["rm=composite", f"rm.parts={nested}"])
 
 
 def test_a_setting_that_the_method_does_not_read_is_named(caplog: pytest.LogCaptureFixture) -> None:

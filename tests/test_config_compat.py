@@ -61,6 +61,7 @@ USED_KEYS = {
     "exp_manager.resume_ignore_no_checkpoint": False, "exp_manager.max_time_per_run": "00:03:45:00",
     "exp_manager.ema.enable": True, "exp_manager.ema.decay": 0.9999, "exp_manager.ema.every_n_steps": 2,
     "exp_manager.ema.validate_original_weights": True, "exp_manager.ema.cpu_offload": True,
+    "rm.trainer.precision": "bf16",
 }  # fmt: skip
 
 
@@ -102,6 +103,11 @@ def test_other_spellings(word: str, target: str, value: object) -> None:
     assert OmegaConf.select(load_config("draftp_sd", [word]), target) == value
 
 
+def test_a_sampler_of_nemos_that_we_lack_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"model.infer.sampler_type = 'HeunEDMSampler': expected one of DDIM"):
+        load_config("draftp_sd", ["model.sampling.base.sampler=HeunEDMSampler"])
+
+
 def test_the_loops_alias_in_another_recipe() -> None:
     cfg = load_config("drtune_sd", ["trainer.draftp_sd.max_steps=7"])
     assert cfg.trainer.drtune_sd.max_steps == 7
@@ -125,7 +131,8 @@ def test_the_loops_own_key_counts_more_than_lightnings(caplog: pytest.LogCapture
 @pytest.mark.parametrize(
     "word",
     [
-        "rm.trainer.precision=16",
+        "rm.trainer.devices=2",
+        "rm.model.precision=16",
         "trainer.benchmark=False",
         "trainer.logger=False",
         "exp_manager.create_checkpoint_callback=True",
@@ -228,7 +235,7 @@ def test_a_whole_recipe_in_nemos_style(tmp_path: Path, caplog: pytest.LogCapture
     assert cfg.rm.name == "clip"
     assert cfg.rm.model.restore_from_path == "/rm.nemo"
     assert "max_steps" not in cfg.trainer
-    for key in ("trainer.logger", "trainer.max_steps", "rm.trainer.precision", "model.precision"):
+    for key in ("trainer.logger", "trainer.max_steps", "rm.trainer.devices", "model.precision"):
         assert key in caplog.text
     for key in ("pretrained_checkpoint", "dataset_path"):  # null says nothing, so there is nothing to warn of
         assert key not in caplog.text

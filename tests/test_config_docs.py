@@ -69,10 +69,23 @@ def test_the_documentations_tables_are_current() -> None:
 
 
 def test_the_schema_knows_the_names_the_code_knows() -> None:
-    from nemo_aligner_diffusion.diffusion.sampler import SAMPLER_ALIASES, SAMPLERS
+    from nemo_aligner_diffusion.diffusion.sampler import SAMPLER_ALIASES, SAMPLERS, sampler_name
+    from nemo_aligner_diffusion.rewards import build, clip, jpeg
+    from nemo_aligner_diffusion.training.assemble import ALGORITHMS
     from nemo_aligner_diffusion.training.optimizers import OPTIMIZER_NAMES
     from nemo_aligner_diffusion.training.schedules import SCHEDULE_NAMES
 
     assert {name.lower() for name in schema.SAMPLERS} == {*SAMPLERS, *SAMPLER_ALIASES}
+    for name in schema.SAMPLERS:  # the spelling that the configuration keeps
+        sampler_name(name)
+    assert set(schema.ALGORITHMS) == set(ALGORITHMS)
     assert schema.OPTIMIZERS == OPTIMIZER_NAMES
     assert schema.SCHEDULES == SCHEDULE_NAMES
+    assert schema.SCORES == clip.SCORES
+    assert schema.REDUCTIONS == jpeg.REDUCTIONS
+    assert {name: {*keys} - {"trainer"} for name, keys in schema.REWARDS.items()} == {
+        name: set(keys) for name, keys in build.REWARDS.items()
+    }
+    accepted = {key.removeprefix("rm.model.") for key in schema.KEYS if key.startswith("rm.model.")}
+    assert accepted == set(build._MODEL_KEYS)
+    assert set(schema.PRECISIONS) <= set(build._PRECISIONS)

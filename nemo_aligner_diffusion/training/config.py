@@ -146,6 +146,8 @@ def load_config(
     cfg = OmegaConf.create(unflatten(schema.read_values(leaves, loop)))
     check(cfg)
     notes.extend(_unread(command_line.leaves, cfg))
+    for section in [entry for entry in cfg.rm if entry not in ("name", *schema.REWARDS[cfg.rm.name])]:
+        del cfg.rm[section]  # left by the recipe when only rm.name is changed
     _warn(notes)
     return cfg
 
@@ -277,6 +279,8 @@ def _unread(given: Mapping[str, Any], cfg: DictConfig) -> list[Note]:
         for prefix, methods in READ_BY.items():
             if key.startswith(prefix) and cfg.model.algorithm not in methods:
                 notes.append(Note(key, f"model.algorithm={cfg.model.algorithm} does not read it"))
+        if key.startswith("rm.") and key.split(".")[1] not in ("name", *schema.REWARDS[cfg.rm.name]):
+            notes.append(Note(key, f"rm.name={cfg.rm.name} does not read it"))
         if key.startswith("model.peft.lora_tuning.") and cfg.model.peft.peft_scheme == "none":
             notes.append(Note(key, "model.peft.peft_scheme=none trains every weight"))
     return notes

@@ -190,17 +190,26 @@ def number(low: float | None = None, *, above: float | None = None, nullable: bo
     return Kind("float", low=low if above is None else above, open_low=above is not None, nullable=nullable)
 
 
-def choice(*choices: str) -> Kind:
-    return Kind("text", choices=choices)
+def choice(*choices: str, nullable: bool = False) -> Kind:
+    return Kind("text", choices=choices, nullable=nullable)
 
 
 ALGORITHMS = ("draft", "draft_k", "draft_lv", "draft+", "drtune", "refl", "alignprop")
-REWARDS = ("clip", "symmetry", "compressibility", "incompressibility", "composite")
-# The names that diffusion/sampler.py, training/optimizers.py and training/schedules.py know (a test holds them
-# together: this file may not import torch).
+# The names that diffusion/sampler.py, training/optimizers.py, training/schedules.py and rewards/ know (a test holds
+# them together: this file may not import torch).
 SAMPLERS = ("DDIM", "PLMS", "Euler", "DPM++2M", "DPM++2M_SDE", "UniPC", "DPM", "DPMSolver++", "PARA_DDIM")
 OPTIMIZERS = ("fused_adam", "adamw", "adam", "sgd")
 SCHEDULES = ("WarmupHoldPolicy", "CosineAnnealing", "constant")
+# Each reward and the entries of `rm` that it reads.
+REWARDS: dict[str, tuple[str, ...]] = {
+    "clip": ("model", "trainer"),
+    "symmetry": (),
+    "compressibility": ("quality", "chroma_subsampling", "reduction"),
+    "incompressibility": ("quality", "chroma_subsampling", "reduction"),
+    "composite": ("parts", "trainer"),
+}
+SCORES = ("pickscore", "hps", "clipscore")
+REDUCTIONS = ("sum", "mean")
 PRECISIONS = ("32", "16", "bf16", "64", "32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true")
 
 KEYS: dict[str, Kind] = {
@@ -239,6 +248,7 @@ KEYS: dict[str, Kind] = {
     "model.seed": Kind("int", low=0, high=2**63 - 1),
     "model.micro_batch_size": integer(1),
     "model.global_batch_size": integer(1),
+    "model.decode_micro_batch_size": integer(1, nullable=True),
     "model.tensor_model_parallel_size": integer(1),
     "model.activation_checkpointing": BOOL,
     "model.infer.unconditional_guidance_scale": number(0),
@@ -290,6 +300,13 @@ KEYS: dict[str, Kind] = {
     "rm.name": choice(*REWARDS),
     "rm.model.restore_from_path": PATH,
     "rm.model.micro_batch_size": integer(1, nullable=True),
+    "rm.model.activation_checkpointing": BOOL,
+    "rm.model.score": choice(*SCORES, nullable=True),
+    "rm.model.tokenizer": PATH,
+    "rm.trainer.precision": choice(*PRECISIONS),
+    "rm.quality": Kind("int", low=1, high=100),
+    "rm.chroma_subsampling": BOOL,
+    "rm.reduction": choice(*REDUCTIONS),
     "rm.parts.*": ANY,
     "report.enable": BOOL,
     "report.max_prompts": integer(1),

@@ -33,8 +33,8 @@ class Alias:
 
 
 def _sdxl_sampler(value: Any) -> Any:
-    """NeMo's SDXL sampler classes by the names of ours; other names go through and are checked there."""
-    names = {"EulerEDMSampler": "Euler", "DPMPP2MSampler": "DPM++2M", "DPMPP2SAncestralSampler": "DPM++2M_SDE"}
+    """NeMo's SDXL sampler classes that we have too; other names go through and are refused by the list of ours."""
+    names = {"EulerEDMSampler": "Euler", "DPMPP2MSampler": "DPM++2M"}
     return names.get(value, value) if isinstance(value, str) else value
 
 
@@ -88,7 +88,7 @@ ALIASES: dict[str, Alias] = {
 _ELSEWHERE = "PyTorch Lightning is set up by this project"
 _ARCHITECTURE = "the networks' shapes come from the checkpoint's own configuration"
 _PRETRAINING = "it belongs to pretraining the model, not to reward fine-tuning"
-_REWARD_MACHINE = "the reward runs inside the training processes, on their devices and in their precision"
+_REWARD_MACHINE = "the reward runs inside the training processes, on their devices"
 _FILES = "checkpoints are written by trainer.<recipe>.save_interval"
 _KERNELS = "kernels and memory formats are chosen by this project"
 _PICTURES = (
@@ -156,7 +156,7 @@ WITHOUT_EFFECT: dict[str, str] = {
     "hydra*": "hydra only reads the configuration here: it makes no folders and no log files",
     "reward_model": "the reward is chosen by rm.name and its file",
     "rm.trainer*": _REWARD_MACHINE,
-    "rm.model.precision": _REWARD_MACHINE,
+    "rm.model.precision": "use rm.trainer.precision",
     "rm.model.tensor_model_parallel_size": _REWARD_MACHINE,
     "rm.model.pipeline_model_parallel_size": _REWARD_MACHINE,
     "rm.model.global_batch_size": _REWARD_MACHINE,

@@ -27,7 +27,7 @@ SECTIONS: dict[str, list[str]] = {
     "Optimizer": ["optim/fused_adam.yaml", "optim/sgd.yaml"],
     "Learning-rate schedule": ["sched/warmup_hold.yaml", "sched/cosine.yaml"],
     "Prompts": ["data/prompts.yaml"],
-    "Reward": ["rm/clip.yaml"],
+    "Reward": ["rm/clip.yaml", "rm/compressibility.yaml"],
     "Report": ["report/default.yaml"],
 }
 
