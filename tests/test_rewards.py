@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nemo_aligner_diffusion.errors import ConfigurationError, RewardError
+from nemo_aligner_diffusion import embedded_assets
+from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError, RewardError
 from nemo_aligner_diffusion.rewards import (
     CompositeReward,
     JPEGCompressibility,
@@ -243,5 +244,15 @@ def test_impossible_jpeg_settings(settings: dict[str, object]) -> None:
 
 
 def test_a_key_without_effect_is_named(caplog: pytest.LogCaptureFixture) -> None:
-    build_reward({"name": "symmetry", "quality": 30})
+    build_reward({"name": "symmetry", "model": {"restore_from_path": None}, "parts": {}, "chroma_subsampling": None})
+    assert caplog.text == ""
+    build_reward({"name": "symmetry", "quality": 30, "chroma_subsampling": False})
     assert "rm.quality has no effect" in caplog.text
+    assert "rm.chroma_subsampling has no effect" in caplog.text
+
+
+def test_embedded_assets_are_named_where_they_are_missing() -> None:
+    with pytest.raises(ValueError, match="'validate'"):
+        embedded_assets.embedded_prompts_path("validate")
+    with pytest.raises(AlignerError, match=r"no_such_file.*Reinstall"):
+        embedded_assets._asset("no_such_file")

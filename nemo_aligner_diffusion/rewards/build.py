@@ -81,7 +81,7 @@ def _build(config: dict[str, Any], where: str, device: str | torch.device, dtype
     if name not in REWARDS:
         raise ConfigurationError(f"{where}.name={name!r} is no reward. {_nearest(name, REWARDS)}")
     for key in config:
-        if key not in ("name", "trainer", *REWARDS[name]) and config[key]:
+        if key not in ("name", "trainer", *REWARDS[name]) and _says_something(config[key]):
             logger.warning("%s.%s has no effect here: the reward %r does not use it", where, key, name)
     precision = _without_nulls(config.get("trainer"), f"{where}.trainer").get("precision", 32)
     if dtype is None:
@@ -155,6 +155,11 @@ def _without_nulls(section: Any, where: str) -> dict[str, Any]:
     if not isinstance(section, Mapping):
         raise ConfigurationError(f"{where}={section!r}; expected a section with keys.")
     return {str(key): value for key, value in section.items() if value is not None}
+
+
+def _says_something(value: Any) -> bool:
+    """False for null and for sections that hold nothing but null: a schema's blanks are no wish of the user's."""
+    return any(map(_says_something, value.values())) if isinstance(value, Mapping) else value is not None
 
 
 def _check_keys(section: Mapping[str, Any], known: Collection[str], where: str) -> None:

@@ -127,6 +127,7 @@ def hf_layout(
             "vocab_size": vocabulary_size,
             "max_position_embeddings": _number(archive, text, "max_position_embeddings", "text."),
             "eos_token_id": eos_token_id,
+            "bos_token_id": eos_token_id,  # not used; its default lies outside small vocabularies
         },
         "vision_config": {
             **towers["vision_model"],
