@@ -1,4 +1,4 @@
-"""The exceptions that a user can cause. Each carries one complete message; entry points print it without a traceback."""
+"""The exceptions that a user can cause: one complete message each, which entry points print without a traceback."""
 
 from __future__ import annotations
 

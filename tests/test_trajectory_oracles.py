@@ -59,7 +59,9 @@ def reward(images):
 def gradients(model, loss):
     parameters = [p for p in model.denoiser.parameters() if p.requires_grad]
     grads = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(parameters, grads)])
+    return torch.cat(
+        [torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(parameters, grads, strict=False)]
+    )
 
 
 def frozen_of(model, predict):
@@ -82,7 +84,7 @@ def ours(model, sampler, predict, plan, kl_coeff=0.0, recompute=True, micro_batc
     count = len(trajectory.reads) * len(PROMPTS)
     reads = trajectory.reads
     grads = reward_gradient(reads, model.decode, lambda x, rows: -reward(x).sum() / count, micro_batch_size)
-    loss = sum((read * g).sum() for read, g in zip(reads, grads))
+    loss = sum((read * g).sum() for read, g in zip(reads, grads, strict=False))
     return loss if not kl_coeff else loss + kl_coeff * trajectory.divergence
 
 
@@ -184,10 +186,10 @@ def test_oracle_3_full_draft_agrees_with_finite_differences(sampler):
 
     @torch.no_grad()
     def loss_at(scale):
-        for p, d in zip(parameters, direction):
+        for p, d in zip(parameters, direction, strict=False):
             p.add_(d, alpha=scale)
         value = float(naive(model, solver, predict, plan))
-        for p, d in zip(parameters, direction):
+        for p, d in zip(parameters, direction, strict=False):
             p.sub_(d, alpha=scale)
         return value
 
@@ -229,12 +231,15 @@ def test_drtune_plans_follow_the_paper():
     assert {plan.stop for plan in drawn} == set(range(12, 20))
     for plan in drawn:
         stride = (plan.stop + 1) // 4
-        assert len(plan.active) == 4 and plan.cut
-        assert {b - a for a, b in zip(plan.active, plan.active[1:])} == {stride}
-        assert 0 <= plan.active[0] and plan.active[-1] <= plan.stop
+        assert len(plan.active) == 4
+        assert plan.cut
+        assert {b - a for a, b in zip(plan.active, plan.active[1:], strict=False)} == {stride}
+        assert plan.active[0] >= 0
+        assert plan.active[-1] <= plan.stop
     assert {plan.active[0] for plan in drawn} >= {0, 1, 2, 3}
     no_stop = SpacedSteps(train_steps=20, early_stop_steps=0)(20, rng)
-    assert no_stop.stop is None and no_stop.active == tuple(range(20))
+    assert no_stop.stop is None
+    assert no_stop.active == tuple(range(20))
 
 
 def test_alignprop_and_refl_draw_within_their_windows():
@@ -242,4 +247,5 @@ def test_alignprop_and_refl_draw_within_their_windows():
     starts = {RandomTruncation(2, 6)(10, rng).active[0] for _ in range(200)}
     assert starts == set(range(4, 9))
     plans = [OneLateStep(5, 8)(10, rng) for _ in range(200)]
-    assert {plan.stop for plan in plans} == {5, 6, 7, 8} and all(plan.active == (plan.stop,) for plan in plans)
+    assert {plan.stop for plan in plans} == {5, 6, 7, 8}
+    assert all(plan.active == (plan.stop,) for plan in plans)

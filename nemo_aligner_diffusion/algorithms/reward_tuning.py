@@ -149,7 +149,9 @@ class RewardTuning(pl.LightningModule):
             return self.reward_loss(scores).sum() * (share / len(prompts))
 
         gradients = reward_gradient(trajectory.reads, self.model.decode, objective, self.decode_micro_batch_size)
-        surrogate = sum((read * g.detach()).sum() for read, g in zip(trajectory.reads, gradients, strict=True))
+        surrogate = torch.stack(
+            [(read * g.detach()).sum() for read, g in zip(trajectory.reads, gradients, strict=True)]
+        ).sum()
         scores = torch.cat([score for score, _ in scored])
         loss = self.reward_loss(scores).mean()
         divergence = torch.zeros((), device=scores.device)
@@ -252,7 +254,8 @@ class RewardTuning(pl.LightningModule):
             "tuned_rewards": torch.stack([score for *_, score in self._validated]).to(self.device),
         }
         if self.trainer.world_size > 1:
-            mine = {name: value.flatten(0, 1) for name, value in self.all_gather(mine).items()}
+            gathered: Any = self.all_gather(mine)
+            mine = {name: value.flatten(0, 1) for name, value in gathered.items()}
         together = {name: value.cpu() for name, value in mine.items()}
         order = {int(row): place for place, row in reversed(list(enumerate(together["rows"])))}  # each row once
         places = [order[row] for row in sorted(order)]

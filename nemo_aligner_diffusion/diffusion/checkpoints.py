@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nemo_aligner_diffusion.errors import CheckpointError
 
@@ -65,7 +65,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def load_component(module: nn.Module, component: Component, path: str | Path) -> None:
+def load_component(module: Any, component: Component, path: str | Path) -> None:
     """Load a UNet's or VAE's weights into ``module`` (a ``diffusers`` model) in place.
 
     Args:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from nemo_aligner_diffusion.errors import CheckpointError, ConfigurationError
 
@@ -21,7 +21,7 @@ ATTENTION_MODULES = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 def add_lora(
-    denoiser: nn.Module,
+    denoiser: Any,
     rank: int,
     alpha: float | None = None,
     dropout: float = 0.0,
@@ -52,7 +52,7 @@ def add_lora(
     denoiser.add_adapter(
         LoraConfig(
             r=rank,
-            lora_alpha=rank if alpha is None else alpha,
+            lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type]  # peft takes any real
             lora_dropout=dropout,
             target_modules=list(target_modules),
         ),
@@ -60,12 +60,12 @@ def add_lora(
     )
 
 
-def has_lora(denoiser: nn.Module) -> bool:
+def has_lora(denoiser: Any) -> bool:
     return bool(getattr(denoiser, "peft_config", None))
 
 
 @contextmanager
-def adapters_off(denoiser: nn.Module) -> Iterator[None]:
+def adapters_off(denoiser: Any) -> Iterator[None]:
     """The pre-trained weights θ₀: the same network with its adapters switched off."""
     denoiser.disable_adapters()
     try:
@@ -74,14 +74,14 @@ def adapters_off(denoiser: nn.Module) -> Iterator[None]:
         denoiser.enable_adapters()
 
 
-def lora_state_dict(denoiser: nn.Module, adapter_name: str = ADAPTER) -> dict[str, Tensor]:
+def lora_state_dict(denoiser: Any, adapter_name: str = ADAPTER) -> dict[str, Tensor]:
     from peft import get_peft_model_state_dict
 
     return get_peft_model_state_dict(denoiser, adapter_name=adapter_name)
 
 
 def save_lora_weights(
-    denoiser: nn.Module, directory: Path, state: Mapping[str, Tensor] | None = None, adapter_name: str = ADAPTER
+    denoiser: Any, directory: Path, state: Mapping[str, Tensor] | None = None, adapter_name: str = ADAPTER
 ) -> Path:
     """Write ``pytorch_lora_weights.safetensors`` atomically; ``state`` replaces the current weights (EMA)."""
     from diffusers import StableDiffusionPipeline
@@ -101,7 +101,7 @@ def save_lora_weights(
     return directory / WEIGHT_NAME
 
 
-def load_lora_weights(denoiser: nn.Module, path: Path, adapter_name: str) -> None:
+def load_lora_weights(denoiser: Any, path: Path, adapter_name: str) -> None:
     """Add the adapter of an ``export/`` folder or a ``.safetensors`` file to ``denoiser`` under ``adapter_name``.
 
     Raises:
@@ -124,7 +124,7 @@ def load_lora_weights(denoiser: nn.Module, path: Path, adapter_name: str) -> Non
         raise CheckpointError(f"{file}: this LoRA does not fit the denoiser: {reason}") from error
 
 
-def mix(denoiser: nn.Module, weights: Mapping[str, float]) -> None:
+def mix(denoiser: Any, weights: Mapping[str, float]) -> None:
     """θ = θ_pre + Σ_k α_k·θ_LoRA^k over adapters loaded under these names (any real α)."""
     denoiser.set_adapters(list(weights), [float(weight) for weight in weights.values()])
 

@@ -135,7 +135,9 @@ def main(config_name: str, argv: Sequence[str] | None = None) -> int:
     except AlignerError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    return 0
+    except KeyboardInterrupt:  # while loading: nothing has been trained, there is nothing to close
+        print("interrupted before training began", file=sys.stderr)
+        return 130
 
 
 def train_draftp() -> int:

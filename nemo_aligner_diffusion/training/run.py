@@ -109,7 +109,7 @@ def run_training(cfg: DictConfig) -> int:
         log.info("run directory: %s", directory.path)
 
     def train() -> None:
-        torch.manual_seed(cfg.model.seed)
+        torch.manual_seed(cfg.model.seed + trainer.global_rank)  # dropout masks differ between ranks
         trainer.fit(module, datamodule=data, ckpt_path=str(resume.path) if resume is not None else None)
 
     def validate() -> None:
@@ -187,7 +187,7 @@ def _build_trainer(
         accelerator=cfg.trainer.accelerator,
         devices=_plain(cfg.trainer.devices),
         num_nodes=cfg.trainer.num_nodes,
-        precision=cfg.trainer.precision,
+        precision=_plain(cfg.trainer.precision),
         strategy="ddp" if batches.world_size > 1 else "auto",
         max_steps=loop.max_steps,
         max_epochs=1,  # one pass of the loader is all passes over the prompts

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nemo_aligner_diffusion.diffusion.checkpoints import component_config, load_component
+from nemo_aligner_diffusion.diffusion.checkpoints import Component, component_config, load_component
 from nemo_aligner_diffusion.diffusion.conditioning import Conditioning
 from nemo_aligner_diffusion.diffusion.lora import adapters_off, has_lora
 from nemo_aligner_diffusion.errors import CheckpointError
@@ -35,22 +35,23 @@ class StableDiffusion(nn.Module):
 
     def __init__(
         self,
-        denoiser: nn.Module,
-        vae: nn.Module,
-        text_encoder: nn.Module,
+        denoiser: Any,
+        vae: Any,
+        text_encoder: Any,
         tokenizer: Any,
         scheduler_config: dict[str, Any],
     ) -> None:
         super().__init__()
-        self.denoiser = denoiser
-        self.vae = vae.requires_grad_(False).eval()
-        self.text_encoder = text_encoder.requires_grad_(False).eval()
+        # `Any`: diffusers' and transformers' models have attributes that a plain nn.Module has not
+        self.denoiser: Any = denoiser
+        self.vae: Any = vae.requires_grad_(False).eval()
+        self.text_encoder: Any = text_encoder.requires_grad_(False).eval()
         self.tokenizer = tokenizer
         self.scheduler_config = scheduler_config
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.default_height = self.default_width = denoiser.config.sample_size * self.vae_scale_factor
         self.truncated_prompts = 0  # prompts so far that were longer than the tokenizer's limit
-        self.reference_denoiser: nn.Module | None = None  # frozen copy, full fine-tuning with KL only
+        self.reference_denoiser: Any = None  # frozen copy, full fine-tuning with KL only
         self._unconditional: Conditioning | None = None
 
     @classmethod
@@ -86,7 +87,11 @@ class StableDiffusion(nn.Module):
             tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
             scheduler_config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text("utf-8"))
             parts = []
-            for part_class, name, path in ((UNet2DConditionModel, "unet", unet_path), (AutoencoderKL, "vae", vae_path)):
+            sources: tuple[tuple[Any, Component, str | Path | None], ...] = (
+                (UNet2DConditionModel, "unet", unet_path),
+                (AutoencoderKL, "vae", vae_path),
+            )
+            for part_class, name, path in sources:
                 if path is None:
                     part = part_class.from_pretrained(folder / name, torch_dtype=dtype, local_files_only=True)
                 else:  # architecture: what the weights' own folder says, else the pipeline folder's
