@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -240,6 +241,19 @@ def test_too_few_prompts_for_one_batch(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"3 prompts in 1 epoch\(s\) do not fill one global batch of 4"):
         list(build_prompt_loader(tmp_path, micro_batch_size=4, epochs=1))
     assert len(take(tmp_path, 3, micro_batch_size=4)) == 3  # without an end the stream goes round
+
+
+def test_nothing_is_loaded_whole(tmp_path: Path) -> None:
+    """A shard of 15 MB through a buffer of 10 prompts."""
+    tar(tmp_path / "a.tar", {f"{number}.txt": "x" * 5000 for number in range(3000)})
+    stream = iter(build_prompt_loader(tmp_path, micro_batch_size=4, shuffle_buffer=10))
+    tracemalloc.start()
+    try:
+        for _ in range(800):
+            next(stream)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_read_prompts(tmp_path: Path) -> None:
