@@ -136,6 +136,25 @@ def test_a_finished_run_has_everything(tmp_path: Path) -> None:
     assert not re.search(r"https?://(?!www\.w3\.org/)", text)  # namespaces of SVG are names, not requests
 
 
+def test_several_seeds_a_prompt(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    names = [f"prompt {i}" for i in range(5)]
+    pairs = [(name, seed) for name in names for seed in range(3)]
+    grey = torch.full((15, 3, 16, 16), 0.5)
+    for step in (10, 20):
+        grid = sample_grid(grey, grey, [name for name, _ in pairs], seeds=[seed for _, seed in pairs])
+        save_image(grid, run / "samples" / f"step_{step:06d}.png")
+    # seeds 0 and 1 of each prompt lose a little, seed 2 gains much
+    scores = [
+        {"prompt": name, "seed": seed, "base_reward": 1.0, "reward": 3.0 if seed == 2 else 0.9} for name, seed in pairs
+    ]
+    (run / "validation_samples.json").write_text(json.dumps({"step": 20, "prompts": scores}))
+    text, _ = read(write_report(run))
+    assert "5 of 15 validation pictures; 5 of 5 prompts on average" in text
+    rows = re.findall(r'<th scope="row">(prompt \d)</th>', text)
+    assert rows[:5] == names  # every prompt is shown over training before a second seed of one
+
+
 def test_text_of_others_stays_text(tmp_path: Path) -> None:
     text, page = read(write_report(make_run(tmp_path / "run")))
     assert page.scripts == 1  # the page's own

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -224,10 +225,11 @@ def _sampler(model: StableDiffusion, settings: Settings) -> Sampler:
 
 
 def _quiet() -> None:
-    """Loading a model takes a second: its progress bars only hide what is said here."""
+    """Progress bars of a load that takes a second, and advice about torchvision, only hide what is said here."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
+    transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     diffusers_logging.disable_progress_bar()
 
@@ -243,8 +245,10 @@ def _check_size(model: StableDiffusion, settings: Settings) -> None:
 
 
 def _load_tuned(model: StableDiffusion, request: Request) -> None:
-    for index, adapter in enumerate(request.adapters):
-        load_lora_weights(model.denoiser, adapter.path, f"adapter_{index}")
+    with warnings.catch_warnings():  # peft warns of a second adapter; here that is what was asked for
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        for index, adapter in enumerate(request.adapters):
+            load_lora_weights(model.denoiser, adapter.path, f"adapter_{index}")
     if request.unet is not None:
         if request.compare or request.weights:
             model.keep_reference()

@@ -181,7 +181,7 @@ def _tiles(run: RunFiles) -> str:
     if kept is not None:
         tiles.append(("Diversity kept", f"{kept:.0%}", "distance between seeds, tuned / base"))
     kl = last(column(run.metrics, "kl_penalty"))
-    if kl is not None:
+    if kl:  # 0 throughout without the penalty: then it was not measured
         tiles.append(("KL penalty", format_number(kl), f"last step, coefficient {_text(run, 'model.kl_coeff')}"))
     if _steps(run):
         of = f"of {planned_steps(run)}" if planned_steps(run) else ""

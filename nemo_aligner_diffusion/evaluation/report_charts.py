@@ -123,8 +123,8 @@ def _diversity(validation: Table) -> str:
 
 def _chart(title: str, curves: Sequence[Curve], caption: str, log: bool = False, from_zero: bool = False) -> str:
     curves = [_thinned(curve) for curve in curves if len(curve.values) and len(curve.values) == len(curve.steps)]
-    if not any(math.isfinite(value) for curve in curves for value in curve.values):
-        return ""
+    if not any(math.isfinite(value) and value != 0 for curve in curves for value in curve.values):
+        return ""  # nothing measured (a KL penalty that is switched off is 0 throughout)
     data, area = curve_plot(curves, title=title, log=log, from_zero=from_zero, file_format="svg")
     readings = {
         "area": {"left": area.left, "bottom": area.bottom, "width": area.width, "height": area.height}

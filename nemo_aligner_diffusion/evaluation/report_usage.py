@@ -65,6 +65,10 @@ def _diffusers(run: RunFiles, folder: str, prompt: str, model: Any) -> str:
     if scheduler:
         names.append(scheduler)
     lines = [f"from diffusers import {', '.join(sorted(names))}", *imports, ""]
+    for key, part in (("unet_config", "UNet"), ("first_stage_config", "VAE")):
+        weights = run.setting(f"model.{key}.from_pretrained")
+        if weights and (part == "VAE" or run.lora_export):
+            lines.append(f"# the run was based on the {part} of {weights}: the pipeline must hold it too")
     if run.lora_export:
         lines += [
             f"pipeline = StableDiffusionPipeline.from_pretrained({source})",
