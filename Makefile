@@ -7,28 +7,34 @@ BIN    := $(VENV)/bin
 # Extra words for the two programs:  make train ARGS="model.optim.lr=1e-4"   make test PYTEST_ARGS="-k plan -x"
 ARGS        ?=
 PYTEST_ARGS ?=
-# Several test processes, or other programs beside us, must not fight for cores with spinning threads.
+# Test processes, each with one computing thread: small tensors gain nothing from more. 0: no extra processes (for pdb).
+WORKERS     ?= 2
+# Several processes must not fight for cores with spinning threads.
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: train test test-slow lint clean
+.PHONY: train test test-slow lint install clean
 SOURCES_OF_INSTALLATION := pyproject.toml setup.py constraints.txt
 
 train: $(VENV)/.installed
 	@number=1; while [ -e results/train_$$(printf %03d $$number) ]; do number=$$((number + 1)); done; \
-	directory=results/train_$$(printf %03d $$number); echo "Training into $$directory"; \
+	directory=results/train_$$(printf %03d $$number); echo "training into $$directory"; \
 	$(BIN)/python examples/mm/stable_diffusion/train_sd_draftp.py exp_manager.explicit_log_dir=$$directory $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+	$(PYTEST) -m slow $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Everything that the other targets need, without running any of them.
+install: $(VENV)/.installed-dev
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -140,6 +140,11 @@ def main(config_name: str, argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def train() -> int:
+    """Console command ``nad-train``: any recipe by ``--config-name``."""
+    return main("draftp_sd")
+
+
 def train_draftp() -> int:
     """Console command ``nad-train-draftp``."""
     return main("draftp_sd")
