@@ -1,0 +1,89 @@
+"""The wheel: it carries recipes and assets, and what is installed from it works in an empty directory."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "nemo_aligner_diffusion"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy, so that the checkout stays clean, by the backend itself: pip would download it."""
+    source, output = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    without_caches = shutil.ignore_patterns("__pycache__")
+    for name in ("conf", "nemo_aligner_diffusion"):
+        shutil.copytree(ROOT / name, source / name, ignore=without_caches)
+    code = f"from setuptools import build_meta; build_meta.build_wheel({str(output)!r})"
+    built = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, timeout=180)
+    assert built.returncode == 0, built.stderr
+    (path,) = output.glob("nemo_aligner_diffusion-*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site-packages")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def test_every_recipe_and_asset_is_in_the_wheel(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    expected = {
+        f"nemo_aligner_diffusion/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "conf").rglob("*.yaml")
+    }
+    for path in PACKAGE.rglob("*"):
+        if path.is_file() and "__pycache__" not in path.parts:
+            expected.add(path.relative_to(ROOT).as_posix())
+    assert len(expected) > 100
+    assert expected <= names, sorted(expected - names)
+    strangers = {name for name in names if not name.startswith("nemo_aligner_diffusion")}
+    assert strangers == set(), "tests and examples stay out of site-packages"
+
+
+def test_configurations_are_found_from_an_empty_directory(installed: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys, nemo_aligner_diffusion as package\n"
+        "from nemo_aligner_diffusion.training.cli import main\n"
+        f"assert package.__file__.startswith({str(installed)!r}), package.__file__\n"
+        "sys.exit(main('drtune_sd', ['rm=symmetry', '--cfg']))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    shown = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert shown.returncode == 0, shown.stderr
+    cfg = yaml.safe_load(shown.stdout)
+    assert (cfg["model"]["algorithm"], cfg["rm"]) == ("drtune", {"name": "symmetry"})
+
+
+def test_every_console_command_exists(installed: Path) -> None:
+    import importlib
+
+    (file,) = installed.glob("*.dist-info/entry_points.txt")
+    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if "=" in line]
+    commands = dict(line.split(" = ") for line in lines)
+    assert set(commands) == {
+        "nad-train",
+        "nad-train-draftp",
+        "nad-train-drtune",
+        "nad-generate",
+        "nad-prompts-to-shards",
+    }
+    for target in commands.values():
+        module, function = target.split(":")
+        assert callable(getattr(importlib.import_module(module), function))
