@@ -49,8 +49,7 @@ def test_the_user_guides_spelling() -> None:
 USED_KEYS = {
     "model.infer.unconditional_guidance_scale": 7.5, "model.infer.inference_steps": 25, "model.infer.eta": 0.0,
     "model.infer.height": 512, "model.infer.width": 512, "model.peft.peft_scheme": "none",
-    "model.peft.lora_tuning.adapter_dim": 32, "model.unet_config.from_NeMo": True,
-    "model.first_stage_config.from_NeMo": False, "model.optim.name": "fused_adam", "model.optim.weight_decay": 0.005,
+    "model.peft.lora_tuning.adapter_dim": 32, "model.optim.name": "fused_adam", "model.optim.weight_decay": 0.005,
     "model.optim.sched.name": "WarmupHoldPolicy", "model.optim.sched.warmup_steps": 10,
     "model.optim.sched.hold_steps": 10000000000000, "model.seed": 1234, "model.activation_checkpointing": True,
     "model.tensor_model_parallel_size": 1, "trainer.num_nodes": 1, "trainer.accelerator": "gpu",
@@ -141,6 +140,8 @@ def test_the_loops_own_key_counts_more_than_lightnings(caplog: pytest.LogCapture
         "model.sampling.refiner.steps=10",
         "model.sampling.base.s_churn=0.0",
         "model.unet_config.use_flash_attention=True",
+        "model.unet_config.from_NeMo=True",
+        "model.first_stage_config.from_NeMo=False",
         "model.data.webdataset.infinite_sampler=False",
         "model.fsdp=True",
         "hydra.run.dir=/tmp/x",

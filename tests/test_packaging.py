@@ -71,6 +71,32 @@ def test_configurations_are_found_from_an_empty_directory(installed: Path, tmp_p
     assert (cfg["model"]["algorithm"], cfg["rm"]) == ("drtune", {"name": "symmetry"})
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_train_takes_a_fresh_directory_each_time(tmp_path: Path) -> None:
+    for name in ("Makefile", "pyproject.toml", "setup.py", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    # An environment that counts as installed; its Python only makes the directory that it is told to train into.
+    environment = tmp_path / ".venv"
+    (environment / "bin").mkdir(parents=True)
+    python = environment / "bin" / "python"
+    python.write_text(
+        '#!/bin/sh\nfor word; do case $word in *log_dir=*) mkdir -p "${word#*=}";; esac; done\necho "$@"\n'
+    )
+    python.chmod(0o755)
+    (environment / ".installed").touch()
+    words = [
+        subprocess.run(
+            ["make", "-s", "train", "ARGS=model.seed=7"], cwd=tmp_path, capture_output=True, text=True, check=True
+        ).stdout.split()
+        for _ in range(2)
+    ]
+    assert sorted(path.name for path in (tmp_path / "results").iterdir()) == ["train_001", "train_002"]
+    for number, output in enumerate(words, 1):
+        assert f"exp_manager.explicit_log_dir=results/train_00{number}" in output
+        assert "model.seed=7" in output
+        assert "examples/mm/stable_diffusion/train_sd_draftp.py" in output
+
+
 def test_every_console_command_exists(installed: Path) -> None:
     import importlib
 

@@ -87,6 +87,7 @@ ALIASES: dict[str, Alias] = {
 
 _ELSEWHERE = "PyTorch Lightning is set up by this project"
 _ARCHITECTURE = "the networks' shapes come from the checkpoint's own configuration"
+_NAMES = "the names in the file tell whether NeMo, CompVis or diffusers wrote it"
 _PRETRAINING = "it belongs to pretraining the model, not to reward fine-tuning"
 _REWARD_MACHINE = "the reward runs inside the training processes, on their devices"
 _FILES = "checkpoints are written by trainer.<recipe>.save_interval"
@@ -189,6 +190,8 @@ WITHOUT_EFFECT: dict[str, str] = {
     "model.data.webdataset.*": "prompts stream from local shards",
     "model.data.train.webdataset.*": "prompts stream from local shards",
     "model.data.validation.webdataset.*": "prompts stream from local shards",
+    "model.unet_config.from_NeMo": _NAMES,
+    "model.first_stage_config.from_NeMo": _NAMES,
     "model.unet_config.*": _ARCHITECTURE,
     "model.first_stage_config.*": _ARCHITECTURE,
     "model.cond_stage_config*": _ARCHITECTURE,
