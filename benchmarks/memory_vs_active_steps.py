@@ -1,7 +1,8 @@
-"""Peak activation memory of a training step against the number of active steps (oracle 4 of the design notes).
+"""Peak denoiser activation memory of a training step against the number of active steps (design notes, oracle 4).
 
-Counts every tensor that autograd saves for a backward pass, while it is alive, for the recomputing trajectory and for the
-naive graph. The counter is exact and independent of the machine; peak resident memory would drown in the allocator.
+Sums the allocator's own events over one forward and backward pass, which is exact and the same on every machine (resident
+memory is neither). The reward is trivial here, so that the denoiser alone sets the peak; the frozen weights existed before
+and do not count.
 
     python benchmarks/memory_vs_active_steps.py
 """
@@ -9,9 +10,10 @@ naive graph. The counter is exact and independent of the machine; peak resident 
 from __future__ import annotations
 
 import argparse
-import weakref
+from collections.abc import Callable
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from nemo_aligner_diffusion.diffusion.families.stable_diffusion import StableDiffusion
 from nemo_aligner_diffusion.diffusion.guidance import guided_predictor
@@ -22,51 +24,36 @@ from nemo_aligner_diffusion.diffusion.trajectory import Plan, reward_gradient, r
 from nemo_aligner_diffusion.embedded_assets import embedded_model_path
 
 
-class SavedTensorBytes:
-    """Bytes of distinct storages that autograd holds for backward; parameters and the frozen weights not counted."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        self.alive: dict[int, int] = {}
-        self.now = self.peak = 0
-
-    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        pointer = storage.data_ptr()
-        if pointer not in self.weights and pointer not in self.alive:
-            size = storage.nbytes()
-            self.alive[pointer] = size
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._free, pointer)
-        return tensor
-
-    def _free(self, pointer: int) -> None:
-        self.now -= self.alive.pop(pointer, 0)
-
-    def __enter__(self) -> SavedTensorBytes:
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
-        self.hooks.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.hooks.__exit__(*error)
+def peak_allocated_bytes(work: Callable[[], object]) -> int:
+    """The most bytes that tensors made by ``work`` held at one time on the CPU."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
 
 
-def peak_bytes(model: StableDiffusion, active: int, steps: int, cut: bool, recompute: bool) -> int:
-    """Peak of saved activations in one step of two pictures, forward and backward."""
+def step_peak_bytes(model: StableDiffusion, active: int, steps: int, cut: bool, recompute: bool) -> int:
+    """Peak of one training step of two pictures whose last ``active`` of ``steps`` steps are supervised."""
     sampler = Sampler(model.scheduler_config, "ddim", steps)
     prompts = ["red apple", "dog"]
     predict = guided_predictor(model, model.encode_prompts(prompts), 4.0)
     generators = [sample_generator(0, 0, i) for i in range(len(prompts))]
+    shape, dtype = model.latent_shape(), next(model.denoiser.parameters())
     plan = Plan(active=tuple(range(steps - active, steps)), cut=cut)
-    with SavedTensorBytes(model) as counter:
-        shape = model.latent_shape()
-        trajectory = run_trajectory(predict, sampler, plan, lambda: gaussian(generators, shape), recompute=recompute)
-        gradients = reward_gradient(trajectory.reads, model.decode, lambda images, rows: -images.square().mean())
+
+    def step() -> None:
+        noise = gaussian(generators, shape, like=dtype)
+        trajectory = run_trajectory(predict, sampler, plan, lambda: noise, recompute=recompute)
+        gradients = reward_gradient(trajectory.reads, lambda z: z, lambda z, rows: z.square().mean())
         (trajectory.reads[0] * gradients[0]).sum().backward()
-    model.denoiser.zero_grad()
-    return counter.peak
+
+    for p in model.denoiser.parameters():  # gradients exist before: they are not activations
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    return peak_allocated_bytes(step)
 
 
 def main() -> None:
@@ -76,16 +63,17 @@ def main() -> None:
     arguments = parser.parse_args()
     model = StableDiffusion.from_pretrained(embedded_model_path())
     add_lora(model.denoiser, rank=8)
-    print(f"peak of saved activations, {arguments.steps} sampling steps, 2 pictures, MB")
-    print(f"{'active steps':>13} {'recompute':>10} {'recompute, cut':>15} {'naive graph':>12}")
-    first: dict[tuple[bool, bool], int] = {}
+    kinds = {"recompute": (False, True), "recompute, cut (DRTune)": (True, True), "naive graph": (False, False)}
+    print(f"peak allocated in a step of 2 pictures, {arguments.steps} sampling steps: MB (ratio to the first row)")
+    print(" ".join([f"{'active steps':>12}", *(f"{kind:>24}" for kind in kinds)]))
+    first: dict[str, int] = {}
     for active in arguments.active:
         cells = []
-        for cut, recompute in ((False, True), (True, True), (False, False)):
-            peak = peak_bytes(model, active, arguments.steps, cut, recompute)
-            first.setdefault((cut, recompute), peak)
-            cells.append(f"{peak / 1e6:.1f} ({peak / first[cut, recompute]:.2f}x)")
-        print(f"{active:>13} " + " ".join(f"{cell:>15}" for cell in cells))
+        for kind, (cut, recompute) in kinds.items():
+            peak = step_peak_bytes(model, active, arguments.steps, cut, recompute)
+            first.setdefault(kind, peak)
+            cells.append(f"{peak / 1e6:.1f} ({peak / first[kind]:.2f})")
+        print(" ".join([f"{active:>12}", *(f"{cell:>24}" for cell in cells)]))
 
 
 if __name__ == "__main__":

@@ -90,7 +90,9 @@ def main() -> None:
         timed("replay (recompute + backward)", lambda t=trajectory, g=gradient: (t.reads[0] * g).sum().backward())
         timed("optimizer", lambda: (optimizer.step(), optimizer.zero_grad()))
     total = sum(statistics.median(times) for times in phases.values())
-    print(f"training step of {len(PROMPTS)} pictures, {arguments.steps} steps, {arguments.active} active: {total:.2f} s")
+    print(
+        f"training step of {len(PROMPTS)} pictures, {arguments.steps} steps, {arguments.active} active: {total:.2f} s"
+    )
     for phase, times in phases.items():
         median = statistics.median(times)
         print(f"  {phase:<30} {median:7.3f} s  {100 * median / total:5.1f} %")

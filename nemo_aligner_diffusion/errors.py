@@ -37,3 +37,9 @@ class NumericalError(AlignerError):
     """Rewards or gradients stayed NaN or infinite for longer than the configuration allows."""
 
     exit_code = 3
+
+
+def first_line(error: BaseException, limit: int = 300) -> str:
+    """What another library's error says, in one line, for use in a message of ours; its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:limit] if lines else type(error).__name__

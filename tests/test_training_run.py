@@ -95,7 +95,7 @@ def test_every_recipe_leaves_a_complete_run_directory(recipe, more, pipeline, pr
     metrics = rows(directory / "metrics.csv")
     assert [int(row["step"]) for row in metrics] == [1, 2, 3, 4]
     assert list(metrics[0])[:8] == (
-        "step,reward,kl_penalty,loss,grad_norm,lr,images_per_second,peak_memory_bytes".split(",")
+        ["step", "reward", "kl_penalty", "loss", "grad_norm", "lr", "images_per_second", "peak_memory_bytes"]
     )
     assert all(math.isfinite(float(row["reward"])) and float(row["grad_norm"]) > 0 for row in metrics)
     assert float(metrics[0]["kl_penalty"]) == 0.0  # the adapter starts as the identity
@@ -154,7 +154,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(scheme, pipeline, pr
     assert rows(tmp_path / "parts" / "validation.csv") == rows(tmp_path / "whole" / "validation.csv")
     if scheme == "sdlora":
         whole, parts = adapter(tmp_path / "whole"), adapter(tmp_path / "parts")
-        assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
+        assert whole.keys() == parts.keys()
+        assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
 def test_same_seed_same_metrics_and_another_seed_others(pipeline, prompts, tmp_path):
@@ -227,7 +228,8 @@ def test_ctrl_c_leaves_an_export_and_a_report(pipeline, prompts, tmp_path):
     assert process.returncode == 130, output
     assert "Traceback" not in output
     assert json.loads((directory / "run.json").read_text())["status"] == "interrupted"
-    assert adapter(directory) and (directory / "report.html").exists()
+    assert adapter(directory)
+    assert (directory / "report.html").exists()
 
 
 def test_two_processes_train_as_one(pipeline, prompts, tmp_path):

@@ -31,7 +31,7 @@ def tiny_tokenizer(max_length: int = 8) -> CLIPTokenizer:
     return CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=[], model_max_length=max_length)
 
 
-def tiny_parts(seed: int = 0) -> dict:
+def tiny_parts(seed: int = 0, channels: tuple[int, int] = (8, 16)) -> dict:
     """unet (16×16 RGB at 4×4×4 latents), vae, text_encoder, tokenizer with random weights from ``seed``."""
     torch.manual_seed(seed)
     tokenizer = tiny_tokenizer()
@@ -53,7 +53,7 @@ def tiny_parts(seed: int = 0) -> dict:
         in_channels=4,
         out_channels=4,
         layers_per_block=1,
-        block_out_channels=(8, 16),
+        block_out_channels=channels,
         norm_num_groups=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -72,8 +72,10 @@ def tiny_parts(seed: int = 0) -> dict:
     return {"unet": unet, "vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
 
 
-def tiny_stable_diffusion(dtype: torch.dtype = torch.float32, seed: int = 0, **scheduler: object) -> StableDiffusion:
-    parts = tiny_parts(seed)
+def tiny_stable_diffusion(
+    dtype: torch.dtype = torch.float32, seed: int = 0, channels: tuple[int, int] = (8, 16), **scheduler: object
+) -> StableDiffusion:
+    parts = tiny_parts(seed, channels)
     return StableDiffusion(
         parts["unet"].to(dtype),
         parts["vae"].to(dtype),

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nemo_aligner_diffusion.errors import CheckpointError
+from nemo_aligner_diffusion.errors import CheckpointError, first_line
 
 Component = Literal["unet", "vae"]
 
@@ -52,9 +52,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen types here, all of which mean the same to a user
-        reason = str(error).strip().splitlines()[0][:300]
         raise CheckpointError(
-            f"{path}: cannot be loaded as plain weights (weights_only=True): {reason}. Pickled code is never run; "
+            f"{path}: cannot be loaded as plain weights (weights_only=True): {first_line(error)}. Pickled code is never run; "
             f"convert the file to .safetensors on a machine where you trust it"
         ) from error
     while isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nemo_aligner_diffusion.errors import CheckpointError, ConfigurationError
+from nemo_aligner_diffusion.errors import CheckpointError, ConfigurationError, first_line
 
 ADAPTER = "default"
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
@@ -120,8 +120,7 @@ def load_lora_weights(denoiser: Any, path: Path, adapter_name: str) -> None:
     except CheckpointError:
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else repr(error)
-        raise CheckpointError(f"{file}: this LoRA does not fit the denoiser: {reason}") from error
+        raise CheckpointError(f"{file}: this LoRA does not fit the denoiser: {first_line(error)}") from error
 
 
 def mix(denoiser: Any, weights: Mapping[str, float]) -> None:

@@ -89,6 +89,7 @@ def build_module(
         reward_margin=cfg.model.reward_margin,
         height=cfg.model.infer.height,
         width=cfg.model.infer.width,
+        decode_micro_batch_size=cfg.model.decode_micro_batch_size,
         seed=cfg.model.seed,
         guard=guard,
     )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nemo_aligner_diffusion.diffusion.checkpoints import Component, component_config, load_component
 from nemo_aligner_diffusion.diffusion.conditioning import Conditioning
 from nemo_aligner_diffusion.diffusion.lora import adapters_off, has_lora
-from nemo_aligner_diffusion.errors import CheckpointError
+from nemo_aligner_diffusion.errors import CheckpointError, first_line
 
 
 class StableDiffusion(nn.Module):
@@ -100,8 +100,7 @@ class StableDiffusion(nn.Module):
                     load_component(part, name, path)
                 parts.append(part)
         except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0][:300]
-            raise CheckpointError(f"{folder}: not a complete Stable Diffusion folder: {reason}") from error
+            raise CheckpointError(f"{folder}: not a complete Stable Diffusion folder: {first_line(error)}") from error
         return cls(parts[0], parts[1], text_encoder, tokenizer, scheduler_config)
 
     @property

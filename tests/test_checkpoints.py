@@ -1,0 +1,181 @@
+"""Weights in the layouts people have, and files that are damaged, hostile or of another architecture."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import save_file
+from tiny import save_tiny_pipeline, tiny_parts
+
+from nemo_aligner_diffusion.diffusion.checkpoints import load_component, read_tensors
+from nemo_aligner_diffusion.diffusion.families.stable_diffusion import StableDiffusion
+from nemo_aligner_diffusion.diffusion.lora import load_lora_weights
+from nemo_aligner_diffusion.errors import CheckpointError
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return tiny_parts(seed=1)
+
+
+def target(parts, name):
+    fresh = type(parts[name]).from_config(parts[name].config)
+    assert not same(fresh, parts[name])
+    return fresh
+
+
+def same(a, b):
+    return all(torch.equal(value, b.state_dict()[name]) for name, value in a.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["unet", "vae"])
+@pytest.mark.parametrize("layout", ["folder", "pipeline", "safetensors", "bin", "state_dict", "prefix"])
+def test_diffusers_layouts(parts, name, layout, tmp_path):
+    weights = parts[name].state_dict()
+    path = tmp_path / "weights.ckpt"
+    if layout == "folder":
+        path = tmp_path / "folder"
+        parts[name].save_pretrained(path)
+    elif layout == "pipeline":
+        path = tmp_path / "pipeline"
+        parts[name].save_pretrained(path / name, safe_serialization=False)
+    elif layout == "safetensors":
+        path = tmp_path / "weights.safetensors"
+        save_file(weights, path)
+    elif layout == "bin":
+        path = tmp_path / "weights.bin"
+        torch.save(weights, path)
+    elif layout == "state_dict":
+        torch.save({"state_dict": weights, "epoch": 3}, path)
+    else:
+        torch.save({f"{name}.{key}": value for key, value in weights.items()}, path)
+    loaded = target(parts, name)
+    load_component(loaded, name, path)
+    assert same(loaded, parts[name])
+
+
+def to_ldm_unet(unet):
+    """diffusers → LDM names for a UNet of two levels with one layer each, written out by hand from LDM's layout."""
+    rules = [
+        ("time_embedding.linear_1", "time_embed.0"),
+        ("time_embedding.linear_2", "time_embed.2"),
+        ("conv_in", "input_blocks.0.0"),
+        ("down_blocks.0.resnets.0", "input_blocks.1.0"),
+        ("down_blocks.0.downsamplers.0.conv", "input_blocks.2.0.op"),
+        ("down_blocks.1.resnets.0", "input_blocks.3.0"),
+        ("down_blocks.1.attentions.0", "input_blocks.3.1"),
+        ("mid_block.resnets.0", "middle_block.0"),
+        ("mid_block.attentions.0", "middle_block.1"),
+        ("mid_block.resnets.1", "middle_block.2"),
+        ("up_blocks.0.resnets.0", "output_blocks.0.0"),
+        ("up_blocks.0.attentions.0", "output_blocks.0.1"),
+        ("up_blocks.0.resnets.1", "output_blocks.1.0"),
+        ("up_blocks.0.attentions.1", "output_blocks.1.1"),
+        ("up_blocks.0.upsamplers.0.conv", "output_blocks.1.2.conv"),
+        ("up_blocks.1.resnets.0", "output_blocks.2.0"),
+        ("up_blocks.1.resnets.1", "output_blocks.3.0"),
+        ("conv_norm_out", "out.0"),
+        ("conv_out", "out.2"),
+    ]
+    inner = {
+        "norm1": "in_layers.0",
+        "conv1": "in_layers.2",
+        "norm2": "out_layers.0",
+        "conv2": "out_layers.3",
+        "time_emb_proj": "emb_layers.1",
+        "conv_shortcut": "skip_connection",
+    }
+    renamed = {}
+    for key, value in unet.state_dict().items():
+        old, new = next((old, new) for old, new in rules if key.startswith(old + "."))
+        rest = key[len(old) + 1 :]
+        if ".resnets." in f".{old}." or ".resnets." in key.split(rest)[0]:
+            first, _, tail = rest.partition(".")
+            rest = f"{inner.get(first, first)}.{tail}"
+        renamed[f"{new}.{rest}"] = value
+    return renamed
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "model.model.diffusion_model."])
+def test_ldm_and_nemo_naming_of_the_unet(parts, prefix, tmp_path):
+    named = {prefix + key: value for key, value in to_ldm_unet(parts["unet"]).items()}
+    torch.save(
+        {"state_dict": {**named, "cond_stage_model.x": torch.zeros(1)} if prefix else named}, tmp_path / "m.ckpt"
+    )
+    loaded = target(parts, "unet")
+    load_component(loaded, "unet", tmp_path / "m.ckpt")
+    assert same(loaded, parts["unet"])
+
+
+class Hostile:
+    def __reduce__(self):
+        return (open, ("/tmp/never-written-by-a-test", "w"))
+
+
+def test_pickles_with_code_are_refused_and_nothing_runs(parts, tmp_path, monkeypatch):
+    marker = tmp_path / "ran"
+    monkeypatch.setattr(Hostile, "__reduce__", lambda self: (open, (str(marker), "w")))
+    torch.save({"conv_in.weight": Hostile()}, tmp_path / "a.ckpt")
+    (tmp_path / "b.bin").write_bytes(pickle.dumps(Hostile()))
+    for name in ("a.ckpt", "b.bin"):
+        with pytest.raises(CheckpointError, match=f"{name}.*weights_only"):
+            load_component(parts["unet"], "unet", tmp_path / name)
+    assert not marker.exists()
+
+
+def test_damaged_and_missing_files_are_named(parts, tmp_path):
+    (tmp_path / "short.safetensors").write_bytes(b"\x00" * 20)
+    (tmp_path / "empty.ckpt").write_bytes(b"")
+    torch.save({"note": "no tensors"}, tmp_path / "none.pt")
+    (tmp_path / "folder").mkdir()
+    for name, reason in (
+        ("short.safetensors", "safetensors"),
+        ("empty.ckpt", "weights_only"),
+        ("none.pt", "no tensors"),
+        ("folder", "without unet weights"),
+        ("absent.ckpt", "no such file"),
+    ):
+        with pytest.raises(CheckpointError, match=f"{name}.*{reason}"):
+            load_component(parts["unet"], "unet", tmp_path / name)
+    with pytest.raises(CheckpointError, match="no such file"):
+        read_tensors(tmp_path / "absent.safetensors")
+
+
+def test_tensors_of_another_architecture_are_named_with_both_shapes(parts, tmp_path):
+    weights = dict(parts["unet"].state_dict())
+    weights["conv_in.weight"] = torch.zeros(8, 9, 3, 3)
+    weights["extra.weight"] = torch.zeros(1)
+    del weights["conv_out.bias"]
+    save_file(weights, tmp_path / "w.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        load_component(parts["unet"], "unet", tmp_path / "w.safetensors")
+    message = str(caught.value)
+    for part in ("1 missing, e.g. conv_out.bias", "1 unexpected, e.g. extra.weight", "(8, 9, 3, 3)", "(8, 4, 3, 3)"):
+        assert part in message
+
+
+def test_a_folder_that_is_no_pipeline_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"model_index\.json"):
+        StableDiffusion.from_pretrained(tmp_path)
+    folder = save_tiny_pipeline(tmp_path / "p")
+    (folder / "text_encoder" / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="not a complete"):
+        StableDiffusion.from_pretrained(folder)
+
+
+def test_a_unet_folder_of_another_width_brings_its_own_architecture(parts, tmp_path):
+    folder = save_tiny_pipeline(tmp_path / "p")
+    wide = UNet2DConditionModel.from_config({**parts["unet"].config, "block_out_channels": (16, 16)})
+    wide.save_pretrained(tmp_path / "wide")
+    model = StableDiffusion.from_pretrained(folder, unet_path=tmp_path / "wide")
+    assert same(model.denoiser, wide)
+
+
+def test_a_lora_of_another_architecture_is_refused(parts, tmp_path):
+    save_file({"unet.nothing.lora_A.weight": torch.zeros(2, 3)}, tmp_path / "x.safetensors")
+    for path in (tmp_path / "x.safetensors", tmp_path / "absent.safetensors"):
+        with pytest.raises(CheckpointError, match="LoRA"):
+            load_lora_weights(parts["unet"], path, "a")
