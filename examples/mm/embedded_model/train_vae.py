@@ -1,0 +1,154 @@
+"""Train the embedded autoencoder: 64x64 pictures to 16x16 latents of 4 channels and back."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from common import AveragedWeights, Log, save_atomically, to_unit
+from data import DataSet
+from diffusers import AutoencoderKL
+
+BATCH = 16
+WARMUP_STEPS = 100
+KL_WEIGHT = 2e-3  # on the mean KL of a latent element; keeps latents coarse enough for a small denoiser to hit
+SHIFT = 3  # largest random translation, pixels
+#: Largest standard deviation of the noise on the latents in the decoder's own phase, in units of theirs.
+DECODER_NOISE = 0.15
+
+
+def build_vae() -> AutoencoderKL:
+    """A freshly initialised autoencoder of 0.95 million parameters."""
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        sample_size=64,
+        block_out_channels=(32, 64, 64),
+        layers_per_block=1,
+        norm_num_groups=8,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+    )
+
+
+def shift(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Translate uint8 pictures by up to ``SHIFT`` pixels each way, white coming in at the border."""
+    height, width = images.shape[-2:]
+    padded = F.pad(images, (SHIFT,) * 4, value=255)
+    offsets = torch.randint(0, 2 * SHIFT + 1, (len(images), 2), generator=generator).tolist()
+    return torch.stack([p[:, y : y + height, x : x + width] for p, (y, x) in zip(padded, offsets, strict=True)])
+
+
+def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean absolute and squared error plus the error of pixel differences at three scales, which keeps edges crisp."""
+    error = output - target
+    loss = error.abs().mean() + 2.0 * error.square().mean()
+    for _ in range(3):
+        loss = loss + 0.5 * (
+            (error[..., 1:, :] - error[..., :-1, :]).abs().mean() + (error[..., 1:] - error[..., :-1]).abs().mean()
+        )
+        error = F.avg_pool2d(error, 2)
+    return loss
+
+
+@torch.no_grad()
+def encode_mean(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
+    """Posterior means ``(N, 4, 16, 16)`` float32 of uint8 pictures, not yet scaled."""
+    return torch.cat([vae.encode(to_unit(batch)).latent_dist.mean for batch in images.split(64)])
+
+
+@torch.no_grad()
+def quality(vae: AutoencoderKL, images: torch.Tensor) -> dict[str, float]:
+    """Reconstruction from the posterior mean: mean absolute error in [-1, 1] and peak signal-to-noise ratio in dB."""
+    absolute = squared = 0.0
+    for batch in images.split(64):
+        target = to_unit(batch)
+        error = vae.decode(vae.encode(target).latent_dist.mean).sample.clamp(-1, 1) - target
+        absolute += error.abs().mean((1, 2, 3)).sum().item()
+        squared += error.square().mean((1, 2, 3)).sum().item()
+    return {"mae": absolute / len(images), "psnr": 10 * math.log10(4 * len(images) / squared)}
+
+
+def train_vae(
+    data: DataSet, work_dir: Path, steps: int, decoder_steps: int = 0, learning_rate: float = 2e-3, seed: int = 1
+) -> Path:
+    """Train for ``steps``, then the decoder alone for ``decoder_steps``; returns the ``save_pretrained`` folder.
+
+    The encoder is final after ``steps``, and ``work_dir/vae`` is written then, so the denoiser can be trained on its
+    latents while the decoder still learns: from latents with a little noise, as a denoiser's are never exact. Resumes
+    if interrupted.
+    """
+    folder = work_dir / "vae"
+    checkpoint = work_dir / "vae_checkpoint.pt"
+    log = Log(work_dir / "vae.jsonl")
+    torch.manual_seed(seed)
+    vae = build_vae().train()
+    optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=1e-4)
+    average = AveragedWeights(vae, decay=0.998)
+    first = 0
+    if checkpoint.is_file():
+        state = torch.load(checkpoint, weights_only=True)
+        vae.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        average.load_state_dict(state["average"])
+        first = state["step"]
+    log(parameters=sum(p.numel() for p in vae.parameters()), steps=steps, decoder_steps=decoder_steps, first=first)
+    weights = data.weights(flag_weight=0.6)
+    running = 0.0
+    for step in range(first, steps + decoder_steps):
+        if step == steps:  # from here on the encoder is frozen at its average
+            vae.load_state_dict(average.values)
+        both = step < steps
+        if not both:
+            vae.encoder.requires_grad_(False)
+            vae.quant_conv.requires_grad_(False)
+        done, total = (step, steps) if both else (step - steps, decoder_steps)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        rate = (1.0 if both else 0.5) * learning_rate
+        rate *= min(1.0, (done + 1) / WARMUP_STEPS) * (0.5 * (1 + math.cos(math.pi * done / total)) + 0.01)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        chosen = torch.multinomial(weights, BATCH, replacement=False, generator=generator)
+        target = to_unit(shift(data.images[chosen], generator))
+        with torch.autocast("cpu", torch.bfloat16):
+            posterior = vae.encode(target).latent_dist
+            latents = posterior.sample(generator=generator)
+            if not both:
+                level = torch.rand((BATCH, 1, 1, 1), generator=generator) * DECODER_NOISE * posterior.mean.std()
+                latents = posterior.mean + level * torch.randn(latents.shape, generator=generator)
+            output = vae.decode(latents).sample
+        mean, logvar = posterior.mean.float(), posterior.logvar.float()
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        loss = reconstruction_loss(output.float(), target)
+        optimizer.zero_grad(set_to_none=True)
+        (loss + KL_WEIGHT * kl).backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 0.5)
+        optimizer.step()
+        average.update(vae)
+        running += loss.item()
+        if (step + 1) % 50 == 0:
+            log(
+                step=step + 1,
+                loss=running / 50,
+                kl=kl.item(),
+                mean_std=mean.std().item(),
+                posterior_std=(0.5 * logvar).exp().mean().item(),
+                lr=rate,
+            )
+            running = 0.0
+        last = step + 1 in (steps, steps + decoder_steps)
+        if (step + 1) % 200 == 0 or last:
+            state = {"model": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+            save_atomically({**state, "average": average.state_dict()}, checkpoint)
+        if last:
+            result = build_vae()
+            result.load_state_dict(average.values)
+            result.eval()
+            latents = encode_mean(result, data.images)
+            result.register_to_config(scaling_factor=round(1 / latents.std().item(), 5), shift_factor=None)
+            log(**quality(result, data.images[::8]), latent_mean=latents.mean().item(), latent_std=latents.std().item())
+            result.save_pretrained(folder)
+    return folder
