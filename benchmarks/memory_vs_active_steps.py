@@ -1,8 +1,8 @@
 """Peak denoiser activation memory of a training step against the number of active steps (design notes, oracle 4).
 
-Sums the allocator's own events over one forward and backward pass, which is exact and the same on every machine (resident
-memory is neither). The reward is trivial here, so that the denoiser alone sets the peak; the frozen weights existed before
-and do not count.
+Sums the allocator's own events over one forward and backward pass, which is exact and the same on every machine
+(resident memory is neither). The reward is trivial here, so that the denoiser alone sets the peak; the frozen weights
+existed before and do not count.
 
     python benchmarks/memory_vs_active_steps.py
 """

@@ -137,7 +137,7 @@ class RewardTuning(pl.LightningModule):
             predict,
             self.sampler,
             plan,
-            self._noise(batch["index"], like=conditioning.encoder_hidden_states).__next__,
+            self._noise(batch["index"]).__next__,
             reference=self._frozen(predict) if self.kl_coeff else None,
         )
         scored: list[tuple[Tensor, dict[str, Tensor]]] = []
@@ -182,11 +182,11 @@ class RewardTuning(pl.LightningModule):
             return -self.reward_scale * scores
         return self.reward_scale * torch.relu(self.reward_margin - scores)
 
-    def _noise(self, indices: Tensor, like: Tensor) -> Iterator[Tensor]:
+    def _noise(self, indices: Tensor) -> Iterator[Tensor]:
         generators = [sample_generator(self.seed, self.global_step, int(index)) for index in indices]
         shape = self.model.latent_shape(self.height, self.width)
         while True:
-            yield gaussian(generators, shape, like)
+            yield gaussian(generators, shape, self.model.latent_like)
 
     def _frozen(self, predict: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
         def frozen(latents: Tensor, timestep: Tensor) -> Tensor:

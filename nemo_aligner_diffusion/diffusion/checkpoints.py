@@ -53,8 +53,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen types here, all of which mean the same to a user
         raise CheckpointError(
-            f"{path}: cannot be loaded as plain weights (weights_only=True): {first_line(error)}. Pickled code is never run; "
-            f"convert the file to .safetensors on a machine where you trust it"
+            f"{path}: cannot be loaded as plain weights (weights_only=True): {first_line(error)}. Code in a pickle is "
+            f"never run; convert the file to .safetensors on a machine where you trust it"
         ) from error
     while isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
         loaded = loaded["state_dict"]

@@ -63,7 +63,7 @@ def generate(
             predict = guided_predictor(model, conditioning, guidance_scale)
             if tuned_weights is not None:
                 predict = _annealed(model, predict, tuned_weights)
-            noise = seeded_noise(seeds[rows], shape, like=conditioning.encoder_hidden_states)
+            noise = seeded_noise(seeds[rows], shape, like=model.latent_like)
             images.append(model.decode(sample(sampler, predict, noise)).float().cpu())
     finally:
         model.denoiser.train(was_training)

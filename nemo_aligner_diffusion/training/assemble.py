@@ -61,6 +61,12 @@ def build_model(cfg: DictConfig) -> StableDiffusion:
     return model
 
 
+def precision_name(cfg: DictConfig) -> str:
+    """Lightning's full name of ``trainer.precision``: NeMo's ``bf16`` and ``16`` mean mixed precision."""
+    name = str(cfg.trainer.precision)
+    return f"{name}-mixed" if name in ("16", "bf16") else name
+
+
 def build_sampler(cfg: DictConfig, model: StableDiffusion) -> Sampler:
     infer = cfg.model.infer
     return Sampler(model.scheduler_config, infer.sampler_type, infer.inference_steps, infer.eta)
@@ -74,7 +80,8 @@ def build_module(
     optim: dict[str, Any] = OmegaConf.to_container(cfg.model.optim, resolve=True)  # type: ignore[assignment]
 
     def optimizer_factory(parameters: list[tuple[str, torch.nn.Parameter]]) -> tuple[torch.optim.Optimizer, Any]:
-        optimizer = build_optimizer(parameters, optim)
+        # Lightning does not clip gradients for a fused optimizer under mixed precision
+        optimizer = build_optimizer(parameters, optim, allow_fused=not precision_name(cfg).endswith("-mixed"))
         return optimizer, build_schedule(optimizer, optim.get("sched"), max_steps)
 
     return module_class(

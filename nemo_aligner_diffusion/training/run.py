@@ -22,7 +22,7 @@ from nemo_aligner_diffusion.evaluation.diversity import Embedder
 from nemo_aligner_diffusion.evaluation.report import write_report
 from nemo_aligner_diffusion.rewards import build_reward, restore_reward
 from nemo_aligner_diffusion.rewards.base import Reward
-from nemo_aligner_diffusion.training.assemble import build_model, build_module
+from nemo_aligner_diffusion.training.assemble import build_model, build_module, precision_name
 from nemo_aligner_diffusion.training.checkpointing import TrainingCheckpoint, find_resume_point
 from nemo_aligner_diffusion.training.config import derived, loop_section
 from nemo_aligner_diffusion.training.ema import EMACallback
@@ -187,7 +187,7 @@ def _build_trainer(
         accelerator=cfg.trainer.accelerator,
         devices=_plain(cfg.trainer.devices),
         num_nodes=cfg.trainer.num_nodes,
-        precision=_plain(cfg.trainer.precision),
+        precision=precision_name(cfg),  # type: ignore[arg-type]
         strategy="ddp" if batches.world_size > 1 else "auto",
         max_steps=loop.max_steps,
         max_epochs=1,  # one pass of the loader is all passes over the prompts

@@ -138,16 +138,31 @@ class StableDiffusion(nn.Module):
         factor = self.vae_scale_factor
         return self.denoiser.config.in_channels, height // factor, width // factor
 
+    @property
+    def latent_like(self) -> Tensor:
+        """An empty tensor of the device and dtype in which latents are kept: at least float32, whatever the weights."""
+        return torch.empty(0, device=self.device, dtype=torch.promote_types(self.dtype, torch.float32))
+
     def predict(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
-        """One network call: latents ``(B, C, h, w)``, a timestep ``()`` or ``(B,)`` → prediction of the same shape."""
-        states = conditioning.encoder_hidden_states.to(latents.dtype)
-        return self.denoiser(latents, timestep.to(latents.device), encoder_hidden_states=states, return_dict=False)[0]
+        """One network call: latents ``(B, C, h, w)``, a timestep ``()`` or ``(B,)`` → prediction of the same shape.
+
+        Computed in the denoiser's dtype (or autocast's), returned in the latents'.
+        """
+        dtype = self.denoiser.dtype
+        prediction = self.denoiser(
+            latents.to(dtype),
+            timestep.to(latents.device),
+            encoder_hidden_states=conditioning.encoder_hidden_states.to(dtype),
+            return_dict=False,
+        )[0]
+        return prediction.to(latents.dtype)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents ``(B, C, h, w)`` → images ``(B, 3, H, W)`` in [0, 1], differentiable."""
+        """Latents ``(B, C, h, w)`` → images ``(B, 3, H, W)`` in [0, 1], at least float32, differentiable."""
         config = self.vae.config
         scaled = latents.to(self.dtype) / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
-        return (self.vae.decode(scaled, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
+        decoded = self.vae.decode(scaled, return_dict=False)[0]
+        return (decoded.to(self.latent_like.dtype) / 2 + 0.5).clamp(0, 1)
 
     @contextmanager
     def reference(self) -> Iterator[None]:

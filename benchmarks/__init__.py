@@ -1,0 +1,1 @@
+"""Measurements: each file is a command that prints what it measured."""

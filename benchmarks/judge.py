@@ -1,0 +1,116 @@
+"""Train a recipe on the embedded model and judge the result the same way every time: for the tables in ``docs/``."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nemo_aligner_diffusion.algorithms.draft import LastSteps
+from nemo_aligner_diffusion.data.prompts import read_prompts
+from nemo_aligner_diffusion.diffusion.families.stable_diffusion import StableDiffusion
+from nemo_aligner_diffusion.diffusion.generate import generate, seeded_noise
+from nemo_aligner_diffusion.diffusion.guidance import guided_predictor
+from nemo_aligner_diffusion.diffusion.lora import load_lora_weights
+from nemo_aligner_diffusion.diffusion.sampler import Sampler
+from nemo_aligner_diffusion.diffusion.trajectory import run_trajectory
+from nemo_aligner_diffusion.embedded_assets import embedded_model_path, embedded_prompts_path, embedded_reward_path
+from nemo_aligner_diffusion.evaluation.diversity import recognisability, seed_diversity
+from nemo_aligner_diffusion.rewards import build_reward, restore_reward
+from nemo_aligner_diffusion.training.config import load_config
+from nemo_aligner_diffusion.training.run import run_training
+
+BROAD = ["an animal", "a fruit", "a vehicle", "a building", "a face", "a plant", "a tool", "a bird"]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Figures of one model on fixed prompts and seeds; ``top1``: share of pictures whose prompt CLIP finds first."""
+
+    reward: float
+    top1: float
+    mean_reciprocal_rank: float
+    diversity: float  # mean CLIP distance between seeds of a broad prompt
+    divergence: float  # mean squared distance to the base model's predictions over whole trajectories
+    images: Tensor
+
+
+class Judge:
+    """Pictures of the validation prompts (two seeds each) and of broad prompts (four seeds), scored.
+
+    Args:
+        rewards: the ``rm`` configuration of the reward that was trained on, as overrides. Everything else is as
+            shipped.
+    """
+
+    def __init__(self, rewards: Sequence[str] = ()) -> None:
+        self.config = load_config("draftp_sd", list(rewards))
+        self.reward = build_reward(self.config.rm)
+        self.clip = restore_reward(embedded_reward_path())
+        self.prompts = [p for p in read_prompts(str(embedded_prompts_path("validation"))) if p not in BROAD]
+        self.candidates = read_prompts(str(embedded_prompts_path("train")))
+
+    @torch.no_grad()
+    def __call__(self, lora: Path | None) -> Judgement:
+        model = StableDiffusion.from_pretrained(embedded_model_path())
+        if lora is not None:
+            load_lora_weights(model.denoiser, lora, "judged")
+        infer = self.config.model.infer
+        sampler = Sampler(model.scheduler_config, infer.sampler_type, infer.inference_steps)
+
+        def pictures(prompts: Sequence[str], seeds: Sequence[int]) -> tuple[list[str], Tensor]:
+            pairs = [(prompt, 100 + seed) for prompt in prompts for seed in seeds]
+            names = [prompt for prompt, _ in pairs]
+            guidance = infer.unconditional_guidance_scale
+            return names, generate(model, sampler, names, [seed for _, seed in pairs], guidance)
+
+        names, images = pictures(self.prompts, (0, 1))
+        broad_names, broad = pictures(BROAD, (0, 1, 2, 3))
+        divergence = 0.0
+        if lora is not None:
+            predict = guided_predictor(
+                model, model.encode_prompts(self.prompts[:8]), infer.unconditional_guidance_scale
+            )
+
+            def frozen(latents: Tensor, timestep: Tensor) -> Tensor:
+                with model.reference():
+                    return predict(latents, timestep)
+
+            noise = seeded_noise(range(8), model.latent_shape(), torch.zeros(1))
+            whole = LastSteps()(len(sampler), random.Random(0))
+            run = run_trajectory(predict, sampler, whole, noise.__next__, reference=frozen)
+            assert run.divergence is not None
+            divergence = float(run.divergence)
+        found = recognisability(self.clip, images, names, self.candidates)
+        return Judgement(
+            reward=float(self.reward(images, names).mean()),
+            top1=found.top1,
+            mean_reciprocal_rank=found.mean_reciprocal_rank,
+            diversity=seed_diversity(self.clip, broad, broad_names).mean,
+            divergence=divergence,
+            images=images,
+        )
+
+
+def train(recipe: str, directory: Path, *overrides: str) -> Path:
+    """Run ``recipe`` anew into ``directory`` and return its exported LoRA."""
+    shutil.rmtree(directory, ignore_errors=True)
+    code = run_training(load_config(recipe, [*overrides, f"exp_manager.explicit_log_dir={directory}"]))
+    if code:
+        raise SystemExit(code)
+    return directory / "export" / "pytorch_lora_weights.safetensors"
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table; floats with four significant digits."""
+
+    def cell(value: object) -> str:
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    return "\n".join([*lines, *("| " + " | ".join(map(cell, row)) + " |" for row in rows)]) + "\n"

@@ -1,0 +1,104 @@
+"""The embedded model, reward and prompts: what is shipped is small, loads in plain libraries, and works together."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from nemo_aligner_diffusion.data.prompts import read_prompts
+from nemo_aligner_diffusion.diffusion.families.stable_diffusion import StableDiffusion
+from nemo_aligner_diffusion.diffusion.generate import generate, seeded_noise
+from nemo_aligner_diffusion.diffusion.sampler import Sampler
+from nemo_aligner_diffusion.embedded_assets import embedded_model_path, embedded_prompts_path, embedded_reward_path
+from nemo_aligner_diffusion.evaluation.diversity import mean_pairwise_distance, recognisability
+from nemo_aligner_diffusion.rewards import restore_reward
+from nemo_aligner_diffusion.training.config import load_config
+
+
+BROAD = {"a fruit", "an animal", "a vehicle", "a building"}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return StableDiffusion.from_pretrained(embedded_model_path())
+
+
+@pytest.fixture(scope="module")
+def reward():
+    return restore_reward(embedded_reward_path())
+
+
+@pytest.fixture(scope="module")
+def settings():
+    return load_config("draftp_sd", []).model.infer
+
+
+@pytest.fixture(scope="module")
+def specific():
+    return [p for p in read_prompts(str(embedded_prompts_path("validation"))) if p not in BROAD]
+
+
+def test_sizes():
+    folder = Path(embedded_model_path())
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= 25e6
+    assert Path(embedded_reward_path()).stat().st_size <= 10e6
+    assert len(read_prompts(str(embedded_prompts_path("train")))) >= 200
+    assert 8 <= len(read_prompts(str(embedded_prompts_path("validation")))) <= 32
+
+
+def test_the_reward_archive_carries_its_tokenizer():
+    with tarfile.open(embedded_reward_path()) as archive:
+        names = archive.getnames()
+    assert any(name.endswith("vocab.json") for name in names)
+    assert any(name.endswith("merges.txt") for name in names)
+    assert any(name.endswith("model_config.yaml") for name in names)
+
+
+def test_provenance_names_sources_and_licences():
+    text = (Path(embedded_model_path()).parent / "provenance.md").read_text(encoding="utf-8")
+    for word in ("emoji-datasource-google", "Apache", "emojibase", "MIT"):
+        assert word in text
+
+
+def test_plain_diffusers_loads_it_and_draws_the_same_pictures(model, settings):
+    pipeline = StableDiffusionPipeline.from_pretrained(embedded_model_path(), safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = next(seeded_noise([1, 2], model.latent_shape(), torch.zeros(1)))
+    prompts, guidance = ["red apple", "dog"], settings.unconditional_guidance_scale
+    theirs = pipeline(prompts, latents=noise, num_inference_steps=8, guidance_scale=guidance, output_type="pt").images
+    kind = json.loads((Path(embedded_model_path()) / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
+    assert kind == "DDIMScheduler"
+    ours = generate(model, Sampler(model.scheduler_config, "ddim", 8), prompts, [1, 2], guidance)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+def test_pictures_show_what_the_prompts_name(model, reward, settings, specific):
+    """Chance is one in several hundred; the full measurement is in docs/embedded_model.md."""
+    prompts = specific[:12]
+    sampler = Sampler(model.scheduler_config, settings.sampler_type, settings.inference_steps)
+    images = generate(model, sampler, prompts, list(range(12)), settings.unconditional_guidance_scale)
+    found = recognisability(reward, images, prompts, read_prompts(str(embedded_prompts_path("train"))))
+    assert found.mean_reciprocal_rank > 0.4
+    noise = recognisability(reward, torch.rand_like(images), prompts, prompts)
+    assert noise.top1 < 0.5
+
+
+def test_a_broad_prompt_gives_different_pictures(model, reward, settings):
+    sampler = Sampler(model.scheduler_config, settings.sampler_type, settings.inference_steps)
+    images = generate(model, sampler, ["an animal"] * 6, list(range(6)), settings.unconditional_guidance_scale)
+    with torch.no_grad():
+        assert mean_pairwise_distance(reward.embed_images(images)) > 0.15
+
+
+def test_the_reward_prefers_the_right_caption(model, reward, settings, specific):
+    prompts = specific[:8]
+    sampler = Sampler(model.scheduler_config, settings.sampler_type, settings.inference_steps)
+    images = generate(model, sampler, prompts, list(range(8)), settings.unconditional_guidance_scale)
+    right = reward(images, prompts)
+    wrong = reward(images, prompts[1:] + prompts[:1])
+    assert (right > wrong).float().mean() >= 0.75
