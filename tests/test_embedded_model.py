@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import tarfile
 from pathlib import Path
@@ -18,6 +19,7 @@ from nemo_aligner_diffusion.embedded_assets import embedded_model_path, embedded
 from nemo_aligner_diffusion.evaluation.diversity import mean_pairwise_distance, recognisability
 from nemo_aligner_diffusion.rewards import restore_reward
 from nemo_aligner_diffusion.training.config import load_config
+from nemo_aligner_diffusion.training.run import run_training
 
 
 BROAD = {"a fruit", "an animal", "a vehicle", "a building"}
@@ -102,3 +104,29 @@ def test_the_reward_prefers_the_right_caption(model, reward, settings, specific)
     right = reward(images, prompts)
     wrong = reward(images, prompts[1:] + prompts[:1])
     assert (right > wrong).float().mean() >= 0.75
+
+
+@pytest.mark.parametrize("recipe", ["draftp_sd", "drtune_sd"])
+def test_a_few_steps_raise_the_reward_on_prompts_that_were_not_trained_on(recipe, tmp_path):
+    overrides = [
+        "rm=symmetry",
+        "model.infer.inference_steps=6",
+        "model.drtune.early_stop_steps=2",
+        "model.drtune.train_steps=2",
+        "model.micro_batch_size=4",
+        "model.global_batch_size=4",
+        "model.optim.lr=1e-3",
+        "model.data.validation.max_prompts=8",
+        "model.data.validation.seeds=[0]",
+        f"trainer.{recipe}.max_steps=10",
+        f"trainer.{recipe}.val_check_interval=10",
+        "trainer.accelerator=cpu",
+        f"exp_manager.explicit_log_dir={tmp_path / 'run'}",
+    ]
+    if recipe == "draftp_sd":
+        overrides = [text for text in overrides if "drtune" not in text]
+    assert run_training(load_config(recipe, overrides)) == 0
+    with (tmp_path / "run" / "validation.csv").open(encoding="utf-8", newline="") as handle:
+        last = list(csv.DictReader(handle))[-1]
+    assert float(last["reward"]) > float(last["base_reward"]) + 0.002
+    assert float(last["share_improved"]) >= 0.7

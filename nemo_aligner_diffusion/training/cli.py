@@ -17,7 +17,7 @@ USED_MOST = """\
   model.micro_batch_size=8                    pictures a process handles at once
   model.global_batch_size=8                   pictures an optimizer step
   model.infer.inference_steps=20              sampling steps
-  model.infer.unconditional_guidance_scale=4  classifier-free guidance
+  model.infer.unconditional_guidance_scale=3  classifier-free guidance
   model.peft.peft_scheme=sdlora               sdlora: LoRA; none: every weight
   model.unet_config.from_pretrained=FILE      your denoiser; model.from_pretrained=FOLDER: your whole model
   model.first_stage_config.from_pretrained=FILE   your VAE
