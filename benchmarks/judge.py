@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,6 +106,27 @@ def train(recipe: str, directory: Path, *overrides: str) -> Path:
     if code:
         raise SystemExit(code)
     return directory / "export" / "pytorch_lora_weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run to judge: ``rewards`` are the overrides that choose the reward, for training and judging."""
+
+    recipe: str
+    directory: Path
+    rewards: tuple[str, ...]
+    overrides: tuple[str, ...]
+
+
+def _work(job: Job) -> Judgement:
+    torch.set_num_threads(1)
+    return Judge(job.rewards)(train(job.recipe, job.directory, *job.rewards, *job.overrides))
+
+
+def run_jobs(jobs: Sequence[Job], workers: int) -> Iterator[Judgement]:
+    """Train and judge, ``workers`` processes of one thread at a time; results in the order of ``jobs``."""
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(_work, jobs)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks.judge import Judge, table, train
+from benchmarks.judge import Job, Judge, run_jobs, table
 
 COLUMNS = ["kl_coeff", "CLIP reward", "KL", "CLIP top-1", "diversity", "of the base's"]
 
@@ -20,18 +20,28 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--kl", type=float, nargs="+", default=[0.0, 0.1, 1.0, 10.0])
     parser.add_argument("--overrides", nargs="*", default=[], help="further key=value for every run")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     arguments = parser.parse_args()
     judge = Judge()
     base = judge(None)
     rows: list[tuple[object, ...]] = [("base", base.reward, base.divergence, base.top1, base.diversity, 1.0)]
-    for kl in arguments.kl:
-        run = arguments.work / f"kl_{kl:g}"
-        adapter = train(
-            "draftp_sd", run, f"model.kl_coeff={kl}", f"trainer.draftp_sd.max_steps={arguments.steps}",
-            "trainer.draftp_sd.val_check_interval=0", "trainer.draftp_sd.save_interval=0", "report.enable=false",
-            *arguments.overrides,
-        )  # fmt: skip
-        result = judge(adapter)
+    jobs = [
+        Job(
+            "draftp_sd",
+            arguments.work / f"kl_{kl:g}",
+            (),
+            (
+                f"model.kl_coeff={kl}",
+                f"trainer.draftp_sd.max_steps={arguments.steps}",
+                "trainer.draftp_sd.val_check_interval=0",
+                "trainer.draftp_sd.save_interval=0",
+                "report.enable=false",
+                *arguments.overrides,
+            ),
+        )
+        for kl in arguments.kl
+    ]
+    for kl, result in zip(arguments.kl, run_jobs(jobs, arguments.workers), strict=True):
         ratio = result.diversity / base.diversity
         rows.append((kl, result.reward, result.divergence, result.top1, result.diversity, ratio))
         print(table(COLUMNS, rows), flush=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks.judge import Judge, Judgement, table, train
+from benchmarks.judge import Job, Judge, Judgement, run_jobs, table
 from nemo_aligner_diffusion.evaluation.figures import labelled_grid, save_image, to_pictures
 
 METHODS = {
@@ -26,29 +26,36 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps of 8 pictures")
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3])
     parser.add_argument("--kl", type=float, nargs="+", default=[0.0, 1.0])
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     arguments = parser.parse_args()
     judge = Judge(["rm=symmetry"])
     base = judge(None)
-    rows: list[tuple[object, ...]] = [("base", "–", "–", base.reward, base.top1, base.mean_reciprocal_rank)]
-    best: dict[str, tuple[float, str, Judgement]] = {}
+    settings, jobs = [], []
     for method, (recipe, loop, own) in METHODS.items():
         for kl in arguments.kl:
             for rate in arguments.learning_rates:
+                settings.append((method, kl, rate))
                 name = f"{method}_kl{kl:g}_lr{rate:g}".replace(" ", "_")
-                adapter = train(
-                    recipe, arguments.work / name, "rm=symmetry", *own, f"model.kl_coeff={kl}",
-                    f"model.optim.lr={rate}", f"{loop}.max_steps={arguments.steps}", f"{loop}.val_check_interval=0",
-                    f"{loop}.save_interval=0", "report.enable=false",
-                )  # fmt: skip
-                result = judge(adapter)
-                rows.append((method, kl, rate, result.reward, result.top1, result.mean_reciprocal_rank))
-                key = f"{method}, KL {kl:g}"
-                if key not in best or result.reward > best[key][0]:
-                    best[key] = (result.reward, f"{key}, lr {rate:g}", result)
-                print(table(["method", "kl_coeff", "lr", "symmetry", "CLIP top-1", "CLIP MRR"], rows), flush=True)
-    (arguments.docs / "symmetry_table.md").write_text(
-        table(["method", "kl_coeff", "lr", "symmetry", "CLIP top-1", "CLIP MRR"], rows), encoding="utf-8"
-    )
+                overrides = (
+                    *own,
+                    f"model.kl_coeff={kl}",
+                    f"model.optim.lr={rate}",
+                    f"{loop}.max_steps={arguments.steps}",
+                    f"{loop}.val_check_interval=0",
+                    f"{loop}.save_interval=0",
+                    "report.enable=false",
+                )
+                jobs.append(Job(recipe, arguments.work / name, ("rm=symmetry",), overrides))
+    columns = ["method", "kl_coeff", "lr", "symmetry", "KL", "CLIP top-1", "CLIP MRR"]
+    rows: list[tuple[object, ...]] = [("base", "–", "–", base.reward, 0.0, base.top1, base.mean_reciprocal_rank)]
+    best: dict[str, tuple[float, str, Judgement]] = {}
+    for (method, kl, rate), result in zip(settings, run_jobs(jobs, arguments.workers), strict=True):
+        rows.append((method, kl, rate, result.reward, result.divergence, result.top1, result.mean_reciprocal_rank))
+        key = f"{method}, KL {kl:g}"
+        if key not in best or result.reward > best[key][0]:
+            best[key] = (result.reward, f"{key}, lr {rate:g}", result)
+        print(table(columns, rows), flush=True)
+    (arguments.docs / "symmetry_table.md").write_text(table(columns, rows), encoding="utf-8")
     shown = range(0, min(20, len(base.images)), 2)  # the first seed of ten prompts
     grid = labelled_grid(
         [[to_pictures(images[i : i + 1])[0] for i in shown] for images in
