@@ -57,12 +57,12 @@ class DataSet:
     held_out: torch.Tensor
     """``(N,)`` int64: 0 trained on by CLIP, 1 a held-out skin-tone variant, 2 a held-out thing."""
 
-    def weights(self, flag_weight: float, category_weights: dict[str, float] | None = None) -> torch.Tensor:
+    def weights(self, flag_weight: float, group_weights: dict[str, float] | None = None) -> torch.Tensor:
         """Sampling weight of every picture, ``(N,)`` float64, summing to 1.
 
         Every thing weighs 1; one that has skin-tone variants 1.5, half of it on the base picture and half shared by the
-        variants. Country flags, 259 pictures that look much alike, weigh ``flag_weight``. ``category_weights``
-        multiplies these by category of emoji.json.
+        variants. Country flags, 259 pictures that look much alike, weigh ``flag_weight``. ``group_weights``
+        multiplies these by subcategory of emoji.json, or by category where the subcategory is not in it.
         """
         count: dict[str, int] = {}
         for picture in self.pictures:
@@ -77,8 +77,12 @@ class DataSet:
             else:
                 weights.append(flag_weight if picture.subcategory == "country-flag" else 1.0)
         result = torch.tensor(weights, dtype=torch.float64)
-        if category_weights:
-            result *= torch.tensor([category_weights.get(picture.category, 1.0) for picture in self.pictures])
+        if group_weights:
+            factors = [
+                group_weights.get(picture.subcategory, group_weights.get(picture.category, 1.0))
+                for picture in self.pictures
+            ]
+            result *= torch.tensor(factors)
         return result / result.sum()
 
 

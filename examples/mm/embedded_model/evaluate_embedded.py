@@ -104,7 +104,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     data = prepare(arguments.work_dir)
-    pipeline = StableDiffusionPipeline.from_pretrained(arguments.model or embedded_model_path())
+    pipeline = StableDiffusionPipeline.from_pretrained(arguments.model or embedded_model_path(), dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     reward = restore_reward(embedded_reward_path())
     real = embed(reward, data.images)

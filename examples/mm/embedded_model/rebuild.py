@@ -26,10 +26,9 @@ def main() -> None:
     parser.add_argument("--stage", choices=STAGES, action="append", help="only these stages; default: all in order")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     parser.add_argument("--clip-steps", type=int, default=1400)
-    parser.add_argument("--vae-steps", type=int, default=1500, help="encoder and decoder together")
-    parser.add_argument("--decoder-steps", type=int, default=1000, help="decoder alone, afterwards")
-    parser.add_argument("--polish-steps", type=int, default=1600)
-    parser.add_argument("--unet-steps", type=int, default=9000)
+    parser.add_argument("--vae-steps", type=int, default=1500)
+    parser.add_argument("--polish-steps", type=int, default=800)
+    parser.add_argument("--unet-steps", type=int, default=4000)
     parser.add_argument(
         "--assets",
         type=Path,
@@ -53,7 +52,7 @@ def main() -> None:
         if stage == "clip":
             train_clip(data, work_dir, arguments.clip_steps)
         elif stage == "vae":
-            train_vae(data, work_dir, arguments.vae_steps, arguments.decoder_steps)
+            train_vae(data, work_dir, arguments.vae_steps)
         elif stage == "unet":
             train_unet(data, work_dir, arguments.unet_steps)
         elif stage == "polish":

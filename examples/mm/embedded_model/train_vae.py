@@ -15,8 +15,6 @@ BATCH = 16
 WARMUP_STEPS = 100
 KL_WEIGHT = 2e-3  # on the mean KL of a latent element; keeps latents coarse enough for a small denoiser to hit
 SHIFT = 3  # largest random translation, pixels
-#: Largest standard deviation of the noise on the latents in the decoder's own phase, in units of theirs.
-DECODER_NOISE = 0.15
 
 
 def build_vae() -> AutoencoderKL:
@@ -72,15 +70,8 @@ def quality(vae: AutoencoderKL, images: torch.Tensor) -> dict[str, float]:
     return {"mae": absolute / len(images), "psnr": 10 * math.log10(4 * len(images) / squared)}
 
 
-def train_vae(
-    data: DataSet, work_dir: Path, steps: int, decoder_steps: int = 0, learning_rate: float = 2e-3, seed: int = 1
-) -> Path:
-    """Train for ``steps``, then the decoder alone for ``decoder_steps``; returns the ``save_pretrained`` folder.
-
-    The encoder is final after ``steps``, and ``work_dir/vae`` is written then, so the denoiser can be trained on its
-    latents while the decoder still learns: from latents with a little noise, as a denoiser's are never exact. Resumes
-    if interrupted.
-    """
+def train_vae(data: DataSet, work_dir: Path, steps: int, learning_rate: float = 2e-3, seed: int = 1) -> Path:
+    """Train for ``steps`` (resuming if interrupted); returns the ``save_pretrained`` folder of the averaged weights."""
     folder = work_dir / "vae"
     checkpoint = work_dir / "vae_checkpoint.pt"
     log = Log(work_dir / "vae.jsonl")
@@ -95,31 +86,20 @@ def train_vae(
         optimizer.load_state_dict(state["optimizer"])
         average.load_state_dict(state["average"])
         first = state["step"]
-    log(parameters=sum(p.numel() for p in vae.parameters()), steps=steps, decoder_steps=decoder_steps, first=first)
+    log(parameters=sum(p.numel() for p in vae.parameters()), steps=steps, first=first)
     weights = data.weights(flag_weight=0.6)
     running = 0.0
-    for step in range(first, steps + decoder_steps):
-        if step == steps:  # from here on the encoder is frozen at its average
-            vae.load_state_dict(average.values)
-        both = step < steps
-        if not both:
-            vae.encoder.requires_grad_(False)
-            vae.quant_conv.requires_grad_(False)
-        done, total = (step, steps) if both else (step - steps, decoder_steps)
+    for step in range(first, steps):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        rate = (1.0 if both else 0.5) * learning_rate
-        rate *= min(1.0, (done + 1) / WARMUP_STEPS) * (0.5 * (1 + math.cos(math.pi * done / total)) + 0.01)
+        cosine = 0.5 * (1 + math.cos(math.pi * step / steps)) + 0.01
+        rate = learning_rate * min(1.0, (step + 1) / WARMUP_STEPS) * cosine
         for group in optimizer.param_groups:
             group["lr"] = rate
         chosen = torch.multinomial(weights, BATCH, replacement=False, generator=generator)
         target = to_unit(shift(data.images[chosen], generator))
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(target).latent_dist
-            latents = posterior.sample(generator=generator)
-            if not both:
-                level = torch.rand((BATCH, 1, 1, 1), generator=generator) * DECODER_NOISE * posterior.mean.std()
-                latents = posterior.mean + level * torch.randn(latents.shape, generator=generator)
-            output = vae.decode(latents).sample
+            output = vae.decode(posterior.sample(generator=generator)).sample
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         loss = reconstruction_loss(output.float(), target)
@@ -139,16 +119,14 @@ def train_vae(
                 lr=rate,
             )
             running = 0.0
-        last = step + 1 in (steps, steps + decoder_steps)
-        if (step + 1) % 200 == 0 or last:
+        if (step + 1) % 200 == 0 or step + 1 == steps:
             state = {"model": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
             save_atomically({**state, "average": average.state_dict()}, checkpoint)
-        if last:
-            result = build_vae()
-            result.load_state_dict(average.values)
-            result.eval()
-            latents = encode_mean(result, data.images)
-            result.register_to_config(scaling_factor=round(1 / latents.std().item(), 5), shift_factor=None)
-            log(**quality(result, data.images[::8]), latent_mean=latents.mean().item(), latent_std=latents.std().item())
-            result.save_pretrained(folder)
+    result = build_vae()
+    result.load_state_dict(average.values)
+    result.eval()
+    latents = encode_mean(result, data.images)
+    result.register_to_config(scaling_factor=round(1 / latents.std().item(), 5), shift_factor=None)
+    log(**quality(result, data.images[::8]), latent_mean=latents.mean().item(), latent_std=latents.std().item())
+    result.save_pretrained(folder)
     return folder
