@@ -21,7 +21,6 @@ from nemo_aligner_diffusion.rewards import restore_reward
 from nemo_aligner_diffusion.training.config import load_config
 from nemo_aligner_diffusion.training.run import run_training
 
-
 BROAD = {"a fruit", "an animal", "a vehicle", "a building"}
 
 
