@@ -59,7 +59,10 @@ def _write_pipeline(work_dir: Path, folder: Path) -> None:
         path.chmod(0o644)
     for path in folder.rglob("*.json"):
         values = json.loads(path.read_text(encoding="utf-8"))
-        if path.name in ("config.json", "model_index.json") and values.pop("_name_or_path", None):
+        changed = path.name in ("config.json", "model_index.json") and values.pop("_name_or_path", None) is not None
+        if path.parent.name == "text_encoder":  # transformers computes in the dtype it finds here; CPUs want float32
+            values["dtype"], changed = "float32", True
+        if changed:
             path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     (folder / "defaults.json").write_text(
         json.dumps({"guidance_scale": GUIDANCE_SCALE, "num_inference_steps": INFERENCE_STEPS}, indent=2) + "\n",
