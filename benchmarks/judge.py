@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import random
 import shutil
@@ -137,3 +138,23 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     return "\n".join([*lines, *("| " + " | ".join(map(cell, row)) + " |" for row in rows)]) + "\n"
+
+
+def main() -> None:
+    """``python -m benchmarks.judge results/train_001/export``: base and tuned side by side."""
+    parser = argparse.ArgumentParser(description="Judge an exported LoRA of the embedded model beside the base.")
+    parser.add_argument("lora", type=Path, help="export folder or .safetensors file")
+    parser.add_argument("--reward", nargs="*", default=[], help="overrides that choose the reward, such as rm=symmetry")
+    arguments = parser.parse_args()
+    judge = Judge(arguments.reward)
+    base, tuned = judge(None), judge(arguments.lora)
+    columns = ["model", "reward", "KL", "CLIP top-1", "CLIP MRR", "diversity", "of the base's"]
+    rows = [
+        (name, m.reward, m.divergence, m.top1, m.mean_reciprocal_rank, m.diversity, m.diversity / base.diversity)
+        for name, m in (("base", base), ("tuned", tuned))
+    ]
+    print(table(columns, rows))
+
+
+if __name__ == "__main__":
+    main()
