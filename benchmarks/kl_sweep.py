@@ -36,6 +36,9 @@ def main() -> None:
                 "trainer.draftp_sd.val_check_interval=0",
                 "trainer.draftp_sd.save_interval=0",
                 "report.enable=false",
+                "model.optim.lr=6e-4",
+                "model.peft.lora_tuning.adapter_dim=8",
+                "model.peft.lora_tuning.alpha=8",
                 *arguments.overrides,
             ),
         )

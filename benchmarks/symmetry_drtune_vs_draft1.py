@@ -13,6 +13,7 @@ from pathlib import Path
 from benchmarks.judge import Job, Judge, Judgement, run_jobs, table
 from nemo_aligner_diffusion.evaluation.figures import labelled_grid, save_image, to_pictures
 
+LORA = ("model.peft.lora_tuning.adapter_dim=8", "model.peft.lora_tuning.alpha=8")
 METHODS = {
     "DRaFT-1": ("draft_k_sd", "trainer.draft_k_sd", ["model.truncation_steps=1"]),
     "DRTune K=4": ("drtune_sd", "trainer.drtune_sd", ["model.drtune.train_steps=4", "model.drtune.early_stop_steps=8"]),
@@ -44,6 +45,7 @@ def main() -> None:
                     f"{loop}.val_check_interval=0",
                     f"{loop}.save_interval=0",
                     "report.enable=false",
+                    *LORA,
                 )
                 jobs.append(Job(recipe, arguments.work / name, ("rm=symmetry",), overrides))
     columns = ["method", "kl_coeff", "lr", "symmetry", "KL", "CLIP top-1", "CLIP MRR"]

@@ -355,7 +355,7 @@ class TestOwnYaml:
         self.write(tmp_path, "model: {optim: {name: sgd, lr: 0.5}}\n")
         self.write(tmp_path, "name: incompressibility\n", "rm/noisy.yaml")
         cfg = load_config("mine", ["optim=adamw", "rm=noisy", "loop=default"], config_dir=tmp_path)
-        assert (cfg.model.optim.name, cfg.model.optim.lr, cfg.rm.name) == ("adamw", 6e-4, "incompressibility")
+        assert (cfg.model.optim.name, cfg.model.optim.lr, cfg.rm.name) == ("adamw", 1.5e-4, "incompressibility")
 
     @pytest.mark.parametrize(
         ("text", "expected"),

@@ -161,7 +161,12 @@ def _build_data(cfg: DictConfig) -> RunData:
     elif validation.prompts is not None:
         prompts = list(validation.prompts)
     else:
-        source = _plain(validation.webdataset.local_root_path) or str(embedded_prompts_path("validation"))
+        # a user's own prompts are validated on their first ones: the embedded ones say nothing about them
+        source = (
+            _plain(validation.webdataset.local_root_path)
+            or _plain(section.train.webdataset.local_root_path)
+            or str(embedded_prompts_path("validation"))
+        )
         prompts = read_prompts(source, limit=validation.max_prompts, on_bad_sample=section.on_bad_sample)
     return RunData(
         prompts[: validation.max_prompts],
