@@ -115,6 +115,7 @@ def test_a_few_steps_raise_the_reward_on_prompts_that_were_not_trained_on(recipe
         "model.micro_batch_size=4",
         "model.global_batch_size=4",
         "model.optim.lr=1e-3",
+        "model.kl_coeff=0",
         "model.data.validation.max_prompts=8",
         "model.data.validation.seeds=[0]",
         f"trainer.{recipe}.max_steps=10",
