@@ -52,7 +52,8 @@ def test_the_recipes_are_the_ones_named_here() -> None:
 @pytest.mark.parametrize("group", sorted(groups()))
 def test_every_option_of_every_group_can_be_picked(group: str) -> None:
     for option in groups()[group]:
-        load_config("draftp_sd", [f"{group}={option}"])
+        cfg = load_config("draftp_sd", [f"{group}={option}"])
+        assert cfg.name == "draftp_sd"
 
 
 def test_a_picked_group_replaces_the_whole_section() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
 import logging
@@ -87,11 +88,8 @@ def _fused_adam(
                 _say("fused_adam: apex.optimizers.FusedAdam")
                 return FusedAdam(groups, lr=lr, betas=betas, eps=eps, adam_w_mode=True)
     if allow_fused and len(devices) == 1 and all(p.is_floating_point() for p in parameters):
-        try:
+        with contextlib.suppress(RuntimeError):  # raised at construction where there is no fused kernel for the device
             optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
-        except RuntimeError:  # torch says so at construction where it has no fused kernel for the device
-            pass
-        else:
             _say(f"fused_adam: torch.optim.AdamW(fused=True) on {devices.pop()}")
             return optimizer
     _say("fused_adam: torch.optim.AdamW, without a fused kernel")
