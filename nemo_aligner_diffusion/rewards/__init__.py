@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from nemo_aligner_diffusion.rewards.base import Reward
     from nemo_aligner_diffusion.rewards.build import build_reward
     from nemo_aligner_diffusion.rewards.clip import CLIPReward
-    from nemo_aligner_diffusion.rewards.clip_archive import convert_hf_clip_to_nemo, restore_reward
+    from nemo_aligner_diffusion.rewards.clip_archive import convert_hf_clip_to_nemo
     from nemo_aligner_diffusion.rewards.composite import CompositeReward
     from nemo_aligner_diffusion.rewards.jpeg import JPEGCompressibility
+    from nemo_aligner_diffusion.rewards.restore import restore_reward
     from nemo_aligner_diffusion.rewards.symmetry import MirrorSymmetry
 
 _HOMES = {
@@ -24,7 +25,7 @@ _HOMES = {
     "build_reward": "build",
     "CLIPReward": "clip",
     "convert_hf_clip_to_nemo": "clip_archive",
-    "restore_reward": "clip_archive",
+    "restore_reward": "restore",
     "CompositeReward": "composite",
     "JPEGCompressibility": "jpeg",
     "MirrorSymmetry": "symmetry",

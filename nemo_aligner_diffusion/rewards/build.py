@@ -105,7 +105,7 @@ def _build(config: dict[str, Any], where: str, device: str | torch.device, dtype
 
 
 def _build_clip(model: dict[str, Any], where: str, device: str | torch.device, dtype: torch.dtype) -> Reward:
-    from nemo_aligner_diffusion.rewards.clip_archive import restore_reward
+    from nemo_aligner_diffusion.rewards.restore import restore_reward
 
     _check_keys(model, _MODEL_KEYS, where)
     micro_batch_size = model.get("micro_batch_size")

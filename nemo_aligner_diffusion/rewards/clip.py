@@ -13,19 +13,18 @@ Example::
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from nemo_aligner_diffusion.errors import RewardError
 from nemo_aligner_diffusion.rewards.base import Reward
+from nemo_aligner_diffusion.rewards.micro_batches import check_micro_batch_size, in_micro_batches, own_precision
 from nemo_aligner_diffusion.rewards.preprocessing import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, preprocess
 
 if TYPE_CHECKING:
@@ -74,8 +73,7 @@ class CLIPReward(Reward):
         super().__init__()
         if score not in SCORES:
             raise RewardError(f"A CLIP reward scores by one of {', '.join(SCORES)}, not {score!r}.")
-        if micro_batch_size is not None and micro_batch_size < 1:
-            raise RewardError(f"The reward's micro_batch_size is {micro_batch_size}; it must be at least 1, or null.")
+        check_micro_batch_size(micro_batch_size)
         clip_config: Any = model.config
         most_tokens: int = clip_config.text_config.max_position_embeddings
         self.model = model
@@ -112,20 +110,21 @@ class CLIPReward(Reward):
 
     def embed_images(self, images: Tensor) -> Tensor:
         """Embeddings ``(B, D)`` of length 1 of images ``(B, 3, H, W)`` in ``[0, 1]``; differentiable."""
-        with _no_autocast(self.device.type):
+        with own_precision(self.device.type):
             pixels = preprocess(images.to(self.device), self.image_size, self.mean, self.std, self.interpolation)
-            embed: Callable[[Tensor], Tensor] = self._embed_pixels
-            if self.activation_checkpointing and torch.is_grad_enabled() and pixels.requires_grad:
-                embed = _checkpointed(self._embed_pixels)
-            parts = [embed(part) for part in pixels.split(self.micro_batch_size or max(len(pixels), 1))]
-            return torch.cat(parts)
+            return in_micro_batches(
+                self._embed_pixels,
+                pixels,
+                micro_batch_size=self.micro_batch_size,
+                activation_checkpointing=self.activation_checkpointing,
+            )
 
     def embed_texts(self, prompts: Sequence[str]) -> Tensor:
         """Embeddings ``(B, D)`` of length 1, without gradient; cached per prompt, prompts over the limit truncated."""
         missing = list(dict.fromkeys(prompt for prompt in prompts if prompt not in self._text_cache))
         fresh: dict[str, Tensor] = {}
         # Inference mode is left, not only entered: its tensors, once cached, could never meet autograd again.
-        with torch.inference_mode(False), torch.no_grad(), _no_autocast(self.device.type):
+        with torch.inference_mode(False), torch.no_grad(), own_precision(self.device.type):
             for prompt in missing:
                 # One at a time, which is cheap beside making a picture: in a batch the last digits would depend on the
                 # neighbours, so on what happened to be cached, and a resumed run would differ from one that went on.
@@ -178,19 +177,3 @@ class CLIPReward(Reward):
 def _normalise(embeddings: Tensor) -> Tensor:
     """Rows of length 1, in float32 or float64: a half-precision norm would cost two digits of the score."""
     return functional.normalize(embeddings if embeddings.dtype == torch.float64 else embeddings.float(), dim=-1)
-
-
-def _checkpointed(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    def run(pixels: Tensor) -> Tensor:
-        # The towers hold no randomness in evaluation mode, so the generator's state need not be kept.
-        result: Tensor = checkpoint(function, pixels, use_reentrant=False, preserve_rng_state=False)
-        return result
-
-    return run
-
-
-@contextlib.contextmanager
-def _no_autocast(device_type: str) -> Iterator[None]:
-    """The reward computes in its own dtype, whatever precision the trainer wraps around it."""
-    with torch.autocast(device_type, enabled=False):
-        yield

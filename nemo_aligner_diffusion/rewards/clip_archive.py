@@ -17,8 +17,6 @@ is looked up in a table of these names; nothing is imported because an archive n
 
 from __future__ import annotations
 
-import difflib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,12 +25,13 @@ import torch
 from torch import Tensor
 
 from nemo_aligner_diffusion.errors import ArchiveError
-from nemo_aligner_diffusion.nemo_archive import NemoArchive, load_nemo, save_nemo
-from nemo_aligner_diffusion.rewards.base import Reward
+from nemo_aligner_diffusion.nemo_archive import NemoArchive, save_nemo
+from nemo_aligner_diffusion.rewards.archive_checks import check_fit, mapping
 from nemo_aligner_diffusion.rewards.clip import SCORES, CLIPReward
-from nemo_aligner_diffusion.rewards.clip_megatron import MEGATRON_CLASSES, hf_layout
+from nemo_aligner_diffusion.rewards.clip_megatron import hf_layout
 from nemo_aligner_diffusion.rewards.clip_tokenizer import load_tokenizer
 from nemo_aligner_diffusion.rewards.preprocessing import INTERPOLATIONS, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from nemo_aligner_diffusion.rewards.restore import RestoreOptions
 
 if TYPE_CHECKING:
     from transformers import CLIPModel
@@ -47,56 +46,32 @@ _TOWER_KEYS = (
 )
 _TEXT_KEYS = (*_TOWER_KEYS, "vocab_size", "max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id")
 _VISION_KEYS = (*_TOWER_KEYS, "image_size", "patch_size", "num_channels")
-_MOST_LISTED = 8
 
 
-def restore_reward(
-    path: str | Path,
-    *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    tokenizer: str | Path | None = None,
-    score: str | None = None,
-    micro_batch_size: int | None = None,
-    activation_checkpointing: bool = False,
-) -> Reward:
-    """The reward in a ``.nemo`` file.
+def restore_clip(archive: NemoArchive, options: RestoreOptions) -> CLIPReward:
+    """A CLIP reward from an archive of our own; raises :class:`ArchiveError` where something doesn't fit."""
+    return _restore(archive, options, megatron=False)
 
-    Args:
-        path: the archive.
-        device, dtype: where and in which precision its towers compute, whatever dtype they were saved in.
-        tokenizer: folder with ``vocab.json`` and ``merges.txt``, for archives that only name a tokenizer.
-        score: overrides the archive's own (``pickscore``, ``hps``, ``clipscore``).
-        micro_batch_size, activation_checkpointing: see :class:`CLIPReward`.
 
-    Raises:
-        ArchiveError: the archive is unusable, its ``target`` is no known reward, or its weights or tokenizer don't fit
-            its configuration.
-    """
-    archive = load_nemo(path)
-    target = archive.target
-    if target == TARGET:
-        config, megatron = archive.config, False
-    elif target.split(".")[0] in ("nemo", "nemo_aligner") and target.split(".")[-1] in MEGATRON_CLASSES:
-        config, megatron = archive.config, True
-    else:
-        known = (TARGET, *(f"nemo….{name}" for name in MEGATRON_CLASSES))
-        near = difflib.get_close_matches(target, known, n=1)
-        hint = f"Nearest is {near[0]}. " if near else ""
-        found = f"its target {target[:200]!r} is no reward that can be restored" if target else "it names no target"
-        raise ArchiveError(f"{archive.path}: {found}. {hint}Known are: {', '.join(known)}.")
+def restore_megatron_clip(archive: NemoArchive, options: RestoreOptions) -> CLIPReward:
+    """A CLIP reward from an archive that NeMo or NeMo-Aligner wrote."""
+    return _restore(archive, options, megatron=True)
+
+
+def _restore(archive: NemoArchive, options: RestoreOptions, megatron: bool) -> CLIPReward:
+    config = archive.config
     state = archive.state_dict()
-    tokens = load_tokenizer(archive, tokenizer)
+    tokens = load_tokenizer(archive, options.tokenizer)
     try:
         if megatron:
             config, state = hf_layout(archive, config, state, _highest_id(tokens) + 1, tokens.eos_token_id)
-        model = _build_model(archive, _mapping(archive, config, "clip"), state)
+        model = _build_model(archive, mapping(archive, config, "clip"), state)
         _check_tokenizer(archive, tokens, model)
         preprocessing = _preprocessing(archive, config, model)
-        score = score or config.get("score", "pickscore")
+        score = options.score or config.get("score", "pickscore")
         if score not in SCORES:
             raise ArchiveError(f"{archive.path}: its score is {score!r}; known are {', '.join(SCORES)}.")
-        max_length = _mapping(archive, config, "tokenizer").get("max_length")
+        max_length = mapping(archive, config, "tokenizer", optional=True).get("max_length")
         if max_length is not None and (not isinstance(max_length, int) or max_length < 2):
             raise ArchiveError(f"{archive.path}: tokenizer.max_length is {max_length!r}; expected at least 2 tokens.")
     except ArchiveError:
@@ -112,13 +87,13 @@ def restore_reward(
         tokens,
         score=score,
         max_length=max_length,
-        micro_batch_size=micro_batch_size,
-        activation_checkpointing=activation_checkpointing,
+        micro_batch_size=options.micro_batch_size,
+        activation_checkpointing=options.activation_checkpointing,
         **preprocessing,
     )
     if isinstance(config.get("name"), str):
         reward.name = config["name"]
-    return reward.to(device, dtype)
+    return reward
 
 
 def convert_hf_clip_to_nemo(
@@ -136,7 +111,7 @@ def convert_hf_clip_to_nemo(
     extra: Mapping[str, Any] | None = None,
     gzip: bool = False,
 ) -> Path:
-    """Pack a CLIP model and its byte-pair tokenizer into a ``.nemo`` that :func:`restore_reward` reads.
+    """Pack a CLIP model and its byte-pair tokenizer into a ``.nemo`` that :func:`.restore_reward` reads.
 
     Args:
         model: the model; left as it is.
@@ -190,7 +165,7 @@ def _build_model(archive: NemoArchive, clip: Mapping[str, Any], state: dict[str,
 
     sections: dict[str, Any] = {}
     for section, keys in (("text_config", _TEXT_KEYS), ("vision_config", _VISION_KEYS)):
-        given = _mapping(archive, clip, section, "clip.")
+        given = mapping(archive, clip, section, "clip.")
         sections[section] = {key: given[key] for key in keys if given.get(key) is not None}
         layers = sections[section].get("num_hidden_layers", 12)
         # Before a loop of that many layers is entered: each has 16 tensors of its own.
@@ -206,34 +181,13 @@ def _build_model(archive: NemoArchive, clip: Mapping[str, Any], state: dict[str,
     expected = {key: value for key, value in model.state_dict().items() if not key.endswith("position_ids")}
     if "logit_scale" in state and state["logit_scale"].numel() == 1:
         state["logit_scale"] = state["logit_scale"].reshape(())  # saved as (1,) by some
-    _check_fit(archive, state, expected)
+    check_fit(archive, state, expected)
     model.load_state_dict(state, strict=False, assign=True)
     for module in model.modules():  # constants that no state dict holds, still on the meta device
         positions = getattr(module, "position_ids", None)
         if isinstance(positions, Tensor):
             module.position_ids = torch.arange(positions.shape[-1]).expand((1, -1))
     return model
-
-
-def _check_fit(archive: NemoArchive, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    misfits = [
-        f"{key} is {tuple(state[key].shape)} and should be {tuple(expected[key].shape)}"
-        for key in expected
-        if key in state and state[key].shape != expected[key].shape
-    ]
-    misfits += [f"{key} {tuple(expected[key].shape)} is missing" for key in expected if key not in state]
-    misfits += [f"{key[:200]} {tuple(state[key].shape)} has no place" for key in state if key not in expected]
-    misfits += [
-        f"{key} holds {state[key].dtype}, not floating-point numbers"
-        for key in expected
-        if key in state and not state[key].is_floating_point()
-    ]
-    if misfits:
-        more = f"; and {len(misfits) - _MOST_LISTED} more" if len(misfits) > _MOST_LISTED else ""
-        raise ArchiveError(
-            f"{archive.path}: {len(misfits)} tensors do not fit its model_config.yaml: "
-            f"{'; '.join(misfits[:_MOST_LISTED])}{more}. Weights and configuration must come from the same model."
-        )
 
 
 def _highest_id(tokenizer: Any) -> int:
@@ -258,7 +212,7 @@ def _check_tokenizer(archive: NemoArchive, tokenizer: Any, model: Any) -> None:
 
 
 def _preprocessing(archive: NemoArchive, config: Mapping[str, Any], model: Any) -> dict[str, Any]:
-    given = _mapping(archive, config, "preprocessing")
+    given = mapping(archive, config, "preprocessing", optional=True)
     result: dict[str, Any] = {"image_size": given.get("image_size") or model.config.vision_config.image_size}
     if result["image_size"] != model.config.vision_config.image_size:
         raise ArchiveError(
@@ -280,15 +234,3 @@ def _preprocessing(archive: NemoArchive, config: Mapping[str, Any], model: Any) 
             f"known are {', '.join(INTERPOLATIONS)}."
         )
     return result
-
-
-def _mapping(archive: NemoArchive, config: Mapping[str, Any], key: str, prefix: str = "") -> Mapping[str, Any]:
-    value = config.get(key)
-    if value is None and key in ("preprocessing", "tokenizer"):
-        return {}
-    if not isinstance(value, Mapping):
-        raise ArchiveError(
-            f"{archive.path}: its model_config.yaml has {prefix}{key} = {json.dumps(value, default=str)[:100]}; "
-            "expected a mapping of fields."
-        )
-    return value

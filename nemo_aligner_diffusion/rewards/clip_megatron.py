@@ -25,8 +25,6 @@ from torch import Tensor
 from nemo_aligner_diffusion.errors import ArchiveError
 from nemo_aligner_diffusion.nemo_archive import NemoArchive
 
-MEGATRON_CLASSES = ("MegatronCLIPModel", "MegatronCLIPRewardModel")
-
 _TEXT = "text_encoder.language_model."
 _VISION = "vision_encoder.backbone."
 _RENAMED = {

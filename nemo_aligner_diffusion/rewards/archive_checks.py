@@ -1,0 +1,51 @@
+"""What every restorer checks before it believes an archive."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from nemo_aligner_diffusion.errors import ArchiveError
+from nemo_aligner_diffusion.nemo_archive import NemoArchive
+
+_MOST_LISTED = 8
+
+
+def check_fit(archive: NemoArchive, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raises :class:`ArchiveError`, naming the tensors, unless ``state`` holds exactly what ``expected`` does."""
+    misfits = [
+        f"{key} is {tuple(state[key].shape)} and should be {tuple(expected[key].shape)}"
+        for key in expected
+        if key in state and state[key].shape != expected[key].shape
+    ]
+    misfits += [f"{key} {tuple(expected[key].shape)} is missing" for key in expected if key not in state]
+    misfits += [f"{key[:200]} {tuple(state[key].shape)} has no place" for key in state if key not in expected]
+    misfits += [
+        f"{key} holds {state[key].dtype}, not floating-point numbers"
+        for key in expected
+        if key in state and not state[key].is_floating_point()
+    ]
+    if misfits:
+        more = f"; and {len(misfits) - _MOST_LISTED} more" if len(misfits) > _MOST_LISTED else ""
+        raise ArchiveError(
+            f"{archive.path}: {len(misfits)} tensors do not fit its model_config.yaml: "
+            f"{'; '.join(misfits[:_MOST_LISTED])}{more}. Weights and configuration must come from the same model."
+        )
+
+
+def mapping(
+    archive: NemoArchive, config: Mapping[str, Any], key: str, prefix: str = "", optional: bool = False
+) -> Mapping[str, Any]:
+    """The section ``key`` of an archive's configuration; ``{}`` for an optional one that is not there."""
+    value = config.get(key)
+    if value is None and optional:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ArchiveError(
+            f"{archive.path}: its model_config.yaml has {prefix}{key} = {json.dumps(value, default=str)[:100]}; "
+            "expected a mapping of fields."
+        )
+    return value

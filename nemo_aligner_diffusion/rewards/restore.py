@@ -1,0 +1,80 @@
+"""A reward out of a ``.nemo`` file, whichever kind the file's ``target`` names.
+
+``target`` is looked up in a table of names that this package knows; nothing is imported because an archive names it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+from nemo_aligner_diffusion.errors import ArchiveError
+from nemo_aligner_diffusion.nemo_archive import NemoArchive, load_nemo
+from nemo_aligner_diffusion.rewards.base import Reward
+
+# target -> "module:function"; function(archive, options) gives the reward, on the CPU in float32 or already converted.
+RESTORERS = {
+    "nemo_aligner_diffusion.rewards.clip.CLIPReward": "clip_archive:restore_clip",
+}
+# What NeMo and NeMo-Aligner call their CLIP models, under whichever package path.
+MEGATRON_CLASSES = ("MegatronCLIPModel", "MegatronCLIPRewardModel")
+
+
+@dataclass(frozen=True)
+class RestoreOptions:
+    """How a restored reward computes; see :func:`restore_reward`."""
+
+    tokenizer: str | Path | None = None
+    score: str | None = None
+    micro_batch_size: int | None = None
+    activation_checkpointing: bool = False
+
+
+def restore_reward(
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    tokenizer: str | Path | None = None,
+    score: str | None = None,
+    micro_batch_size: int | None = None,
+    activation_checkpointing: bool = False,
+) -> Reward:
+    """The reward in a ``.nemo`` file.
+
+    Args:
+        path: the archive.
+        device, dtype: where and in which precision its model computes, whatever dtype it was saved in.
+        tokenizer: folder with the tokenizer's files, for archives that only name a tokenizer.
+        score: for CLIP rewards, overrides the archive's own (``pickscore``, ``hps``, ``clipscore``).
+        micro_batch_size, activation_checkpointing: see :mod:`.micro_batches`.
+
+    Raises:
+        ArchiveError: the archive is unusable, its ``target`` is no known reward, or its weights or tokenizer don't fit
+            its configuration.
+    """
+    archive = load_nemo(path)
+    options = RestoreOptions(tokenizer, score, micro_batch_size, activation_checkpointing)
+    return _restorer(archive)(archive, options).to(device, dtype)
+
+
+def _restorer(archive: NemoArchive) -> Callable[[NemoArchive, RestoreOptions], Reward]:
+    target = archive.target
+    home = RESTORERS.get(target)
+    if target.split(".")[0] in ("nemo", "nemo_aligner") and target.split(".")[-1] in MEGATRON_CLASSES:
+        home = "clip_archive:restore_megatron_clip"
+    if home is None:
+        known = (*RESTORERS, *(f"nemo….{name}" for name in MEGATRON_CLASSES))
+        near = difflib.get_close_matches(target, known, n=1)
+        hint = f"Nearest is {near[0]}. " if near else ""
+        found = f"its target {target[:200]!r} is no reward that can be restored" if target else "it names no target"
+        raise ArchiveError(f"{archive.path}: {found}. {hint}Known are: {', '.join(known)}.")
+    module, _, name = home.partition(":")
+    restorer: Callable[[NemoArchive, RestoreOptions], Reward]
+    restorer = getattr(import_module(f"nemo_aligner_diffusion.rewards.{module}"), name)
+    return restorer
