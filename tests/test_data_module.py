@@ -131,7 +131,7 @@ def test_layout_comes_from_the_trainer(tmp_path: Path) -> None:
     data.trainer = pl.Trainer(accelerator="cpu", devices=3, num_nodes=2, strategy="ddp", logger=False)
     assert data.data_parallel == (0, 6)
     data.setup("fit")
-    assert data.train_dataloader().prompts.step_size == 12
+    assert data.train_dataloader().stream.step_size == 12
     assert PromptDataModule(tmp_path, micro_batch_size=2, rank=1, world_size=4).data_parallel == (1, 4)
 
 

@@ -36,7 +36,7 @@ def test_round_trip(tmp_path: Path, gzip: bool) -> None:
     suffix = ".tar.gz" if gzip else ".tar"
     assert [path.name for path in written.paths] == [f"prompts-000{n}{suffix}" for n in range(4)]
     assert listing(tmp_path / "out") == [path.name for path in written.paths]
-    assert written.prompts == len(ODD_PROMPTS)
+    assert written.samples == len(ODD_PROMPTS)
     assert written.bytes == sum(path.stat().st_size for path in written.paths)
     assert read_prompts(tmp_path / "out") == ODD_PROMPTS
     with tarfile.open(written.paths[1]) as archive:  # the standard library and so every other reader agrees

@@ -1,22 +1,24 @@
-"""The prompts of a training run as a LightningDataModule: layout from the trainer, position in its checkpoints."""
+"""The data of a training run as a LightningDataModule: layout from the trainer, position in its checkpoints."""
 
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from typing import Any, Literal
 
 import pytorch_lightning as pl
 
 from nemo_aligner_diffusion.data.paths import PathSpec
 from nemo_aligner_diffusion.data.prompt_files import OnBadSample
-from nemo_aligner_diffusion.data.prompts import PromptDataset, PromptLoader, build_prompt_loader
+from nemo_aligner_diffusion.data.prompts import PromptLoader, build_prompt_loader
+from nemo_aligner_diffusion.data.sample_stream import SampleStream, StreamLoader
 from nemo_aligner_diffusion.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 
-class PromptDataModule(pl.LightningDataModule):
-    """Training prompts without end (or for ``epochs``), validation prompts once each in file order.
+class StreamDataModule(pl.LightningDataModule, ABC):
+    """Training samples without end (or for ``epochs``), validation samples once each in file order.
 
     The data-parallel rank and size come from the trainer's strategy when it sets the module up (under tensor
     parallelism they are the data-parallel ones, so a tensor group sees one batch), or from ``rank`` and ``world_size``.
@@ -25,18 +27,15 @@ class PromptDataModule(pl.LightningDataModule):
     not ``max_epochs``.
 
     Args:
-        train: what :func:`~nemo_aligner_diffusion.data.prompts.expand_paths` accepts.
+        train: what :func:`~nemo_aligner_diffusion.data.paths.expand_paths` accepts.
         validation: the same, or None for no validation loader.
-        micro_batch_size: prompts a training batch on one rank.
-        global_batch_size: prompts an optimizer step over all ranks; see
-            :class:`~nemo_aligner_diffusion.data.prompts.PromptDataset` for this and for ``seed``, ``shuffle_buffer``,
-            ``epochs``, ``incomplete``, which concern training, and ``on_bad_sample``.
-        validation_batch_size: prompts a validation batch on one rank; ``micro_batch_size`` by default. Validation
-            "wraps": an ``index`` not below the number of prompts marks a repetition that fills the last batch.
+        micro_batch_size: samples a training batch on one rank.
+        global_batch_size: samples an optimizer step over all ranks; see
+            :class:`~nemo_aligner_diffusion.data.sample_stream.SampleStream` for this and for ``seed``,
+            ``shuffle_buffer``, ``epochs``, ``incomplete``, which concern training, and ``on_bad_sample``.
+        validation_batch_size: samples a validation batch on one rank; ``micro_batch_size`` by default. Validation
+            "wraps": an ``index`` not below the number of samples marks a repetition that fills the last batch.
         start_sample: global samples to leave out at the start; a loaded checkpoint overrides it.
-
-    >>> data = PromptDataModule("prompts-{0000..0012}.tar", micro_batch_size=1, global_batch_size=8)  # doctest: +SKIP
-    >>> trainer.fit(model, datamodule=data)  # doctest: +SKIP
 
     Raises:
         DataError: at ``setup`` when files are missing, the first prompt cannot be read, or sizes do not fit.
@@ -78,9 +77,9 @@ class PromptDataModule(pl.LightningDataModule):
         }
         self._layout = None if rank is None or world_size is None else (rank, world_size)
         self._batches_before = 0  # the trainer's count when the current training loader was made
-        self._train_prompts: PromptDataset | None = None
-        self._validation_loader: PromptLoader | None = None
-        if validation is None and type(self).val_dataloader is PromptDataModule.val_dataloader:
+        self._train_samples: SampleStream | None = None
+        self._validation_loader: StreamLoader | None = None
+        if validation is None and type(self).val_dataloader is StreamDataModule.val_dataloader:
             # Lightning must see a module that does not override the hook, or it warns about an empty loader.
             self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
 
@@ -95,18 +94,22 @@ class PromptDataModule(pl.LightningDataModule):
     @property
     def samples_consumed(self) -> int:
         """Global samples whose micro-step is over: prefetched batches do not count, skipped steps do."""
-        if self._train_prompts is None:
+        if self._train_samples is None:
             return self.start_sample
         batches = self._batches_processed() - self._batches_before
-        return self._train_prompts.start_sample + batches * self._train_prompts.step_size
+        return self._train_samples.start_sample + batches * self._train_samples.step_size
+
+    @abstractmethod
+    def build_loader(self, paths: PathSpec, **options: Any) -> StreamLoader:
+        """A loader over ``paths``; ``options`` are arguments of :class:`.SampleStream`, and ``num_workers``."""
 
     def setup(self, stage: str | None = None) -> None:
-        """Check the files and read one prompt of each kind, before anything slow happens."""
+        """Check the files and read one sample of each kind, before anything slow happens."""
         if stage in (None, "fit"):
             self._make_train_loader()
         if stage in (None, "fit", "validate") and self.validation is not None:
             rank, world_size = self.data_parallel
-            self._validation_loader = build_prompt_loader(
+            self._validation_loader = self.build_loader(
                 self.validation,
                 micro_batch_size=self.validation_batch_size,
                 shuffle_buffer=0,
@@ -117,15 +120,15 @@ class PromptDataModule(pl.LightningDataModule):
                 on_bad_sample=self.on_bad_sample,
             )
 
-    def train_dataloader(self) -> PromptLoader:
+    def train_dataloader(self) -> StreamLoader:
         """Return the loader from the first unconsumed sample on."""
         self.start_sample = self.samples_consumed
         loader = self._make_train_loader()
-        self._train_prompts = loader.prompts
+        self._train_samples = loader.stream
         self._batches_before = self._batches_processed()
         return loader
 
-    def val_dataloader(self) -> PromptLoader:
+    def val_dataloader(self) -> StreamLoader:
         """Return the validation loader that ``setup`` made."""
         assert self._validation_loader is not None
         return self._validation_loader
@@ -137,12 +140,12 @@ class PromptDataModule(pl.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a saved position; warn when seed or shuffle buffer differ: then it is a place in another order."""
         self.start_sample = int(state_dict["samples_consumed"])
-        self._train_prompts = None
+        self._train_samples = None
         for name, saved in state_dict.get("order", {}).items():
             now = self._order.get(name)
             if now != saved:
                 logger.warning(
-                    "the checkpoint was written with %s %s and this run has %s: prompts are no longer seen exactly "
+                    "the checkpoint was written with %s %s and this run has %s: samples are no longer seen exactly "
                     "once in the epoch under way; set it back to %s for an exact continuation",
                     name,
                     saved,
@@ -150,9 +153,9 @@ class PromptDataModule(pl.LightningDataModule):
                     saved,
                 )
 
-    def _make_train_loader(self) -> PromptLoader:
+    def _make_train_loader(self) -> StreamLoader:
         rank, world_size = self.data_parallel
-        return build_prompt_loader(
+        return self.build_loader(
             self.train,
             micro_batch_size=self.micro_batch_size,
             rank=rank,
@@ -169,3 +172,14 @@ class PromptDataModule(pl.LightningDataModule):
         if self.trainer is None:
             return 0
         return int(self.trainer.fit_loop.epoch_loop.batch_progress.total.processed)  # type: ignore[attr-defined]
+
+
+class PromptDataModule(StreamDataModule):
+    """The prompts of a training run.
+
+    >>> data = PromptDataModule("prompts-{0000..0012}.tar", micro_batch_size=1, global_batch_size=8)  # doctest: +SKIP
+    >>> trainer.fit(model, datamodule=data)  # doctest: +SKIP
+    """
+
+    def build_loader(self, paths: PathSpec, **options: Any) -> PromptLoader:
+        return build_prompt_loader(paths, **options)

@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     seconds = time.perf_counter() - started
     names = written.paths[0].name + (f" … {written.paths[-1].name}" if len(written.paths) > 1 else "")
-    print(f"prompts written    {written.prompts:,} in {seconds:.2f} s ({written.prompts / seconds:,.0f} prompts/s)")
+    print(f"prompts written    {written.samples:,} in {seconds:.2f} s ({written.samples / seconds:,.0f} prompts/s)")
     print(f"shards             {len(written.paths):,} ({names}, {written.bytes:,} bytes) in {arguments.output}")
     print(f"empty lines        {lines.empty:,} left out")
     duplicates = f"{lines.duplicates:,} dropped" if arguments.drop_duplicates else "kept (see --drop-duplicates)"

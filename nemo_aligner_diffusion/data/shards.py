@@ -1,4 +1,4 @@
-"""Prompts into webdataset shards: the same prompts give the same bytes, and a shard under its name is always whole."""
+"""Samples into webdataset shards: equal samples give equal bytes, and a shard under its name is always whole."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
@@ -22,13 +22,15 @@ from nemo_aligner_diffusion.errors import DataError, OutputError
 
 DEFAULT_SAMPLES_PER_SHARD = 10_000
 
+Sample = Sequence[tuple[str, bytes]]  # (member name, content), the names alike up to the first dot
+
 
 @dataclass(frozen=True)
 class WrittenShards:
-    """What :func:`write_prompt_shards` wrote: the shards in order, the prompts in them, their size on disk in bytes."""
+    """What was written: the shards in order, the samples in them, their size on disk in bytes."""
 
     paths: list[Path]
-    prompts: int
+    samples: int
     bytes: int
 
 
@@ -58,6 +60,27 @@ def write_prompt_shards(
         DataError: a prompt is unusable (names its number, from 0), or there is none.
         OutputError: ``output`` cannot be written, or holds shards of this prefix already and ``overwrite`` is not set.
     """
+    return write_sample_shards(
+        _members(prompts), output, "prompt", samples_per_shard, bytes_per_shard, gzip, prefix, overwrite
+    )
+
+
+def write_sample_shards(
+    samples: Iterable[Sample],
+    output: str | os.PathLike[str],
+    noun: str,
+    samples_per_shard: int | None,
+    bytes_per_shard: int | None,
+    gzip: bool,
+    prefix: str,
+    overwrite: bool,
+) -> WrittenShards:
+    """Write samples of several members each; the rest as :func:`write_prompt_shards`. ``noun``: what one is called.
+
+    Raises:
+        DataError: there is no sample, or an argument is impossible; what ``samples`` raises passes through.
+        OutputError: ``output`` cannot be written, or holds shards of this prefix already and ``overwrite`` is not set.
+    """
     if samples_per_shard is not None and bytes_per_shard is not None:
         raise DataError("both samples_per_shard and bytes_per_shard were given; expected one of them")
     for name, value in (("samples_per_shard", samples_per_shard), ("bytes_per_shard", bytes_per_shard)):
@@ -75,10 +98,10 @@ def write_prompt_shards(
             f"{folder} holds {len(before)} shard(s) named {prefix}-*, {before[0].name} first; choose another folder or "
             "prefix, or ask for overwriting"
         )
-    numbered = _members(prompts)
+    numbered = iter(samples)
     first = next(numbered, None)  # also finds an unusable input before a folder is made
     if first is None:
-        raise DataError("there is no prompt to write; expected at least one")
+        raise DataError(f"there is no {noun} to write; expected at least one")
     numbered = chain([first], numbered)
 
     new_folder = not folder.exists()
@@ -124,22 +147,22 @@ def _existing_shards(folder: Path, prefix: str) -> list[Path]:
         raise OutputError(f"{folder} cannot be listed: {error.strerror}") from error
 
 
-def _members(prompts: Iterable[str]) -> Iterator[tuple[str, bytes]]:
-    """(member name, content) of each prompt."""
+def _members(prompts: Iterable[str]) -> Iterator[Sample]:
+    """The one member of each prompt."""
     for number, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
             raise DataError(f"prompt {number} is {prompt!r} ({type(prompt).__name__}); expected a string")
         try:
-            yield f"{number:09d}.txt", clean_prompt(prompt).encode()
+            yield [(f"{number:09d}.txt", clean_prompt(prompt).encode())]
         except ValueError as error:
             raise DataError(f"prompt {number} {error}") from error
 
 
 def _write_all(
-    members: Iterator[tuple[str, bytes]], folder: Path, samples: int | None, size: int | None, compress: bool
+    samples_in: Iterator[Sample], folder: Path, samples: int | None, size: int | None, compress: bool
 ) -> Iterator[tuple[Path, int]]:
-    """Write shard after shard; yield each with its number of prompts once it is complete and on disk."""
-    waiting = next(members, None)
+    """Write shard after shard; yield each with its number of samples once it is complete and on disk."""
+    waiting = next(samples_in, None)
     number = 0
     while waiting is not None:
         path = folder / f"{number}.tar"
@@ -152,17 +175,19 @@ def _write_all(
                     stream = cast(IO[bytes], stack.enter_context(gzip.GzipFile("", "wb", 6, file, mtime=0)))
                 tar = stack.enter_context(tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT))
                 while waiting is not None:
-                    name, content = waiting
-                    used += tarfile.BLOCKSIZE * (1 + -(-len(content) // tarfile.BLOCKSIZE))
+                    used += sum(
+                        tarfile.BLOCKSIZE * (1 + -(-len(content) // tarfile.BLOCKSIZE)) for _, content in waiting
+                    )
                     padded = -(-used // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
                     if count and (count == samples or (size is not None and padded > size)):
                         break
-                    header = tarfile.TarInfo(name)  # mode 0644, time 0, owner 0 by default
-                    header.size = len(content)
-                    tar.addfile(header, io.BytesIO(content))
+                    for name, content in waiting:
+                        header = tarfile.TarInfo(name)  # mode 0644, time 0, owner 0 by default
+                        header.size = len(content)
+                        tar.addfile(header, io.BytesIO(content))
                     tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
                     count += 1
-                    waiting = next(members, None)
+                    waiting = next(samples_in, None)
             file.flush()
             os.fsync(file.fileno())
         yield path, count
