@@ -25,7 +25,13 @@ from torch.nn import functional
 from nemo_aligner_diffusion.errors import RewardError
 from nemo_aligner_diffusion.rewards.base import Reward
 from nemo_aligner_diffusion.rewards.micro_batches import check_micro_batch_size, in_micro_batches, own_precision
-from nemo_aligner_diffusion.rewards.preprocessing import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, preprocess
+from nemo_aligner_diffusion.rewards.preprocessing import (
+    INTERPOLATIONS,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+    RESIZES,
+    preprocess,
+)
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, PreTrainedTokenizerBase
@@ -46,6 +52,8 @@ class CLIPReward(Reward):
         image_size: side in pixels that the model sees; the model's own when left out.
         mean, std: statistics of RGB in ``[0, 1]``.
         interpolation: ``bicubic`` or ``bilinear``, antialiased.
+        resize: ``crop``, ``pad`` or ``squash``, see :func:`.preprocessing.preprocess`.
+        prompt_prefix: put before every prompt, e.g. ``"A photo depicts "``, the words CLIPScore was published with.
         max_length: tokens a prompt may have, both ends included; the model's own when left out.
         micro_batch_size: images per forward pass of the vision tower; all at once when left out.
         activation_checkpointing: recompute the vision tower in the backward pass, one micro-batch at a time, so that
@@ -65,6 +73,8 @@ class CLIPReward(Reward):
         mean: Sequence[float] = OPENAI_CLIP_MEAN,
         std: Sequence[float] = OPENAI_CLIP_STD,
         interpolation: str = "bicubic",
+        resize: str = "crop",
+        prompt_prefix: str = "",
         max_length: int | None = None,
         micro_batch_size: int | None = None,
         activation_checkpointing: bool = False,
@@ -73,6 +83,11 @@ class CLIPReward(Reward):
         super().__init__()
         if score not in SCORES:
             raise RewardError(f"A CLIP reward scores by one of {', '.join(SCORES)}, not {score!r}.")
+        if interpolation not in INTERPOLATIONS or resize not in RESIZES:
+            raise RewardError(
+                f"A CLIP reward's interpolation is one of {', '.join(INTERPOLATIONS)}, not {interpolation!r}, and its "
+                f"resize one of {', '.join(RESIZES)}, not {resize!r}."
+            )
         check_micro_batch_size(micro_batch_size)
         clip_config: Any = model.config
         most_tokens: int = clip_config.text_config.max_position_embeddings
@@ -80,7 +95,8 @@ class CLIPReward(Reward):
         self.tokenizer = tokenizer
         self.score_type = score
         self.image_size: int = image_size or clip_config.vision_config.image_size
-        self.mean, self.std, self.interpolation = tuple(mean), tuple(std), interpolation
+        self.mean, self.std, self.interpolation, self.resize = tuple(mean), tuple(std), interpolation, resize
+        self.prompt_prefix = prompt_prefix
         self.max_length = min(max_length or most_tokens, most_tokens)
         self.micro_batch_size = micro_batch_size
         self.activation_checkpointing = activation_checkpointing
@@ -111,7 +127,9 @@ class CLIPReward(Reward):
     def embed_images(self, images: Tensor) -> Tensor:
         """Embeddings ``(B, D)`` of length 1 of images ``(B, 3, H, W)`` in ``[0, 1]``; differentiable."""
         with own_precision(self.device.type):
-            pixels = preprocess(images.to(self.device), self.image_size, self.mean, self.std, self.interpolation)
+            pixels = preprocess(
+                images.to(self.device), self.image_size, self.mean, self.std, self.interpolation, self.resize
+            )
             return in_micro_batches(
                 self._embed_pixels,
                 pixels,
@@ -128,7 +146,7 @@ class CLIPReward(Reward):
             for prompt in missing:
                 # One at a time, which is cheap beside making a picture: in a batch the last digits would depend on the
                 # neighbours, so on what happened to be cached, and a resumed run would differ from one that went on.
-                fresh[prompt] = self._embed_tokens(self._tokenize(prompt))[0]
+                fresh[prompt] = self._embed_tokens(self._tokenize(self.prompt_prefix + prompt))[0]
         rows = [fresh[prompt] if prompt in fresh else self._text_cache[prompt] for prompt in prompts]
         for prompt, row in zip(prompts, rows, strict=True):
             self._text_cache[prompt] = row

@@ -5,9 +5,10 @@
     target: nemo_aligner_diffusion.rewards.clip.CLIPReward
     nemo_version: nemo_aligner_diffusion 1
     name: clip
-    clip: {projection_dim: …, text_config: {…}, vision_config: {…}}   # transformers.CLIPConfig, see _TEXT_KEYS below
+    clip: {projection_dim: …, text_config: {…}, vision_config: {…}}   # transformers.CLIPConfig, fields: clip_model
     score: pickscore                          # pickscore | hps | clipscore
-    preprocessing: {image_size: 224, mean: [r, g, b], std: [r, g, b], interpolation: bicubic}
+    preprocessing: {image_size: 224, mean: [r, g, b], std: [r, g, b], interpolation: bicubic, resize: crop}
+    prompt_prefix: ""                         # words before every prompt
     tokenizer: {vocab_file: nemo:<hash>_vocab.json, merges_file: nemo:<hash>_merges.txt, max_length: 77}
 
 ``model_weights.ckpt`` holds ``CLIPModel.state_dict()`` in any floating dtype. Archives written by NeMo and NeMo-Aligner
@@ -29,23 +30,23 @@ from nemo_aligner_diffusion.nemo_archive import NemoArchive, save_nemo
 from nemo_aligner_diffusion.rewards.archive_checks import check_fit, mapping
 from nemo_aligner_diffusion.rewards.clip import SCORES, CLIPReward
 from nemo_aligner_diffusion.rewards.clip_megatron import hf_layout
+from nemo_aligner_diffusion.rewards.clip_model import (
+    TEXT_KEYS,
+    TOP_KEYS,
+    VISION_KEYS,
+    fields,
+    fill,
+    on_meta,
+    stored_tensors,
+)
 from nemo_aligner_diffusion.rewards.clip_tokenizer import load_tokenizer
-from nemo_aligner_diffusion.rewards.preprocessing import INTERPOLATIONS, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from nemo_aligner_diffusion.rewards.preprocessing import INTERPOLATIONS, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, RESIZES
 from nemo_aligner_diffusion.rewards.restore import RestoreOptions
 
 if TYPE_CHECKING:
     from transformers import CLIPModel
 
 TARGET = "nemo_aligner_diffusion.rewards.clip.CLIPReward"
-
-# The only fields taken from an archive: others could make transformers fetch code (attn_implementation, auto_map).
-_TOP_KEYS = ("projection_dim", "logit_scale_init_value")
-_TOWER_KEYS = (
-    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("hidden_act", "layer_norm_eps", "projection_dim"),
-)
-_TEXT_KEYS = (*_TOWER_KEYS, "vocab_size", "max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id")
-_VISION_KEYS = (*_TOWER_KEYS, "image_size", "patch_size", "num_channels")
 
 
 def restore_clip(archive: NemoArchive, options: RestoreOptions) -> CLIPReward:
@@ -67,10 +68,13 @@ def _restore(archive: NemoArchive, options: RestoreOptions, megatron: bool) -> C
             config, state = hf_layout(archive, config, state, _highest_id(tokens) + 1, tokens.eos_token_id)
         model = _build_model(archive, mapping(archive, config, "clip"), state)
         _check_tokenizer(archive, tokens, model)
-        preprocessing = _preprocessing(archive, config, model)
+        preprocessing = read_preprocessing(archive, config, model.config.vision_config.image_size)
         score = options.score or config.get("score", "pickscore")
         if score not in SCORES:
             raise ArchiveError(f"{archive.path}: its score is {score!r}; known are {', '.join(SCORES)}.")
+        prefix = config.get("prompt_prefix") or ""
+        if not isinstance(prefix, str):
+            raise ArchiveError(f"{archive.path}: its prompt_prefix is {str(prefix)[:100]!r}; expected text.")
         max_length = mapping(archive, config, "tokenizer", optional=True).get("max_length")
         if max_length is not None and (not isinstance(max_length, int) or max_length < 2):
             raise ArchiveError(f"{archive.path}: tokenizer.max_length is {max_length!r}; expected at least 2 tokens.")
@@ -86,6 +90,7 @@ def _restore(archive: NemoArchive, options: RestoreOptions, megatron: bool) -> C
         model,
         tokens,
         score=score,
+        prompt_prefix=prefix,
         max_length=max_length,
         micro_batch_size=options.micro_batch_size,
         activation_checkpointing=options.activation_checkpointing,
@@ -105,6 +110,8 @@ def convert_hf_clip_to_nemo(
     mean: tuple[float, float, float] = OPENAI_CLIP_MEAN,
     std: tuple[float, float, float] = OPENAI_CLIP_STD,
     interpolation: str = "bicubic",
+    resize: str = "crop",
+    prompt_prefix: str = "",
     max_length: int | None = None,
     dtype: torch.dtype | None = None,
     name: str = "clip",
@@ -118,7 +125,8 @@ def convert_hf_clip_to_nemo(
         tokenizer_files: a folder holding ``vocab.json`` and ``merges.txt``, or their contents or paths by these names.
         path: the archive to write.
         score: how embeddings become a reward.
-        mean, std, interpolation: how the model's pictures were prepared when it was trained.
+        mean, std, interpolation, resize: how the model's pictures were prepared when it was trained.
+        prompt_prefix: words put before every prompt.
         max_length: tokens a prompt may have; the model's number of positions when left out.
         dtype: of the saved weights, e.g. ``torch.float16`` for half the size; ``logit_scale`` keeps its own.
         name: what the reward is called in metrics.
@@ -134,9 +142,9 @@ def convert_hf_clip_to_nemo(
         "target": TARGET,
         "name": name,
         "clip": {
-            **{key: getattr(clip, key) for key in _TOP_KEYS},
-            "text_config": {key: getattr(text, key) for key in _TEXT_KEYS},
-            "vision_config": {key: getattr(vision, key) for key in _VISION_KEYS},
+            **fields(clip, TOP_KEYS),
+            "text_config": fields(text, TEXT_KEYS),
+            "vision_config": fields(vision, VISION_KEYS),
         },
         "score": score,
         "preprocessing": {
@@ -144,7 +152,9 @@ def convert_hf_clip_to_nemo(
             "mean": [float(value) for value in mean],
             "std": [float(value) for value in std],
             "interpolation": interpolation,
+            "resize": resize,
         },
+        **({"prompt_prefix": prompt_prefix} if prompt_prefix else {}),
         "tokenizer": {
             "vocab_file": "nemo:vocab.json",
             "merges_file": "nemo:merges.txt",
@@ -153,8 +163,7 @@ def convert_hf_clip_to_nemo(
     }
     state = {
         key: tensor.to(dtype) if dtype is not None and key != "logit_scale" else tensor
-        for key, tensor in model.state_dict().items()
-        if not key.endswith("position_ids")
+        for key, tensor in stored_tensors(model.state_dict()).items()
     }
     return save_nemo(path, config, state, dict(tokenizer_files), gzip=gzip)
 
@@ -163,31 +172,32 @@ def _build_model(archive: NemoArchive, clip: Mapping[str, Any], state: dict[str,
     """A CLIPModel of the configured architecture holding ``state``; nothing is allocated before the two agree."""
     from transformers import CLIPConfig, CLIPModel
 
-    sections: dict[str, Any] = {}
-    for section, keys in (("text_config", _TEXT_KEYS), ("vision_config", _VISION_KEYS)):
-        given = mapping(archive, clip, section, "clip.")
-        sections[section] = {key: given[key] for key in keys if given.get(key) is not None}
-        layers = sections[section].get("num_hidden_layers", 12)
-        # Before a loop of that many layers is entered: each has 16 tensors of its own.
-        if not isinstance(layers, int) or not 0 < layers <= len(state):
-            raise ArchiveError(
-                f"{archive.path}: clip.{section}.num_hidden_layers is {layers!r}, but there are {len(state)} tensors."
-            )
-    sections.update({key: clip[key] for key in _TOP_KEYS if clip.get(key) is not None})
+    sections: dict[str, Any] = {
+        "text_config": tower_fields(archive, clip, "text_config", TEXT_KEYS, len(state)),
+        "vision_config": tower_fields(archive, clip, "vision_config", VISION_KEYS, len(state)),
+    }
+    sections.update({key: clip[key] for key in TOP_KEYS if clip.get(key) is not None})
     config = CLIPConfig(**sections)
-    with torch.device("meta"):
-        model = CLIPModel(config)
-    state = {key: value for key, value in state.items() if not key.endswith("position_ids")}
-    expected = {key: value for key, value in model.state_dict().items() if not key.endswith("position_ids")}
-    if "logit_scale" in state and state["logit_scale"].numel() == 1:
-        state["logit_scale"] = state["logit_scale"].reshape(())  # saved as (1,) by some
-    check_fit(archive, state, expected)
-    model.load_state_dict(state, strict=False, assign=True)
-    for module in model.modules():  # constants that no state dict holds, still on the meta device
-        positions = getattr(module, "position_ids", None)
-        if isinstance(positions, Tensor):
-            module.position_ids = torch.arange(positions.shape[-1]).expand((1, -1))
+    model = on_meta(lambda: CLIPModel(config))
+    state = stored_tensors(state)
+    check_fit(archive, state, stored_tensors(model.state_dict()))
+    fill(model, state)
     return model
+
+
+def tower_fields(
+    archive: NemoArchive, clip: Mapping[str, Any], section: str, keys: tuple[str, ...], tensors: int
+) -> dict[str, Any]:
+    """The given ``keys`` of the archive's ``clip.<section>``, with as many layers as ``tensors`` allow."""
+    given = mapping(archive, clip, section, "clip.")
+    found = {key: given[key] for key in keys if given.get(key) is not None}
+    layers = found.get("num_hidden_layers", 12)
+    # Before a loop of that many layers is entered: each has 16 tensors of its own.
+    if not isinstance(layers, int) or not 0 < layers <= tensors:
+        raise ArchiveError(
+            f"{archive.path}: clip.{section}.num_hidden_layers is {layers!r}, but there are {tensors} tensors."
+        )
+    return found
 
 
 def _highest_id(tokenizer: Any) -> int:
@@ -211,13 +221,14 @@ def _check_tokenizer(archive: NemoArchive, tokenizer: Any, model: Any) -> None:
         )
 
 
-def _preprocessing(archive: NemoArchive, config: Mapping[str, Any], model: Any) -> dict[str, Any]:
+def read_preprocessing(archive: NemoArchive, config: Mapping[str, Any], image_size: int) -> dict[str, Any]:
+    """The archive's ``preprocessing`` as arguments of a reward, for a vision model that takes ``image_size``."""
     given = mapping(archive, config, "preprocessing", optional=True)
-    result: dict[str, Any] = {"image_size": given.get("image_size") or model.config.vision_config.image_size}
-    if result["image_size"] != model.config.vision_config.image_size:
+    result: dict[str, Any] = {"image_size": given.get("image_size") or image_size}
+    if result["image_size"] != image_size:
         raise ArchiveError(
             f"{archive.path}: preprocessing.image_size is {result['image_size']!r}, but the vision model takes "
-            f"{model.config.vision_config.image_size}."
+            f"{image_size}."
         )
     for key, default in (("mean", OPENAI_CLIP_MEAN), ("std", OPENAI_CLIP_STD)):
         values = given.get(key) or default
@@ -227,10 +238,10 @@ def _preprocessing(archive: NemoArchive, config: Mapping[str, Any], model: Any) 
                 f"{archive.path}: preprocessing.{key} is {values!r}; expected three numbers for R, G, B."
             )
         result[key] = tuple(float(value) for value in values)
-    result["interpolation"] = given.get("interpolation") or "bicubic"
-    if result["interpolation"] not in INTERPOLATIONS:
-        raise ArchiveError(
-            f"{archive.path}: preprocessing.interpolation is {result['interpolation']!r}; "
-            f"known are {', '.join(INTERPOLATIONS)}."
-        )
+    for key, known in (("interpolation", INTERPOLATIONS), ("resize", RESIZES)):
+        result[key] = given.get(key) or known[0]
+        if result[key] not in known:
+            raise ArchiveError(
+                f"{archive.path}: preprocessing.{key} is {str(result[key])[:100]!r}; known are {', '.join(known)}."
+            )
     return result

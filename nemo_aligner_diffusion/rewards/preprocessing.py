@@ -12,6 +12,8 @@ from torch.nn import functional
 OPENAI_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 INTERPOLATIONS = ("bicubic", "bilinear")
+# How a picture of any shape becomes the square a model takes, see preprocess.
+RESIZES = ("crop", "pad", "squash")
 
 
 def resize_short_side(images: Tensor, size: int, interpolation: str = "bicubic") -> Tensor:
@@ -29,6 +31,21 @@ def resize_short_side(images: Tensor, size: int, interpolation: str = "bicubic")
     return functional.interpolate(images, size=target, mode=interpolation, align_corners=False, antialias=True)
 
 
+def pad_to_square(images: Tensor, size: int, interpolation: str = "bicubic") -> Tensor:
+    """Antialiased resize of ``(B, C, H, W)`` so that the long side is ``size``, centred on a black square of that side.
+
+    HPSv2's own preparation of pictures (``ResizeMaxSize`` in its ``open_clip`` fork): both sides are rounded to the
+    nearest pixel, and of an odd number of missing rows or columns the larger part goes below or to the right.
+    """
+    height, width = images.shape[-2:]
+    scale = size / max(height, width)
+    target = max(round(height * scale), 1), max(round(width * scale), 1)
+    if target != (height, width):
+        images = functional.interpolate(images, size=target, mode=interpolation, align_corners=False, antialias=True)
+    rows, columns = size - target[0], size - target[1]
+    return functional.pad(images, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
+
+
 def centre_crop(images: Tensor, size: int) -> Tensor:
     """The middle ``size``×``size`` of images at least that large (torchvision's rounding)."""
     height, width = images.shape[-2:]
@@ -42,11 +59,23 @@ def preprocess(
     mean: Sequence[float] = OPENAI_CLIP_MEAN,
     std: Sequence[float] = OPENAI_CLIP_STD,
     interpolation: str = "bicubic",
+    resize: str = "crop",
 ) -> Tensor:
-    """``(B, 3, H, W)`` in ``[0, 1]`` to normalised ``(B, 3, size, size)``, in float32 or the images' float64."""
+    """``(B, 3, H, W)`` in ``[0, 1]`` to normalised ``(B, 3, size, size)``, in float32 or the images' float64.
+
+    ``resize`` says how another shape becomes a square: ``crop`` (short side to ``size``, the middle kept: CLIP,
+    PickScore), ``pad`` (long side to ``size``, black around it: HPSv2) or ``squash`` (both sides to ``size``).
+    """
     if images.dtype != torch.float64:
         images = images.float()  # half precision has too few digits for an antialiased sum
-    images = centre_crop(resize_short_side(images, size, interpolation), size)
+    if resize == "pad":
+        images = pad_to_square(images, size, interpolation)
+    elif resize == "squash":
+        images = functional.interpolate(
+            images, size=(size, size), mode=interpolation, align_corners=False, antialias=True
+        )
+    else:
+        images = centre_crop(resize_short_side(images, size, interpolation), size)
     shift = images.new_tensor(mean).view(1, -1, 1, 1)
     scale = images.new_tensor(std).view(1, -1, 1, 1)
     return (images - shift) / scale
