@@ -27,8 +27,13 @@ from safetensors.torch import save_file
 from nemo_aligner_diffusion.errors import AlignerError, ArchiveError, CheckpointError, RewardError
 from nemo_aligner_diffusion.nemo_archive import load_nemo, save_nemo
 from nemo_aligner_diffusion.rewards import build_reward, restore_reward
-from nemo_aligner_diffusion.rewards.image_reward import ImageReward
-from nemo_aligner_diffusion.rewards.image_reward_archive import convert_image_reward_to_nemo
+from nemo_aligner_diffusion.rewards.clip_model import on_meta
+from nemo_aligner_diffusion.rewards.image_reward import ImageReward, ImageRewardNetwork
+from nemo_aligner_diffusion.rewards.image_reward_archive import (
+    architecture,
+    checkpoint_name,
+    convert_image_reward_to_nemo,
+)
 from nemo_aligner_diffusion.rewards.image_reward_tokenizer import tokenizer_from_bytes
 from nemo_aligner_diffusion.rewards.preprocessing import preprocess
 
@@ -196,6 +201,16 @@ def test_heads_of_64_channels_unless_told(folder: Path) -> None:
         converted(folder, vision_heads=None)
     with pytest.raises(CheckpointError, match="20 channels make no 3 attention heads; give text_heads"):
         converted(folder, text_heads=3)
+
+
+def test_the_published_sizes_are_read_off_the_shapes() -> None:
+    vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    vision |= {"image_size": 224, "patch_size": 16}
+    text = {"vocab_size": 30524, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
+    text |= {"num_attention_heads": 12, "max_position_embeddings": 512}
+    network = on_meta(lambda: ImageRewardNetwork(vision, text, [1024, 128, 64, 16]))
+    shapes = {checkpoint_name(key): tensor for key, tensor in network.state_dict().items()}
+    assert architecture(Path("ImageReward.pt"), shapes) == (vision, text, [1024, 128, 64, 16])
 
 
 def test_built_from_a_configuration(archive_path: Path, images: torch.Tensor, caplog: pytest.LogCaptureFixture) -> None:

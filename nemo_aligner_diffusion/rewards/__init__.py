@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from nemo_aligner_diffusion.rewards.clip import CLIPReward
     from nemo_aligner_diffusion.rewards.clip_archive import convert_hf_clip_to_nemo
     from nemo_aligner_diffusion.rewards.composite import CompositeReward
+    from nemo_aligner_diffusion.rewards.image_reward import ImageReward
+    from nemo_aligner_diffusion.rewards.image_reward_archive import convert_image_reward_to_nemo
     from nemo_aligner_diffusion.rewards.jpeg import JPEGCompressibility
     from nemo_aligner_diffusion.rewards.restore import restore_reward
     from nemo_aligner_diffusion.rewards.symmetry import MirrorSymmetry
@@ -27,6 +29,8 @@ _HOMES = {
     "convert_hf_clip_to_nemo": "clip_archive",
     "restore_reward": "restore",
     "CompositeReward": "composite",
+    "ImageReward": "image_reward",
+    "convert_image_reward_to_nemo": "image_reward_archive",
     "JPEGCompressibility": "jpeg",
     "MirrorSymmetry": "symmetry",
 }
@@ -34,11 +38,13 @@ _HOMES = {
 __all__ = [
     "CLIPReward",
     "CompositeReward",
+    "ImageReward",
     "JPEGCompressibility",
     "MirrorSymmetry",
     "Reward",
     "build_reward",
     "convert_hf_clip_to_nemo",
+    "convert_image_reward_to_nemo",
     "restore_reward",
 ]
 

@@ -164,7 +164,7 @@ def convert_image_reward_to_nemo(
     if all(key.startswith("module.") for key in tensors):  # saved from DistributedDataParallel
         tensors = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
     tensors = {key: tensor for key, tensor in tensors.items() if not _UNUSED.fullmatch(key)}
-    vision, text, head = _infer(source, tensors, vision_heads, text_heads)
+    vision, text, head = architecture(source, tensors, vision_heads, text_heads)
     network = on_meta(lambda: ImageRewardNetwork(vision, text, head))
     expected = {checkpoint_name(key): tensor for key, tensor in network.state_dict().items()}
     _check_checkpoint(source, tensors, expected)
@@ -197,10 +197,13 @@ def checkpoint_name(key: str) -> str:
     return f"blip.visual_encoder.{place}.{kind}"
 
 
-def _infer(
-    source: Path, tensors: Mapping[str, Tensor], vision_heads: int | None, text_heads: int | None
+def architecture(
+    source: Path, tensors: Mapping[str, Tensor], vision_heads: int | None = None, text_heads: int | None = None
 ) -> tuple[dict[str, int], dict[str, int], list[int]]:
-    """The architecture, from the shapes of ``tensors``."""
+    """Arguments of :class:`ImageRewardNetwork` from the shapes of ``tensors``, named as in ``ImageReward.pt``.
+
+    ``source`` is named in errors; heads are one for each 64 channels unless given.
+    """
 
     def shape(name: str, dimensions: int) -> Sequence[int]:
         if name not in tensors or tensors[name].ndim != dimensions:
