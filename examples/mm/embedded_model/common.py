@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,77 @@ class AveragedWeights:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.updates = state["updates"]
         self.values = state["values"]
+
+
+class Training:
+    """What the loops of all stages share: resuming, the optimizer's step, averaged weights, the log and checkpoints.
+
+    Args:
+        module: the module that learns; every parameter that requires a gradient does.
+        optimizer: over these parameters; :meth:`update` sets its learning rate.
+        average: the averaged weights of ``module``.
+        checkpoint: resumable state; read here if it exists.
+        log: where the mean loss goes, every 50 steps.
+        steps: of the whole run.
+        save_every: steps between two checkpoints; the last step saves too.
+        clip: largest gradient norm.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        average: AveragedWeights,
+        checkpoint: Path,
+        log: Log,
+        *,
+        steps: int,
+        save_every: int,
+        clip: float = 1.0,
+    ) -> None:
+        self.module, self.optimizer, self.average = module, optimizer, average
+        self.checkpoint, self.log, self.steps, self.save_every, self.clip = checkpoint, log, steps, save_every, clip
+        self.trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self.first = 0
+        self.running = 0.0
+        if checkpoint.is_file():
+            state = torch.load(checkpoint, weights_only=True)
+            module.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            average.load_state_dict(state["average"])
+            self.first = state["step"]
+        log(parameters=sum(p.numel() for p in module.parameters()), steps=steps, first=self.first)
+
+    def generators(self, seed: int) -> Iterator[tuple[int, torch.Generator]]:
+        """Every step still to do, with a generator that depends on nothing but ``seed`` and the step."""
+        for step in range(self.first, self.steps):
+            yield step, torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+    def update(self, step: int, rate: float, loss: torch.Tensor, penalty: torch.Tensor | float = 0.0) -> float:
+        """One optimizer step down the gradient of ``loss + penalty``; gives the gradient's norm."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        (loss + penalty).backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, self.clip)
+        self.optimizer.step()
+        self.running += loss.item()
+        return norm.item()
+
+    def record(self, step: int, **figures: float) -> None:
+        """At the end of a step: average the weights, log and save where one is due."""
+        self.average.update(self.module)
+        if (step + 1) % 50 == 0:
+            self.log(step=step + 1, loss=self.running / 50, **figures)
+            self.running = 0.0
+        if (step + 1) % self.save_every == 0 or step + 1 == self.steps:
+            state = {"model": self.module.state_dict(), "optimizer": self.optimizer.state_dict(), "step": step + 1}
+            save_atomically({**state, "average": self.average.state_dict()}, self.checkpoint)
+
+
+def warm_up_and_cosine(step: int, steps: int, warm_up: int, floor: float = 0.0) -> float:
+    """Factor of the learning rate: a linear warm-up, half a cosine from 1 to 0 over ``steps``, plus ``floor``."""
+    return min(1.0, (step + 1) / warm_up) * (0.5 * (1 + math.cos(math.pi * step / steps)) + floor)
 
 
 def listed(text: str) -> tuple[str, ...]:

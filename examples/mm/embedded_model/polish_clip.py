@@ -6,22 +6,22 @@ while this one still runs. Frozen text states also make a step a good deal cheap
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from augment import augment, unnatural
-from common import AveragedWeights, Log, save_atomically, to_unit
+from common import Log, to_unit, warm_up_and_cosine
 from data import DataSet
 from train_clip import (
     BATCH,
-    LARGEST_LOGIT_SCALE,
     NEGATIVES,
     WARMUP_STEPS,
+    clip_training,
     contrastive_loss,
     embed_images,
-    retrieval,
+    finish,
+    record,
     tokenize,
 )
 from transformers import CLIPModel, CLIPTokenizer
@@ -44,34 +44,14 @@ def polish_clip(data: DataSet, work_dir: Path, steps: int, learning_rate: float 
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     clip = CLIPModel.from_pretrained(folder, attn_implementation="eager").train()
     clip.text_model.requires_grad_(False)
-    trained = [p for p in clip.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": 0.1},
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-        ],
-        betas=(0.9, 0.98),
-    )
-    average = AveragedWeights(clip, decay=0.995)
-    first = 0
-    if checkpoint.is_file():
-        state = torch.load(checkpoint, weights_only=True)
-        clip.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        average.load_state_dict(state["average"])
-        first = state["step"]
-    log(steps=steps, first=first)
+    training = clip_training(clip, checkpoint, log, steps, save_every=200)
 
     texts = pooled_texts(clip, tokenize(tokenizer, data.captions.texts))
     fits = data.captions.fits()
     index, weight = data.captions.sampling_table(CAPTION_SHARES)
     picture_weight = data.weights(flag_weight=0.6) * (data.held_out == 0)
-    running = 0.0
-    for step in range(first, steps):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        rate = learning_rate * min(1.0, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+    for step, generator in training.generators(seed):
+        rate = learning_rate * warm_up_and_cosine(step, steps, WARMUP_STEPS)
         chosen = torch.multinomial(picture_weight, BATCH, replacement=False, generator=generator)
         captions = index[chosen].gather(1, torch.multinomial(weight[chosen], 1, generator=generator)).squeeze(1)
         clean = to_unit(data.images[chosen])
@@ -82,22 +62,6 @@ def polish_clip(data: DataSet, work_dir: Path, steps: int, learning_rate: float 
             text_vectors = F.normalize(clip.text_projection(texts[captions]).float(), dim=-1)
         logits = clip.logit_scale.exp() * image_vectors @ text_vectors.T
         loss = contrastive_loss(logits, fits[chosen[:, None], captions[None, :]])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        with torch.no_grad():
-            clip.logit_scale.clamp_(max=math.log(LARGEST_LOGIT_SCALE))
-        average.update(clip)
-        running += loss.item()
-        if (step + 1) % 50 == 0:
-            log(step=step + 1, loss=running / 50, lr=rate, logit_scale=clip.logit_scale.exp().item())
-            running = 0.0
-        if (step + 1) % 200 == 0 or step + 1 == steps:
-            state = {"model": clip.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-            save_atomically({**state, "average": average.state_dict()}, checkpoint)
-    clip.load_state_dict(average.values)
-    clip.eval()
-    log(**retrieval(clip, data, tokenizer))
-    clip.save_pretrained(folder)
-    return folder
+        training.update(step, rate, loss)
+        record(training, step, rate)
+    return finish(training, data, tokenizer, folder)

@@ -32,7 +32,9 @@ def train_tokenizer(texts: list[str], folder: Path, vocab_size: int = 8192) -> C
         min_frequency=1,
         initial_alphabet=alphabet,
         end_of_word_suffix="</w>",
-        special_tokens=[],
+        # With fixed numbers from the start: the library would number them in the order of a randomised hash table, and
+        # ties between equally frequent pairs are broken by number.
+        special_tokens=[*alphabet, *(letter + "</w>" for letter in alphabet)],
         show_progress=False,
     )
     # Sorted, and each distinct word once: the result does not depend on the order or number of captions.

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from augment import augment, unnatural
-from common import AveragedWeights, Log, save_atomically, to_unit
+from common import AveragedWeights, Log, Training, to_unit, warm_up_and_cosine
 from data import DataSet
 from tokenizer import MAX_TOKENS, train_tokenizer
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
@@ -113,6 +113,36 @@ def retrieval(clip: CLIPModel, data: DataSet, tokenizer: CLIPTokenizer) -> dict[
     }
 
 
+def clip_training(clip: CLIPModel, checkpoint: Path, log: Log, steps: int, save_every: int) -> Training:
+    """The training of ``clip``'s parameters that require a gradient; matrices decay, vectors do not."""
+    trained = [p for p in clip.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": 0.1},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
+    average = AveragedWeights(clip, decay=0.995)
+    return Training(clip, optimizer, average, checkpoint, log, steps=steps, save_every=save_every)
+
+
+def record(training: Training, step: int, rate: float) -> None:
+    """The end of a step: the logit scale is kept in bounds, and logged."""
+    scale = training.module.logit_scale
+    with torch.no_grad():
+        scale.clamp_(max=math.log(LARGEST_LOGIT_SCALE))
+    training.record(step, lr=rate, logit_scale=scale.exp().item())
+
+
+def finish(training: Training, data: DataSet, tokenizer: CLIPTokenizer, folder: Path) -> Path:
+    """Measure the averaged weights and save them in ``folder``."""
+    clip = training.module
+    clip.load_state_dict(training.average.values)
+    clip.eval()
+    training.log(**retrieval(clip, data, tokenizer))
+    clip.save_pretrained(folder)
+    return folder
+
+
 def train_clip(data: DataSet, work_dir: Path, steps: int, learning_rate: float = 1e-3, seed: int = 0) -> Path:
     """Train for ``steps`` (resuming if interrupted); returns the folder with model and tokenizer."""
     folder = work_dir / "clip"
@@ -121,32 +151,15 @@ def train_clip(data: DataSet, work_dir: Path, steps: int, learning_rate: float =
     torch.manual_seed(seed)
     tokenizer = train_tokenizer(data.captions.texts, folder)
     clip = build_clip(tokenizer).train()
-    decay = [p for p in clip.parameters() if p.ndim >= 2]
-    other = [p for p in clip.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.1}, {"params": other, "weight_decay": 0.0}], betas=(0.9, 0.98)
-    )
-    average = AveragedWeights(clip, decay=0.995)
-    first = 0
-    if checkpoint.is_file():
-        state = torch.load(checkpoint, weights_only=True)
-        clip.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        average.load_state_dict(state["average"])
-        first = state["step"]
-    log(parameters=sum(p.numel() for p in clip.parameters()), steps=steps, first=first)
+    training = clip_training(clip, checkpoint, log, steps, save_every=400)
 
     tokens = tokenize(tokenizer, data.captions.texts)
     lengths = (tokens != tokenizer.pad_token_id).sum(1) + 1
     fits = data.captions.fits()
     index, weight = data.captions.sampling_table(CAPTION_SHARES)
     picture_weight = data.weights(flag_weight=0.6) * (data.held_out == 0)
-    running = 0.0
-    for step in range(first, steps):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        rate = learning_rate * min(1.0, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+    for step, generator in training.generators(seed):
+        rate = learning_rate * warm_up_and_cosine(step, steps, WARMUP_STEPS)
         chosen = torch.multinomial(picture_weight, BATCH, replacement=False, generator=generator)
         captions = index[chosen].gather(1, torch.multinomial(weight[chosen], 1, generator=generator)).squeeze(1)
         clean = to_unit(data.images[chosen])
@@ -156,22 +169,6 @@ def train_clip(data: DataSet, work_dir: Path, steps: int, learning_rate: float =
             text_vectors = embed_texts(clip, tokens[captions][:, : int(lengths[captions].max())])
         logits = clip.logit_scale.exp() * image_vectors @ text_vectors.T
         loss = contrastive_loss(logits, fits[chosen[:, None], captions[None, :]])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
-        optimizer.step()
-        with torch.no_grad():
-            clip.logit_scale.clamp_(max=math.log(LARGEST_LOGIT_SCALE))
-        average.update(clip)
-        running += loss.item()
-        if (step + 1) % 50 == 0:
-            log(step=step + 1, loss=running / 50, lr=rate, logit_scale=clip.logit_scale.exp().item())
-            running = 0.0
-        if (step + 1) % 400 == 0 or step + 1 == steps:
-            state = {"model": clip.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-            save_atomically({**state, "average": average.state_dict()}, checkpoint)
-    clip.load_state_dict(average.values)
-    clip.eval()
-    log(**retrieval(clip, data, tokenizer))
-    clip.save_pretrained(folder)
-    return folder
+        training.update(step, rate, loss)
+        record(training, step, rate)
+    return finish(training, data, tokenizer, folder)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import AveragedWeights, Log, listed, save_atomically
+from common import AveragedWeights, Log, Training, listed, save_atomically
 from data import DataSet
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
@@ -114,24 +114,13 @@ def train_unet(data: DataSet, work_dir: Path, steps: int, learning_rate: float =
     unet = build_unet(states.shape[-1]).train()
     optimizer = torch.optim.AdamW(unet.parameters(), betas=(0.9, 0.99), weight_decay=1e-3)
     average = AveragedWeights(unet, decay=0.999)
-    first = 0
-    if checkpoint.is_file():
-        state = torch.load(checkpoint, weights_only=True)
-        unet.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        average.load_state_dict(state["average"])
-        first = state["step"]
-    log(parameters=sum(p.numel() for p in unet.parameters()), steps=steps, first=first)
+    training = Training(unet, optimizer, average, checkpoint, log, steps=steps, save_every=250)
 
     scheduler = build_scheduler()
     index, weight = data.captions.sampling_table(CAPTION_SHARES)
     first_weight, focus_weight = data.weights(FLAG_WEIGHT, GROUP_WEIGHTS), data.weights(FLAG_WEIGHT, FOCUS_WEIGHTS)
-    running = 0.0
-    for step in range(first, steps):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    for step, generator in training.generators(seed):
         rate = learning_rate_at(step, steps, learning_rate)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
         focus = step >= FOCUS_STEP
         chosen = torch.multinomial(focus_weight if focus else first_weight, BATCH, generator=generator)
         captions = index[chosen].gather(1, torch.multinomial(weight[chosen], 1, generator=generator)).squeeze(1)
@@ -149,18 +138,8 @@ def train_unet(data: DataSet, work_dir: Path, steps: int, learning_rate: float =
                 scheduler.add_noise(clean, noise, times), times, encoder_hidden_states=states[captions].float()
             ).sample
         loss = F.mse_loss(output.float(), scheduler.get_velocity(clean, noise, times))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        optimizer.step()
-        average.update(unet)
-        running += loss.item()
-        if (step + 1) % 50 == 0:
-            log(step=step + 1, loss=running / 50, lr=rate, grad_norm=norm.item())
-            running = 0.0
-        if (step + 1) % 250 == 0 or step + 1 == steps:
-            state = {"model": unet.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-            save_atomically({**state, "average": average.state_dict()}, checkpoint)
+        norm = training.update(step, rate, loss)
+        training.record(step, lr=rate, grad_norm=norm)
         if (step + 1) % 1000 == 0 or step + 1 == steps:
             export(average, folder, work_dir, states.shape[-1], work_dir / "samples" / f"step_{step + 1:06d}.png")
     return folder

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import AveragedWeights, Log, save_atomically, to_unit
+from common import AveragedWeights, Log, Training, to_unit, warm_up_and_cosine
 from data import DataSet
 from diffusers import AutoencoderKL
 
@@ -79,22 +79,10 @@ def train_vae(data: DataSet, work_dir: Path, steps: int, learning_rate: float = 
     vae = build_vae().train()
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=1e-4)
     average = AveragedWeights(vae, decay=0.998)
-    first = 0
-    if checkpoint.is_file():
-        state = torch.load(checkpoint, weights_only=True)
-        vae.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        average.load_state_dict(state["average"])
-        first = state["step"]
-    log(parameters=sum(p.numel() for p in vae.parameters()), steps=steps, first=first)
+    training = Training(vae, optimizer, average, checkpoint, log, steps=steps, save_every=200, clip=0.5)
     weights = data.weights(flag_weight=0.6)
-    running = 0.0
-    for step in range(first, steps):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        cosine = 0.5 * (1 + math.cos(math.pi * step / steps)) + 0.01
-        rate = learning_rate * min(1.0, (step + 1) / WARMUP_STEPS) * cosine
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+    for step, generator in training.generators(seed):
+        rate = learning_rate * warm_up_and_cosine(step, steps, WARMUP_STEPS, floor=0.01)
         chosen = torch.multinomial(weights, BATCH, replacement=False, generator=generator)
         target = to_unit(shift(data.images[chosen], generator))
         with torch.autocast("cpu", torch.bfloat16):
@@ -103,25 +91,14 @@ def train_vae(data: DataSet, work_dir: Path, steps: int, learning_rate: float = 
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         loss = reconstruction_loss(output.float(), target)
-        optimizer.zero_grad(set_to_none=True)
-        (loss + KL_WEIGHT * kl).backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 0.5)
-        optimizer.step()
-        average.update(vae)
-        running += loss.item()
-        if (step + 1) % 50 == 0:
-            log(
-                step=step + 1,
-                loss=running / 50,
-                kl=kl.item(),
-                mean_std=mean.std().item(),
-                posterior_std=(0.5 * logvar).exp().mean().item(),
-                lr=rate,
-            )
-            running = 0.0
-        if (step + 1) % 200 == 0 or step + 1 == steps:
-            state = {"model": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-            save_atomically({**state, "average": average.state_dict()}, checkpoint)
+        training.update(step, rate, loss, penalty=KL_WEIGHT * kl)
+        training.record(
+            step,
+            kl=kl.item(),
+            mean_std=mean.std().item(),
+            posterior_std=(0.5 * logvar).exp().mean().item(),
+            lr=rate,
+        )
     result = build_vae()
     result.load_state_dict(average.values)
     result.eval()
