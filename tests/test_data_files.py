@@ -8,6 +8,7 @@ import json
 import logging
 import random
 import tarfile
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -232,6 +233,24 @@ def test_a_compressed_bomb_takes_no_memory(tmp_path: Path, kind: bytes) -> None:
     finally:
         tracemalloc.stop()
     assert "67,108,864 bytes" in message
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        (b"6 a=b\n" * 170_000, "is truncated"),  # once took time in the square of their number
+        (b"5014 size=" + b"9" * 5003 + b"\n", "is truncated"),  # more digits than Python makes a number of
+        (b"7" * 200_000, "pax header that cannot be read"),
+    ],
+)
+def test_hostile_pax_headers_take_no_time(tmp_path: Path, records: bytes, message: str) -> None:
+    header = tarfile.TarInfo("pax")
+    header.size, header.type = len(records), tarfile.XHDTYPE
+    content = header.tobuf(tarfile.USTAR_FORMAT) + records + bytes(-len(records) % 512)
+    (tmp_path / "s.tar").write_bytes(content)
+    started = time.process_time()
+    assert message in error_of(tmp_path / "s.tar")
+    assert time.process_time() - started < 1
 
 
 def test_skipping_counts_and_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -8,6 +8,7 @@ whole one, does not check the checksum of a gzip stream, and takes several times
 from __future__ import annotations
 
 import gzip
+import itertools
 import os
 import zlib
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from nemo_aligner_diffusion.errors import DataError
 
 BLOCK = 512  # bytes; headers are one block, data is padded to whole blocks
 MAX_EXTENSION_BYTES = 1 << 20  # a pax or GNU long-name header; real ones hold a path
+MAX_NUMBER_DIGITS = 19  # of a decimal size in a pax record: 2**63 has as many
 MAX_TRAILER_BYTES = 1 << 20  # padding read after the end marker to reach a gzip stream's checksum
 ZERO_BLOCK = bytes(BLOCK)
 REGULAR = b"0\x007"  # type flags of regular files; 7 is "contiguous", the same to a reader
@@ -47,10 +49,10 @@ def walk_tar(path: Path, wanted: Callable[[str, str, int], bool]) -> Iterator[Me
             if raw.read(2) == b"\x1f\x8b":
                 raw.seek(0)
                 with gzip.GzipFile(fileobj=raw, mode="rb") as stream:
-                    yield from _walk(path, stream, None, wanted)  # type: ignore[arg-type]
+                    yield from walk_stream(path, stream, None, wanted)  # type: ignore[arg-type]
             else:
                 raw.seek(0)
-                yield from _walk(path, raw, os.fstat(raw.fileno()).st_size, wanted)
+                yield from walk_stream(path, raw, os.fstat(raw.fileno()).st_size, wanted)
     except EOFError as error:
         raise _truncated(path, "its gzip stream has no end") from error
     except (zlib.error, gzip.BadGzipFile) as error:
@@ -59,17 +61,29 @@ def walk_tar(path: Path, wanted: Callable[[str, str, int], bool]) -> Iterator[Me
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _walk(
-    path: Path, stream: IO[bytes], file_size: int | None, wanted: Callable[[str, str, int], bool]
+def walk_stream(
+    path: Path,
+    stream: IO[bytes],
+    file_size: int | None,
+    wanted: Callable[[str, str, int], bool],
+    most_headers: int | None = None,
 ) -> Iterator[Member]:
-    """``file_size`` is None for a compressed stream, whose length nobody knows before its end."""
+    """:func:`walk_tar` over an open stream; ``path`` is named in errors.
+
+    Args:
+        file_size: bytes in the stream; None for a compressed one, whose length nobody knows before its end.
+        wanted: called with the stream at the first byte of the member's data.
+        most_headers: an archive of more header blocks than this is refused; None: as many as there are.
+    """
     last = ""  # the last complete member, for error messages
     long_name: str | None = None
     long_size: int | None = None
-    while True:
+    for count in itertools.count(1):
         header = stream.read(BLOCK)
         if header == ZERO_BLOCK:
             break
+        if most_headers is not None and count > most_headers:
+            raise DataError(f"{path} has more than {most_headers:,} tar headers, more than any use of it needs")
         if len(header) < BLOCK:
             if header and not last:
                 raise _not_a_tar(path, header)
@@ -100,7 +114,9 @@ def _walk(
             elif kind_flag == PAX_LOCAL:
                 records = _pax_records(path, body, last)
                 long_name = records.get("path", long_name)
-                long_size = int(records["size"]) if records.get("size", "").isdecimal() else long_size
+                size_text = records.get("size", "")
+                if size_text.isascii() and size_text.isdecimal() and len(size_text) <= MAX_NUMBER_DIGITS:
+                    long_size = int(size_text)
             continue
 
         name = _text(header[:100])
@@ -178,16 +194,19 @@ def _skip_data(path: Path, stream: IO[bytes], size: int, name: str, file_size: i
 def _pax_records(path: Path, body: bytes, last: str) -> dict[str, str]:
     """Records ``"<length> <keyword>=<value>\\n"``, the length counting itself."""
     records: dict[str, str] = {}
-    while body.strip(b"\0"):
-        length, _, _ = body.partition(b" ")
-        end = int(length) if length.isdigit() and len(length) < 10 else 0
-        keyword, equals, value = body[len(length) + 1 : max(end - 1, 0)].partition(b"=")
+    start, end_of_records = 0, len(body.rstrip(b"\0"))
+    while start < end_of_records:  # by position: cutting the front off each time would copy the rest each time
+        blank = body.find(b" ", start, start + 10)
+        digits = body[start:blank] if blank > start else b""
+        length = int(digits) if digits.isdigit() else 0
+        end = start + length
+        keyword, equals, value = body[blank + 1 : max(end - 1, blank + 1)].partition(b"=")
         if not equals or end > len(body):
             raise DataError(
                 f"{path} is damaged after member {last!r}: a pax header that cannot be read; write the shard again"
             )
         records[keyword.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
-        body = body[end:]
+        start = end
     return records
 
 
