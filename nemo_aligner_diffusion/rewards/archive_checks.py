@@ -16,24 +16,29 @@ _MOST_LISTED = 8
 
 def check_fit(archive: NemoArchive, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Raises :class:`ArchiveError`, naming the tensors, unless ``state`` holds exactly what ``expected`` does."""
-    misfits = [
+    if found := misfits(state, expected):
+        raise ArchiveError(
+            f"{archive.path}: {found} do not fit its model_config.yaml. "
+            "Weights and configuration must come from the same model."
+        )
+
+
+def misfits(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """``"2 tensors (a is …; b is missing)"`` where ``state`` isn't ``expected`` by name and shape, else ``""``."""
+    found = [
         f"{key} is {tuple(state[key].shape)} and should be {tuple(expected[key].shape)}"
         for key in expected
         if key in state and state[key].shape != expected[key].shape
     ]
-    misfits += [f"{key} {tuple(expected[key].shape)} is missing" for key in expected if key not in state]
-    misfits += [f"{key[:200]} {tuple(state[key].shape)} has no place" for key in state if key not in expected]
-    misfits += [
+    found += [f"{key} {tuple(expected[key].shape)} is missing" for key in expected if key not in state]
+    found += [f"{key[:200]} {tuple(state[key].shape)} has no place" for key in state if key not in expected]
+    found += [
         f"{key} holds {state[key].dtype}, not floating-point numbers"
         for key in expected
         if key in state and not state[key].is_floating_point()
     ]
-    if misfits:
-        more = f"; and {len(misfits) - _MOST_LISTED} more" if len(misfits) > _MOST_LISTED else ""
-        raise ArchiveError(
-            f"{archive.path}: {len(misfits)} tensors do not fit its model_config.yaml: "
-            f"{'; '.join(misfits[:_MOST_LISTED])}{more}. Weights and configuration must come from the same model."
-        )
+    more = f"; and {len(found) - _MOST_LISTED} more" if len(found) > _MOST_LISTED else ""
+    return f"{len(found)} tensors ({'; '.join(found[:_MOST_LISTED])}{more})" if found else ""
 
 
 def mapping(

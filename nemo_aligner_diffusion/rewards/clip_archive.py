@@ -39,7 +39,7 @@ from nemo_aligner_diffusion.rewards.clip_model import (
     on_meta,
     stored_tensors,
 )
-from nemo_aligner_diffusion.rewards.clip_tokenizer import load_tokenizer
+from nemo_aligner_diffusion.rewards.clip_tokenizer import load_tokenizer, read_tokenizer_files
 from nemo_aligner_diffusion.rewards.preprocessing import INTERPOLATIONS, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, RESIZES
 from nemo_aligner_diffusion.rewards.restore import RestoreOptions
 
@@ -68,7 +68,8 @@ def _restore(archive: NemoArchive, options: RestoreOptions, megatron: bool) -> C
             config, state = hf_layout(archive, config, state, _highest_id(tokens) + 1, tokens.eos_token_id)
         model = _build_model(archive, mapping(archive, config, "clip"), state)
         _check_tokenizer(archive, tokens, model)
-        preprocessing = read_preprocessing(archive, config, model.config.vision_config.image_size)
+        vision: Any = model.config.vision_config
+        preprocessing = read_preprocessing(archive, config, vision.image_size)
         score = options.score or config.get("score", "pickscore")
         if score not in SCORES:
             raise ArchiveError(f"{archive.path}: its score is {score!r}; known are {', '.join(SCORES)}.")
@@ -122,7 +123,8 @@ def convert_hf_clip_to_nemo(
 
     Args:
         model: the model; left as it is.
-        tokenizer_files: a folder holding ``vocab.json`` and ``merges.txt``, or their contents or paths by these names.
+        tokenizer_files: a folder holding ``vocab.json`` and ``merges.txt`` (or ``tokenizer.json``), or the contents or
+            paths of the two by these names.
         path: the archive to write.
         score: how embeddings become a reward.
         mean, std, interpolation, resize: how the model's pictures were prepared when it was trained.
@@ -134,7 +136,7 @@ def convert_hf_clip_to_nemo(
         gzip: compress the archive.
     """
     if not isinstance(tokenizer_files, Mapping):
-        tokenizer_files = {file: Path(tokenizer_files) / file for file in ("vocab.json", "merges.txt")}
+        tokenizer_files = read_tokenizer_files(tokenizer_files)
     clip: Any = model.config
     text, vision = clip.text_config, clip.vision_config
     config = {

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import inspect
 import json
-import re
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_aligner_diffusion.errors import ArchiveError
+from nemo_aligner_diffusion.errors import AlignerError, ArchiveError
 from nemo_aligner_diffusion.nemo_archive import NemoArchive
+from nemo_aligner_diffusion.rewards.hub import is_hub_name, locate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+VOCAB_FILE, MERGES_FILE, FAST_FILE = "vocab.json", "merges.txt", "tokenizer.json"
 
 
 def load_tokenizer(archive: NemoArchive, folder: str | Path | None = None) -> PreTrainedTokenizerBase:
@@ -32,35 +32,75 @@ def load_tokenizer(archive: NemoArchive, folder: str | Path | None = None) -> Pr
     vocab_reference = section.get("vocab_file")
     merges_reference = section.get("merges_file") or section.get("merge_file")  # the latter is NeMo's spelling
     if folder is not None:
-        try:
-            vocab, merges = Path(folder, "vocab.json").read_bytes(), Path(folder, "merges.txt").read_bytes()
-        except OSError as error:
-            raise ArchiveError(
-                f"{folder}: no CLIP tokenizer here ({error.strerror}: {error.filename}). "
-                "Give a folder with vocab.json and merges.txt."
-            ) from error
-        return tokenizer_from_bytes(vocab, merges, str(folder))
+        files = read_tokenizer_files(folder)
+        return tokenizer_from_bytes(files[VOCAB_FILE], files[MERGES_FILE], str(folder))
     if vocab_reference and merges_reference:
         return tokenizer_from_bytes(
             archive.artifact(vocab_reference), archive.artifact(merges_reference), str(archive.path)
         )
     name = section.get("type")
-    if isinstance(name, str) and _HUB_NAME.fullmatch(name):
-        from transformers import CLIPTokenizer
-
+    if isinstance(name, str) and is_hub_name(name):
         try:
-            tokenizer: PreTrainedTokenizerBase = CLIPTokenizer.from_pretrained(name)
-            return tokenizer
-        # Network, cache and file-format errors of several libraries.
-        except Exception as error:
+            files = read_tokenizer_files(locate_tokenizer(name))
+        except AlignerError as error:
             raise ArchiveError(
-                f"{archive.path}: it holds no tokenizer files and names {name!r}, which could not be loaded "
-                f"({type(error).__name__}). Set rm.model.tokenizer to a folder with its vocab.json and merges.txt."
+                f"{archive.path}: it holds no tokenizer files and names {name!r}, which could not be loaded ({error}) "
+                "Set rm.model.tokenizer to a folder with its vocab.json and merges.txt."
             ) from error
+        return tokenizer_from_bytes(files[VOCAB_FILE], files[MERGES_FILE], name)
     raise ArchiveError(
         f"{archive.path}: its configuration names no tokenizer (tokenizer.vocab_file and tokenizer.merges_file as "
         "nemo:<hash>_<name>). Set rm.model.tokenizer to a folder with vocab.json and merges.txt."
     )
+
+
+def locate_tokenizer(source: str | Path) -> Path:
+    """The folder of a CLIP tokenizer given as a folder or as ``owner/name`` on the Hugging Face Hub."""
+    return locate(
+        source,
+        ((VOCAB_FILE, MERGES_FILE, FAST_FILE),),
+        lambda folder: _has_pair(folder) or (folder / FAST_FILE).is_file(),
+        f"a folder with CLIP's {VOCAB_FILE} and {MERGES_FILE}",
+    )
+
+
+def read_tokenizer_files(folder: str | Path) -> dict[str, bytes]:
+    """``vocab.json`` and ``merges.txt`` of a folder; where it holds ``tokenizer.json`` only, made out of that.
+
+    Raises:
+        ArchiveError: neither is there, or ``tokenizer.json`` is not of CLIP's kind.
+    """
+    folder = Path(folder)
+    try:
+        if not _has_pair(folder) and (folder / FAST_FILE).is_file():
+            return _from_fast_file(folder / FAST_FILE)
+        return {name: (folder / name).read_bytes() for name in (VOCAB_FILE, MERGES_FILE)}
+    except OSError as error:
+        raise ArchiveError(
+            f"{folder}: no CLIP tokenizer here ({error.strerror}: {error.filename}). "
+            f"Give a folder with {VOCAB_FILE} and {MERGES_FILE}, or with {FAST_FILE}."
+        ) from error
+
+
+def _has_pair(folder: Path) -> bool:
+    return (folder / VOCAB_FILE).is_file() and (folder / MERGES_FILE).is_file()
+
+
+def _from_fast_file(path: Path) -> dict[str, bytes]:
+    """What transformers 5 saves instead of the two files, taken apart again."""
+    try:
+        model = json.loads(path.read_bytes())["model"]
+        vocabulary, merges = model["vocab"], model["merges"]
+        if model["type"] != "BPE" or model["end_of_word_suffix"] != "</w>":
+            raise ValueError("no byte-pair encoding with </w> at the end of words")
+        pairs = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ArchiveError(
+            f"{path}: not the tokenizer of a CLIP ({type(error).__name__}: {str(error)[:200]}). "
+            f"Give a folder with CLIP's {VOCAB_FILE} and {MERGES_FILE}."
+        ) from error
+    lines = "\n".join(["#version: 0.2", *pairs, ""])
+    return {VOCAB_FILE: json.dumps(vocabulary, ensure_ascii=False).encode(), MERGES_FILE: lines.encode()}
 
 
 def tokenizer_from_bytes(vocab: bytes, merges: bytes, origin: str) -> PreTrainedTokenizerBase:

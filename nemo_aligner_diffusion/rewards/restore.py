@@ -20,6 +20,7 @@ from nemo_aligner_diffusion.rewards.base import Reward
 # target -> "module:function"; function(archive, options) gives the reward, on the CPU in float32 or already converted.
 RESTORERS = {
     "nemo_aligner_diffusion.rewards.clip.CLIPReward": "clip_archive:restore_clip",
+    "nemo_aligner_diffusion.rewards.aesthetic.AestheticReward": "aesthetic:restore_aesthetic",
     "nemo_aligner_diffusion.rewards.image_reward.ImageReward": "image_reward_archive:restore_image_reward",
 }
 # What NeMo and NeMo-Aligner call their CLIP models, under whichever package path.
