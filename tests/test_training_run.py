@@ -123,7 +123,11 @@ def test_full_fine_tuning_exports_a_unet_that_diffusers_loads(pipeline, prompts,
     assert len(moved) > 0.9 * len(base.state_dict())
 
 
-def test_the_export_gives_the_same_picture_in_plain_diffusers(pipeline, prompts, tmp_path):
+EVERYWHERE = "[to_q,to_k,to_v,to_out.0,proj_in,proj_out,ff.net.0.proj,ff.net.2,conv1,conv2,conv_shortcut,time_emb_proj]"
+
+
+@pytest.mark.parametrize("targets", ["[to_q,to_k,to_v,to_out.0]", EVERYWHERE], ids=["attention", "convolutions too"])
+def test_the_export_gives_the_same_picture_in_plain_diffusers(targets, pipeline, prompts, tmp_path):
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     from nemo_aligner_diffusion.diffusion.families.stable_diffusion import StableDiffusion
@@ -132,7 +136,8 @@ def test_the_export_gives_the_same_picture_in_plain_diffusers(pipeline, prompts,
     from nemo_aligner_diffusion.diffusion.sampler import Sampler
 
     directory = tmp_path / "run"
-    run(pipeline, prompts, directory, "model.peft.lora_tuning.alpha=3", "model.peft.lora_tuning.adapter_dim=2")
+    tuning = {"alpha": 3, "adapter_dim": 2, "target_modules": targets}
+    run(pipeline, prompts, directory, *(f"model.peft.lora_tuning.{key}={value}" for key, value in tuning.items()))
     ours = StableDiffusion.from_pretrained(pipeline)
     before = generate(ours, Sampler(ours.scheduler_config, "ddim", 6), ["p1", "p2"], [3, 4], 3.0)
     load_lora_weights(ours.denoiser, directory / "export", "tuned")
