@@ -75,6 +75,7 @@ class ImageRewardNetwork(nn.Module):
             "hidden_dropout_prob": 0.0,
             "attention_probs_dropout_prob": 0.0,
             "pad_token_id": 0,
+            **dict.fromkeys(("bos_token_id", "eos_token_id", "sep_token_id")),  # nothing is generated
             "is_decoder": True,  # so that it has cross-attention; its self-attention is made bidirectional in the call
             "attn_implementation": "eager",  # adds its mask to the scores: no other kind of mask may reach it
         }

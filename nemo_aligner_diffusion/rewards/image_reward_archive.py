@@ -55,6 +55,7 @@ logger = logging.getLogger(__name__)
 
 TARGET = "nemo_aligner_diffusion.rewards.image_reward.ImageReward"
 _LARGEST = 1 << 20  # no size in a configuration is larger
+_MOST_LAYERS = 128
 _HEAD_WIDTH = 64  # channels per attention head in both of BLIP's encoders
 # In ImageReward.pt, but of no use for a score: projections of BLIP's pretraining, and constants.
 _UNUSED = re.compile(r"blip\.(vision_proj|text_proj)\.(weight|bias)|blip\.text_encoder\.embeddings\.position_ids")
@@ -81,8 +82,8 @@ def restore_image_reward(archive: NemoArchive, options: RestoreOptions) -> Image
     """An ImageReward from an archive of our own; raises :class:`ArchiveError` where something doesn't fit."""
     config = archive.config
     state = archive.state_dict()
-    vision = _sizes(archive, mapping(archive, config, "vision"), "vision", VISION_KEYS, len(state))
-    text = _sizes(archive, mapping(archive, config, "text"), "text", TEXT_KEYS, len(state))
+    vision = _sizes(archive, mapping(archive, config, "vision"), "vision", VISION_KEYS)
+    text = _sizes(archive, mapping(archive, config, "text"), "text", TEXT_KEYS)
     head = config.get("head")
     if not isinstance(head, list) or len(head) != len(HEAD_PLACES) - 1 or not all(map(_is_size, head)):
         raise _misfit(archive, "head", head, f"{len(HEAD_PLACES) - 1} widths, each 1 to {_LARGEST}")
@@ -269,15 +270,12 @@ def _check_checkpoint(source: Path, tensors: Mapping[str, Tensor], expected: Map
         )
 
 
-def _sizes(
-    archive: NemoArchive, section: Mapping[str, Any], where: str, keys: Sequence[str], tensors: int
-) -> dict[str, int]:
+def _sizes(archive: NemoArchive, section: Mapping[str, Any], where: str, keys: Sequence[str]) -> dict[str, int]:
     """The fields ``keys`` of ``section``, every one a size that a network can have."""
     sizes: dict[str, int] = {}
     for key in keys:
         value: Any = section.get(key)
-        # Before a loop of that many layers is entered: each has tensors of its own.
-        most = tensors if key == "num_hidden_layers" else _LARGEST
+        most = _MOST_LAYERS if key == "num_hidden_layers" else _LARGEST  # layers take time even without memory
         if not _is_size(value) or value > most:
             raise _misfit(archive, f"{where}.{key}", value, f"a whole number from 1 to {most}")
         sizes[key] = value
@@ -303,8 +301,4 @@ def _is_size(value: Any) -> bool:
 
 
 def _misfit(archive: NemoArchive, where: str, value: Any, expected: str) -> ArchiveError:
-    try:
-        shown = repr(value)[:100]
-    except ValueError:  # Python writes out no integers of thousands of digits
-        shown = "a huge number"
-    return ArchiveError(f"{archive.path}: its {where} is {shown}; expected {expected}.")
+    return ArchiveError(f"{archive.path}: its {where} is {repr(value)[:100]}; expected {expected}.")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 VOCABULARY_FILE = "vocab.txt"
+_MOST_BYTES = 2 << 20  # bert-base-uncased has 230 kB
 _NEEDED = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -88,6 +89,8 @@ def tokenizer_from_bytes(vocabulary_text: bytes, rows: int, origin: str) -> PreT
 
 
 def _vocabulary(content: bytes, most: int) -> dict[str, int]:
+    if len(content) > _MOST_BYTES:
+        raise ValueError(f"it has {len(content)} bytes; expected at most {_MOST_BYTES}")
     # Only line feeds end a line: entries may hold other separators of Unicode.
     lines = content.decode("utf-8").removesuffix("\n").split("\n")
     if len(lines) > most:
