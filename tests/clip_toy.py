@@ -138,3 +138,39 @@ def megatron_twin(model: CLIPModel, *, legacy: bool, padded_to: int = 128) -> tu
         "tokenizer": {"library": "huggingface", "vocab_file": "nemo:vocab.json", "merge_file": "nemo:merges.txt"},
     }
     return config, {f"model.{name}": tensor for name, tensor in state.items()}
+
+
+_OPEN_CLIP = {
+    "embeddings.class_embedding": "class_embedding",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "embeddings.token_embedding.weight": "token_embedding.weight",
+    "embeddings.patch_embedding.weight": "conv1.weight",
+    "pre_layrnorm": "ln_pre",
+    "post_layernorm": "ln_post",
+    "final_layer_norm": "ln_final",
+    "encoder.layers": "transformer.resblocks",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "self_attn": "attn",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
+
+
+def open_clip_twin(model: CLIPModel) -> dict[str, Tensor]:
+    """The same weights under the names, and in the shapes, that OpenCLIP saves them."""
+    source = model.state_dict()
+    state: dict[str, Tensor] = {}
+    for key, tensor in source.items():
+        name = key.replace("vision_model.", "visual.").replace("text_model.", "")
+        for old, new in _OPEN_CLIP.items():
+            name = name.replace(old, new)
+        if "q_proj" in name:
+            state[name.replace("q_proj.", "in_proj_")] = torch.cat(
+                [source[key.replace("q_proj", f"{letter}_proj")] for letter in "qkv"]
+            )
+        elif "k_proj" not in name and "v_proj" not in name:
+            state[name] = tensor
+    state["visual.proj"] = state.pop("visual_projection.weight").T.contiguous()
+    state["text_projection"] = state.pop("text_projection.weight").T.contiguous()
+    return state

@@ -85,7 +85,7 @@ class ClipWeights:
         # transformers raises its own validation errors, and plain ones, for sizes it cannot build a model from.
         except Exception as error:
             raise CheckpointError(
-                f"{self.origin}: no CLIP can be built with this architecture ({first_line(error)}). "
+                f"{self.origin}: no CLIP can be built with this architecture ({_in_one_line(error)}). "
                 "Check its config.json, or --vision-heads and --text-heads."
             ) from error
 
@@ -195,7 +195,10 @@ def _clip_config(sections: Mapping[str, Any], origin: Path) -> CLIPConfig:
         return CLIPConfig(**sections)
     # transformers raises validation errors of several libraries.
     except Exception as error:
-        raise CheckpointError(f"{origin}: no CLIP has this architecture: {first_line(error)}") from error
+        raise CheckpointError(
+            f"{origin}: no CLIP can be built with this architecture ({_in_one_line(error)}). "
+            "Check its config.json, or --vision-heads and --text-heads."
+        ) from error
 
 
 def hf_preprocessing(folder: Path, image_size: int) -> dict[str, Any]:
@@ -228,6 +231,10 @@ def hf_preprocessing(folder: Path, image_size: int) -> dict[str, Any]:
         "interpolation": interpolation,
         "resize": resize,
     }
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _parts(weights: Path) -> list[Path]:
