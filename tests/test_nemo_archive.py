@@ -230,7 +230,7 @@ def test_gzip_bomb_and_long_name_bomb_and_many_members(tmp_path: Path) -> None:
     name = tarfile.TarInfo("././@LongLink")
     name.type, name.size = tarfile.GNUTYPE_LONGNAME, 3 << 20
     (tmp_path / "name.nemo").write_bytes(name.tobuf(tarfile.GNU_FORMAT) + bytes(4 << 20))
-    with pytest.raises(ArchiveError, match="tar header claims"):
+    with pytest.raises(ArchiveError, match=r"extension header of 3,145,728 bytes"):
         load_nemo(tmp_path / "name.nemo")
     write_tar(tmp_path / "many.nemo", {f"f{index}": b"" for index in range(12)})
     with pytest.raises(ArchiveError, match="more than 10 members"):

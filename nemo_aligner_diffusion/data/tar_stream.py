@@ -8,7 +8,6 @@ whole one, does not check the checksum of a gzip stream, and takes several times
 from __future__ import annotations
 
 import gzip
-import itertools
 import os
 import zlib
 from collections.abc import Callable, Iterator
@@ -66,24 +65,28 @@ def walk_stream(
     stream: IO[bytes],
     file_size: int | None,
     wanted: Callable[[str, str, int], bool],
-    most_headers: int | None = None,
+    most_header_blocks: int | None = None,
 ) -> Iterator[Member]:
     """:func:`walk_tar` over an open stream; ``path`` is named in errors.
 
     Args:
         file_size: bytes in the stream; None for a compressed one, whose length nobody knows before its end.
         wanted: called with the stream at the first byte of the member's data.
-        most_headers: an archive of more header blocks than this is refused; None: as many as there are.
+        most_header_blocks: a tar whose headers, extensions included, take more blocks is refused; None: any number.
     """
     last = ""  # the last complete member, for error messages
     long_name: str | None = None
     long_size: int | None = None
-    for count in itertools.count(1):
+    header_blocks = 0
+    while True:
         header = stream.read(BLOCK)
         if header == ZERO_BLOCK:
             break
-        if most_headers is not None and count > most_headers:
-            raise DataError(f"{path} has more than {most_headers:,} tar headers, more than any use of it needs")
+        header_blocks += 1
+        if most_header_blocks is not None and header_blocks > most_header_blocks:
+            raise DataError(
+                f"{path} has more than {most_header_blocks:,} blocks of tar headers: it is hostile or no tar"
+            )
         if len(header) < BLOCK:
             if header and not last:
                 raise _not_a_tar(path, header)
@@ -108,6 +111,7 @@ def walk_stream(
                     f"{path}: a tar extension header of {size:,} bytes after member {last!r}; expected at most "
                     f"{MAX_EXTENSION_BYTES:,}: the file is damaged or hostile"
                 )
+            header_blocks += size // BLOCK
             body = _read_data(path, stream, size, last)
             if kind_flag == GNU_LONG_NAME:
                 long_name = _text(body)

@@ -20,17 +20,23 @@ BLOCK_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Limits:
-    """What the reader accepts, in bytes and counts. Raise a field for an archive you trust."""
+    """What the reader accepts, in bytes and counts. Raise a field for an archive you trust.
+
+    Those on what is parsed (configuration, pickle, records, members) keep a hostile file from taking more than about a
+    second; the largest real archives stay a factor of three or more below each.
+    """
 
     members: int = 4096
-    config_bytes: int = 1 << 20
+    config_bytes: int = 256 << 10
     artifact_bytes: int = 256 << 20
-    pickle_bytes: int = 64 << 20  # the structure of the state dict, without the numbers
+    pickle_bytes: int = 1 << 20  # the structure of the state dict, without the numbers: about 250 bytes a tensor
+    records: int = 8192  # files in the weights' zip: one a tensor, and a few more
     weights_bytes: int = 128 << 30
     name_characters: int = 512
     # A gzipped archive may unpack to gzip_ratio times its size (random weights reach about 4) or to gzip_floor_bytes.
     gzip_ratio: int = 64
-    gzip_floor_bytes: int = 128 << 20
+    gzip_floor_bytes: int = 64 << 20
+    gzip_streams: int = 64  # gzip files may be strung together; NeMo writes one
 
 
 def archive_error(path: str | os.PathLike[str], found: str, remedy: str) -> ArchiveError:

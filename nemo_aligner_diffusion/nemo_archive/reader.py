@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import gzip
 import io
 import os
 import re
-import tarfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from nemo_aligner_diffusion.errors import ArchiveError
+from nemo_aligner_diffusion.data.tar_stream import walk_stream
+from nemo_aligner_diffusion.errors import ArchiveError, DataError
 from nemo_aligner_diffusion.nemo_archive.common import (
     ARTIFACT_SCHEME,
     BLOCK_BYTES,
@@ -31,8 +31,11 @@ if TYPE_CHECKING:
     import torch
 
 _GZIP_MAGIC = b"\x1f\x8b"
+_GZIP = zlib.MAX_WBITS | 16  # what zlib calls that format
 # Rank folders of model-parallel writers: mp_rank_00, tp_rank_00_pp_rank_000.
 _RANK_FOLDER = re.compile(r"(?:mp_rank_\d+|tp_rank_\d+_pp_rank_\d+)/" + re.escape(WEIGHTS_NAME))
+
+_KINDS = {"link": "link", "other": "device, sparse or other special file"}
 
 
 @dataclass(frozen=True)
@@ -91,8 +94,11 @@ class NemoArchive:
         target = self.config.get("target")
         return target if isinstance(target, str) else ""
 
-    def artifact(self, reference: str) -> bytes:
-        """Bytes of the artifact that the configuration names ``nemo:<hash>_<name>`` (the scheme may be left out)."""
+    def artifact(self, reference: str, most_bytes: int | None = None) -> bytes:
+        """Bytes of the artifact that the configuration names ``nemo:<hash>_<name>`` (the scheme may be left out).
+
+        ``most_bytes`` lowers the limit for what is parsed afterwards.
+        """
         if not isinstance(reference, str):
             raise self._error(
                 f"names an artifact by {short(reference)!r}",
@@ -104,7 +110,7 @@ class NemoArchive:
                 f"lacks the artifact {short(reference)!r} that it should hold (it holds {listing(self._index)})",
                 "Save the archive again with that file inside.",
             )
-        content = self._read(member, self._limits.artifact_bytes)
+        content = self._read(member, min(self._limits.artifact_bytes, most_bytes or self._limits.artifact_bytes))
         ours = self.config.get("nemo_version") == OUR_VERSION
         if ours and not member.name.startswith(artifact_digest(content) + "_"):
             raise self._error(
@@ -136,6 +142,9 @@ class NemoArchive:
         return load_tensors(self.path, member.name, member.size, lambda: self._window(member), self._limits)
 
     def _read_index(self) -> dict[str, _Member]:
+        if self.path.exists() and not self.path.is_file() and not self.path.is_dir():
+            # Opening a pipe would wait for its writer; a device may never end.
+            raise self._error("is a pipe, device or socket", "Give the path of a regular file.")
         with open(self.path, "rb") as file:
             head = file.read(2)
             if not head:
@@ -147,53 +156,76 @@ class NemoArchive:
             return self._walk(file, os.fstat(file.fileno()).st_size)
 
     def _gunzip(self, file: IO[bytes]) -> bytes:
-        """The unpacked tar, in memory. Read to the very end, so that gzip's own checksum is verified."""
+        """The unpacked tar, in memory. Read to the very end, so that gzip's own checksums are verified."""
         packed_bytes = os.fstat(file.fileno()).st_size
         allowed = max(self._limits.gzip_floor_bytes, self._limits.gzip_ratio * packed_bytes)
-        unpacked = bytearray()
-        with gzip.GzipFile(fileobj=file) as stream:
-            while block := stream.read(BLOCK_BYTES):
-                unpacked += block
-                if len(unpacked) > allowed:
-                    raise self._error(
-                        f"unpacks from {packed_bytes} to more than {allowed} bytes, as a gzip bomb does",
-                        "If you trust the file, gunzip it by hand and give the plain tar.",
-                    )
-        return bytes(unpacked)
+        unpacked = io.BytesIO()
+        # zlib itself, because the gzip module handles any number of empty streams, each in Python, in one read.
+        stream, streams, packed = zlib.decompressobj(_GZIP), 1, file.read(BLOCK_BYTES)
+        while True:
+            block = stream.decompress(packed, BLOCK_BYTES)
+            unpacked.write(block)
+            if unpacked.tell() > allowed:
+                raise self._error(
+                    f"unpacks from {packed_bytes} to more than {allowed} bytes, as a gzip bomb does",
+                    "If you trust the file, gunzip it by hand and give the plain tar.",
+                )
+            if stream.eof:
+                packed = stream.unused_data.lstrip(b"\0")  # padding is allowed between streams and after the last
+                while not packed and (more := file.read(BLOCK_BYTES)):
+                    packed = more.lstrip(b"\0")
+                if not packed:
+                    break
+                if streams == self._limits.gzip_streams:
+                    raise self._error(f"strings more than {streams} gzip streams together", "Compress it as one.")
+                stream, streams = zlib.decompressobj(_GZIP), streams + 1
+                continue
+            packed = stream.unconsumed_tail
+            if not packed and len(block) < BLOCK_BYTES and not (packed := file.read(BLOCK_BYTES)):
+                raise self._error("is truncated: its gzip stream has no end", "Download or copy the file again.")
+        return unpacked.getvalue()
 
     def _walk(self, file: IO[bytes], total_bytes: int) -> dict[str, _Member]:
         """Every member's place, after checking all of them. Reads headers only."""
         index: dict[str, _Member] = {}
-        headers: Any = _HeaderReader(file)
-        with tarfile.open(fileobj=headers, mode="r:") as tar:
-            for count, info in enumerate(tar, start=1):
-                if count > self._limits.members:
-                    raise self._error(
-                        f"holds more than {self._limits.members} members", "A reward archive holds about ten; check it."
-                    )
-                name = self._safe_name(info.name)
-                if info.isdir():
-                    continue
-                if not info.isreg() or info.issparse():
-                    raise self._error(
-                        f"holds {name!r}, which is a {_kind(info)}",
-                        "Only plain files and folders belong in a .nemo. Do not trust this archive.",
-                    )
-                if name in index:
-                    raise self._error(f"holds {name!r} twice", "Which is meant is unclear: save the archive again.")
-                if name.startswith("model_weights/"):
-                    raise self._error(
-                        "holds a distributed checkpoint (a folder model_weights/, not a file model_weights.ckpt)",
-                        "Load it once with NeMo (megatron.core.dist_checkpointing), and save its plain state dict with "
-                        "nemo_aligner_diffusion.nemo_archive.save_nemo.",
-                    )
-                if info.size < 0 or info.offset_data + info.size > total_bytes:
-                    raise self._error(
-                        f"is truncated: {name!r} should have {info.size} bytes, "
-                        f"{max(total_bytes - info.offset_data, 0)} are there",
-                        "Download or copy the file again.",
-                    )
-                index[name] = _Member(name, info.offset_data, info.size)
+        members = 0
+
+        def check(raw_name: str, kind: str, size: int) -> bool:
+            nonlocal members
+            members += 1
+            if members > self._limits.members:
+                raise self._error(
+                    f"holds more than {self._limits.members} members", "A reward archive holds about ten; check it."
+                )
+            name = self._safe_name(raw_name)
+            if kind == "folder":
+                return False
+            if kind != "file":
+                raise self._error(
+                    f"holds {name!r}, which is a {_KINDS[kind]}",
+                    "Only plain files and folders belong in a .nemo. Do not trust this archive.",
+                )
+            if name in index:
+                raise self._error(f"holds {name!r} twice", "Which is meant is unclear: save the archive again.")
+            if name.startswith("model_weights/"):
+                raise self._error(
+                    "holds a distributed checkpoint (a folder model_weights/, not a file model_weights.ckpt)",
+                    "Load it once with NeMo (megatron.core.dist_checkpointing), and save its plain state dict with "
+                    "nemo_aligner_diffusion.nemo_archive.save_nemo.",
+                )
+            index[name] = _Member(name, file.tell(), size)
+            return False
+
+        try:
+            # Extension headers (long names) come before a member's own.
+            for _ in walk_stream(self.path, file, total_bytes, check, most_header_blocks=2 * self._limits.members):
+                pass
+        except DataError as error:
+            found = str(error).removeprefix(str(self.path)).lstrip(": ")
+            raise self._error(
+                f"is truncated, damaged or no tar ({found})",
+                "A .nemo file is a plain or gzipped tar; download or save it again.",
+            ) from error
         return index
 
     def _safe_name(self, name: str) -> str:
@@ -295,19 +327,6 @@ class _Window(io.RawIOBase):
         super().close()
 
 
-class _HeaderReader:
-    """A file face for ``tarfile`` that allows header-sized reads only: a "long name" of gigabytes is a bomb."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self.seek, self.tell = file.seek, file.tell
-
-    def read(self, size: int = -1) -> bytes:
-        if not 0 <= size <= BLOCK_BYTES:
-            raise ValueError(f"a tar header claims {size} bytes")
-        return self._file.read(size)
-
-
 def load_nemo(path: str | os.PathLike[str], limits: Limits | None = None) -> NemoArchive:
     """Open a ``.nemo``: see :class:`NemoArchive` for what it offers and raises."""
     return NemoArchive(path, limits)
@@ -315,9 +334,3 @@ def load_nemo(path: str | os.PathLike[str], limits: Limits | None = None) -> Nem
 
 def _normalise(name: str) -> str:
     return "/".join(part for part in name.split("/") if part not in ("", "."))
-
-
-def _kind(info: tarfile.TarInfo) -> str:
-    if info.islnk() or info.issym():
-        return "link"
-    return "sparse file" if info.issparse() else "device or other special file"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import struct
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,11 +10,17 @@ from typing import IO, TYPE_CHECKING, Any
 
 from nemo_aligner_diffusion.errors import ArchiveError
 from nemo_aligner_diffusion.nemo_archive.common import Limits, archive_error, short
+from nemo_aligner_diffusion.nemo_archive.state_dict_pickle import (
+    ForbiddenGlobalError,
+    NotDenseError,
+    check_state_dict_pickle,
+)
 
 if TYPE_CHECKING:
     import torch
 
 _ZIP_MAGIC = b"PK\x03\x04"
+_MOST_BYTES_A_RECORD = 256  # in the zip's table of contents: 46, the name, and 28 for large files
 
 
 def load_tensors(
@@ -40,14 +46,20 @@ def load_tensors(
         raise
     except MemoryError:
         raise archive_error(path, f"needs more memory for {name} than this machine has", "Use a larger one.") from None
+    except ForbiddenGlobalError as error:
+        raise archive_error(
+            path,
+            f"has a {name} whose pickle asks for {short(error)!r}: code, not only tensors; none was run",
+            "Only plain state dicts are loaded (torch.load with weights_only=True). Do not trust this archive.",
+        ) from error
+    except NotDenseError as error:
+        raise archive_error(
+            path,
+            f"has a {name} with a tensor that is not dense: {short(error)}",
+            "Save it with .cpu().contiguous() and without quantisation.",
+        ) from error
     # torch.load has no common base for what it raises on damaged or hostile input.
     except Exception as error:
-        if wanted := re.search(r"GLOBAL `*([\w.<>]+)", str(error)):
-            raise archive_error(
-                path,
-                f"has a {name} whose pickle asks for {wanted.group(1)!r}: code, not only tensors; none was run",
-                "Only plain state dicts are loaded (torch.load with weights_only=True). Do not trust this archive.",
-            ) from error
         raise archive_error(
             path,
             f"has a {name} that cannot be loaded as plain tensors ({type(error).__name__}: {short(error)})",
@@ -56,28 +68,43 @@ def load_tensors(
 
 
 def _check_records(path: Path, name: str, size_bytes: int, stream: IO[bytes], limits: Limits) -> None:
-    """Refuse what torch's own zip reader would swallow: flipped bits, compressed or duplicate records."""
+    """Refuse what torch's own reader would swallow: flipped bits, odd records, a pickle that takes memory."""
     if size_bytes > limits.weights_bytes:
         raise archive_error(path, f"holds {size_bytes} bytes of weights", "Pass larger Limits if you trust the file.")
     magic = stream.read(len(_ZIP_MAGIC))
-    stream.seek(0)
     if magic != _ZIP_MAGIC:
         raise archive_error(
             path,
             f"has a {name} that is no torch.save file of PyTorch 1.6 or later",
             "Load it with the program that wrote it and torch.save its state dict anew.",
         )
+    # Before zipfile makes an object of each entry.
+    if (listed := _directory_bytes(stream, size_bytes)) > limits.records * _MOST_BYTES_A_RECORD:
+        raise archive_error(
+            path,
+            f"has a {name} with a table of contents of {listed} bytes; at most {limits.records} records are allowed",
+            "Pass larger Limits if you trust the file.",
+        )
+    stream.seek(0)
     with zipfile.ZipFile(stream) as records:
-        entries = records.infolist()
+        entries = sorted(records.infolist(), key=lambda entry: entry.header_offset)
+        ends = [entry.header_offset + entry.file_size for entry in entries]
+        pickles = [entry for entry in entries if entry.filename.endswith(".pkl")]
         if (
             len({entry.filename for entry in entries}) != len(entries)
-            or sum(entry.file_size for entry in entries) > size_bytes
-            or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
-            or any(e.file_size > limits.pickle_bytes for e in entries if e.filename.endswith(".pkl"))
+            or len(entries) > limits.records
+            or any(end > after.header_offset for end, after in zip(ends, entries[1:], strict=False))
+            or any(end > size_bytes for end in ends)
+            or any(entry.compress_type != zipfile.ZIP_STORED or entry.is_dir() for entry in entries)
+            or len({entry.filename.partition("/")[0] for entry in entries}) != 1
+            or len(pickles) != 1
+            or pickles[0].filename.partition("/")[2] != "data.pkl"
+            or pickles[0].file_size > limits.pickle_bytes
         ):
             raise archive_error(
                 path,
-                f"has a {name} with duplicate, compressed or oversized records, which torch.save never writes",
+                f"has a {name} with duplicate, compressed, overlapping or oversized records, which torch.save never "
+                "writes",
                 "Do not trust this archive; get it from another source.",
             )
         # PyTorch reads records without comparing checksums: a flipped bit would silently become another reward.
@@ -87,6 +114,30 @@ def _check_records(path: Path, name: str, size_bytes: int, stream: IO[bytes], li
                 f"has a damaged {name}: the checksum of its record {short(broken)!r} is wrong",
                 "Download the file again (or save it with torch.serialization.set_crc32_options(True)).",
             )
+        storages = pickles[0].filename.removesuffix("data.pkl") + "data/"
+        sizes = {
+            entry.filename.removeprefix(storages): entry.file_size
+            for entry in entries
+            if entry.filename.startswith(storages)
+        }
+        check_state_dict_pickle(records.read(pickles[0]), sizes)
+
+
+def _directory_bytes(stream: IO[bytes], size_bytes: int) -> int:
+    """Size of the zip's table of contents as its last 22 bytes (and, for large files, the zip64 record) give it."""
+    stream.seek(max(size_bytes - 22 - 20, 0))
+    tail = stream.read()
+    signature, size, comment = struct.unpack("<4s8xI4xH", tail[-22:])
+    if signature != b"PK\x05\x06" or comment:
+        raise ValueError("its zip file does not end as torch.save ends it; it may be cut short")
+    if tail[:4] == b"PK\x06\x07":
+        (offset,) = struct.unpack("<8xQ4x", tail[:20])
+        if offset > size_bytes:
+            raise ValueError("its zip file refers to a place beyond its end")
+        stream.seek(offset)
+        large: int = struct.unpack("<4s36xQ", stream.read(48))[1]
+        return max(large, 0 if size == 0xFFFFFFFF else size)
+    return int(size)
 
 
 def _checked_tensors(path: Path, member: str, loaded: Any) -> dict[str, torch.Tensor]:
