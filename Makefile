@@ -14,7 +14,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: train test test-slow lint install clean
+.PHONY: train test test-slow lint install reference clean
 SOURCES_OF_INSTALLATION := pyproject.toml setup.py constraints.txt
 
 train: $(VENV)/.installed
@@ -22,7 +22,7 @@ train: $(VENV)/.installed
 	directory=results/train_$$(printf %03d $$number); echo "training into $$directory"; \
 	$(BIN)/python examples/mm/stable_diffusion/train_sd_draftp.py exp_manager.explicit_log_dir=$$directory $(ARGS)
 
-test: $(VENV)/.installed-dev
+test: $(VENV)/.installed-dev $(VENV)/reference/.installed
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed-dev
@@ -35,6 +35,9 @@ lint: $(VENV)/.installed-dev
 
 # Everything that the other targets need, without running any of them.
 install: $(VENV)/.installed-dev
+
+# Other people's implementations that tests compare with, where no ordinary import finds them (20 MB).
+reference: $(VENV)/reference/.installed
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -51,3 +54,8 @@ $(VENV)/.installed: $(SOURCES_OF_INSTALLATION) | $(BIN)/python
 $(VENV)/.installed-dev: $(SOURCES_OF_INSTALLATION) | $(BIN)/python
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@ $(VENV)/.installed
+
+$(VENV)/reference/.installed: tests/reference/requirements.txt | $(BIN)/python
+	rm -rf $(VENV)/reference
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --target $(VENV)/reference -r $<
+	@touch $@
