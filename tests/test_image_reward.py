@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 from nemo_aligner_diffusion.errors import AlignerError, ArchiveError, CheckpointError, RewardError
 from nemo_aligner_diffusion.nemo_archive import load_nemo, save_nemo
-from nemo_aligner_diffusion.rewards import build_reward, restore_reward
+from nemo_aligner_diffusion.rewards import build_reward, convert_cli, restore_reward
 from nemo_aligner_diffusion.rewards.clip_model import on_meta
 from nemo_aligner_diffusion.rewards.image_reward import ImageReward, ImageRewardNetwork
 from nemo_aligner_diffusion.rewards.image_reward_archive import (
@@ -201,6 +201,22 @@ def test_heads_of_64_channels_unless_told(folder: Path) -> None:
         converted(folder, vision_heads=None)
     with pytest.raises(CheckpointError, match="20 channels make no 3 attention heads; give text_heads"):
         converted(folder, text_heads=3)
+
+
+@pytest.mark.parametrize("setting", [{"std": 0.0}, {"max_length": 1}, {"max_length": 99}])
+def test_impossible_archives_are_not_written(folder: Path, setting: dict[str, Any]) -> None:
+    with pytest.raises(RewardError):
+        converted(folder, **setting)
+    assert not (folder / "image_reward.nemo").exists()
+
+
+def test_converted_from_the_command_line(folder: Path, images: torch.Tensor) -> None:
+    output = folder / "out.nemo"
+    arguments = ["--kind", "image_reward", "--source", folder / "ImageReward.pt", "--tokenizer", folder]
+    arguments += ["--vision-heads", VISION_HEADS, "--text-heads", TEXT_HEADS, "--output", output]
+    assert convert_cli.main(list(map(str, arguments))) == 0
+    expected = restored(converted(folder))(images, PROMPTS)
+    torch.testing.assert_close(restored(output)(images, PROMPTS), expected)
 
 
 def test_the_published_sizes_are_read_off_the_shapes() -> None:

@@ -133,7 +133,7 @@ def convert_image_reward_to_nemo(
     text_heads: int | None = None,
     mean: float = PUBLISHED_MEAN,
     std: float = PUBLISHED_STD,
-    max_length: int = MAX_LENGTH,
+    max_length: int | None = None,
     name: str = "image_reward",
     extra: Mapping[str, Any] | None = None,
     gzip: bool = False,
@@ -151,12 +151,13 @@ def convert_image_reward_to_nemo(
         vision_heads, text_heads: attention heads; one for each 64 channels when left out, as in every published BLIP.
         mean, std: what standardises the score. The published ones belong to ``ImageReward.pt`` only: give 0 and 1 for
             a model of your own.
-        max_length: tokens a prompt may have.
+        max_length: tokens a prompt may have; 35 as published, or as many as the text encoder reads, when left out.
         name: what the reward is called in metrics.
         extra: further configuration entries, e.g. provenance; ignored when restoring.
         gzip: compress the archive.
 
     Raises:
+        RewardError: ``std`` or ``max_length`` is impossible.
         CheckpointError: the checkpoint is unreadable or not of this layout.
         ArchiveError: the tokenizer doesn't fit, or the archive cannot be written.
     """
@@ -170,7 +171,9 @@ def convert_image_reward_to_nemo(
     expected = {checkpoint_name(key): tensor for key, tensor in network.state_dict().items()}
     _check_checkpoint(source, tensors, expected)
     vocabulary = read_vocabulary(tokenizer_folder)
-    tokenizer_from_bytes(vocabulary, text["vocab_size"], str(tokenizer_folder))
+    tokenizer = tokenizer_from_bytes(vocabulary, text["vocab_size"], str(tokenizer_folder))
+    max_length = max_length if max_length is not None else min(MAX_LENGTH, text["max_position_embeddings"])
+    ImageReward(network, tokenizer, mean=mean, std=std, max_length=max_length)  # refuses what restoring would refuse
     config = {
         **(extra or {}),
         "target": TARGET,
