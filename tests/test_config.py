@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
 
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.training import schema
@@ -51,13 +50,27 @@ def test_the_recipes_are_the_ones_named_here() -> None:
 
 @pytest.mark.parametrize("group", sorted(groups()))
 def test_every_option_of_every_group_can_be_picked(group: str) -> None:
+    needed = {
+        ("rm", "classifier"): ["rm.model.from_pretrained=vit", "rm.target_class=cat"],
+        ("rm", "detection"): ["rm.model.from_pretrained=owlv2"],
+        ("rm", "custom"): ["rm.import_path=mine:Reward"],
+        ("rm", "ensemble"): ["rm.parts.second={name:clip,model:{restore_from_path:second.nemo}}"],
+        **{
+            ("rm", name): ["rm.model.restore_from_path=r.nemo"]
+            for name in ("pickscore", "hpsv2", "clipscore", "aesthetic", "image_reward")
+        },
+    }
     for option in groups()[group]:
-        cfg = load_config("draftp_sd", [f"{group}={option}"])
+        more = needed.get((group, option), [])
+        cfg = load_config("draftp_sd", [f"{group}={option}", *more])
         assert cfg.name == "draftp_sd"
+        if more:
+            text = message(f"{group}={option}")
+            assert more[0].partition("=")[0] in text
 
 
 def test_a_picked_group_replaces_the_whole_section() -> None:
-    assert OmegaConf.to_container(load_config("draftp_sd", ["rm=symmetry"]).rm) == {"name": "symmetry"}
+    assert set(load_config("draftp_sd", ["rm=symmetry"]).rm) == {"augment", "name"}
     cosine = load_config("drtune_sd", ["sched=cosine"]).model.optim.sched
     assert cosine.name == "CosineAnnealing"
     assert "hold_steps" not in cosine
@@ -189,7 +202,18 @@ def test_no_invented_key_of_the_model_passes(name: str) -> None:
         ("model.seed=1,2", "several values separated by commas"),
         ("model.optim.betas=[0.9,0.99", "cannot be read"),
         ("exp_manager.explicit_log_dir=${nothing.there}", "cannot be resolved"),
-        ("rm=aesthetics", "there are clip, composite"),
+        ("rm=aesthetics", "did you mean aesthetic"),
+        ("rm=pickscore", "rm.model.restore_from_path must be given"),
+        ("rm=classifier", "rm.target_class and rm.model.from_pretrained must be given"),
+        ("rm=ensemble", "nothing to agree with: add another"),
+        ("rm.name=classifier", "needs rm.model.from_pretrained, such as"),
+        ("rm.name=custom", "needs rm.import_path, such as rm.import_path=my_package.my_module:my_reward"),
+        ("rm.model.from_pretrained=/clip", "convert the folder with"),
+        ("rm.augment.noise_std=-1", "expected a number >= 0"),
+        ("rm.augment.crop_scale=0", "> 0 and <= 1"),
+        ("rm.augment.dropout=1", "< 1"),
+        ("rm.views=11", "<= 10"),
+        ("rm.aggregate=max", "expected one of mean, min, mean_minus_std"),
         ("optim=adamww", "did you mean adamw"),
         ("~model.seed", "cannot be deleted"),
         ("rm.name=composite", "needs rm.parts"),
@@ -275,7 +299,8 @@ def test_a_file_for_a_reward_without_one_is_an_error() -> None:
 def test_only_what_the_reward_reads_remains(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         cfg = load_config("draftp_sd", ["rm.name=compressibility", "rm.quality=50", "rm.model.micro_batch_size=2"])
-    assert cfg.rm == {"name": "compressibility", "quality": 50}
+    assert set(cfg.rm) == {"name", "quality", "augment"}
+    assert cfg.rm.quality == 50
     assert "rm.model.micro_batch_size: rm.name=compressibility does not read it" in caplog.text
     assert "rm.quality" not in caplog.text
 
@@ -287,10 +312,26 @@ def test_only_what_the_reward_reads_remains(caplog: pytest.LogCaptureFixture) ->
         ("{clip:3}", "rm.parts.clip = 3: expected keys"),
         ("{aesthetics:{weight:1}}", "rm.parts.aesthetics.name = 'aesthetics': expected one of clip, symmetry"),
         ("{a:{name:simmetry}}", "did you mean symmetry"),
-        ("{symmetry:{wieght:1}}", "unknown key 'rm.parts.symmetry.wieght'; symmetry reads no further keys"),
+        ("{symmetry:{wieght:1}}", "unknown key 'rm.parts.symmetry.wieght'; did you mean weight?"),
         ("{compressibility:{qualty:50}}", "did you mean quality"),
         ("{compressibility:{quality:500}}", "rm.parts.compressibility.quality = 500: expected an integer >= 1 and <="),
         ("{clip:{model:{restore_path:/r.nemo}}}", "did you mean model.restore_from_path"),
+        ("{clip:{model:{from_pretrained:/r}}}", "unknown key 'rm.parts.clip.model.from_pretrained'"),
+        ("{classifier:{target_class:3}}", "rm.parts.classifier.model.from_pretrained"),
+        (
+            "{classifier:{target_class:3,model:{restore_from_path:/r.nemo}}}",
+            "rm.parts.classifier.model.restore_from_path",
+        ),
+        ("{clip:{normalize:bas}}", "expected {mean: …, std: …}, or base"),
+        ("{clip:{normalize:{mean:0,sd:1}}}", "did you mean std"),
+        ("{clip:{normalize:{mean:0,std:0}}}", "rm.parts.clip.normalize.std = 0: expected a number > 0"),
+        ("{clip:{clip:3}}", "rm.parts.clip.clip = 3: expected [low, high]"),
+        ("{clip:{clip:[3,1]}}", "expected low < high"),
+        ("{clip:{clip:[null,1],clip_mode:smooth}}", "needs both bounds"),
+        ("{clip:{augment:{noise_std:much}}}", "rm.parts.clip.augment.noise_std = 'much'"),
+        ("{clip:{augment:{noise:1}}}", "did you mean augment.noise_std"),
+        ("{custom:{}}", "needs rm.parts.custom.import_path"),
+        ("{a:{name:ensemble,parts:{clip:{},symmetry:{weight:1}}}}", "count alike"),
         ("{clip:{trainer:{precision:16}}}", "set rm.trainer.precision"),
         ("{a:{weight:1,reward:{name:clip},model:{}}}", "expected only weight and reward"),
         ("{a:{name:composite}}", "needs rm.parts.a.parts"),
@@ -308,6 +349,25 @@ def test_parts_that_fit() -> None:
     assert cfg.rm.parts.a == {"weight": -2, "reward": {"name": "symmetry"}}
     nested = "{all:{name:composite,parts:{symmetry:{},compressibility:{quality:50}}}}"
     load_config("draftp_sd", ["rm=composite", f"rm.parts={nested}"])
+
+
+def test_parts_take_any_rewards_keys() -> None:
+    parts = (
+        "{owl:{name:detection,weight:2,normalize:base,clip:[null,3],model:{from_pretrained:/owl},query:a cat},"
+        "mine:{name:custom,import_path:mine:Reward,kwargs:{strength:3,deep:{er:[1]}}},"
+        "judges:{name:ensemble,aggregate:min,parts:{clip:{normalize:{mean:20,std:1.5}},hps:{name:clip}}}}"
+    )
+    cfg = load_config("draftp_sd", ["rm=composite", f"rm.parts={parts}"])
+    assert cfg.rm.parts.mine.kwargs == {"strength": 3, "deep": {"er": [1]}}
+    assert cfg.rm.parts.owl.clip == [None, 3]
+
+
+def test_what_is_measured_on_validation_pictures_needs_validation() -> None:
+    given = ["rm=composite", "rm.parts.clip.normalize=base"]
+    assert load_config("draftp_sd", given).rm.parts.clip.normalize == "base"
+    text = message(*given, "trainer.draftp_sd.val_check_interval=0")
+    assert "rm.parts.clip.normalize = base" in text
+    assert "val_check_interval >= 1" in text
 
 
 def test_a_setting_that_the_method_does_not_read_is_named(caplog: pytest.LogCaptureFixture) -> None:
@@ -368,7 +428,7 @@ class TestOwnYaml:
             ('model: {seed: "${nope}"}\n', "cannot be resolved"),
             ("defaults: [nothing]\n", "cannot be composed"),
             ("model: {optim: adamw}\n", "is a section"),
-            ("model: {seed: '???'}\n", "cannot be resolved"),
+            ("model: {seed: '???'}\n", "model.seed must be given"),
         ],
     )
     def test_errors_name_the_file_or_key(self, tmp_path: Path, text: str, expected: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nemo_aligner_diffusion.training import schema
+from nemo_aligner_diffusion.training import schema, schema_rewards
 from nemo_aligner_diffusion.training.config import conf_directory, load_config, recipes
 from nemo_aligner_diffusion.training.config_layers import flatten
 from nemo_aligner_diffusion.training.schema_docs import documented_keys, tables
@@ -48,7 +48,7 @@ def test_every_file_begins_by_saying_what_it_is(path: Path) -> None:
 def test_every_key_of_the_schema_is_in_conf_or_explained_here() -> None:
     # Keys that only some choice needs and that therefore no file of conf/ sets.
     unset = {f"model.optim.sched.{name}" for name in ("warmup_ratio", "hold_ratio", "constant_ratio")}
-    unset |= {"exp_manager.wandb_logger_kwargs.*", "rm.parts.*"}
+    unset |= {"exp_manager.wandb_logger_kwargs.*", "rm.parts.*", "rm.kwargs.*"}
     assert set(schema.known_keys("<loop>")) - set(documented_keys()) == unset
 
 
@@ -70,7 +70,7 @@ def test_the_documentations_tables_are_current() -> None:
 
 def test_the_schema_knows_the_names_the_code_knows() -> None:
     from nemo_aligner_diffusion.diffusion.sampler import SAMPLER_ALIASES, SAMPLERS, sampler_name
-    from nemo_aligner_diffusion.rewards import build, clip, jpeg
+    from nemo_aligner_diffusion.rewards import build, classifier, clip, ensemble, feature_symmetry, jpeg, parts
     from nemo_aligner_diffusion.training.assemble import ALGORITHMS
     from nemo_aligner_diffusion.training.optimizers import OPTIMIZER_NAMES
     from nemo_aligner_diffusion.training.schedules import SCHEDULE_NAMES
@@ -81,11 +81,19 @@ def test_the_schema_knows_the_names_the_code_knows() -> None:
     assert set(schema.ALGORITHMS) == set(ALGORITHMS)
     assert schema.OPTIMIZERS == OPTIMIZER_NAMES
     assert schema.SCHEDULES == SCHEDULE_NAMES
-    assert schema.SCORES == clip.SCORES
-    assert schema.REDUCTIONS == jpeg.REDUCTIONS
-    assert {name: {*keys} - {"trainer"} for name, keys in schema.REWARDS.items()} == {
+    assert schema_rewards.SCORES == clip.SCORES
+    assert schema_rewards.REDUCTIONS == jpeg.REDUCTIONS
+    assert schema_rewards.DISTANCES == feature_symmetry.DISTANCES
+    assert schema_rewards.AGGREGATES == ensemble.AGGREGATES
+    assert schema_rewards.CLIP_MODES == parts.CLIP_MODES
+    assert schema_rewards.REWARD_KEYS["rm.views"].high == classifier.MOST_VIEWS
+    assert {name: {*keys} - {"trainer", "augment"} for name, keys in schema.REWARDS.items()} == {
         name: set(keys) for name, keys in build.REWARDS.items()
     }
-    accepted = {key.removeprefix("rm.model.") for key in schema.KEYS if key.startswith("rm.model.")}
-    assert accepted == set(build._MODEL_KEYS)
+    for section, keys in (("model", build.MODEL_KEYS), ("augment", build.AUGMENT_KEYS)):
+        prefix = f"rm.{section}."
+        assert {key.removeprefix(prefix) for key in schema.KEYS if key.startswith(prefix)} == set(keys)
+    for name, keys in schema_rewards.MODEL_KEYS.items():
+        assert set(keys) <= set(build.MODEL_KEYS)
+        assert "model" in schema.REWARDS[name]
     assert set(schema.PRECISIONS) <= set(build._PRECISIONS)

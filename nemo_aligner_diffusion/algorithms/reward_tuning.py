@@ -25,6 +25,7 @@ from nemo_aligner_diffusion.diffusion.noise import gaussian, plan_random, sample
 from nemo_aligner_diffusion.diffusion.sampler import Sampler
 from nemo_aligner_diffusion.diffusion.trajectory import Plan, reward_gradient, run_trajectory
 from nemo_aligner_diffusion.rewards.base import Reward
+from nemo_aligner_diffusion.rewards.sample_keys import SampleKeys, scoring_samples
 
 PlanRule = Callable[[int, random.Random], Plan]  # (number of network calls T, random source) -> plan of one batch
 OptimizerFactory = Callable[[list[tuple[str, Parameter]]], tuple[torch.optim.Optimizer, Any]]
@@ -112,7 +113,8 @@ class RewardTuning(pl.LightningModule):
         self.validation_prompts: list[str] = []  # prompt of each row of the validation set
         self.validation_pictures: ValidationPictures | None = None
         self.validated_step = -1
-        self._base: dict[int, tuple[Tensor, Tensor]] = {}  # row of the validation set -> base picture and reward
+        self._base_images: dict[int, Tensor] = {}  # row of the validation set -> the base model's picture
+        self._base: dict[int, tuple[Tensor, Tensor]] = {}  # and with its reward
         self._validated: list[tuple[int, str, int, Tensor, Tensor]] = []
         self._micro_batches: list[dict[str, Tensor]] = []  # figures of the micro-batches of the running optimizer step
         self._prompts: list[str] = []
@@ -142,9 +144,12 @@ class RewardTuning(pl.LightningModule):
         )
         scored: list[tuple[Tensor, dict[str, Tensor]]] = []
         share = 1.0 / len(trajectory.reads)
+        samples = [int(index) for index in batch["index"]]
 
         def objective(images: Tensor, rows: slice) -> Tensor:
-            scores, parts = self.reward.scores(images, prompts[rows])
+            read = sum(len(scores) for scores, _ in scored) // len(prompts)  # one read is scored after the other
+            with scoring_samples(SampleKeys(self.seed, self.global_step, tuple(samples[rows]), draw=read)):
+                scores, parts = self.reward.scores(images, prompts[rows])
             scored.append((scores.detach(), {name: part.detach() for name, part in parts.items()}))
             return self.reward_loss(scores).sum() * (share / len(prompts))
 
@@ -236,12 +241,18 @@ class RewardTuning(pl.LightningModule):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         prompts, seeds, rows = batch["prompts"], batch["seeds"], batch["rows"]
         if any(row not in self._base for row in rows):
+            base = self.base_images(batch)
+            self._base |= dict(zip(rows, zip(base, self._score(base, prompts), strict=True), strict=True))
+        tuned = self._generate(prompts, seeds)
+        self._validated += list(zip(rows, prompts, seeds, tuned, self._score(tuned, prompts), strict=True))
+
+    def base_images(self, batch: dict[str, Any]) -> Tensor:
+        """The base model's pictures ``(B, 3, H, W)`` of a batch of the validation set, on the CPU; made once."""
+        if any(row not in self._base_images for row in batch["rows"]):
             with self.model.reference():
-                self._base |= dict(zip(rows, self._pictures(prompts, seeds), strict=True))
-        for row, prompt, seed, (picture, score) in zip(
-            rows, prompts, seeds, self._pictures(prompts, seeds), strict=True
-        ):
-            self._validated.append((row, prompt, seed, picture, score))
+                images = self._generate(batch["prompts"], batch["seeds"])
+            self._base_images |= dict(zip(batch["rows"], images, strict=True))
+        return torch.stack([self._base_images[row] for row in batch["rows"]])
 
     def on_validation_epoch_end(self) -> None:
         rows = [row for row, *_ in self._validated]
@@ -276,9 +287,9 @@ class RewardTuning(pl.LightningModule):
         self.validated_step = self.trainer.global_step
         self._validated = []
 
-    def _pictures(self, prompts: list[str], seeds: list[int]) -> list[tuple[Tensor, Tensor]]:
-        """``(picture (3, H, W), reward ())`` of each pair, on the CPU."""
-        images = generate(
+    def _generate(self, prompts: list[str], seeds: list[int]) -> Tensor:
+        """A picture of each pair, ``(B, 3, H, W)`` on the CPU."""
+        return generate(
             self.model,
             self.sampler,
             prompts,
@@ -288,6 +299,8 @@ class RewardTuning(pl.LightningModule):
             width=self.width,
             batch_size=len(prompts),
         )
+
+    def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """Rewards ``(B,)`` on the CPU, of the pictures as they are."""
         with torch.no_grad():
-            scores = self.reward(images.to(self.device), prompts).cpu()
-        return list(zip(images, scores, strict=True))
+            return self.reward(images.to(self.device), prompts).cpu()

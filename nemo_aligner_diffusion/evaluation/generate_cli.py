@@ -150,7 +150,8 @@ def build_parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--reward",
         metavar="NAME|FILE",
-        help="score the pictures: a .nemo file, symmetry, compressibility, incompressibility, or none "
+        help="score the pictures: a .nemo file, symmetry, compressibility, incompressibility, none, or your own "
+        "package.module:name "
         "(default: the adapter's run's, else the embedded reward)",
     )
     result.add_argument("--output", type=Path, default=Path("generated"), metavar="FOLDER", help="default: generated")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 import warnings
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 _DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
 _ANALYTIC_REWARDS = ("symmetry", "compressibility", "incompressibility")
+_IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 
 @dataclass(frozen=True)
@@ -267,24 +269,40 @@ def _as_variant(model: StableDiffusion, variant: Variant, request: Request) -> A
 
 def _reward(request: Request, run: RunFiles | None, device: torch.device) -> Reward | None:
     """The reward asked for; else the run's own, else the embedded one, as far as they can be had."""
-    from nemo_aligner_diffusion.rewards import build_reward
+    from nemo_aligner_diffusion.rewards.build import build_reward, import_paths
+    from nemo_aligner_diffusion.rewards.parts import apply_statistics, read_statistics
 
     asked = request.reward
     if asked is not None and asked.lower() == "none":
         return None
     if asked is not None:
         by_name = asked.lower() in _ANALYTIC_REWARDS
-        if not by_name and not Path(asked).expanduser().exists():
+        there = Path(asked).expanduser().exists()
+        by_path = not there and _IMPORT_PATH.fullmatch(asked) is not None
+        if not by_name and not there and not by_path:
             raise ConfigurationError(
                 f"--reward {asked}: neither a file nor one of {', '.join(_ANALYTIC_REWARDS)}, none; "
-                "expected one of these or a .nemo file"
+                "expected one of these, a .nemo file, or your own package.module:name"
             )
-        config: Mapping[str, Any] = (
-            {"name": asked.lower()} if by_name else {"name": "clip", "model": {"restore_from_path": asked}}
-        )
+        config: Mapping[str, Any] = {"name": "clip", "model": {"restore_from_path": asked}}
+        if by_name:
+            config = {"name": asked.lower()}
+        elif by_path:
+            config = {"name": "custom", "import_path": asked}
         return build_reward(config, device=device)
+    section = run.config["rm"] if run and run.config.get("rm") else {"name": "clip"}
+    for key, value in import_paths(section):  # code that a folder names, which may be somebody else's
+        print(
+            f"note: the pictures are not scored: the run's reward is Python code ({key} = {value}), which is imported "
+            f"only where you name it yourself: --reward {value}",
+            file=sys.stderr,
+        )
+        return None
     try:
-        return build_reward(run.config["rm"] if run and run.config.get("rm") else {"name": "clip"}, device=device)
+        reward = build_reward(section, device=device)
+        if run is not None:
+            apply_statistics(reward, read_statistics(run.folder))
+        return reward
     except AlignerError as error:
         print(f"note: the pictures are not scored, the reward cannot be loaded: {error}", file=sys.stderr)
         return None

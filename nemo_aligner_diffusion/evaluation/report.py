@@ -98,10 +98,17 @@ def _reward_name(run: RunFiles) -> str:
     path = run.setting("rm.model.restore_from_path")
     if name == "clip":
         return f"the reward model {Path(str(path)).name}" if path else "the embedded CLIP reward"
-    if name == "composite":
-        parts = run.setting("rm.parts", {})
-        return "a composite of " + ", ".join(map(str, parts)) if parts else "a composite reward"
-    return f"{name} (an analytic reward)"
+    if name in ("composite", "ensemble"):
+        article, parts = "a" if name == "composite" else "an", run.setting("rm.parts", {})
+        return f"{article} {name} of {', '.join(map(str, parts))}" if parts else f"{article} {name} reward"
+    if name == "classifier":
+        return f"the class {run.setting('rm.target_class')} of a classifier"
+    if name == "detection":
+        action = "the absence of " if run.setting("rm.remove", False) else ""
+        return f"{action}{run.setting('rm.query') or 'what the prompt names'}, by a detector"
+    if name == "custom":
+        return f"the reward {run.setting('rm.import_path')}"
+    return f"{name} (an analytic reward)" if name != "feature_symmetry" else "symmetry in a CLIP's features"
 
 
 def _model_name(run: RunFiles) -> str:

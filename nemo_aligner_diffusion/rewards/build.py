@@ -3,47 +3,67 @@
 ::
 
     rm:
-      name: clip                    # clip | symmetry | compressibility | incompressibility | composite
-      model:                        # clip only
-        restore_from_path: null     # a .nemo file; null = the embedded reward
+      name: clip                    # one of REWARDS, below
+      model:                        # clip, feature_symmetry, classifier, detection
+        restore_from_path: null     # clip, feature_symmetry: a .nemo file; null = the embedded reward
+        from_pretrained: null       # classifier, detection: a transformers folder or hub id
         micro_batch_size: null      # images per forward pass of the reward; null = all at once
         activation_checkpointing: false
-        score: null                 # pickscore | hps | clipscore; null = the archive's own
+        score: null                 # clip: pickscore | hps | clipscore; null = the archive's own
         tokenizer: null             # folder with vocab.json and merges.txt, for archives that only name a tokenizer
       trainer: {precision: 32}      # 32 | 16 | bf16 | 64: what the reward computes in
+      augment: {…}                  # any reward: see augmentation.Augmentation
       quality: 80                   # (in)compressibility: JPEG quality, 1 to 100
       chroma_subsampling: true      # (in)compressibility
       reduction: sum                # (in)compressibility: sum | mean over a picture's values
-      parts: null                   # composite: {part: {weight: 1.0, reward: {name: …, as above}}}; `reward` may be
-                                    # left out, its keys standing beside `weight`; without a `name`, the part's is taken
+      distance: cosine              # feature_symmetry: cosine | l2
+      target_class: null            # classifier: index or label
+      views: 1                      # classifier: 1 to 10
+      query: null                   # detection: what to look for; null = each prompt
+      remove: false                 # detection: reward its absence
+      temperature: 0.1              # detection: of the maximum over boxes
+      import_path: null             # custom: package.module:name
+      kwargs: {}                    # custom
+      parts: null                   # composite, ensemble: {part: {weight: 1.0, normalize: …, clip: …, clip_mode: …,
+                                    # reward: {name: …, as above}}}; `reward` may be left out, its keys standing beside
+                                    # `weight`; without a `name`, the part's is taken
+      aggregate: mean_minus_std     # ensemble: mean | min | mean_minus_std
+      std_weight: 1.0               # ensemble
 """
 
 from __future__ import annotations
 
-import difflib
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
-from nemo_aligner_diffusion.embedded_assets import embedded_reward_path
-from nemo_aligner_diffusion.errors import ConfigurationError
+from nemo_aligner_diffusion.errors import ConfigurationError, RewardError
+from nemo_aligner_diffusion.rewards import build_kinds as kinds
 from nemo_aligner_diffusion.rewards.base import Reward
+from nemo_aligner_diffusion.rewards.build_sections import Section, check_keys, nearest, says_something, without_nulls
 
 logger = logging.getLogger(__name__)
 
-_JPEG_KEYS = ("quality", "chroma_subsampling", "reduction")
-_MODEL_KEYS = ("restore_from_path", "micro_batch_size", "activation_checkpointing", "score", "tokenizer")
-# The keys that act, for each reward there is.
-REWARDS: dict[str, tuple[str, ...]] = {
-    "clip": ("model",),
-    "symmetry": (),
-    "compressibility": _JPEG_KEYS,
-    "incompressibility": _JPEG_KEYS,
-    "composite": ("parts",),
+# For each reward there is: how it is made, and the keys that act beside `name`, `trainer` and `augment`.
+_KINDS: dict[str, tuple[Callable[[Section], Reward], tuple[str, ...]]] = {
+    "clip": (kinds.clip, ("model",)),
+    "symmetry": (kinds.symmetry, ()),
+    "feature_symmetry": (kinds.feature_symmetry, ("model", "distance")),
+    "compressibility": (kinds.compressibility, kinds.JPEG_KEYS),
+    "incompressibility": (kinds.incompressibility, kinds.JPEG_KEYS),
+    "classifier": (kinds.classifier, ("model", "target_class", "views")),
+    "detection": (kinds.detection, ("model", "query", "remove", "temperature")),
+    "custom": (kinds.custom, ("import_path", "kwargs")),
+    "composite": (kinds.composite, ("parts",)),
+    "ensemble": (kinds.ensemble, ("parts", "aggregate", "std_weight")),
 }
-_KEYS = ("name", "model", "trainer", "parts", *_JPEG_KEYS)
+REWARDS: dict[str, tuple[str, ...]] = {name: keys for name, (_, keys) in _KINDS.items()}
+MODEL_KEYS = tuple(dict.fromkeys((*kinds.RESTORED_KEYS, *kinds.PRETRAINED_KEYS)))
+AUGMENT_KEYS = ("crop_scale", "flip_probability", "colour_jitter", "dropout", "noise_std", "views")
+_COMMON = ("name", "trainer", "augment")
+_KEYS = tuple(dict.fromkeys((*_COMMON, *(key for keys in REWARDS.values() for key in keys))))
 _PRECISIONS = {
     **dict.fromkeys(("32", "32-true", "fp32", "float32"), torch.float32),
     **dict.fromkeys(("16", "16-true", "16-mixed", "fp16", "float16"), torch.float16),
@@ -59,6 +79,9 @@ def build_reward(
 ) -> Reward:
     """The reward that ``config`` (the ``rm`` section, a mapping or a ``DictConfig``) describes.
 
+    ``rm.name=custom`` imports and runs the Python code that ``rm.import_path`` names: give only a configuration that
+    the user wrote, and see :func:`import_paths` for one that came from elsewhere.
+
     Args:
         config: see the module's docstring; ``None`` or ``{}`` is the embedded CLIP reward.
         device: where it computes.
@@ -66,108 +89,60 @@ def build_reward(
 
     Raises:
         ConfigurationError: an unknown reward or key (the nearest known one is named), or an impossible value.
+        RewardError: a model or a custom reward cannot be used.
         ArchiveError: the ``.nemo`` file is unusable.
     """
-    from omegaconf import OmegaConf
+    return _build(without_nulls(_plain(config), "rm"), "rm", device, dtype).to(device)
 
-    plain = OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
-    reward = _build(_without_nulls(plain, "rm"), "rm", device, dtype)
-    return reward.to(device)
+
+def import_paths(config: Any, where: str = "rm") -> Iterator[tuple[str, str]]:
+    """``(key, value)`` of every import path in an ``rm`` section: code that building it would run."""
+    config = _plain(config)
+    if isinstance(config, Mapping):
+        for key, value in config.items():
+            if key == "import_path" and value is not None:
+                yield f"{where}.{key}", str(value)
+            else:
+                yield from import_paths(value, f"{where}.{key}")
 
 
 def _build(config: dict[str, Any], where: str, device: str | torch.device, dtype: torch.dtype | None) -> Reward:
-    _check_keys(config, _KEYS, where)
+    check_keys(config, _KEYS, where)
     name = config.get("name", "clip")
     if name not in REWARDS:
-        raise ConfigurationError(f"{where}.name={name!r} is no reward. {_nearest(name, REWARDS)}")
+        raise ConfigurationError(f"{where}.name={name!r} is no reward. {nearest(name, REWARDS)}")
     for key in config:
-        if key not in ("name", "trainer", *REWARDS[name]) and _says_something(config[key]):
+        if key not in (*_COMMON, *REWARDS[name]) and says_something(config[key]):
             logger.warning("%s.%s has no effect here: the reward %r does not use it", where, key, name)
-    precision = _without_nulls(config.get("trainer"), f"{where}.trainer").get("precision", 32)
+    precision = without_nulls(config.get("trainer"), f"{where}.trainer").get("precision", 32)
     if dtype is None:
         if str(precision) not in _PRECISIONS:
             raise ConfigurationError(
-                f"{where}.trainer.precision={precision!r} is unknown. {_nearest(str(precision), _PRECISIONS)}"
+                f"{where}.trainer.precision={precision!r} is unknown. {nearest(str(precision), _PRECISIONS)}"
             )
         dtype = _PRECISIONS[str(precision)]
-    if name == "clip":
-        return _build_clip(_without_nulls(config.get("model"), f"{where}.model"), f"{where}.model", device, dtype)
-    if name == "composite":
-        return _build_composite(config, where, device, dtype)
-    if name == "symmetry":
-        from nemo_aligner_diffusion.rewards.symmetry import MirrorSymmetry
-
-        return MirrorSymmetry()
-    from nemo_aligner_diffusion.rewards.jpeg import JPEGCompressibility
-
-    settings = {key: config[key] for key in _JPEG_KEYS if key in config}
-    return JPEGCompressibility(**settings, incompressible=name == "incompressibility")
-
-
-def _build_clip(model: dict[str, Any], where: str, device: str | torch.device, dtype: torch.dtype) -> Reward:
-    from nemo_aligner_diffusion.rewards.restore import restore_reward
-
-    _check_keys(model, _MODEL_KEYS, where)
-    micro_batch_size = model.get("micro_batch_size")
-    if micro_batch_size is not None and (not isinstance(micro_batch_size, int) or micro_batch_size < 1):
-        raise ConfigurationError(
-            f"{where}.micro_batch_size={micro_batch_size!r}; expected at least 1, or null for all."
-        )
-    return restore_reward(
-        model.get("restore_from_path") or embedded_reward_path(),
-        device=device,
-        dtype=dtype,
-        tokenizer=model.get("tokenizer"),
-        score=model.get("score"),
-        micro_batch_size=micro_batch_size,
-        activation_checkpointing=bool(model.get("activation_checkpointing", False)),
+    settled = dtype  # the parts compute in it, too
+    section = Section(
+        {**config, "name": name}, where, device, dtype, lambda below, place: _build(below, place, device, settled)
     )
+    return _augmented(_KINDS[name][0](section), without_nulls(config.get("augment"), f"{where}.augment"), where)
 
 
-def _build_composite(config: dict[str, Any], where: str, device: str | torch.device, dtype: torch.dtype) -> Reward:
-    from nemo_aligner_diffusion.rewards.composite import CompositeReward
+def _augmented(reward: Reward, settings: dict[str, Any], where: str) -> Reward:
+    from nemo_aligner_diffusion.rewards.augmentation import Augmentation, AugmentedReward
 
-    parts = _without_nulls(config.get("parts"), f"{where}.parts")
-    if not parts:
-        raise ConfigurationError(
-            f"{where}.name=composite needs {where}.parts, e.g. {{clip: {{weight: 1.0}}, symmetry: {{weight: 20.0}}}}."
-        )
-    built: dict[str, tuple[float, Reward]] = {}
-    for part, section in parts.items():
-        here = f"{where}.parts.{part}"
-        settings = _without_nulls(section, here)
-        weight = settings.pop("weight", 1.0)
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-            raise ConfigurationError(f"{here}.weight={weight!r}; expected a number.")
-        if "reward" in settings:
-            inner = _without_nulls(settings.pop("reward"), f"{here}.reward")
-            _check_keys(settings, ("weight", "reward"), here)
-            settings = inner
-        settings.setdefault("name", part)
-        built[part] = (weight, _build(settings, here, device, dtype))
-    return CompositeReward(built)
+    check_keys(settings, AUGMENT_KEYS, f"{where}.augment")
+    for key, value in settings.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ConfigurationError(f"{where}.augment.{key}={value!r}; expected a number.")
+    try:
+        augmentation = Augmentation.from_mapping(settings)
+    except RewardError as error:
+        raise ConfigurationError(f"{where}.{error}") from error
+    return AugmentedReward(reward, augmentation, where) if augmentation.perturbs else reward
 
 
-def _without_nulls(section: Any, where: str) -> dict[str, Any]:
-    """A copy without null entries: a schema that lists every key must not differ from one that leaves them out."""
-    if section is None:
-        return {}
-    if not isinstance(section, Mapping):
-        raise ConfigurationError(f"{where}={section!r}; expected a section with keys.")
-    return {str(key): value for key, value in section.items() if value is not None}
+def _plain(config: Any) -> Any:
+    from omegaconf import OmegaConf
 
-
-def _says_something(value: Any) -> bool:
-    """False for null and for sections that hold nothing but null: a schema's blanks are no wish of the user's."""
-    return any(map(_says_something, value.values())) if isinstance(value, Mapping) else value is not None
-
-
-def _check_keys(section: Mapping[str, Any], known: Collection[str], where: str) -> None:
-    for key in section:
-        if key not in known:
-            raise ConfigurationError(f"{where}.{key} is no key of the reward. {_nearest(key, known)}")
-
-
-def _nearest(name: object, known: Collection[str]) -> str:
-    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
-    return (f"Nearest is {close[0]!r}; k" if close else "K") + f"nown are: {', '.join(known)}."
+    return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config

@@ -51,6 +51,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+_OTHER_PROGRAMS = ("reward_model",)  # configurations in conf/ that are no recipe of the diffusion trainers
+
 
 def conf_directory() -> Path:
     """``conf/``: inside the package where it was installed from a wheel, beside it in a source checkout."""
@@ -69,6 +71,7 @@ def recipes() -> dict[str, str]:
     return {
         file.stem: file.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
         for file in sorted(conf_directory().glob("*.yaml"))
+        if file.stem not in _OTHER_PROGRAMS
     }
 
 
@@ -257,6 +260,13 @@ def _selected_layer(item: Override, base: str, own_folder: Path) -> Layer:
 def _resolve(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Resolve interpolations such as ``${name}``."""
     cfg = OmegaConf.create(unflatten(tree))
+    missing = [key for key, value in tree.items() if value == "???"]
+    if missing:
+        page = "rewards.md" if missing[0].startswith("rm.") else "configuration.md"
+        raise ConfigurationError(
+            f"{' and '.join(missing)} must be given, as {' '.join(f'{key}=…' for key in missing)}: there is no default "
+            f"(docs/{page} explains)"
+        )
     for key, value in tree.items():
         if isinstance(value, str) and "${" in value:
             try:

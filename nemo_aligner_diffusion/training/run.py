@@ -36,6 +36,7 @@ from nemo_aligner_diffusion.training.interruption import (
 from nemo_aligner_diffusion.training.metrics_logging import MetricsCSV, build_loggers
 from nemo_aligner_diffusion.training.non_finite import NonFinitePolicy
 from nemo_aligner_diffusion.training.progress import TrainingProgress
+from nemo_aligner_diffusion.training.reward_normalization import RewardNormalization
 from nemo_aligner_diffusion.training.run_directory import RunDirectory
 from nemo_aligner_diffusion.training.validation import ValidationFiles, validation_loader
 
@@ -94,6 +95,7 @@ def run_training(cfg: DictConfig) -> int:
         directory.checkpoints, every_n_optimizer_steps=loop.save_interval or None, resume=resume
     )
     callbacks: list[pl.Callback] = [
+        RewardNormalization(directory.path, resumed=resume is not None),
         *([ema] if ema is not None else []),
         ValidationFiles(directory.path, _embedder(cfg, reward), cfg.report.max_prompts),
         MetricsCSV(directory.path),
@@ -212,8 +214,9 @@ def _build_trainer(
 
 def _embedder(cfg: DictConfig, reward: Reward) -> Embedder | None:
     """What measures diversity: the reward itself where it embeds pictures, else the CLIP of the embedded model."""
-    if hasattr(reward, "embed_images"):
-        return reward  # type: ignore[return-value]
+    for module in reward.modules():
+        if hasattr(module, "embed_images"):
+            return module  # type: ignore[return-value]
     if cfg.model.from_pretrained is None:
         return restore_reward(embedded_reward_path())  # type: ignore[return-value]
     return None

@@ -8,190 +8,29 @@ A key is written dotted. ``trainer.<loop>.x`` stands for the training loop's sec
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from nemo_aligner_diffusion.errors import ConfigurationError
+from nemo_aligner_diffusion.training.schema_kinds import (
+    ANY,
+    BOOL,
+    FRACTION,
+    PATH,
+    PATHS,
+    SHARE,
+    TEXT,
+    Kind,
+    choice,
+    integer,
+    number,
+)
+from nemo_aligner_diffusion.training.schema_rewards import PRECISIONS, REWARD_KEYS, REWARDS
+
+__all__ = ["ANY", "KEYS", "LOOP", "PRECISIONS", "REWARDS", "Kind", "kind_of", "known_keys", "read_values"]
 
 LOOP = "<loop>"
-
-
-@dataclass(frozen=True)
-class Kind:
-    """One key's type and range.
-
-    Attributes:
-        name: ``bool``, ``int``, ``float``, ``text``, ``path``, ``texts`` (list), ``ints``, ``floats`` (lists),
-            ``paths`` (one path or a list), ``devices``, ``any``.
-        low, high: bounds, both included unless ``open_low``/``open_high``; of each entry for lists.
-        choices: the only values, compared without regard to case; the spelling given here is what is kept.
-        length: number of entries of a list.
-        nullable: whether ``null`` is a value.
-    """
-
-    name: str
-    low: float | None = None
-    high: float | None = None
-    open_low: bool = False
-    open_high: bool = False
-    choices: tuple[str, ...] = ()
-    length: int | None = None
-    nullable: bool = False
-
-    def describe(self) -> str:
-        """The expectation in words, as error messages and the documentation show it."""
-        if self.choices:
-            text = "one of " + ", ".join(self.choices)
-        else:
-            text = {
-                "bool": "true or false",
-                "int": "an integer",
-                "float": "a number",
-                "text": "text",
-                "path": "a path",
-                "paths": "a path or a list of paths",
-                "texts": "a list of texts",
-                "ints": "a list of integers",
-                "floats": "a list of numbers",
-                "devices": "an integer >= 1 or a list of device indices",
-                "any": "anything",
-            }[self.name]
-            if self.length is not None:
-                text = text.replace("a list of", f"a list of {self.length}")
-            bounds = []
-            if self.low is not None:
-                bounds.append(f"{'>' if self.open_low else '>='} {self.low:g}")
-            if self.high is not None:
-                bounds.append(f"{'<' if self.open_high else '<='} {self.high:g}")
-            text = " ".join([text, *([" and ".join(bounds)] if bounds else [])])
-        return f"{text}, or null" if self.nullable else text
-
-    def read(self, key: str, value: Any) -> Any:
-        """``value`` as this kind.
-
-        Raises:
-            ConfigurationError: naming the key, the value and what was expected.
-        """
-        if value is None:
-            if self.nullable or self.name == "any":
-                return None
-            raise self._wrong(key, value)
-        reader = getattr(self, f"_read_{self.name}")
-        result = reader(value)
-        if result is None:
-            hint = ""
-            if value == "" and self.name in ("path", "paths"):
-                hint = " (an unset shell variable? write null for the default)"
-            raise self._wrong(key, value, hint)
-        return result
-
-    def _wrong(self, key: str, value: Any, hint: str = "") -> ConfigurationError:
-        given = "null" if value is None else repr(value)
-        return ConfigurationError(f"{key} = {given}: expected {self.describe()}{hint}")
-
-    def _inside(self, value: float) -> bool:
-        if self.low is not None and (value < self.low or (self.open_low and value == self.low)):
-            return False
-        return not (self.high is not None and (value > self.high or (self.open_high and value == self.high)))
-
-    # Each reader returns None for a value that is not of its kind.
-    def _read_any(self, value: Any) -> Any:
-        return value
-
-    def _read_bool(self, value: Any) -> bool | None:
-        return value if isinstance(value, bool) else None
-
-    def _read_int(self, value: Any) -> int | None:
-        number = _number(value)
-        if number is None or number != int(number) or not self._inside(number):
-            return None
-        return value if isinstance(value, int) else int(number)
-
-    def _read_float(self, value: Any) -> float | int | None:
-        number = _number(value)
-        if number is None or not self._inside(number):
-            return None
-        # An integer stays one: trainer.<loop>.limit_val_batches counts batches with it.
-        return value if isinstance(value, int) else number
-
-    def _read_text(self, value: Any) -> str | None:
-        if isinstance(value, bool) or not isinstance(value, str | int | float):
-            return None
-        text = str(value)
-        if not self.choices:
-            return text
-        return next((choice for choice in self.choices if choice.lower() == text.lower()), None)
-
-    def _read_path(self, value: Any) -> str | None:
-        if isinstance(value, bool) or not isinstance(value, str | int | float):
-            return None
-        return str(value) or None
-
-    def _read_paths(self, value: Any) -> str | list[str] | None:
-        if isinstance(value, Sequence) and not isinstance(value, str):
-            return self._list(value, self._read_path)
-        return self._read_path(value)
-
-    def _read_texts(self, value: Any) -> list[str] | None:
-        return self._list(value, self._read_text)
-
-    def _read_ints(self, value: Any) -> list[int] | None:
-        return self._list(value, self._read_int)
-
-    def _read_floats(self, value: Any) -> list[float] | None:
-        return self._list(value, self._read_float)
-
-    def _read_devices(self, value: Any) -> int | list[int] | None:
-        if isinstance(value, Sequence) and not isinstance(value, str):
-            indices = Kind("ints", low=0)._read_ints(value)
-            return indices if indices and len(set(indices)) == len(indices) else None
-        return Kind("int", low=1)._read_int(value)
-
-    def _list(self, value: Any, read: Any) -> list[Any] | None:
-        if isinstance(value, str) or not isinstance(value, Sequence) or not value:
-            return None
-        entries = [read(entry) for entry in value]
-        if any(entry is None for entry in entries) or (self.length is not None and len(entries) != self.length):
-            return None
-        return entries
-
-
-def _number(value: Any) -> float | int | None:
-    """A finite number, also where YAML 1.1 or the shell left it a string (``1e-4``); None for anything else."""
-    if isinstance(value, bool):
-        return None
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            return None
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return value
-
-
-BOOL = Kind("bool")
-TEXT = Kind("text")
-PATH = Kind("path", nullable=True)
-PATHS = Kind("paths", nullable=True)
-ANY = Kind("any")
-FRACTION = Kind("float", low=0, high=1, open_high=True)
-SHARE = Kind("float", low=0, high=1, nullable=True)
-
-
-def integer(low: int | None = None, *, nullable: bool = False) -> Kind:
-    return Kind("int", low=low, nullable=nullable)
-
-
-def number(low: float | None = None, *, above: float | None = None, nullable: bool = False) -> Kind:
-    return Kind("float", low=low if above is None else above, open_low=above is not None, nullable=nullable)
-
-
-def choice(*choices: str, nullable: bool = False) -> Kind:
-    return Kind("text", choices=choices, nullable=nullable)
 
 
 ALGORITHMS = ("draft", "draft_k", "draft_lv", "draft+", "drtune", "refl", "alignprop")
@@ -200,17 +39,6 @@ ALGORITHMS = ("draft", "draft_k", "draft_lv", "draft+", "drtune", "refl", "align
 SAMPLERS = ("DDIM", "PLMS", "Euler", "DPM++2M", "DPM++2M_SDE", "UniPC", "DPM", "DPMSolver++", "PARA_DDIM")
 OPTIMIZERS = ("fused_adam", "adamw", "adam", "sgd")
 SCHEDULES = ("WarmupHoldPolicy", "CosineAnnealing", "constant")
-# Each reward and the entries of `rm` that it reads.
-REWARDS: dict[str, tuple[str, ...]] = {
-    "clip": ("model", "trainer"),
-    "symmetry": (),
-    "compressibility": ("quality", "chroma_subsampling", "reduction"),
-    "incompressibility": ("quality", "chroma_subsampling", "reduction"),
-    "composite": ("parts", "trainer"),
-}
-SCORES = ("pickscore", "hps", "clipscore")
-REDUCTIONS = ("sum", "mean")
-PRECISIONS = ("32", "16", "bf16", "64", "32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true")
 
 KEYS: dict[str, Kind] = {
     "name": TEXT,
@@ -295,17 +123,7 @@ KEYS: dict[str, Kind] = {
     "model.data.validation.prompts": Kind("texts", nullable=True),
     "model.data.validation.max_prompts": integer(1),
     "model.data.validation.seeds": Kind("ints", low=0),
-    "rm.name": choice(*REWARDS),
-    "rm.model.restore_from_path": PATH,
-    "rm.model.micro_batch_size": integer(1, nullable=True),
-    "rm.model.activation_checkpointing": BOOL,
-    "rm.model.score": choice(*SCORES, nullable=True),
-    "rm.model.tokenizer": PATH,
-    "rm.trainer.precision": choice(*PRECISIONS),
-    "rm.quality": Kind("int", low=1, high=100),
-    "rm.chroma_subsampling": BOOL,
-    "rm.reduction": choice(*REDUCTIONS),
-    "rm.parts.*": ANY,
+    **REWARD_KEYS,
     "report.enable": BOOL,
     "report.max_prompts": integer(1),
 }

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig
 
 from nemo_aligner_diffusion.errors import ConfigurationError
-from nemo_aligner_diffusion.training import schema
-from nemo_aligner_diffusion.training.config_layers import closest, flatten
+from nemo_aligner_diffusion.training.schema_reward_checks import check_reward
 
 # Settings that only some methods read: what is set on the command line for another method gets a warning.
 READ_BY: dict[str, tuple[str, ...]] = {
@@ -99,7 +97,7 @@ def check(cfg: DictConfig) -> None:
                 f"or {pixels // 8 * 8 + 8}"
             )
     _check_sampler(cfg)
-    _check_reward(cfg)
+    check_reward(cfg)
     _check_loop(cfg)
 
 
@@ -148,63 +146,6 @@ def _check_steps(cfg: DictConfig) -> None:
                 f"model.alignprop.min_truncation_steps = {least}, max_truncation_steps = {most} do not fit {within}: "
                 f"expected 1 <= min <= max <= {steps}"
             )
-
-
-def _check_reward(cfg: DictConfig) -> None:
-    reward = cfg.rm
-    path = (reward.get("model") or {}).get("restore_from_path")
-    if path is not None and reward.name != "clip":
-        raise ConfigurationError(
-            f"rm.model.restore_from_path = {path!r} with rm.name = {reward.name}, which restores no file: "
-            "expected rm.name=clip, or no path"
-        )
-    if reward.name == "composite":
-        parts = reward.get("parts")
-        _check_parts("rm", OmegaConf.to_container(parts) if isinstance(parts, DictConfig) else parts)
-
-
-def _check_parts(where: str, parts: Any) -> None:
-    """The parts of a composite reward: each ``{weight, name, its keys}`` or ``{weight, reward: {name, its keys}}``."""
-    if not isinstance(parts, Mapping) or not parts:
-        raise ConfigurationError(
-            f"{where}.name = composite needs {where}.parts, such as "
-            f"{where}.parts={{clip:{{weight:1.0}},symmetry:{{weight:10.0}}}}"
-        )
-    for label, part in parts.items():
-        here = f"{where}.parts.{label}"
-        if not isinstance(part, Mapping):
-            raise ConfigurationError(f"{here} = {part!r}: expected keys, such as {{weight: 1.0}}")
-        settings = dict(part)
-        weight = settings.pop("weight", 1.0)
-        if isinstance(weight, bool) or not isinstance(weight, int | float):
-            raise ConfigurationError(f"{here}.weight = {weight!r}: expected a number")
-        if "reward" in settings:
-            inner = settings.pop("reward")
-            if settings or not isinstance(inner, Mapping):
-                raise ConfigurationError(f"{here}: expected only weight and reward, with the reward's keys below it")
-            settings, here = dict(inner), f"{here}.reward"
-        name = settings.pop("name", str(label))
-        if name not in schema.REWARDS:
-            known = ", ".join(schema.REWARDS)
-            hint = closest(str(name), schema.REWARDS)
-            raise ConfigurationError(f"{here}.name = {name!r}: expected one of {known}{hint}")
-        if name == "composite":
-            _check_parts(here, settings.pop("parts", None))
-        _check_part_keys(here, name, settings)
-
-
-def _check_part_keys(here: str, name: str, settings: Mapping[str, Any]) -> None:
-    sections = [section for section in schema.REWARDS[name] if section not in ("trainer", "parts")]
-    known = [key.removeprefix("rm.") for key in schema.KEYS if key.startswith("rm.")]
-    known = [key for key in known if key.partition(".")[0] in sections]
-    for key, value in flatten(settings).items():
-        if key == "trainer.precision":
-            raise ConfigurationError(f"{here}.{key}: all parts compute alike; set rm.trainer.precision")
-        if key not in known and not (value in (None, {}) and key in sections):
-            hint = closest(key, known) or f"; {name} reads {', '.join(known) or 'no further keys'}"
-            raise ConfigurationError(f"unknown key {f'{here}.{key}'!r}{hint}")
-        if key in known and value is not None:
-            schema.KEYS[f"rm.{key}"].read(f"{here}.{key}", value)
 
 
 def _check_loop(cfg: DictConfig) -> None:

@@ -27,7 +27,17 @@ SECTIONS: dict[str, list[str]] = {
     "Optimizer": ["optim/fused_adam.yaml", "optim/sgd.yaml"],
     "Learning-rate schedule": ["sched/warmup_hold.yaml", "sched/cosine.yaml"],
     "Prompts": ["data/prompts.yaml"],
-    "Reward": ["rm/clip.yaml", "rm/compressibility.yaml"],
+    "Reward": [
+        "rm/clip.yaml",
+        "rm/base.yaml",
+        "rm/compressibility.yaml",
+        "rm/feature_symmetry.yaml",
+        "rm/classifier.yaml",
+        "rm/detection.yaml",
+        "rm/custom.yaml",
+        "rm/composite.yaml",
+        "rm/ensemble.yaml",
+    ],
     "Report": ["report/default.yaml"],
 }
 
