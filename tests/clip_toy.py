@@ -29,7 +29,9 @@ VOCABULARY_SIZE = 512 + len(MERGES) + 2
 END_OF_TEXT = VOCABULARY_SIZE - 1
 
 
-def toy_clip(seed: int = 0, *, image_size: int = 32, max_length: int = 16, hidden_act: str = "quick_gelu") -> CLIPModel:
+def toy_clip(
+    seed: int = 0, *, image_size: int = 32, max_length: int = 16, hidden_act: str = "quick_gelu", text_heads: int = 3
+) -> CLIPModel:
     torch.manual_seed(seed)
     tower = {"num_hidden_layers": 2, "hidden_act": hidden_act}
     config = CLIPConfig(
@@ -37,7 +39,7 @@ def toy_clip(seed: int = 0, *, image_size: int = 32, max_length: int = 16, hidde
             **tower,
             "hidden_size": 24,
             "intermediate_size": 40,
-            "num_attention_heads": 3,
+            "num_attention_heads": text_heads,
             "vocab_size": VOCABULARY_SIZE,
             "max_position_embeddings": max_length,
             "bos_token_id": END_OF_TEXT - 1,
@@ -79,6 +81,7 @@ _IN_LAYER = {
 def megatron_twin(model: CLIPModel, *, legacy: bool, padded_to: int = 128) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """``(model_config.yaml, state dict)`` of the same weights in NeMo's layout."""
     source = model.state_dict()
+    text_heads = model.config.to_dict()["text_config"]["num_attention_heads"]
     state: dict[str, Tensor] = {}
     for key, tensor in source.items():
         module, _, kind = key.rpartition(".")
@@ -97,7 +100,7 @@ def megatron_twin(model: CLIPModel, *, legacy: bool, padded_to: int = 128) -> tu
             if inner == "self_attn.q_proj":
                 three = [source[key.replace("q_proj", f"{letter}_proj")] for letter in "qkv"]
                 if not legacy:  # (head, q/k/v, channel) instead of (q/k/v, head, channel)
-                    heads = 3 if side == "text_model" else 4
+                    heads = text_heads if side == "text_model" else 4
                     rows = [part.reshape(heads, -1, *part.shape[1:]) for part in three]
                     three = [row for head in range(heads) for row in (rows[0][head], rows[1][head], rows[2][head])]
                 state[f"{prefix}.{number}.self_attention.query_key_value.{kind}"] = torch.cat(three)
@@ -131,13 +134,32 @@ def megatron_twin(model: CLIPModel, *, legacy: bool, padded_to: int = 128) -> tu
             **tower,
             "hidden_size": 24,
             "ffn_hidden_size": 40,
-            "num_attention_heads": 3,
+            "num_attention_heads": text_heads,
             "encoder_seq_length": 16,
             "max_position_embeddings": "${.encoder_seq_length}",
         },
         "tokenizer": {"library": "huggingface", "vocab_file": "nemo:vocab.json", "merge_file": "nemo:merges.txt"},
     }
     return config, {f"model.{name}": tensor for name, tensor in state.items()}
+
+
+def tensor_parallel_shards(state: dict[str, Tensor], ranks: int, *, legacy: bool) -> list[dict[str, Tensor]]:
+    """What each of ``ranks`` tensor-parallel processes holds of a Megatron model: whole heads, rows, or columns."""
+    shards: list[dict[str, Tensor]] = [{} for _ in range(ranks)]
+    for name, tensor in state.items():
+        kind = name.split(".")[-2]
+        if kind == "query_key_value" and legacy:  # each of q, k and v is split by heads, and stacked again per rank
+            per_letter = [part.chunk(ranks) for part in tensor.chunk(3)]
+            parts = [torch.cat([letter[rank] for letter in per_letter]) for rank in range(ranks)]
+        elif kind in ("query_key_value", "dense_h_to_4h", "word_embeddings"):
+            parts = list(tensor.chunk(ranks))
+        elif kind in ("dense", "dense_4h_to_h") and tensor.ndim == 2:
+            parts = list(tensor.chunk(ranks, dim=1))
+        else:
+            parts = [tensor] * ranks
+        for shard, part in zip(shards, parts, strict=True):
+            shard[name] = part.clone()
+    return shards
 
 
 _OPEN_CLIP = {

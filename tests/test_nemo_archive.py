@@ -205,10 +205,21 @@ def test_duplicate_members(tmp_path: Path) -> None:
 def test_split_and_distributed_weights_say_what_to_do(tmp_path: Path) -> None:
     config = {"model_config.yaml": b"target: a.B\n"}
     ranks = {f"mp_rank_0{rank}/model_weights.ckpt": weights_bytes() for rank in range(2)}
-    with pytest.raises(ArchiveError, match=r"2 model-parallel ranks.*[Mm]erge"):
-        load_nemo(write_tar(tmp_path / "x.nemo", config | ranks))
+    archive = load_nemo(write_tar(tmp_path / "x.nemo", config | ranks))
+    assert [set(shard) for shard in archive.shards()] == [set(STATE)] * 2
+    with pytest.raises(ArchiveError, match=r"2 tensor-parallel ranks.*Merge"):
+        archive.state_dict()
     with pytest.raises(ArchiveError, match=r"distributed checkpoint.*save_nemo"):
         load_nemo(write_tar(tmp_path / "y.nemo", config | {"./model_weights/__0_0.distcp": b"x"}))
+    for names, message in (
+        (("mp_rank_01",), "lacks some of its tensor-parallel ranks"),
+        (("mp_rank_00", "mp_rank_02"), "lacks some of its tensor-parallel ranks"),
+        (("mp_rank_00", "mp_rank_000"), "holds a rank twice"),
+        (("tp_rank_00_pp_rank_000", "tp_rank_00_pp_rank_001"), "pipeline stages.*Merge"),
+    ):
+        members = {f"./{name}/model_weights.ckpt": weights_bytes() for name in names}
+        with pytest.raises(ArchiveError, match=message):
+            load_nemo(write_tar(tmp_path / "z.nemo", config | members))
 
 
 @pytest.mark.parametrize("packed", [False, True])

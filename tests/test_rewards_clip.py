@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import subprocess
+import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from clip_toy import END_OF_TEXT, VOCABULARY_SIZE, megatron_twin, tokenizer_files, toy_clip
+from clip_toy import (
+    END_OF_TEXT,
+    VOCABULARY_SIZE,
+    megatron_twin,
+    tensor_parallel_shards,
+    tokenizer_files,
+    toy_clip,
+)
+from omegaconf import OmegaConf
 
 from nemo_aligner_diffusion.errors import AlignerError, ArchiveError, RewardError
 from nemo_aligner_diffusion.nemo_archive import load_nemo, save_nemo
@@ -67,6 +80,100 @@ def test_megatron_layout_gives_the_same_scores(tmp_path: Path, images: torch.Ten
     nemo = restored(save_nemo(tmp_path / "nemo.nemo", config, state, tokenizer_files()))
     ours = restored(convert_hf_clip_to_nemo(model, tokenizer_files(), tmp_path / "ours.nemo"))
     assert torch.allclose(nemo.score_matrix(images, PROMPTS), ours.score_matrix(images, PROMPTS), atol=1e-5)
+
+
+def write_shards(path: Path, config: dict[str, Any], shards: list[dict[str, torch.Tensor]]) -> Path:
+    """As NeMo lays out an archive of several tensor-parallel ranks."""
+    members = {"model_config.yaml": OmegaConf.to_yaml(OmegaConf.create(config)).encode(), **tokenizer_files()}
+    for rank, shard in enumerate(shards):
+        stream = io.BytesIO()
+        torch.save(shard, stream)
+        members[f"mp_rank_{rank:02d}/model_weights.ckpt"] = stream.getvalue()
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(f"./{name}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_tensor_parallel_shards_give_the_same_scores(
+    tmp_path: Path, images: torch.Tensor, legacy: bool, ranks: int
+) -> None:
+    model = toy_clip(seed=1, text_heads=4)
+    config, state = megatron_twin(model, legacy=legacy)
+    shards = tensor_parallel_shards(state, ranks, legacy=legacy)
+    attention = "model.vision_encoder.backbone.transformer.layers.0.self_attention."
+    assert shards[0][f"{attention}query_key_value.weight"].shape == (96 // ranks, 32)
+    assert shards[0][f"{attention}dense.weight"].shape == (32, 32 // ranks)
+    config["tensor_model_parallel_size"] = ranks
+    merged = restored(write_shards(tmp_path / "tp.nemo", config, shards))
+    ours = restored(convert_hf_clip_to_nemo(model, tokenizer_files(), tmp_path / "ours.nemo"))
+    assert torch.allclose(merged.score_matrix(images, PROMPTS), ours.score_matrix(images, PROMPTS), atol=1e-5)
+
+
+def test_tensor_parallel_shards_that_do_not_belong_together(tmp_path: Path) -> None:
+    config, state = megatron_twin(toy_clip(text_heads=4), legacy=True)
+    path = tmp_path / "tp.nemo"
+
+    def refused(message: str, change: Callable[[list[dict[str, torch.Tensor]]], Any], **keys: Any) -> None:
+        shards = tensor_parallel_shards(state, 2, legacy=True)
+        change(shards)
+        with pytest.raises(ArchiveError, match=message):
+            restore_reward(write_shards(path, {**config, **keys}, shards))
+
+    bias = "model.text_encoder.language_model.encoder.layers.1.mlp.dense_4h_to_h.bias"
+    refused(f"{bias} differs between .* 0 and 1", lambda shards: shards[1][bias].add_(1e-3))
+    refused("hold different tensors", lambda shards: shards[1].pop(bias))
+    refused("has shapes", lambda shards: shards[1].update({bias: torch.zeros(3)}))
+    refused("tensor_model_parallel_size: 4", lambda shards: None, tensor_model_parallel_size=4)
+    refused("1 of the tensor-parallel ranks", lambda shards: shards.pop(), tensor_model_parallel_size=2)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("vision", "global_average_pool", True),
+        ("text", "normalization", "layernorm1p"),
+        ("text", "transformer_block_type", "post_ln"),
+        ("text", "position_embedding_type", "rope"),
+    ],
+)
+def test_megatron_architectures_that_would_score_otherwise(tmp_path: Path, section: str, key: str, value: Any) -> None:
+    config, state = megatron_twin(toy_clip(), legacy=True)
+    config[section][key] = value
+    with pytest.raises(ArchiveError, match=rf"{section}\.{key} = '{value}'"):
+        restore_reward(save_nemo(tmp_path / "x.nemo", config, state, tokenizer_files()))
+
+
+def test_tokenizer_named_by_its_repository_is_found_in_the_cache(tmp_path: Path, images: torch.Tensor) -> None:
+    """NeMo's published configurations name openai/clip-vit-large-patch14 and carry no file of it."""
+    config, state = megatron_twin(toy_clip(), legacy=True)
+    config["tokenizer"] = {"library": "huggingface", "type": "openai/clip-vit-large-patch14", "vocab_file": None}
+    path = save_nemo(tmp_path / "nemo.nemo", config, state)
+    with pytest.raises(ArchiveError, match=r"openai/clip-vit-large-patch14.*rm\.model\.tokenizer"):
+        restore_reward(path)
+    repository = tmp_path / "hf" / "hub" / "models--openai--clip-vit-large-patch14"
+    snapshot = repository / "snapshots" / ("1" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("1" * 40)
+    for name, content in tokenizer_files().items():
+        (snapshot / name).write_bytes(content)
+    torch.save(images, tmp_path / "images.pt")
+    code = (
+        "import sys, torch\nfrom nemo_aligner_diffusion.rewards import restore_reward\n"
+        f"images = torch.load({str(tmp_path / 'images.pt')!r}, weights_only=True)\n"
+        f"torch.save(restore_reward({str(path)!r})(images, {PROMPTS!r}), {str(tmp_path / 'scores.pt')!r})\n"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    environment.pop("HF_HUB_CACHE", None)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    ours = restored(convert_hf_clip_to_nemo(toy_clip(), tokenizer_files(), tmp_path / "ours.nemo"))
+    assert torch.allclose(torch.load(tmp_path / "scores.pt", weights_only=True), ours(images, PROMPTS), atol=1e-5)
 
 
 def test_megatron_layout_that_does_not_fit(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import re
@@ -33,7 +34,14 @@ if TYPE_CHECKING:
 _GZIP_MAGIC = b"\x1f\x8b"
 _GZIP = zlib.MAX_WBITS | 16  # what zlib calls that format
 # Rank folders of model-parallel writers: mp_rank_00, tp_rank_00_pp_rank_000.
-_RANK_FOLDER = re.compile(r"(?:mp_rank_\d+|tp_rank_\d+_pp_rank_\d+)/" + re.escape(WEIGHTS_NAME))
+_RANK_FOLDER = re.compile(
+    r"(?:mp_rank_(?P<rank>[0-9]{1,6})|tp_rank_(?P<tensor_rank>[0-9]{1,6})_pp_rank_(?P<stage>[0-9]{1,6}))/"
+    + re.escape(WEIGHTS_NAME)
+)
+_HOW_TO_MERGE = (
+    "Merge them first with NeMo's examples/nlp/language_modeling/megatron_change_num_partitions.py "
+    "(target_tensor_model_parallel_size=1, target_pipeline_model_parallel_size=1)."
+)
 
 _KINDS = {"link": "link", "other": "device, sparse or other special file"}
 
@@ -138,8 +146,20 @@ class NemoArchive:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The weights, dense, on the CPU and as saved; ``_extra_state`` entries are left out."""
-        member = self._weights
-        return load_tensors(self.path, member.name, member.size, lambda: self._window(member), self._limits)
+        if len(self._weights) > 1:
+            raise self._error(
+                f"holds weights split over {len(self._weights)} tensor-parallel ranks, "
+                f"{listing(member.name for member in self._weights)}, which are not merged for this kind of model",
+                _HOW_TO_MERGE,
+            )
+        return self.shards()[0]
+
+    def shards(self) -> list[dict[str, torch.Tensor]]:
+        """The weights of every tensor-parallel rank (``mp_rank_00/`` and so on); one of them where nothing is split."""
+        return [
+            load_tensors(self.path, member.name, member.size, functools.partial(self._window, member), self._limits)
+            for member in self._weights
+        ]
 
     def _read_index(self) -> dict[str, _Member]:
         if self.path.exists() and not self.path.is_file() and not self.path.is_dir():
@@ -272,22 +292,33 @@ class NemoArchive:
             remedy = "Repair the YAML or save the archive again."
             raise self._error(f"has an unusable {CONFIG_NAME}: {error}", remedy) from error
 
-    def _find_weights(self) -> _Member:
+    def _find_weights(self) -> tuple[_Member, ...]:
+        """The weights, or their tensor-parallel shards in order of rank."""
         if WEIGHTS_NAME in self._index:
-            return self._index[WEIGHTS_NAME]
-        ranked = [member for name, member in self._index.items() if _RANK_FOLDER.fullmatch(name)]
-        if len(ranked) == 1:
-            return ranked[0]
-        if ranked:
+            return (self._index[WEIGHTS_NAME],)
+        ranked: dict[tuple[int, int], _Member] = {}  # (pipeline stage, tensor-parallel rank)
+        for name, member in self._index.items():
+            if match := _RANK_FOLDER.fullmatch(name):
+                place = int(match["stage"] or 0), int(match["rank"] or match["tensor_rank"])
+                if place in ranked:
+                    raise self._error(f"holds a rank twice: {ranked[place].name!r} and {name!r}", "Save it again.")
+                ranked[place] = member
+        if not ranked:
             raise self._error(
-                f"holds weights split over {len(ranked)} model-parallel ranks ({listing(m.name for m in ranked)})",
-                "Merge them first with NeMo's examples/nlp/language_modeling/megatron_change_num_partitions.py "
-                "(target_tensor_model_parallel_size=1, target_pipeline_model_parallel_size=1).",
+                f"lacks {WEIGHTS_NAME} (it holds {listing(self._index)})",
+                f"A .nemo needs {CONFIG_NAME} and {WEIGHTS_NAME}, the latter perhaps under mp_rank_00/.",
             )
-        raise self._error(
-            f"lacks {WEIGHTS_NAME} (it holds {listing(self._index)})",
-            f"A .nemo needs {CONFIG_NAME} and {WEIGHTS_NAME}, the latter perhaps under mp_rank_00/.",
-        )
+        if any(stage for stage, _ in ranked):
+            raise self._error(
+                f"holds weights split over pipeline stages ({listing(member.name for member in ranked.values())})",
+                _HOW_TO_MERGE,
+            )
+        if sorted(ranked) != [(0, rank) for rank in range(len(ranked))]:
+            raise self._error(
+                f"lacks some of its tensor-parallel ranks (it holds {listing(m.name for m in ranked.values())})",
+                "Ranks count from 0 without a gap; save the archive again.",
+            )
+        return tuple(ranked[key] for key in sorted(ranked))
 
     def _error(self, found: str, remedy: str) -> ArchiveError:
         return archive_error(self.path, found, remedy)

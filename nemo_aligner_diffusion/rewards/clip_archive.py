@@ -30,6 +30,7 @@ from nemo_aligner_diffusion.nemo_archive import NemoArchive, save_nemo
 from nemo_aligner_diffusion.rewards.archive_checks import check_fit, mapping
 from nemo_aligner_diffusion.rewards.clip import SCORES, CLIPReward
 from nemo_aligner_diffusion.rewards.clip_megatron import hf_layout
+from nemo_aligner_diffusion.rewards.clip_megatron_shards import merged_state
 from nemo_aligner_diffusion.rewards.clip_model import (
     TEXT_KEYS,
     TOP_KEYS,
@@ -61,7 +62,7 @@ def restore_megatron_clip(archive: NemoArchive, options: RestoreOptions) -> CLIP
 
 def _restore(archive: NemoArchive, options: RestoreOptions, megatron: bool) -> CLIPReward:
     config = archive.config
-    state = archive.state_dict()
+    state = merged_state(archive, config) if megatron else archive.state_dict()
     tokens = load_tokenizer(archive, options.tokenizer)
     try:
         if megatron:

@@ -73,6 +73,7 @@ def hf_layout(
         ArchiveError: a field that fixes the architecture is missing or unusable, or a tensor has no counterpart.
     """
     text, vision = (_section(archive, config, name) for name in ("text", "vision"))
+    _check_supported(archive, text, vision)
     output_dim = _number(archive, config, "output_dim", "")
     towers = {"text_model": _tower(archive, text, "text."), "vision_model": _tower(archive, vision, "vision.")}
     for tower in towers.values():
@@ -196,6 +197,22 @@ def _activation(archive: NemoArchive, section: Mapping[str, Any], prefix: str) -
     if name not in known:
         raise ArchiveError(f"{archive.path}: {prefix}activation is {name!r}; known are {', '.join(known)}.")
     return known[name]
+
+
+def _check_supported(archive: NemoArchive, text: Mapping[str, Any], vision: Mapping[str, Any]) -> None:
+    """Refuse what would give other numbers from tensors of the same names and shapes."""
+    for prefix, section in (("text.", text), ("vision.", vision)):
+        for key, supported in (
+            ("normalization", ("layernorm", None)),  # layernorm1p adds 1 to its weight
+            ("transformer_block_type", ("pre_ln", None)),
+            ("position_embedding_type", ("learned_absolute", "learned_parameters", None)),
+            ("global_average_pool", (False, None)),
+        ):
+            if section.get(key) not in supported:
+                raise ArchiveError(
+                    f"{archive.path}: its model_config.yaml has {prefix}{key} = {str(section[key])[:80]!r}; only "
+                    f"{supported[0]!r} can be restored, which CLIP, PickScore and HPSv2 have."
+                )
 
 
 def _section(archive: NemoArchive, config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
