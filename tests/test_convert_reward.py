@@ -285,6 +285,8 @@ def test_what_is_refused_and_how(tmp_path: Path, tokenizer: Path, capsys: pytest
     assert "hf download some/repository" in refused(capsys, *start, "some/repository")
     assert "leave them out" in refused(capsys, *start, folder, "--activation", "gelu").lower()
     assert "no effect with --kind clip" in refused(capsys, *start, folder, "--clip", folder)
+    idle = ("--kind", "image_reward", "--source", folder, "--output", output, "--score", "hps", "--resize", "pad")
+    assert "--score, --resize has no effect with --kind image_reward" in refused(capsys, *idle)
     assert "no CLIP here: it holds merges.txt, vocab.json" in refused(capsys, *start, tokenizer)
 
     torch.save(state, checkpoint)

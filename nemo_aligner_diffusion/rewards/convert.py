@@ -111,7 +111,7 @@ def check_options(conversion: Conversion) -> None:
     idle = [name for name in KINDS[conversion.kind].without if getattr(conversion, name) is not None]
     if idle:
         flags = ", ".join("--" + name.replace("_", "-") for name in idle)
-        raise ConfigurationError(f"{flags} has no effect with --kind {conversion.kind}. Leave it out.")
+        raise ConfigurationError(f"{flags} has no effect with --kind {conversion.kind}; leave it out.")
 
 
 def _write(conversion: Conversion, path: Path) -> None:
