@@ -33,8 +33,8 @@ class PromptDataset(SampleStream):
     def read(self, file: Path, bad: BadSamples) -> Iterator[str]:
         return read_file(file, bad)
 
-    def collate(self, items: list[str], index: torch.Tensor, epoch: int) -> PromptBatch:
-        return {"prompts": items, "index": index, "epoch": epoch}
+    def collate(self, items: list[str], index: torch.Tensor, epochs: list[int]) -> PromptBatch:
+        return {"prompts": items, "index": index, "epoch": epochs[0]}
 
 
 class PromptLoader(StreamLoader):

@@ -41,7 +41,7 @@ class _Share(NamedTuple):
 
     items: list[Any]
     first: int  # global sample index of the first
-    epoch: int
+    epochs: list[int]
 
 
 class SampleStream(IterableDataset[Any], ABC):
@@ -135,8 +135,8 @@ class SampleStream(IterableDataset[Any], ABC):
         """The samples of one file in file order, one in memory at a time; ``bad`` decides about unusable ones."""
 
     @abstractmethod
-    def collate(self, items: list[Any], index: torch.Tensor, epoch: int) -> Any:
-        """A batch of B samples; ``index`` (B,) int64 global sample indices, ``epoch`` of the first."""
+    def collate(self, items: list[Any], index: torch.Tensor, epochs: list[int]) -> Any:
+        """A batch of B samples; ``index`` (B,) int64 global sample indices, ``epochs`` of each, from 0."""
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
@@ -145,7 +145,7 @@ class SampleStream(IterableDataset[Any], ABC):
         for number, share in enumerate(self._shares(quiet=not speaker)):
             if number % workers == turn:
                 index = torch.arange(share.first, share.first + len(share.items))
-                yield self.collate(share.items, index, share.epoch)
+                yield self.collate(share.items, index, share.epochs)
 
     def _shares(self, quiet: bool) -> Iterator[_Share]:
         """This rank's micro-batches, one whole global batch of samples in memory at a time."""
@@ -161,7 +161,8 @@ class SampleStream(IterableDataset[Any], ABC):
             position += 1
             if position % self.global_batch_size == 0:
                 for start in range(self.rank * self.micro_batch_size, len(held), self.step_size):
-                    yield _Share(held[start : start + self.micro_batch_size], first + start, epochs[start])
+                    mine = slice(start, start + self.micro_batch_size)
+                    yield _Share(held[mine], first + start, epochs[mine])
                 first, held, epochs = position, [], []
         if position < self.global_batch_size:
             raise DataError(

@@ -8,7 +8,7 @@ import io
 import resource
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +95,20 @@ class MetricsCSV(pl.Callback):
     figures go to the Trainer's loggers as ``train/...`` and ``validation/...``.
 
     A resumed run appends, after removing the rows past the step that it resumes from.
+
+    Args:
+        columns, validation_columns: the fixed columns of the two files.
     """
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        columns: Sequence[str] = METRIC_COLUMNS,
+        validation_columns: Sequence[str] = VALIDATION_COLUMNS,
+    ) -> None:
         self.run_dir = Path(run_dir)
+        self.columns = columns
+        self.validation_columns = validation_columns
         self._metrics: CSVTable | None = None
         self._validation: CSVTable | None = None
         self._step = 0
@@ -107,8 +117,8 @@ class MetricsCSV(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if trainer.is_global_zero and self._metrics is None:
-            self._metrics = CSVTable(self.run_dir / "metrics.csv", METRIC_COLUMNS)
-            self._validation = CSVTable(self.run_dir / "validation.csv", VALIDATION_COLUMNS)
+            self._metrics = CSVTable(self.run_dir / "metrics.csv", self.columns)
+            self._validation = CSVTable(self.run_dir / "validation.csv", self.validation_columns)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step = trainer.global_step
@@ -142,7 +152,7 @@ class MetricsCSV(pl.Callback):
             "peak_memory_bytes": peak_memory_bytes(pl_module.device),
         }
         row |= {name: value for name, value in figures.items() if name != "step"}
-        self._metrics.append({name: row.get(name) for name in (*METRIC_COLUMNS, *row)})
+        self._metrics.append({name: row.get(name) for name in (*self.columns, *row)})
         _log(trainer, "train", row, self._step)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any, TextIO
 
 import pytorch_lightning as pl
@@ -73,6 +74,13 @@ class TrainingProgress(ProgressBar):
             self.stream.write(text + "\n")
             self.stream.flush()
 
+    def describe(self, figures: Mapping[str, Any]) -> str:
+        """The figures of a training step, as the line shows them."""
+        return _describe(figures)
+
+    def describe_validation(self, figures: Mapping[str, Any]) -> str:
+        return _describe_validation(figures)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step = self._first_step = trainer.global_step
         self._total = total_steps(trainer)
@@ -98,7 +106,7 @@ class TrainingProgress(ProgressBar):
         self._step = trainer.global_step
         if not self._enabled:
             return
-        figures = _describe(getattr(pl_module, "last_metrics", {}))
+        figures = self.describe(getattr(pl_module, "last_metrics", {}))
         if self._bar is not None:
             self._bar.set_postfix_str(figures, refresh=False)
             self._bar.update(self._step - self._bar.n)
@@ -114,7 +122,7 @@ class TrainingProgress(ProgressBar):
         figures = getattr(pl_module, "last_validation", None)
         if trainer.sanity_checking or not self._enabled or not figures:
             return
-        self.print(f"validation at step {trainer.global_step}: {_describe_validation(figures)}")
+        self.print(f"validation at step {trainer.global_step}: {self.describe_validation(figures)}")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._close()

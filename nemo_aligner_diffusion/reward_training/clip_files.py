@@ -1,0 +1,117 @@
+"""A CLIP to start from, out of a ``.nemo`` or a Hugging Face folder, and the trained one back into a ``.nemo``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_aligner_diffusion.errors import CheckpointError, ConfigurationError
+from nemo_aligner_diffusion.rewards.clip import CLIPReward
+from nemo_aligner_diffusion.rewards.clip_archive import convert_hf_clip_to_nemo
+from nemo_aligner_diffusion.rewards.preprocessing import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from nemo_aligner_diffusion.rewards.restore import restore_reward
+
+SAVE_DTYPES = {"32": torch.float32, "16": torch.float16, "bf16": torch.bfloat16}
+
+
+def load_nemo_clip(path: str | Path, tokenizer: str | Path | None = None) -> CLIPReward:
+    """The CLIP in a ``.nemo``, whoever wrote it, scoring as PickScore does.
+
+    Raises:
+        ArchiveError: the archive is unusable.
+        ConfigurationError: it holds a reward of another kind.
+    """
+    reward = restore_reward(path, tokenizer=tokenizer)
+    if type(reward) is not CLIPReward:
+        raise ConfigurationError(
+            f"model.restore_from_path = {str(path)!r} holds a {type(reward).__name__}; expected a CLIP (PickScore, "
+            "HPS, CLIPScore or another), which is what can be trained here"
+        )
+    reward.score_type = "pickscore"
+    return reward
+
+
+def load_hugging_face_clip(folder: str | Path) -> CLIPReward:
+    """The CLIP in a Hugging Face folder: ``config.json``, weights, tokenizer files, ``preprocessor_config.json``.
+
+    Raises:
+        CheckpointError: the folder is missing, or does not hold these.
+    """
+    from transformers import CLIPModel, CLIPTokenizer
+
+    folder = Path(folder).expanduser()
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"model.from_pretrained = {str(folder)!r}: there is no config.json; expected a Hugging Face CLIP folder, "
+            "or give a .nemo with model.restore_from_path"
+        )
+    try:
+        model: Any = CLIPModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # errors of transformers, safetensors, tokenizers and torch
+        raise CheckpointError(
+            f"model.from_pretrained = {str(folder)!r} is no CLIP that can be loaded ({type(error).__name__}: "
+            f"{str(error)[:300]})"
+        ) from error
+    settings = _preprocessor(folder)
+    return CLIPReward(
+        model,
+        tokenizer,
+        mean=settings.get("image_mean") or OPENAI_CLIP_MEAN,
+        std=settings.get("image_std") or OPENAI_CLIP_STD,
+        interpolation={2: "bilinear"}.get(settings.get("resample", 3), "bicubic"),  # Pillow's numbers
+    )
+
+
+def save_clip_reward(
+    reward: CLIPReward, path: str | Path, *, dtype: torch.dtype | None = None, extra: Mapping[str, Any] | None = None
+) -> Path:
+    """Write ``reward`` as a ``.nemo`` that :func:`restore_reward` reads, whole or not at all.
+
+    Args:
+        dtype: of the saved weights; their own when left out.
+        extra: further entries of its configuration, such as where it comes from.
+    """
+    mean, std = ((float(red), float(green), float(blue)) for red, green, blue in (reward.mean, reward.std))
+    return convert_hf_clip_to_nemo(
+        reward.model,
+        tokenizer_files(reward.tokenizer),
+        path,
+        score=reward.score_type,
+        mean=mean,
+        std=std,
+        interpolation=reward.interpolation,
+        max_length=reward.max_length,
+        dtype=dtype,
+        name=reward.name,
+        extra=extra,
+    )
+
+
+def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
+    """``vocab.json`` and ``merges.txt`` of a byte-pair tokenizer, wherever it was loaded from."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        model = json.loads(backend.to_str())["model"]
+        vocabulary, pairs = model["vocab"], model["merges"]
+    else:  # transformers 4
+        vocabulary, pairs = tokenizer.encoder, list(tokenizer.bpe_ranks)
+    merges = (pair if isinstance(pair, str) else " ".join(pair) for pair in pairs)
+    return {
+        "vocab.json": json.dumps(vocabulary, ensure_ascii=False).encode(),
+        "merges.txt": "\n".join(["#version: 0.2", *merges, ""]).encode(),
+    }
+
+
+def _preprocessor(folder: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / 'preprocessor_config.json'} cannot be read: {error}") from error
+    return settings if isinstance(settings, dict) else {}

@@ -1,0 +1,261 @@
+"""A CLIP that learns which of two pictures is preferred: PickScore's training (Kirstain et al., arXiv 2305.01569).
+
+A datum's way: shard → two pictures and a prompt → two scores ``exp(logit_scale)·cos`` → softmax over the two →
+Kullback-Leibler divergence from the label (:mod:`.loss`) → gradients of the parts that are trained → optimizer.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.nn import Parameter, functional
+
+from nemo_aligner_diffusion.errors import ConfigurationError
+from nemo_aligner_diffusion.reward_training.calibration import PreferenceFigures, preference_figures
+from nemo_aligner_diffusion.reward_training.loss import correct, decided, preference_loss
+from nemo_aligner_diffusion.reward_training.preference_data import PreferenceBatch
+from nemo_aligner_diffusion.rewards.clip import CLIPReward
+from nemo_aligner_diffusion.rewards.preprocessing import preprocess
+from nemo_aligner_diffusion.training.non_finite import NonFinitePolicy, drop_gradients
+
+OptimizerFactory = Callable[[list[tuple[str, Parameter]]], tuple[torch.optim.Optimizer, Any]]
+MAX_LOGIT_SCALE = math.log(100.0)  # as in CLIP (Radford et al., 2021, section 2.5): beyond it training is unstable
+
+
+@dataclass(frozen=True)
+class TrainedParts:
+    """What of a CLIP is trained.
+
+    Attributes:
+        vision_layers, text_layers: the last so many transformer layers of the tower and what follows them (its last
+            norm); 0: none of the tower; None: all of it, embeddings too.
+        projections: the two linear maps into the common space.
+        logit_scale: the scale of the scores.
+    """
+
+    vision_layers: int | None = None
+    text_layers: int | None = 0
+    projections: bool = True
+    logit_scale: bool = True
+
+
+def choose_trained_parts(model: Any, parts: TrainedParts) -> None:
+    """Set ``requires_grad`` of every parameter of a :class:`transformers.CLIPModel`.
+
+    Raises:
+        ConfigurationError: more layers are asked for than there are, or nothing is left to train.
+    """
+    model.requires_grad_(False)
+    towers = (
+        ("vision", model.vision_model, model.vision_model.post_layernorm, parts.vision_layers),
+        ("text", model.text_model, model.text_model.final_layer_norm, parts.text_layers),
+    )
+    for name, tower, norm, layers in towers:
+        if layers is None:
+            tower.requires_grad_(True)
+        elif layers > len(tower.encoder.layers):
+            raise ConfigurationError(
+                f"model.{name}.trainable_layers = {layers}: the {name} tower has {len(tower.encoder.layers)} layers; "
+                "null trains all of it"
+            )
+        elif layers > 0:
+            tower.encoder.layers[-layers:].requires_grad_(True)
+            norm.requires_grad_(True)
+    model.visual_projection.requires_grad_(parts.projections)
+    model.text_projection.requires_grad_(parts.projections)
+    model.logit_scale.requires_grad_(parts.logit_scale)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigurationError(
+            "nothing to train: set model.vision.freeze=false, model.text.freeze=false, model.projections=true or "
+            "model.logit_scale=true"
+        )
+
+
+class PreferenceCLIP(pl.LightningModule):
+    """Train the CLIP inside a reward on preference pairs.
+
+    Args:
+        reward: its ``model`` is trained in place; what it computes is what the finished reward computes.
+        parts: what is trained.
+        optimizer_factory: named parameters → ``(optimizer, learning-rate schedule per optimizer step or None)``.
+        activation_checkpointing: recompute each transformer layer in the backward pass.
+        guard: what to do about a loss or gradient that is not finite.
+    """
+
+    def __init__(
+        self,
+        reward: CLIPReward,
+        parts: TrainedParts,
+        optimizer_factory: OptimizerFactory,
+        *,
+        activation_checkpointing: bool = False,
+        guard: NonFinitePolicy | None = None,
+    ) -> None:
+        super().__init__()
+        self.reward = reward
+        self.parts = parts
+        self.optimizer_factory = optimizer_factory
+        self.guard = guard
+        choose_trained_parts(reward.model, parts)
+        clip: Any = reward.model
+        self.text_is_trained = any(
+            parameter.requires_grad
+            for module in (clip.text_model, clip.text_projection)
+            for parameter in module.parameters()
+        )
+        self.activation_checkpointing = activation_checkpointing
+        if activation_checkpointing:
+            clip.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.last_metrics: dict[str, float] = {}
+        self.last_validation: dict[str, float] = {}
+        self.validated_step = -1
+        self._micro_batches: list[dict[str, Tensor]] = []  # figures of the running optimizer step
+        self._prompts: list[str] = []
+        self._grad_norm = float("nan")
+        self._step_started = 0.0
+        self._validated: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """Scores ``(B, 2)`` of pairs ``(B, 2, 3, S, S)`` with their prompts; differentiable in what is trained."""
+        pairs = len(images)
+        image_embeddings = self.embed_images(images.flatten(0, 1)).view(pairs, 2, -1)
+        text_embeddings = self.embed_texts(prompts)
+        cosine = (image_embeddings * text_embeddings[:, None].to(image_embeddings.dtype)).sum(dim=-1)
+        return self.reward.model.logit_scale.to(cosine.dtype).exp() * cosine
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Embeddings ``(N, D)`` of length 1 of images ``(N, 3, H, W)`` in ``[0, 1]``."""
+        reward, clip = self.reward, self.reward.model
+        pixels = preprocess(images, reward.image_size, reward.mean, reward.std, reward.interpolation)
+        pooled = clip.vision_model(pixel_values=pixels.to(reward.dtype)).pooler_output
+        return _unit(clip.visual_projection(pooled))
+
+    def embed_texts(self, prompts: list[str]) -> Tensor:
+        """Embeddings ``(B, D)`` of length 1; computed once for each prompt where the text side is frozen."""
+        reward, clip = self.reward, self.reward.model
+        if not self.text_is_trained:
+            return reward.embed_texts(prompts)
+        tokens = [reward.tokenizer(p, truncation=True, max_length=reward.max_length).input_ids for p in prompts]
+        longest = max(map(len, tokens))
+        # The tower is causal and pools at the first end-of-text token: more of them behind it change nothing.
+        padded = [ids + [ids[-1]] * (longest - len(ids)) for ids in tokens]
+        pooled = clip.text_model(input_ids=torch.tensor(padded, device=self.device)).pooler_output
+        return _unit(clip.text_projection(pooled))
+
+    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
+        if not self._micro_batches:
+            self._step_started = time.perf_counter()
+        labels = batch["labels"]
+        scores = self(batch["images"], batch["prompts"])
+        loss = preference_loss(scores.float(), labels)
+        sure = decided(labels)
+        self._micro_batches.append(
+            {
+                "loss": loss.detach().sum(),
+                "correct": (correct(scores.detach(), labels) * sure).sum(),
+                "decided": sure.sum(),
+                "pairs": torch.tensor(float(len(loss)), device=loss.device),
+            }
+        )
+        self._prompts += batch["prompts"]
+        return loss.mean()
+
+    def configure_optimizers(self) -> Any:
+        optimizer, schedule = self.optimizer_factory([(n, p) for n, p in self.named_parameters() if p.requires_grad])
+        if schedule is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        self._grad_norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else float("nan")
+        loss = torch.stack([figures["loss"] for figures in self._micro_batches]).sum()
+        if self.guard is not None:
+            bad = self.guard.check(self.global_step + 1, self._prompts, loss=loss, grad_norm=self._grad_norm)
+            if bad:
+                drop_gradients(optimizer)
+                return
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.parts.logit_scale:
+            with torch.no_grad():
+                self.reward.model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+        self._finish_step()
+
+    def _finish_step(self) -> None:
+        sums = {
+            name: torch.stack([f[name].float() for f in self._micro_batches]).sum() for name in self._micro_batches[0]
+        }
+        if self.trainer.world_size > 1:
+            sums = {name: self._gathered(value).sum() for name, value in sums.items()}
+        pairs, sure = float(sums["pairs"]), float(sums["decided"])
+        self.last_metrics = {
+            "loss": float(sums["loss"]) / pairs,
+            "accuracy": float(sums["correct"]) / sure if sure else float("nan"),
+            "ties": pairs - sure,
+            "grad_norm": self._grad_norm,
+            "logit_scale": float(self.reward.model.logit_scale.detach().exp()),
+            "images": 2 * pairs,
+            "seconds": time.perf_counter() - self._step_started,
+        }
+        self._micro_batches, self._prompts = [], []
+
+    def _gathered(self, value: Tensor) -> Tensor:
+        """``(ranks, …)``, the same on every rank."""
+        gathered = self.all_gather(value)
+        assert isinstance(gathered, Tensor)
+        return gathered
+
+    def on_train_epoch_end(self) -> None:
+        self._micro_batches, self._prompts = [], []  # micro-batches that no optimizer step followed
+
+    def on_train_start(self) -> None:
+        self.train()
+
+    def on_train_end(self) -> None:
+        self.reward._text_cache.clear()  # what it holds may be the embeddings of untrained weights
+
+    def train(self, mode: bool = True) -> PreferenceCLIP:
+        """Training mode only where recomputation asks for it: a CLIP has no dropout worth having on a few pairs."""
+        super().train(mode)
+        self.reward.model.train(mode and self.activation_checkpointing)
+        return self
+
+    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        scores = self(batch["images"], batch["prompts"]).float()
+        self._validated.append((scores, batch["labels"], batch["counts"]))
+
+    def on_validation_epoch_end(self) -> None:
+        scores, labels, counts = (torch.cat(parts) for parts in zip(*self._validated, strict=True))
+        if self.trainer.world_size > 1:
+            scores, labels, counts = (self._gathered(part).flatten(0, 1) for part in (scores, labels, counts))
+        figures: PreferenceFigures = preference_figures(scores[counts].cpu(), labels[counts].cpu())
+        self.last_validation = {
+            "loss": figures.loss,
+            "accuracy": figures.accuracy,
+            "calibration_error": figures.calibration_error,
+            "pairs": figures.pairs,
+            "ties": figures.ties,
+        }
+        self.validated_step = self.global_step
+        self._validated = []
+        for name in ("loss", "accuracy"):  # what early stopping may look at
+            self.log(f"val_{name}", self.last_validation[name], logger=False)
+
+
+def _unit(embeddings: Tensor) -> Tensor:
+    return functional.normalize(embeddings if embeddings.dtype == torch.float64 else embeddings.float(), dim=-1)

@@ -1,0 +1,108 @@
+"""Preference pairs in batches: :mod:`nemo_aligner_diffusion.data.sample_stream` over preference shards.
+
+Pictures are decoded, resized and cropped here, by the very functions with which the reward prepares its pictures, so
+that what is learnt is what is scored; loader workers do it beside the training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nemo_aligner_diffusion.data.datamodule import StreamDataModule
+from nemo_aligner_diffusion.data.paths import PathSpec
+from nemo_aligner_diffusion.data.prompt_files import BadSamples
+from nemo_aligner_diffusion.data.sample_stream import SampleStream, StreamLoader
+from nemo_aligner_diffusion.errors import DataError
+from nemo_aligner_diffusion.reward_training.preference_shards import (
+    PreferencePair,
+    decode_picture,
+    read_preference_file,
+)
+from nemo_aligner_diffusion.rewards.preprocessing import centre_crop, resize_short_side
+
+
+class PreferenceBatch(TypedDict):
+    """One rank's micro-batch.
+
+    ``images`` ``(B, 2, 3, S, S)`` float32, in ``[0, 1]`` but for the resize's overshoot; ``labels`` ``(B, 2)``;
+    ``index`` ``(B,)`` global sample indices; ``counts`` ``(B,)`` bool: false for repetitions that fill the last batch
+    of a validation.
+    """
+
+    images: Tensor
+    prompts: list[str]
+    labels: Tensor
+    index: Tensor
+    counts: Tensor
+
+
+class PreferenceDataset(SampleStream):
+    """This rank's micro-batches of pairs; order and further arguments are those of :class:`.SampleStream`.
+
+    Args:
+        image_size: side in pixels that the model sees.
+        interpolation: of the resize, ``bicubic`` or ``bilinear``.
+
+    Under ``on_bad_sample="skip"`` every process decodes every picture, to agree on which are left out.
+    """
+
+    noun = "pair"
+
+    def __init__(self, paths: PathSpec, *, image_size: int, interpolation: str = "bicubic", **stream: Any) -> None:
+        self.image_size = image_size
+        self.interpolation = interpolation
+        super().__init__(paths, **stream)
+
+    def read(self, file: Path, bad: BadSamples) -> Iterator[PreferencePair]:
+        return read_preference_file(file, bad, decode=bad.policy == "skip")
+
+    def collate(self, items: list[PreferencePair], index: Tensor, epochs: list[int]) -> PreferenceBatch:
+        return {
+            "images": torch.stack([torch.stack([self._prepare(p) for p in pictures(pair)]) for pair in items]),
+            "prompts": [pair.prompt for pair in items],
+            "labels": torch.tensor([pair.label for pair in items]),
+            "index": index,
+            "counts": torch.tensor([self.epochs is None or epoch < self.epochs for epoch in epochs]),
+        }
+
+    def _prepare(self, picture: Tensor) -> Tensor:
+        resized = resize_short_side(picture[None], self.image_size, self.interpolation)
+        return centre_crop(resized, self.image_size)[0]
+
+
+def pictures(pair: PreferencePair) -> tuple[Tensor, Tensor]:
+    """The two pictures of a pair, each ``(3, H, W)`` float32 in ``[0, 1]``.
+
+    Raises:
+        DataError: one cannot be decoded.
+    """
+    try:
+        first, second = (picture_tensor(data) for data in pair.pictures)
+    except ValueError as error:
+        raise DataError(f"{pair.origin} {error}") from error
+    return first, second
+
+
+def picture_tensor(data: bytes) -> Tensor:
+    """An encoded picture as ``(3, H, W)`` float32 in ``[0, 1]``; raises ValueError if it cannot be decoded."""
+    array = np.array(decode_picture(data))
+    return torch.from_numpy(array).permute(2, 0, 1).float() / 255
+
+
+class PreferenceDataModule(StreamDataModule):
+    """The preference pairs of a training run; ``image_size`` and ``interpolation`` are the model's."""
+
+    def __init__(self, *args: Any, image_size: int, interpolation: str = "bicubic", **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.image_size = image_size
+        self.interpolation = interpolation
+
+    def build_loader(self, paths: PathSpec, num_workers: int = 0, **options: Any) -> StreamLoader:
+        dataset = PreferenceDataset(paths, image_size=self.image_size, interpolation=self.interpolation, **options)
+        return StreamLoader(dataset, num_workers)

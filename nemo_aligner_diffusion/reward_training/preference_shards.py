@@ -1,0 +1,306 @@
+"""Preferences between two pictures of a prompt, in webdataset shards.
+
+A sample is four members that share the name up to the first dot. The names are the columns of Pick-a-Pic (Kirstain et
+al., 2023, arXiv 2305.01569), whose layout NeMo-Aligner's reward training reads too::
+
+    000000017.jpg_0    the two pictures, JPEG, PNG or WebP whatever the name says (png_0, webp_0, 0.jpg, 0.png, … are
+    000000017.jpg_1    read as well)
+    000000017.txt      the prompt, UTF-8
+    000000017.label    1/0: the first was preferred; 0/1: the second; 0.5/0.5: a tie; any two shares of 1
+
+In place of ``.txt`` or ``.label`` a ``.json`` member may hold ``prompt`` or ``caption``, and ``label_0`` (``label_1``
+is its complement). Other members are passed over unread. Since prompts lie in ``.txt`` or ``.json``, preference shards
+serve as prompt shards too.
+
+Imports neither torch nor webdataset: the writing tools start at once.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from nemo_aligner_diffusion.data.paths import is_text_file
+from nemo_aligner_diffusion.data.prompt_files import (
+    MAX_JSON_BYTES,
+    MAX_PROMPT_BYTES,
+    PROMPT_KEYS,
+    BadSamples,
+    clean_prompt,
+    decode_utf8,
+)
+from nemo_aligner_diffusion.data.shards import Sample, WrittenShards, write_sample_shards
+from nemo_aligner_diffusion.data.tar_stream import walk_tar
+from nemo_aligner_diffusion.errors import DataError
+
+DEFAULT_PAIRS_PER_SHARD = 1_000
+MAX_PICTURE_BYTES = 64 << 20
+MAX_PICTURE_PIXELS = 1 << 26  # 8192 × 8192; a few kB of PNG can claim much more
+MAX_LABEL_BYTES = 64
+LABEL_TOLERANCE = 1e-4  # on the sum of a label's parts
+FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # Pillow's name -> start of the member's extension
+_PICTURE_NAMES = ("jpg", "jpeg", "png", "webp", "image", "img")
+_SLOTS = {f"{name}_{slot}": slot for name in _PICTURE_NAMES for slot in (0, 1)}
+_SLOTS |= {f"{slot}.{name}": slot for name in _PICTURE_NAMES for slot in (0, 1)}
+_LIMITS = {"txt": MAX_PROMPT_BYTES + 2, "json": MAX_JSON_BYTES, "label": MAX_LABEL_BYTES}
+_LIMITS |= dict.fromkeys(_SLOTS, MAX_PICTURE_BYTES)
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """Two pictures of one prompt and which was preferred.
+
+    Attributes:
+        pictures: encoded (JPEG, PNG or WebP).
+        prompt: what both were made from.
+        label: share of the preference that each has; not negative, sum 1. Equal shares are a tie.
+        origin: where it comes from, for messages.
+    """
+
+    pictures: tuple[bytes, bytes]
+    prompt: str
+    label: tuple[float, float]
+    origin: str = ""
+
+
+def write_preference_shards(
+    pairs: Iterable[PreferencePair],
+    output: str | os.PathLike[str],
+    samples_per_shard: int | None = None,
+    bytes_per_shard: int | None = None,
+    gzip: bool = False,
+    prefix: str = "preferences",
+    overwrite: bool = False,
+) -> WrittenShards:
+    """Write ``output/preferences-0000.tar``, …: all of them complete under their names, or none.
+
+    ``pairs`` is read once and streamed. Equal pairs give equal bytes. Arguments, naming and atomicity are those of
+    :func:`nemo_aligner_diffusion.data.shards.write_prompt_shards`, but a shard holds 1,000 pairs where neither size is
+    given.
+
+    Raises:
+        DataError: a pair is unusable (names it), or there is none.
+        OutputError: ``output`` cannot be written, or holds shards of this prefix already and ``overwrite`` is not set.
+    """
+    if samples_per_shard is None and bytes_per_shard is None:
+        samples_per_shard = DEFAULT_PAIRS_PER_SHARD
+    return write_sample_shards(
+        _members(pairs), output, "pair", samples_per_shard, bytes_per_shard, gzip, prefix, overwrite
+    )
+
+
+def _members(pairs: Iterable[PreferencePair]) -> Iterator[Sample]:
+    for number, pair in enumerate(pairs):
+        try:
+            first, second = (picture_format(picture) for picture in pair.pictures)
+            prompt, label = clean_prompt(pair.prompt).encode(), format_label(pair.label).encode()
+        except ValueError as error:
+            raise DataError(f"{pair.origin or f'pair {number}'} {error}") from error
+        key = f"{number:09d}"
+        yield [
+            (f"{key}.{FORMATS[first]}_0", pair.pictures[0]),
+            (f"{key}.{FORMATS[second]}_1", pair.pictures[1]),
+            (f"{key}.txt", prompt),
+            (f"{key}.label", label),
+        ]
+
+
+def read_preference_file(path: Path, bad: BadSamples, decode: bool = False) -> Iterator[PreferencePair]:
+    """Yield the pairs of a shard in file order, one in memory at a time.
+
+    Under ``skip`` an unusable pair costs itself; a damaged shard costs its rest.
+
+    Args:
+        bad: what to do about an unusable pair.
+        decode: decode the pictures whole; else only their headers are looked at, and a damaged body is found by
+            :func:`decode_picture`.
+
+    Raises:
+        DataError: something is unusable and ``bad`` says to stop. The message names file and member.
+    """
+    try:
+        count_before, found = bad.count, False
+        for key, members in _samples(path, bad):
+            try:
+                pair = _pair(members, f"{path}: {key}")
+                for picture in pair.pictures:
+                    decode_picture(picture) if decode else picture_format(picture)
+            except ValueError as error:
+                bad(f"{path}: sample {key!r} {error}")
+                continue
+            found = True
+            yield pair
+        if not found and bad.count == count_before:
+            raise DataError(
+                f"{path} holds no preference pair; expected members such as 000.jpg_0, 000.jpg_1, 000.txt, 000.label"
+            )
+    except DataError as error:
+        if bad.policy == "error":
+            raise
+        bad(str(error))
+
+
+def _samples(path: Path, bad: BadSamples) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """(key, extension -> content) of each group of neighbouring members, of known extensions only."""
+    if is_text_file(path):
+        raise DataError(f"{path} is a text file; expected shards (.tar, .tar.gz) of preference pairs")
+
+    def wanted(name: str, kind: str, size: int) -> bool:
+        return kind == "file" and size <= _LIMITS.get(_split(name)[1], -1)
+
+    last, members = "", dict[str, bytes]()
+    for name, kind, size, data in walk_tar(path, wanted):
+        key, extension = _split(name)
+        if kind == "folder" or extension not in _LIMITS or key.rpartition("/")[2].startswith("__"):
+            continue
+        if key != last and members:
+            yield last, members
+        if key != last:
+            last, members = key, {}
+        if kind != "file":
+            bad(f"{path}: member {name!r} is a {kind}, not a file; expected the content itself (no link is followed)")
+        elif data is None:
+            bad(f"{path}: member {name!r} has {size:,} bytes; expected at most {_LIMITS[extension]:,}")
+        elif extension in members:
+            bad(f"{path}: member {name!r} is there twice; expected a name of its own for every sample")
+        else:
+            members[extension] = data
+    if members:
+        yield last, members
+
+
+def _split(name: str) -> tuple[str, str]:
+    """(key, extension) at the first dot of the last part, as webdataset does."""
+    folder, slash, last = name.removeprefix("./").rpartition("/")
+    base, _, extension = last.partition(".")
+    return folder + slash + base, extension.lower()
+
+
+def _pair(members: dict[str, bytes], origin: str) -> PreferencePair:
+    pictures: list[bytes] = []
+    for slot in (0, 1):
+        there = [name for name in members if _SLOTS.get(name) == slot]
+        if len(there) != 1:
+            several = f"has {len(there)} members for picture {slot}" if there else f"lacks its picture {slot}"
+            listed = ", ".join(f".{name}" for name in members)
+            raise ValueError(f"{several} (it has {listed}); expected .jpg_0, .jpg_1, .txt and .label")
+        pictures.append(members[there[0]])
+    extra = _json(members["json"]) if "json" in members else {}
+    if "txt" in members:
+        try:
+            prompt = clean_prompt(decode_utf8(members["txt"]))
+        except ValueError as error:
+            raise ValueError(f"has a .txt that {error}") from error
+    else:
+        text = next((extra[key] for key in PROMPT_KEYS if isinstance(extra.get(key), str)), None)
+        if text is None:
+            raise ValueError("lacks its prompt; expected a .txt member, or .json with a string prompt or caption")
+        prompt = clean_prompt(text)
+    if "label" in members:
+        label = parse_label(members["label"].decode("utf-8", "replace"))
+    elif "label_0" in extra:
+        label = check_label(extra["label_0"], extra.get("label_1"))
+    else:
+        raise ValueError("lacks its label; expected a .label member such as 1/0, or .json with label_0")
+    return PreferencePair((pictures[0], pictures[1]), prompt, label, origin)
+
+
+def _json(data: bytes) -> dict[str, Any]:
+    try:
+        content = json.loads(decode_utf8(data.removeprefix(b"\xef\xbb\xbf")))
+    except RecursionError:
+        content = None
+    except ValueError as error:
+        raise ValueError(f"has a .json that cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError("has a .json that is no object; expected keys such as prompt and label_0")
+    return content
+
+
+def parse_label(text: str) -> tuple[float, float]:
+    """``1/0``, ``0/1``, ``0.5/0.5``, … as two numbers.
+
+    Raises:
+        ValueError: anything else; the message says what was expected, without naming the place.
+    """
+    parts = text.strip().split("/")
+    try:
+        first, second = (float(part) for part in parts)
+    except ValueError:
+        raise ValueError(f"has the label {text.strip()[:40]!r}; expected 1/0, 0/1, or 0.5/0.5 for a tie") from None
+    return check_label(first, second)
+
+
+def check_label(first: Any, second: Any = None) -> tuple[float, float]:
+    """Two shares of 1, the second the complement of the first where it is None.
+
+    Raises:
+        ValueError: one is no number, negative or not finite, or they do not sum to 1.
+    """
+    values = [first, 1 - first if second is None and isinstance(first, (int, float)) else second]
+    if any(isinstance(value, bool) or not isinstance(value, (int, float)) for value in values):
+        raise ValueError(f"has the label {first!r}/{second!r}; expected two numbers that sum to 1")
+    if not all(math.isfinite(value) and value >= 0 for value in values) or abs(sum(values) - 1) > LABEL_TOLERANCE:
+        raise ValueError(
+            f"has the label {values[0]:g}/{values[1]:g}, which sums to {sum(values):g}; expected two shares of 1, such "
+            "as 1/0, 0/1, or 0.5/0.5 for a tie"
+        )
+    return float(values[0]), float(values[1])
+
+
+def format_label(label: tuple[float, float]) -> str:
+    """``1/0`` and the like, checked; reading it back gives the same numbers."""
+    first, second = check_label(*label)
+    return "/".join(f"{value:g}" if float(f"{value:g}") == value else repr(value) for value in (first, second))
+
+
+def picture_format(data: bytes) -> str:
+    """Pillow's name of a picture's format, from its header.
+
+    Raises:
+        ValueError: no JPEG, PNG or WebP, or larger than :data:`MAX_PICTURE_PIXELS`.
+    """
+    with _open(data) as picture:
+        return str(picture.format)
+
+
+def decode_picture(data: bytes) -> Image.Image:
+    """The whole picture as RGB; what is transparent becomes white.
+
+    Raises:
+        ValueError: it cannot be decoded; the message does not name the place.
+    """
+    with _open(data) as picture:
+        try:
+            picture.load()
+            if picture.has_transparency_data:
+                rgba = picture.convert("RGBA")
+                return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+            return picture.convert("RGB")
+        except Exception as error:  # truncated or damaged data: OSError, SyntaxError, struct.error, …
+            raise ValueError(
+                f"has a picture that cannot be read ({str(error)[:100] or type(error).__name__}); copy it again"
+            ) from error
+
+
+def _open(data: bytes) -> Image.Image:
+    try:
+        picture = Image.open(io.BytesIO(data), formats=tuple(FORMATS))
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"has a picture of more than {MAX_PICTURE_PIXELS:,} pixels, the most expected") from error
+    except Exception as error:  # Pillow's own, and what damaged headers make its parsers raise
+        start = f"it starts with {data[:12]!r}" if data else "it is empty"
+        raise ValueError(f"has a picture that is no JPEG, PNG or WebP: {start}; encode it again") from error
+    if picture.width * picture.height > MAX_PICTURE_PIXELS:
+        raise ValueError(
+            f"has a picture of {picture.width} × {picture.height} pixels; expected at most {MAX_PICTURE_PIXELS:,}"
+        )
+    return picture

@@ -1,0 +1,251 @@
+"""Whole runs: learning, early stopping, resuming, exporting, the test command; and the configuration's errors."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError, OutputError
+from nemo_aligner_diffusion.reward_training import evaluate_cli, train_cli
+from nemo_aligner_diffusion.reward_training.calibration import preference_figures
+from nemo_aligner_diffusion.reward_training.config import KEYS, accumulation, documented_keys, load_reward_config
+from nemo_aligner_diffusion.reward_training.evaluate import score_pairs
+from nemo_aligner_diffusion.reward_training.run import run_reward_training
+from nemo_aligner_diffusion.rewards import restore_reward
+from nemo_aligner_diffusion.rewards.symmetry import MirrorSymmetry
+from tests.reward_training_toy import blue_shards, overrides, toy_nemo
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = "model.data.train.webdataset.local_root_path"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("rewards")
+    toy_nemo(path / "start.nemo")
+    blue_shards(path / "train", 120)
+    blue_shards(path / "validation", 45, seed=1)
+    return path
+
+
+def train(folder: Path, run: str, **changed: object) -> Path:
+    assert run_reward_training(load_reward_config(overrides(folder, run, **changed))) == 0
+    return folder / run
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path) -> Path:
+    return train(folder, "trained")
+
+
+def accuracy(nemo: Path, shards: Path) -> float:
+    return preference_figures(*score_pairs(restore_reward(nemo), str(shards))).accuracy
+
+
+def test_it_learns_what_generalises(folder: Path, trained: Path) -> None:
+    before = accuracy(folder / "start.nemo", folder / "validation")
+    after = accuracy(trained / "export" / "reward.nemo", folder / "validation")
+    assert after > 0.9
+    assert after > before + 0.2
+
+
+def test_the_run_directory(trained: Path) -> None:
+    names = {path.name for path in trained.iterdir()}
+    assert {"config.yaml", "metrics.csv", "validation.csv", "run.json", "report.html", "loss.png"} <= names
+    assert not [path for path in trained.rglob("*") if path.name.startswith(".")]
+    steps = rows(trained / "metrics.csv")
+    assert [int(row["step"]) for row in steps] == list(range(1, 21))
+    assert all(0 <= float(row["accuracy"]) <= 1 and float(row["loss"]) > 0 for row in steps)
+    rates = [float(row["lr"]) for row in steps]
+    assert rates[0] < rates[2] == pytest.approx(2e-3)
+    assert rates[2] > rates[10] > rates[-1]
+    validation = rows(trained / "validation.csv")
+    assert [int(row["step"]) for row in validation] == [5, 10, 15, 20]
+    assert {row["pairs"] for row in validation} == {"45"}, "repetitions that fill the last batch do not count"
+    page = (trained / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert json.loads((trained / "run.json").read_text())["status"] == "finished"
+
+
+def test_the_export_holds_the_best_weights(folder: Path, trained: Path) -> None:
+    best = min(float(row["loss"]) for row in rows(trained / "validation.csv"))
+    scores, labels = score_pairs(restore_reward(trained / "export" / "reward.nemo"), str(folder / "validation"))
+    assert preference_figures(scores, labels).loss == pytest.approx(best, rel=1e-4)
+
+
+def test_early_stopping_and_the_best_weights(folder: Path) -> None:
+    # A rate this large makes things worse after the first validation; patience 1 ends the run at the second.
+    changed: dict[str, Any] = {
+        "model__optim__lr": 0.3,
+        "trainer__early_stopping__patience": 1,
+        "trainer__max_steps": 40,
+    }
+    run = train(folder, "stopped", **changed)
+    losses = {int(row["step"]): float(row["loss"]) for row in rows(run / "validation.csv")}
+    assert max(losses) < 40
+    state = json.loads((run / "run.json").read_text())
+    assert state["best_step"] == min(losses, key=lambda step: losses[step])
+
+
+@pytest.mark.parametrize("stop", [7, 10])  # 10: where a validation is due
+def test_resuming_is_exact(folder: Path, stop: int) -> None:
+    names = (f"whole_{stop}", f"parts_{stop}")
+    whole = train(folder, names[0], trainer__max_steps=12, trainer__early_stopping__patience=0)
+    cfg = overrides(folder, names[1], trainer__max_steps=12, trainer__early_stopping__patience=0)
+    # Stopped before its 12 steps as an interruption would: the schedule is that of 12.
+    from nemo_aligner_diffusion.reward_training import run as module
+
+    original = module._build_trainer
+
+    def stops_early(*args: Any, **kwargs: Any) -> Any:
+        trainer = original(*args, **kwargs)
+        trainer.fit_loop.epoch_loop.max_steps = stop
+        return trainer
+
+    module._build_trainer = stops_early
+    try:
+        assert run_reward_training(load_reward_config(cfg)) == 0
+    finally:
+        module._build_trainer = original
+    assert [int(row["step"]) for row in rows(folder / names[1] / "metrics.csv")] == list(range(1, stop + 1))
+    assert run_reward_training(load_reward_config([*cfg, "exp_manager.resume_if_exists=true"])) == 0
+
+    def learnt(run: Path) -> list[tuple[str, ...]]:
+        wanted = ("step", "loss", "accuracy", "grad_norm", "lr", "logit_scale")
+        return [tuple(row[name] for name in wanted) for row in rows(run / "metrics.csv")]
+
+    assert learnt(folder / names[1]) == learnt(whole)
+    columns = ("step", "loss", "accuracy", "calibration_error")
+    one, other = (
+        {tuple(row[name] for name in columns) for row in rows(folder / run / "validation.csv")} for run in names
+    )
+    assert one <= other, "the interrupted run may have validated once more, where it stopped"
+    states = [restore_reward(folder / run / "export" / "reward.nemo").state_dict() for run in names]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_accumulation_is_the_larger_batch(folder: Path) -> None:
+    large = train(folder, "large", trainer__max_steps=3, trainer__val_check_interval=0)
+    small = train(folder, "small", trainer__max_steps=3, trainer__val_check_interval=0, model__micro_batch_size=4)
+    for one, other in zip(rows(large / "metrics.csv"), rows(small / "metrics.csv"), strict=True):
+        assert float(one["loss"]) == pytest.approx(float(other["loss"]), rel=1e-4)
+        assert one["accuracy"] == other["accuracy"]
+        assert one["ties"] == other["ties"]
+
+
+def test_a_directory_with_a_run_is_not_overwritten(folder: Path, trained: Path) -> None:
+    with pytest.raises(OutputError, match="already holds a finished run"):
+        run_reward_training(load_reward_config(overrides(folder, "trained")))
+
+
+def test_the_test_command(folder: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nemo = trained / "export" / "reward.nemo"
+    assert evaluate_cli.main([str(nemo), str(folder / "validation"), "--output", str(tmp_path), "--bins", "5"]) == 0
+    printed = capsys.readouterr().out
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert f"accuracy                    {figures['accuracy']:.4f}" in printed
+    assert figures["pairs"] == 45
+    assert figures["ties"] == sum(part.label == (0.5, 0.5) for part in _pairs(folder / "validation"))
+    assert len(figures["bins"]) == 5
+    assert sum(part["pairs"] for part in figures["bins"]) == 45 - figures["ties"]
+    assert (tmp_path / "reliability.png").read_bytes().startswith(b"\x89PNG")
+
+
+def _pairs(folder: Path) -> list[Any]:
+    from nemo_aligner_diffusion.data.prompt_files import BadSamples
+    from nemo_aligner_diffusion.reward_training.preference_shards import read_preference_file
+
+    return [pair for path in sorted(folder.glob("*.tar")) for pair in read_preference_file(path, BadSamples())]
+
+
+def test_any_reward_can_be_tested(folder: Path) -> None:
+    scores, labels = score_pairs(MirrorSymmetry(), str(folder / "validation"))
+    assert scores.shape == labels.shape == (45, 2)
+    assert labels.tolist() == [pytest.approx(list(pair.label)) for pair in _pairs(folder / "validation")]
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["model.optim.learning_rate=1"], ["model.optim.learning_rate", "did you mean"]),
+        (["trainer.max_step=3"], ["did you mean trainer.max_steps"]),
+        (["trainer.max_steps=0"], ["trainer.max_steps = 0", ">= 1"]),
+        (["model.vision=3"], ["model.vision is a section", "model.vision.freeze"]),
+        (["trainer.early_stopping.metric=f1"], ["one of loss, accuracy"]),
+        (["model.micro_batch_size=3", "model.global_batch_size=8"], ["8", "3 × 1 = 3", "6 would fit"]),
+        (["model.restore_from_path=a", "model.from_pretrained=b"], ["both say where to start"]),
+        (["~model.seed"], ["cannot be deleted"]),
+        (["model.data.data_path=other"], ["two spellings"]),
+    ],
+)
+def test_configuration_errors(words: list[str], parts: list[str]) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        load_reward_config([f"{DATA}=x", *words])
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_configuration_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("model:\n  data: {data_path: shards}\n  optim: {sched: {warmup_ratio: 0.1}}\n")
+    cfg = load_reward_config(["model.micro_batch_size=8"], "mine", tmp_path)
+    assert cfg.model.data.train.webdataset.local_root_path == "shards"
+    assert (cfg.model.optim.sched.warmup_ratio, cfg.model.optim.sched.warmup_steps) == (0.1, None)
+    assert accumulation(cfg) == 4
+    (tmp_path / "bad.yaml").write_text("model: {visoin: {freeze: true}}\n")
+    with pytest.raises(ConfigurationError, match=r"model\.visoin\.freeze' in .*bad\.yaml.*model\.vision\.freeze"):
+        load_reward_config([], "bad", tmp_path)
+    with pytest.raises(ConfigurationError, match="is not set; expected preference shards"):
+        load_reward_config([])
+
+
+def test_every_key_is_documented_and_known() -> None:
+    documented = {key for key, _, _ in documented_keys()}
+    assert set(KEYS) - {"exp_manager.wandb_logger_kwargs.*"} == {
+        key for key in documented if not key.startswith("exp_manager.wandb_logger_kwargs.")
+    }
+    load_reward_config([f"{DATA}=x"])  # every value of the file is one its key accepts
+
+
+@pytest.mark.parametrize("script", ["train_reward_model", "test_reward_model", "parquet_to_shards", "folder_to_shards",
+                                    "make_rule_preferences"])  # fmt: skip
+def test_help_needs_no_torch(script: str) -> None:
+    path = ROOT / "examples" / "mm" / "clip" / f"{script}.py"
+    code = (
+        f"import runpy, sys; sys.argv = [{str(path)!r}, '--help']\n"
+        f"try: runpy.run_path({str(path)!r}, run_name='__main__')\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert shown.returncode == 0, shown.stderr
+    assert f"usage: {script}.py" in shown.stdout
+
+
+def test_mistakes_are_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_cli.main([f"{DATA}={tmp_path / 'none'}"]) == 2
+    assert evaluate_cli.main([str(tmp_path / "none.nemo"), str(folder / "train")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert all(line.startswith("error: ") and "does not exist" in line for line in lines)
+
+
+def test_a_reward_that_is_no_clip(folder: Path, tmp_path: Path) -> None:
+    from nemo_aligner_diffusion.nemo_archive import save_nemo
+
+    save_nemo(tmp_path / "other.nemo", {"target": "somebody.elses.Model"}, {"a": torch.zeros(1)}, {})
+    cfg = load_reward_config(overrides(folder, "other", model__restore_from_path=tmp_path / "other.nemo"))
+    with pytest.raises(AlignerError, match="somebody"):
+        run_reward_training(cfg)
+    assert not (folder / "other" / "metrics.csv").exists()
