@@ -109,6 +109,12 @@ def test_every_console_command_exists(installed: Path) -> None:
         "nad-train-drtune",
         "nad-generate",
         "nad-prompts-to-shards",
+        "nad-train-reward",
+        "nad-test-reward",
+        "nad-parquet-to-shards",
+        "nad-folder-to-shards",
+        "nad-make-rule-preferences",
+        "nad-convert-reward",
     }
     for target in commands.values():
         module, function = target.split(":")
