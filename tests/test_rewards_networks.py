@@ -1,0 +1,357 @@
+"""Classifier, detector and feature-symmetry rewards against transformers' own processors and forward passes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from reward_toy import LABELS, classifier_folder, detector_folder
+from torch import Tensor
+from transformers import AutoTokenizer, Owlv2ForObjectDetection, OwlViTForObjectDetection, ViTForImageClassification
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
+from transformers.models.efficientnet.image_processing_pil_efficientnet import EfficientNetImageProcessorPil
+from transformers.models.levit.image_processing_pil_levit import LevitImageProcessorPil
+from transformers.models.mobilevit.image_processing_pil_mobilevit import MobileViTImageProcessorPil
+from transformers.models.owlv2.image_processing_pil_owlv2 import Owlv2ImageProcessorPil
+from transformers.models.owlvit.image_processing_pil_owlvit import OwlViTImageProcessorPil
+from transformers.models.perceiver.image_processing_pil_perceiver import PerceiverImageProcessorPil
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from nemo_aligner_diffusion.embedded_assets import embedded_reward_path
+from nemo_aligner_diffusion.errors import ConfigurationError, RewardError
+from nemo_aligner_diffusion.rewards import build_reward, restore_reward
+from nemo_aligner_diffusion.rewards.classifier import ClassifierReward, class_index, fixed_views
+from nemo_aligner_diffusion.rewards.detection import DetectionReward
+from nemo_aligner_diffusion.rewards.feature_symmetry import FeatureSymmetry
+from nemo_aligner_diffusion.rewards.image_processor import ImageProcessor
+
+
+def pictures(count: int, height: int, width: int, seed: int = 0) -> Tensor:
+    """Smooth pictures with values that eight bits hold exactly, and room for a resize to overshoot."""
+    generator = torch.Generator().manual_seed(seed)
+    small = 0.2 + 0.6 * torch.rand(count, 3, 5, 5, generator=generator)
+    large = torch.nn.functional.interpolate(small, size=(height, width), mode="bicubic", align_corners=True)
+    return (large.clamp(0, 1) * 255).round() / 255
+
+
+def to_pil(picture: Tensor) -> Image.Image:
+    return Image.fromarray((picture.permute(1, 2, 0) * 255).round().byte().numpy())
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return classifier_folder(tmp_path_factory.mktemp("vit"))
+
+
+@pytest.fixture(scope="module", params=["owlvit", "owlv2"])
+def owl(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    return request.param, detector_folder(tmp_path_factory.mktemp(request.param), request.param)
+
+
+# Preprocessing
+
+SIDES = {"height": 24, "width": 24}
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        ViTImageProcessorPil(size={"height": 24, "width": 20}),
+        CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=SIDES),
+        BitImageProcessorPil(size={"shortest_edge": 20}, crop_size=SIDES),  # smaller than the crop: padded
+        ConvNextImageProcessorPil(size={"shortest_edge": 24}, crop_pct=0.875),
+        ConvNextImageProcessorPil(size={"shortest_edge": 384}),
+        EfficientNetImageProcessorPil(size=SIDES, rescale_factor=1 / 127.5, rescale_offset=True),
+        EfficientNetImageProcessorPil(size=SIDES, include_top=False),
+        LevitImageProcessorPil(size={"shortest_edge": 24}, crop_size=SIDES),
+        MobileViTImageProcessorPil(size={"shortest_edge": 28}, crop_size=SIDES),
+        OwlViTImageProcessorPil(size=SIDES),
+    ],
+    ids=lambda processor: type(processor).__name__,
+)
+@pytest.mark.parametrize(("height", "width"), [(40, 56), (61, 37), (16, 24)])
+def test_preprocessing_is_transformers(processor: Any, height: int, width: int) -> None:
+    picture = pictures(1, height, width, seed=height)
+    ours = ImageProcessor.of(processor, "test")(picture)
+    theirs = processor(to_pil(picture[0]), return_tensors="pt").pixel_values
+    assert ours.shape == theirs.shape
+    scale = theirs.std() / picture.std()
+    assert (ours - theirs).abs().max() < 2e-2 * scale
+
+
+def test_owlv2_preprocessing_is_transformers_where_scipy_is() -> None:
+    pytest.importorskip("scipy")
+    for height, width in ((40, 56), (61, 37), (24, 24)):
+        processor = Owlv2ImageProcessorPil(size=SIDES)
+        picture = pictures(1, height, width, seed=height)
+        ours = ImageProcessor.of(processor, "test")(picture)
+        theirs = processor(to_pil(picture[0]), return_tensors="pt").pixel_values
+        assert (ours - theirs).abs().max() < 2e-2
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        CLIPImageProcessorPil(size={"shortest_edge": 6}, crop_size={"height": 5, "width": 5}),
+        Owlv2ImageProcessorPil(size={"height": 5, "width": 5}),
+    ],
+    ids=["clip", "owlv2"],
+)
+def test_preprocessing_has_a_gradient(processor: Any) -> None:
+    steps = ImageProcessor.of(processor, "test")
+    picture = torch.rand(1, 3, 9, 12, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(steps, picture)
+
+
+def test_unknown_preprocessing_is_refused() -> None:
+    with pytest.raises(RewardError, match=r"PerceiverImageProcessor.* is not known here; known are those of Beit, Bit"):
+        ImageProcessor.of(PerceiverImageProcessorPil(), "rm.model.from_pretrained")
+
+
+# Classifier
+
+
+def test_the_classifier_is_transformers(vit: Path) -> None:
+    batch = pictures(3, 32, 32)
+    model = ViTForImageClassification.from_pretrained(vit).eval()
+    processor = ViTImageProcessorPil.from_pretrained(vit)
+    inputs = processor([to_pil(picture) for picture in batch], return_tensors="pt")
+    with torch.no_grad():
+        expected = model(**inputs).logits.log_softmax(-1)
+    assert expected.std(dim=0).max() > 1e-2, "the toy must tell the pictures apart"
+    for index, label in enumerate(LABELS):
+        for target in (index, str(index), label, label.split(",")[0].upper()):
+            reward = build_reward(
+                {"name": "classifier", "model": {"from_pretrained": str(vit)}, "target_class": target}
+            )
+            torch.testing.assert_close(reward(batch, [""] * 3), expected[:, index], rtol=1e-4, atol=1e-6)
+
+
+def test_a_multi_label_classifier_scores_by_the_sigmoid(tmp_path: Path) -> None:
+    folder = classifier_folder(tmp_path / "vit", problem_type="multi_label_classification")
+    batch = pictures(2, 32, 32)
+    model = ViTForImageClassification.from_pretrained(folder).eval()
+    inputs = ViTImageProcessorPil.from_pretrained(folder)([to_pil(p) for p in batch], return_tensors="pt")
+    with torch.no_grad():
+        expected = torch.nn.functional.logsigmoid(model(**inputs).logits[:, 3])
+    reward = ClassifierReward.from_pretrained(folder, "banana")
+    torch.testing.assert_close(reward(batch, ["", ""]), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_views_are_averaged_and_micro_batches_change_nothing(vit: Path) -> None:
+    batch = pictures(2, 48, 40).requires_grad_()
+    single = ClassifierReward.from_pretrained(vit, 1)
+    several = ClassifierReward.from_pretrained(vit, 1, views=7)
+    views = fixed_views(batch, 10)
+    assert len(views) == 10
+    assert torch.equal(views[0], batch)
+    assert torch.equal(views[1], batch.flip(-1))
+    assert {tuple(view.shape[-2:]) for view in views[2:]} == {(42, 35)}
+    expected = torch.stack([single(view, ["", ""]) for view in views[:7]]).mean(0)
+    torch.testing.assert_close(several(batch, ["", ""]), expected)
+    pieces = ClassifierReward.from_pretrained(vit, 1, views=7, micro_batch_size=3, activation_checkpointing=True)
+    torch.testing.assert_close(pieces(batch, ["", ""]), expected)
+    (whole,) = torch.autograd.grad(expected.sum(), batch)
+    (part,) = torch.autograd.grad(pieces(batch, ["", ""]).sum(), batch)
+    torch.testing.assert_close(part, whole, rtol=1e-3, atol=1e-7)
+    assert (whole.flatten(1).abs().sum(1) > 0).all()
+
+
+def test_following_the_classifiers_gradient_raises_the_class(vit: Path) -> None:
+    reward = ClassifierReward.from_pretrained(vit, "banana")
+    picture = pictures(1, 32, 32)
+    before = reward(picture, [""])
+    for _ in range(10):
+        picture.requires_grad_()
+        (gradient,) = torch.autograd.grad(reward(picture, [""]).sum(), picture)
+        picture = (picture + 0.01 * gradient.sign()).clamp(0, 1).detach()
+    assert reward(picture, [""]) > before + 0.1
+
+
+def test_half_precision_stays_close(vit: Path) -> None:
+    section = {"name": "classifier", "model": {"from_pretrained": str(vit)}, "target_class": 0}
+    batch = pictures(2, 32, 32)
+    low = build_reward({**section, "trainer": {"precision": "bf16"}})(batch, ["", ""])
+    assert low.dtype == torch.float32
+    torch.testing.assert_close(low, build_reward(section)(batch, ["", ""]), rtol=0.1, atol=0.1)
+
+
+def test_an_unknown_class_lists_the_nearest(vit: Path) -> None:
+    config = ViTForImageClassification.from_pretrained(vit).config
+    assert class_index(config, " Carassius auratus ") == 0
+    with pytest.raises(RewardError, match=r"nearest are golden retriever.*An index \(0 … 4\)"):
+        class_index(config, "golden retreiver")
+    with pytest.raises(RewardError, match=r"nearest are .*Egyptian cat"):
+        class_index(config, "cat")
+    with pytest.raises(RewardError, match="classes are 0 … 4"):
+        class_index(config, 5)
+    with pytest.raises(RewardError, match="none is like it"):
+        class_index(config, "zzzz")
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"target_class": None}, "needs rm.target_class"),
+        ({"model": {}}, "needs rm.model.from_pretrained"),
+        ({"model": {"from_pretrained": "/no/such"}}, "expected the folder of a transformers model"),
+        ({"model": {"restore_from_path": "x.nemo"}}, "rm.model.restore_from_path is no key"),
+        ({"views": 11}, "from 1 to 10"),
+        ({"model": {"from_pretrained": "nobody/has-this"}}, "cannot be had from the hub"),
+    ],
+)
+def test_what_a_classifier_cannot_be_made_of(vit: Path, change: dict[str, Any], expected: str) -> None:
+    section = {"name": "classifier", "model": {"from_pretrained": str(vit)}, "target_class": 0, **change}
+    with pytest.raises((ConfigurationError, RewardError), match=expected):
+        build_reward(section)
+
+
+def test_a_folder_that_is_no_classifier_is_named(vit: Path, owl: tuple[str, Path], tmp_path: Path) -> None:
+    def fails(folder: Path, expected: str) -> None:
+        with pytest.raises(RewardError, match=expected):
+            ClassifierReward.from_pretrained(folder, 0)
+
+    fails(owl[1], "an image classifier cannot be had from the folder")
+    fails(tmp_path, "has no config.json")
+    headless = tmp_path / "headless"
+    ViTForImageClassification.from_pretrained(vit).vit.save_pretrained(headless)
+    fails(headless, r"lacks 2 weights of an image classifier, e\.g\. classifier\.bias")
+    remote = classifier_folder(tmp_path / "remote")
+    config = json.loads((remote / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "evil.Config"}}
+    (remote / "config.json").write_text(json.dumps(config))
+    (remote / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    fails(remote, "cannot be had from the folder")
+    assert not (tmp_path / "ran").exists()
+
+
+# Detection
+
+
+def reference_logits(kind: str, folder: Path, batch: Tensor, queries: list[str]) -> Tensor:
+    """transformers' own forward pass, ``(B, boxes)``; the pixels by its processor where that needs no scipy."""
+    if kind == "owlvit":
+        model: Any = OwlViTForObjectDetection.from_pretrained(folder).eval()
+        processor = OwlViTImageProcessorPil.from_pretrained(folder)
+        pixels = processor([to_pil(picture) for picture in batch], return_tensors="pt").pixel_values
+    else:
+        model = Owlv2ForObjectDetection.from_pretrained(folder).eval()
+        mean, std = (np.array(getattr(Owlv2ImageProcessorPil, f"image_{name}")) for name in ("mean", "std"))
+        side = max(batch.shape[-2:])
+        square = np.zeros((len(batch), side, side, 3))
+        square[:, : batch.shape[2], : batch.shape[3]] = batch.permute(0, 2, 3, 1).numpy()
+        pixels = torch.from_numpy((square - mean) / std).permute(0, 3, 1, 2).float()
+    tokens = AutoTokenizer.from_pretrained(folder)(queries, padding="max_length", max_length=16, return_tensors="pt")
+    with torch.no_grad():
+        return model(pixel_values=pixels, **tokens).logits[..., 0].double()
+
+
+def test_the_detector_is_transformers(owl: tuple[str, Path]) -> None:
+    kind, folder = owl
+    batch = pictures(2, 32, 32 if kind == "owlvit" else 24)
+    queries = ["a cat", "red apple"]
+    expected = reference_logits(kind, folder, batch, queries)
+    reward = build_reward({"name": "detection", "model": {"from_pretrained": str(folder)}, "temperature": 0})
+    assert isinstance(reward, DetectionReward)
+    torch.testing.assert_close(reward.box_logits(batch, queries).double(), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(reward(batch, queries).double(), expected.amax(1).sigmoid().log(), rtol=1e-4, atol=1e-6)
+    assert (expected[0] - expected[1]).abs().max() > 1e-3
+    same = build_reward({"name": "detection", "model": {"from_pretrained": str(folder)}, "query": "a cat"})
+    smooth = 0.1 * (reference_logits(kind, folder, batch, ["a cat", "a cat"]) / 0.1).exp().sum(1).log()
+    torch.testing.assert_close(same(batch, queries).double(), smooth.sigmoid().log(), rtol=1e-4, atol=1e-6)
+
+
+def test_removing_is_the_opposite_and_levels_off(owl: tuple[str, Path]) -> None:
+    _, folder = owl
+    batch = pictures(2, 40, 32).requires_grad_()
+    add = DetectionReward.from_pretrained(folder, "cat")
+    remove = DetectionReward.from_pretrained(folder, "cat", remove=True)
+    present, absent = add(batch, ["", ""]), remove(batch, ["", ""])
+    torch.testing.assert_close(present.exp() + absent.exp(), torch.ones(2))
+    (up,) = torch.autograd.grad(present.sum(), batch)
+    (down,) = torch.autograd.grad(absent.sum(), batch)
+    assert torch.nn.functional.cosine_similarity(up[0].flatten(), down[0].flatten(), dim=0) < -0.99
+    assert (present < 0).all()
+    assert (absent < 0).all()
+    pieces = DetectionReward.from_pretrained(folder, "cat", micro_batch_size=1, activation_checkpointing=True)
+    (again,) = torch.autograd.grad(pieces(batch, ["", ""]).sum(), batch)
+    torch.testing.assert_close(again, up, rtol=1e-3, atol=1e-7)
+
+
+def test_a_smooth_maximum_reaches_every_box_that_is_close(owl: tuple[str, Path]) -> None:
+    batch = pictures(1, 32, 32)
+    counts = []
+    for temperature in (0.0, 10.0):
+        reward = DetectionReward.from_pretrained(owl[1], "cat", temperature=temperature)
+        logits = reward.box_logits(batch, [""]).requires_grad_()
+        best = temperature * (logits / temperature).logsumexp(1) if temperature else logits.amax(1)
+        (gradient,) = torch.autograd.grad(best.sum(), logits)
+        counts.append(int((gradient > 1e-3).sum()))
+    assert counts[0] == 1 < counts[1]
+
+
+def test_long_queries_are_truncated_and_counted(owl: tuple[str, Path], caplog: pytest.LogCaptureFixture) -> None:
+    reward = DetectionReward.from_pretrained(owl[1])
+    score = reward(pictures(1, 32, 32), ["a very long prompt about cats and apples"])
+    assert torch.isfinite(score).all()
+    assert reward.truncated_queries == 1
+    assert "truncated" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"query": "  "}, "query is empty"),
+        ({"temperature": -1}, "temperature is -1"),
+        ({"model": {}}, "needs rm.model.from_pretrained"),
+    ],
+)
+def test_what_a_detector_cannot_be_made_of(owl: tuple[str, Path], change: dict[str, Any], expected: str) -> None:
+    with pytest.raises((ConfigurationError, RewardError), match=expected):
+        build_reward({"name": "detection", "model": {"from_pretrained": str(owl[1])}, **change})
+
+
+def test_a_classifier_is_no_detector(vit: Path) -> None:
+    with pytest.raises(RewardError, match="a model of type 'vit'; expected one of owlvit, owlv2"):
+        DetectionReward.from_pretrained(vit, "cat")
+
+
+# Feature symmetry
+
+
+@pytest.mark.parametrize("distance", ["cosine", "l2"])
+def test_feature_symmetry_prefers_the_symmetric(distance: str) -> None:
+    left = pictures(1, 64, 32, seed=3)
+    symmetric = torch.cat([left, left.flip(-1)], dim=-1)
+    other = pictures(1, 64, 64, seed=4)
+    reward = build_reward({"name": "feature_symmetry", "distance": distance})
+    batch = torch.cat([symmetric, other]).requires_grad_()
+    scores = reward(batch, ["", ""])
+    assert scores[0].item() == pytest.approx(0, abs=1e-5)
+    assert scores[1] < -1e-2
+    (gradient,) = torch.autograd.grad(scores[1], batch)
+    moved = (batch + 0.02 * gradient.sign()).clamp(0, 1).detach()
+    assert reward(moved, ["", ""])[1] > scores[1]
+
+
+def test_feature_symmetry_compares_the_towers_patches() -> None:
+    clip: Any = restore_reward(embedded_reward_path())
+    picture = pictures(1, clip.image_size, clip.image_size)
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (clip.mean, clip.std))
+    with torch.no_grad():
+        tower = clip.model.vision_model
+        one = tower(pixel_values=(picture - mean) / std).last_hidden_state[:, 1:]
+        two = tower(pixel_values=(picture.flip(-1) - mean) / std).last_hidden_state[:, 1:]
+    cosine = (one * two).sum(-1) / (one.norm(dim=-1) * two.norm(dim=-1))
+    torch.testing.assert_close(FeatureSymmetry(clip)(picture, [""]), cosine.mean(1) - 1, rtol=1e-4, atol=1e-6)
+    with pytest.raises(RewardError, match="known are cosine, l2"):
+        FeatureSymmetry(clip, "manhattan")
+    with pytest.raises(RewardError, match="vision tower of a CLIP"):
+        FeatureSymmetry(build_reward({"name": "symmetry"}))
