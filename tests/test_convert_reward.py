@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from clip_toy import END_OF_TEXT, open_clip_twin, tokenizer_files, toy_clip
+from natural_pictures import photograph
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPModel
@@ -83,7 +85,8 @@ def test_hugging_face_folder(tmp_path: Path, images: Tensor, layout: str, capsys
         torch.save(model.state_dict(), folder / "pytorch_model.bin")
     assert (folder / "model.safetensors.index.json").exists() == (layout == "shards")
     reward = restored(convert("pickscore", folder, tmp_path / "out" / "pick.nemo"))
-    expected = hf_logits(CLIPModel.from_pretrained(folder) if layout != "bin" else model, reward, images)
+    source = CLIPModel.from_pretrained(folder) if layout != "bin" else model
+    expected = hf_logits(source, reward, images, resize="crop_down")
     assert expected.std() > 0.1
     # PickScore's own code: exp(logit_scale) times the product of the normalised embeddings.
     torch.testing.assert_close(reward.score_matrix(images, PROMPTS), expected, rtol=1e-4, atol=1e-5)
@@ -93,6 +96,27 @@ def test_hugging_face_folder(tmp_path: Path, images: Tensor, layout: str, capsys
     assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in shown
     assert "pickscore (CLIPReward, score pickscore)" in shown
     assert list((tmp_path / "out").iterdir()) == [tmp_path / "out" / "pick.nemo"]
+
+
+def test_a_photograph_as_transformers_processes_it(tmp_path: Path) -> None:
+    """The whole way: Pillow's resize to 8 bits, crop, statistics and model there; one differentiable function here."""
+    from transformers import CLIPImageProcessor
+
+    folder = write_tokenizer(tmp_path / "clip")
+    model = toy_clip(seed=2)
+    model.save_pretrained(folder)
+    reward = restored(convert("pickscore", folder, tmp_path / "pick.nemo"))
+    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    tokens = reward.tokenizer(PROMPTS, padding="max_length", max_length=16, truncation=True, return_tensors="pt")
+    theirs, ours = [], []
+    for height, width in ((300, 200), (200, 320), (512, 512), (150, 130)):
+        pixels = photograph(height, width)
+        image = Image.fromarray((pixels.permute(1, 2, 0) * 255).round().byte().numpy())
+        with torch.no_grad():
+            seen = processor(images=image, return_tensors="pt").pixel_values
+            theirs.append(model(**tokens, pixel_values=seen).logits_per_image[0])
+        ours.append(reward.score_matrix(pixels.unsqueeze(0), PROMPTS)[0])
+    assert (torch.stack(ours) - torch.stack(theirs)).abs().max() < 0.02 * torch.stack(theirs).std()
 
 
 def test_clipscore_its_prefix_and_the_image_processor(tmp_path: Path, images: Tensor) -> None:

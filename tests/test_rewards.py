@@ -102,7 +102,7 @@ def test_resize_keeps_what_lies_outside_and_each_picture_to_itself() -> None:
     assert (together[1] - (3 * together[0] - 1)).abs().mean() < 1e-3
 
 
-@pytest.mark.parametrize("resize", ["crop", "pad", "squash"])
+@pytest.mark.parametrize("resize", ["crop", "crop_down", "pad", "squash"])
 @pytest.mark.parametrize(("height", "width"), [(45, 30), (30, 45), (7, 13), (32, 32)])
 def test_ways_to_a_square(resize: str, height: int, width: int) -> None:
     picture = smooth_pictures(1, height, width)
@@ -123,7 +123,8 @@ def test_ways_to_a_square(resize: str, height: int, width: int) -> None:
 
 def test_centre_crop_and_statistics() -> None:
     picture = torch.arange(7 * 4).reshape(1, 1, 4, 7).expand(1, 3, 4, 7).double()
-    assert torch.equal(centre_crop(picture, 4), picture[..., 2:6])
+    assert torch.equal(centre_crop(picture, 4), picture[..., 2:6])  # 1.5 rounds to the even 2 …
+    assert torch.equal(centre_crop(picture, 4, down=True), picture[..., 1:5])
     grey = preprocess(torch.full((1, 3, 10, 12), 0.5), 8, mean=(0.5, 0.25, 0.0), std=(1.0, 0.5, 0.25))
     assert torch.allclose(grey[0, :, 3, 3], torch.tensor([0.0, 0.5, 2.0]), atol=1e-5)
     assert preprocess(torch.zeros(1, 3, 8, 8, dtype=torch.float16), 8).dtype == torch.float32

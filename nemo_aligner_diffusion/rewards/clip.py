@@ -52,7 +52,7 @@ class CLIPReward(Reward):
         image_size: side in pixels that the model sees; the model's own when left out.
         mean, std: statistics of RGB in ``[0, 1]``.
         interpolation: ``bicubic`` or ``bilinear``, antialiased.
-        resize: ``crop``, ``pad`` or ``squash``, see :func:`.preprocessing.preprocess`.
+        resize: ``crop``, ``crop_down``, ``pad`` or ``squash``, see :func:`.preprocessing.preprocess`.
         prompt_prefix: put before every prompt, e.g. ``"A photo depicts "``, the words CLIPScore was published with.
         max_length: tokens a prompt may have, both ends included; the model's own when left out.
         micro_batch_size: images per forward pass of the vision tower; all at once when left out.

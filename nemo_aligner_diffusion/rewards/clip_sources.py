@@ -211,14 +211,14 @@ def hf_preprocessing(folder: Path, image_size: int) -> dict[str, Any]:
     stated = _read_json(path) if path is not None else {}
     given = _section(stated, "image_processor") or stated
     size, crop = given.get("size"), given.get("crop_size")
-    resize = "crop"
+    resize = "crop_down"
     if isinstance(size, Mapping) and "shortest_edge" not in size:
         resize, size = "squash", size.get("height") if size.get("height") == size.get("width") else size
     elif isinstance(size, Mapping):
         size = size["shortest_edge"]
     crop = crop.get("height") if isinstance(crop, Mapping) else crop
     interpolation = _PILLOW_FILTERS.get(given.get("resample", 3))
-    sides = {side for side in (size, crop if resize == "crop" else None) if side is not None}
+    sides = {side for side in (size, crop if resize == "crop_down" else None) if side is not None}
     if interpolation is None or not sides <= {image_size}:
         raise CheckpointError(
             f"{path}: resizes to {given.get('size')} and crops to {given.get('crop_size')} with Pillow's filter "

@@ -31,7 +31,7 @@ class Conversion:
         dtype: name of the floating dtype to save in; as in the source when left out.
         activation, vision_heads, text_heads: of an OpenCLIP checkpoint, see :mod:`.open_clip_layout`.
         head_activation: aesthetic: between the head's layers.
-        resize: ``crop``, ``pad`` or ``squash``, see :func:`.preprocessing.preprocess`.
+        resize: ``crop``, ``crop_down``, ``pad`` or ``squash``, see :func:`.preprocessing.preprocess`.
         prompt_prefix: words before every prompt.
         name: of the reward in metrics.
         gzip: compress the archive.
@@ -85,10 +85,12 @@ def convert_reward(conversion: Conversion, output: str | Path, *, overwrite: boo
         raise OutputError(f"{output}: its folder cannot be written to: {error.strerror}. Choose another.") from error
     with folder:
         draft = Path(folder.name) / output.name
-        _write(conversion, draft)
         try:
+            _write(conversion, draft)
             result = _verify(draft)
         except AlignerError as error:
+            if str(draft) not in str(error):
+                raise
             # The draft's name means nothing to the user, who is told about the file that was to be.
             raise CheckpointError(f"Nothing was written: {str(error).replace(str(draft), str(output))}") from error
         check_output(output, overwrite)  # something may have come to lie there meanwhile

@@ -18,7 +18,7 @@ class Kind:
         clip: aesthetic: the CLIP that the published heads rate.
         score: of a CLIP: ``pickscore``, ``hps`` or ``clipscore``.
         activation: of an OpenCLIP checkpoint of this kind, where all have the same.
-        resize: how its own code prepares pictures that are no squares, where the weights come without saying.
+        resize: how its own code prepares pictures that are no squares, where that isn't what the weights' folder says.
         without: options of the command that have no effect.
     """
 
@@ -40,7 +40,7 @@ _HPS = "an OpenCLIP checkpoint of HPSv2, such as "
 KINDS: dict[str, Kind] = {
     "pickscore": Kind("PickScore: exp(logit_scale)·cos", "yuvalkirstain/PickScore_v1", tokenizer=_VIT_H),
     "clip": Kind("any CLIP, scored like PickScore (or see --score)"),
-    "clipscore": Kind("CLIPScore: 2.5·max(cos, 0)", "openai/clip-vit-base-patch32", score="clipscore"),
+    "clipscore": Kind("CLIPScore: 2.5·max(cos, 0)", "openai/clip-vit-base-patch32", score="clipscore", resize="crop"),
     "hps": Kind(
         "HPSv2: cos",
         "xswu/HPSv2",
@@ -65,6 +65,7 @@ KINDS: dict[str, Kind] = {
         "LAION's aesthetic predictor: a head on a CLIP's image embedding",
         source_help="the head's .pth, such as sac+logos+ava1-l14-linearMSE.pth",
         clip="openai/clip-vit-large-patch14",
+        resize="crop",
         without=("tokenizer", "score", "prompt_prefix", "text_heads"),
     ),
     "image_reward": Kind(

@@ -13,7 +13,7 @@ OPENAI_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 INTERPOLATIONS = ("bicubic", "bilinear")
 # How a picture of any shape becomes the square a model takes, see preprocess.
-RESIZES = ("crop", "pad", "squash")
+RESIZES = ("crop", "crop_down", "pad", "squash")
 
 
 def antialiased_resize(images: Tensor, target: tuple[int, int], interpolation: str = "bicubic") -> Tensor:
@@ -64,10 +64,14 @@ def pad_to_square(images: Tensor, size: int, interpolation: str = "bicubic") -> 
     return functional.pad(images, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
 
 
-def centre_crop(images: Tensor, size: int) -> Tensor:
-    """The middle ``size``×``size`` of images at least that large (torchvision's rounding)."""
+def centre_crop(images: Tensor, size: int, down: bool = False) -> Tensor:
+    """The middle ``size``×``size`` of images at least that large.
+
+    Where an odd number of rows or columns goes, torchvision rounds the offset (half to even) and transformers rounds it
+    ``down``: a shift by one pixel in every second case, which scores notice.
+    """
     height, width = images.shape[-2:]
-    top, left = round((height - size) / 2), round((width - size) / 2)
+    top, left = ((length - size) // 2 if down else round((length - size) / 2) for length in (height, width))
     return images[..., top : top + size, left : left + size]
 
 
@@ -81,7 +85,8 @@ def preprocess(
 ) -> Tensor:
     """``(B, 3, H, W)`` in ``[0, 1]`` to normalised ``(B, 3, size, size)``, in float32 or the images' float64.
 
-    ``resize`` says how another shape becomes a square: ``crop`` (short side to ``size``, the middle kept: CLIP,
+    ``resize`` says how another shape becomes a square: ``crop`` (short side to ``size``, the middle kept, as
+    torchvision does it: OpenAI's and OpenCLIP's code, NeMo), ``crop_down`` (the same, as transformers does it:
     PickScore), ``pad`` (long side to ``size``, black around it: HPSv2) or ``squash`` (both sides to ``size``).
     """
     if images.dtype != torch.float64:
@@ -91,7 +96,7 @@ def preprocess(
     elif resize == "squash":
         images = antialiased_resize(images, (size, size), interpolation)
     else:
-        images = centre_crop(resize_short_side(images, size, interpolation), size)
+        images = centre_crop(resize_short_side(images, size, interpolation), size, down=resize == "crop_down")
     shift = images.new_tensor(mean).view(1, -1, 1, 1)
     scale = images.new_tensor(std).view(1, -1, 1, 1)
     return (images - shift) / scale
