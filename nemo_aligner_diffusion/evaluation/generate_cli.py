@@ -16,7 +16,7 @@ from pathlib import Path
 from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError, DataError
 
 # As in conf/model/stable_diffusion.yaml; an adapter made by a run brings that run's settings instead.
-DEFAULT_STEPS, DEFAULT_GUIDANCE, DEFAULT_SAMPLER, DEFAULT_ETA = 20, 3.0, "ddim", 0.0
+DEFAULT_STEPS, DEFAULT_GUIDANCE, DEFAULT_SAMPLER, DEFAULT_ETA = 20, 2.0, "ddim", 0.0
 
 EXAMPLES = """\
 examples:

@@ -11,7 +11,7 @@ from tokenizer import MAX_TOKENS
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 #: Sampling settings the model is shipped and evaluated with.
-GUIDANCE_SCALE = 3.0
+GUIDANCE_SCALE = 2.0
 INFERENCE_STEPS = 20
 
 

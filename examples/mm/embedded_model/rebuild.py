@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--clip-steps", type=int, default=1400)
     parser.add_argument("--vae-steps", type=int, default=1500)
     parser.add_argument("--polish-steps", type=int, default=800)
-    parser.add_argument("--unet-steps", type=int, default=4000)
+    parser.add_argument("--unet-steps", type=int, default=8000)
     parser.add_argument(
         "--assets",
         type=Path,
