@@ -22,7 +22,7 @@ from transformers import CLIPModel
 
 from nemo_aligner_diffusion.errors import AlignerError
 from nemo_aligner_diffusion.nemo_archive import load_nemo
-from nemo_aligner_diffusion.rewards import CLIPReward, restore_reward
+from nemo_aligner_diffusion.rewards import CLIPReward, build_reward, restore_reward
 from nemo_aligner_diffusion.rewards.convert_cli import main
 from nemo_aligner_diffusion.rewards.preprocessing import preprocess
 
@@ -152,15 +152,16 @@ def test_open_clip_layout(tmp_path: Path, images: Tensor, tokenizer: Path, activ
         saved["text.attn_mask"] = torch.zeros(16, 16)
     else:
         saved = state
-    checkpoint = tmp_path / "HPS_v2.1_compressed.pt"
+    kind = "hps" if wrapping == "plain" else "hps_v2.1"
+    checkpoint = tmp_path / "HPS_compressed.pt"
     torch.save(saved, checkpoint)
     options = ("--tokenizer", tokenizer, "--vision-heads", "4", "--text-heads", "3")
-    path = convert("hps_v2.1", checkpoint, tmp_path / "hps.nemo", "--activation", activation, *options)
+    path = convert(kind, checkpoint, tmp_path / "hps.nemo", "--activation", activation, *options)
     reward = restored(path)
     expected = hf_logits(model, reward, images, resize="pad") / model.logit_scale.exp()
     torch.testing.assert_close(reward.score_matrix(images, PROMPTS), expected, rtol=1e-4, atol=1e-6)
     assert reward.score_type == "hps"
-    assert reward.name == "hps_v2_1"
+    assert reward.name == kind.replace(".", "_")
 
 
 def test_open_clip_config_beside_the_checkpoint(tmp_path: Path, images: Tensor, tokenizer: Path) -> None:
@@ -243,6 +244,8 @@ def test_aesthetic(tmp_path: Path, images: Tensor, places: tuple[int, ...], relu
     score = reward(leaf, PROMPTS)
     torch.testing.assert_close(score.double(), expected, rtol=1e-4, atol=1e-6)
     assert list(reward.components(images, PROMPTS)) == ["aesthetic"]
+    section = {"name": "clip", "model": {"restore_from_path": str(path)}}  # as conf/rm/aesthetic.yaml says
+    torch.testing.assert_close(build_reward(section)(images, PROMPTS), score.detach())
     score.sum().backward()
     assert leaf.grad is not None
     assert leaf.grad.abs().max() > 1e-6
@@ -345,6 +348,35 @@ def test_what_is_refused_and_how(tmp_path: Path, tokenizer: Path, capsys: pytest
     (folder / "config.json").write_text(json.dumps(config))
     assert "text_model.encoder.layers.2" in refused(capsys, *start, folder)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clip", "hf.safetensors", "open.pt", "tokenizer"]
+
+
+def test_descriptions_beside_the_weights_that_cannot_be_followed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, output = write_tokenizer(tmp_path / "clip"), tmp_path / "out.nemo"
+    toy_clip().save_pretrained(folder)
+    words = ("--kind", "clip", "--source", folder, "--output", output)
+    processor = folder / "preprocessor_config.json"
+    for content, message in (
+        ({"resample": 1}, "Pillow's filter 1"),
+        ({"size": {"shortest_edge": 48}, "crop_size": {"height": 32, "width": 32}}, "resizes to {'shortest_edge': 48}"),
+        ({"image_mean": [0.5]}, "preprocessing.mean"),
+        ([1], "holds a list"),
+    ):
+        processor.write_text(json.dumps(content))
+        assert message in refused(capsys, *words)
+    processor.write_text("{")
+    assert "no readable JSON" in refused(capsys, *words)
+    processor.unlink()
+    (folder / "model.safetensors").rename(tmp_path / "model.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../model.safetensors"}}))
+    assert "names no files of this folder" in refused(capsys, *words)
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"type": "WordPiece", "vocab": {}}}))
+    (folder / "vocab.json").unlink()
+    (folder / "model.safetensors.index.json").unlink()
+    (tmp_path / "model.safetensors").rename(folder / "model.safetensors")
+    assert "not the tokenizer of a CLIP" in refused(capsys, *words)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clip"]
 
 
 def test_nothing_is_overwritten_unasked_and_nothing_half_written(
