@@ -18,7 +18,16 @@ class DataError(AlignerError):
 
 
 class ArchiveError(AlignerError):
-    """A ``.nemo`` archive is damaged, hostile, or not of a kind that can be restored."""
+    """A ``.nemo`` archive is damaged, hostile, or not of a kind that can be restored.
+
+    Its message is one line of printable characters and bounded, whatever names and values of the file it quotes.
+    """
+
+    longest = 1500
+
+    def __init__(self, message: str) -> None:
+        line = "".join(character if character.isprintable() else "?" for character in " ".join(message.split()))
+        super().__init__(line if len(line) <= self.longest else f"{line[: self.longest - 1]}…")
 
 
 class CheckpointError(AlignerError):
