@@ -1,5 +1,6 @@
 # make train   train the embedded model with the embedded reward, from nothing but Python
 # make test    the tests, without the slow ones        make test-slow   the slow ones
+# make test-nemo  the tests against NeMo itself (installs the extra nemo, 600 MB more)
 # make lint    ruff and mypy                           make clean       caches and builds; results/ and .venv stay
 PYTHON ?= python3
 VENV   ?= .venv
@@ -14,7 +15,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: train test test-slow lint install reference clean
+.PHONY: train test test-slow test-nemo install-nemo lint install reference clean
 SOURCES_OF_INSTALLATION := pyproject.toml setup.py constraints.txt
 
 train: $(VENV)/.installed
@@ -27,6 +28,12 @@ test: $(VENV)/.installed-dev $(VENV)/reference/.installed
 
 test-slow: $(VENV)/.installed-dev
 	$(PYTEST) -m slow $(PYTEST_ARGS)
+
+# Last in CI, so that all the other tests run without NeMo's packages beside ours.
+install-nemo: $(VENV)/.installed-nemo
+
+test-nemo: $(VENV)/.installed-nemo
+	NAD_REQUIRE_NEMO=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_nemo_interoperability.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
@@ -59,3 +66,7 @@ $(VENV)/reference/.installed: tests/reference/requirements.txt | $(BIN)/python
 	rm -rf $(VENV)/reference
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --target $(VENV)/reference -r $<
 	@touch $@
+
+$(VENV)/.installed-nemo: $(SOURCES_OF_INSTALLATION) | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev,nemo]"
+	@touch $@ $(VENV)/.installed-dev $(VENV)/.installed
