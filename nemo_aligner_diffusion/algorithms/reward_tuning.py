@@ -173,7 +173,7 @@ class RewardTuning(pl.LightningModule):
             "images": torch.tensor(float(len(prompts)), device=scores.device),
             "active_steps": torch.tensor(float(len(plan.active)), device=scores.device),
         }
-        if len(scored[0][1]) > 1:  # a composite reward: each part on its own
+        if list(scored[0][1]) != [self.reward.name]:  # a reward of parts: each on its own, raw
             for name in scored[0][1]:
                 figures[f"reward_{name}"] = torch.cat([parts[name] for _, parts in scored]).mean()
         self._micro_batches.append(figures)

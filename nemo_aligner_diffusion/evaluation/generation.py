@@ -270,7 +270,7 @@ def _as_variant(model: StableDiffusion, variant: Variant, request: Request) -> A
 def _reward(request: Request, run: RunFiles | None, device: torch.device) -> Reward | None:
     """The reward asked for; else the run's own, else the embedded one, as far as they can be had."""
     from nemo_aligner_diffusion.rewards.build import build_reward, import_paths
-    from nemo_aligner_diffusion.rewards.parts import apply_statistics, read_statistics
+    from nemo_aligner_diffusion.rewards.parts import apply_statistics, check_measured, read_statistics
 
     asked = request.reward
     if asked is not None and asked.lower() == "none":
@@ -302,6 +302,7 @@ def _reward(request: Request, run: RunFiles | None, device: torch.device) -> Rew
         reward = build_reward(section, device=device)
         if run is not None:
             apply_statistics(reward, read_statistics(run.folder))
+        check_measured(reward)
         return reward
     except AlignerError as error:
         print(f"note: the pictures are not scored, the reward cannot be loaded: {error}", file=sys.stderr)

@@ -11,11 +11,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nemo_aligner_diffusion.rewards.augmentation import AugmentedReward
     from nemo_aligner_diffusion.rewards.base import Reward
     from nemo_aligner_diffusion.rewards.build import build_reward
+    from nemo_aligner_diffusion.rewards.classifier import ClassifierReward
     from nemo_aligner_diffusion.rewards.clip import CLIPReward
     from nemo_aligner_diffusion.rewards.clip_archive import convert_hf_clip_to_nemo
     from nemo_aligner_diffusion.rewards.composite import CompositeReward
+    from nemo_aligner_diffusion.rewards.custom import CustomReward
+    from nemo_aligner_diffusion.rewards.detection import DetectionReward
+    from nemo_aligner_diffusion.rewards.ensemble import EnsembleReward
+    from nemo_aligner_diffusion.rewards.feature_symmetry import FeatureSymmetry
     from nemo_aligner_diffusion.rewards.image_reward import ImageReward
     from nemo_aligner_diffusion.rewards.image_reward_archive import convert_image_reward_to_nemo
     from nemo_aligner_diffusion.rewards.jpeg import JPEGCompressibility
@@ -29,6 +35,12 @@ _HOMES = {
     "convert_hf_clip_to_nemo": "clip_archive",
     "restore_reward": "restore",
     "CompositeReward": "composite",
+    "AugmentedReward": "augmentation",
+    "ClassifierReward": "classifier",
+    "CustomReward": "custom",
+    "DetectionReward": "detection",
+    "EnsembleReward": "ensemble",
+    "FeatureSymmetry": "feature_symmetry",
     "ImageReward": "image_reward",
     "convert_image_reward_to_nemo": "image_reward_archive",
     "JPEGCompressibility": "jpeg",
@@ -36,8 +48,14 @@ _HOMES = {
 }
 
 __all__ = [
+    "AugmentedReward",
     "CLIPReward",
+    "ClassifierReward",
     "CompositeReward",
+    "CustomReward",
+    "DetectionReward",
+    "EnsembleReward",
+    "FeatureSymmetry",
     "ImageReward",
     "JPEGCompressibility",
     "MirrorSymmetry",

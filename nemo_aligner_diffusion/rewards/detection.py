@@ -17,7 +17,6 @@ over the boxes that is smooth:
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,8 +30,7 @@ from nemo_aligner_diffusion.rewards.base import Reward
 from nemo_aligner_diffusion.rewards.image_processor import ImageProcessor
 from nemo_aligner_diffusion.rewards.micro_batches import check_micro_batch_size, in_micro_batches, own_precision
 from nemo_aligner_diffusion.rewards.pretrained import existing_source, load_model, load_processor
-
-logger = logging.getLogger(__name__)
+from nemo_aligner_diffusion.rewards.truncation import TruncationCounter
 
 MODEL_TYPES = ("owlvit", "owlv2")
 _TEXT_CACHE_SIZE = 4096
@@ -81,7 +79,7 @@ class DetectionReward(Reward):
         self.max_length: int = model.config.text_config.max_position_embeddings
         self.micro_batch_size = micro_batch_size
         self.activation_checkpointing = activation_checkpointing
-        self.truncated_queries = 0
+        self.truncated = TruncationCounter(self.max_length)
         self._query_cache: dict[str, Tensor] = {}
         self.freeze()
 
@@ -155,14 +153,7 @@ class DetectionReward(Reward):
             query, padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt"
         )
         if bool(tokens.attention_mask.all()) and len(self.tokenizer(query).input_ids) > self.max_length:
-            self.truncated_queries += 1
-            if str(self.truncated_queries).rstrip("0") == "1":  # 1, 10, 100, …: a count, not a flood
-                logger.warning(
-                    "%d query(s) so far are longer than the detector's %d tokens and were truncated; the latest: %.80r",
-                    self.truncated_queries,
-                    self.max_length,
-                    query,
-                )
+            self.truncated.count(query)
         return tokens
 
     @property

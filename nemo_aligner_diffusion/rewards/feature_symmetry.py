@@ -46,7 +46,9 @@ class FeatureSymmetry(Reward):
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         clip = self.clip
         with own_precision(clip.device.type):
-            pixels = preprocess(images.to(clip.device), clip.image_size, clip.mean, clip.std, clip.interpolation)
+            pixels = preprocess(
+                images.to(clip.device), clip.image_size, clip.mean, clip.std, clip.interpolation, clip.resize
+            )
             return in_micro_batches(
                 self._score_pixels,
                 pixels,

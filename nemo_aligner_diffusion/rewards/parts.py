@@ -139,12 +139,7 @@ class PartedReward(Reward):
     def _shaped(self, name: str, score: Tensor) -> Tensor:
         shaping = self.shapings[name]
         if shaping.normalize is not None:
-            if name not in self.statistics:
-                raise RewardError(
-                    f"{self.place(name)}.normalize is base: the mean and standard deviation over the base model's "
-                    "pictures are not known here. A training run measures them before its first step and keeps them "
-                    "in reward_normalization.json; elsewhere give {mean: …, std: …}."
-                )
+            check_measured(self)
             mean, std = self.statistics[name]
             score = (score - mean) / std
         return shaping.bounded(score)
@@ -163,6 +158,17 @@ def known_statistics(reward: nn.Module) -> dict[str, dict[str, float]]:
         for name, shaping in parted.shapings.items()
         if shaping.normalize == BY_BASE and name in parted.statistics
     }
+
+
+def check_measured(reward: nn.Module) -> None:
+    """Raises :class:`RewardError` where a part is to be normalised by figures that are not there."""
+    for parted in parted_rewards(reward):
+        for name in parted.unmeasured():
+            raise RewardError(
+                f"{parted.place(name)}.normalize is base: the mean and standard deviation over the base model's "
+                "pictures are not known here. A training run measures them before its first step and keeps them in its "
+                f"{STATISTICS_FILE}; elsewhere give {{mean: …, std: …}}."
+            )
 
 
 def apply_statistics(reward: nn.Module, statistics: Mapping[str, Mapping[str, float]]) -> None:

@@ -67,7 +67,8 @@ class RewardNormalization(pl.Callback):
                     *parted.statistics[part],
                 )
         known = known_statistics(pl_module.reward)
-        if known and known != self.statistics and trainer.is_global_zero:
+        recorded = (self.run_dir / STATISTICS_FILE).is_file() and known == self.statistics
+        if known and not recorded and trainer.is_global_zero:
             write_text_atomically(
                 self.run_dir / STATISTICS_FILE, json.dumps(known, indent=1, ensure_ascii=False) + "\n"
             )
