@@ -429,26 +429,28 @@ def test_tokenizer_json_alone(tmp_path: Path, images: Tensor) -> None:
     assert torch.equal(again(images, PROMPTS), reward(images, PROMPTS))
 
 
-def test_repositories_in_the_cache_need_no_network(tmp_path: Path, images: Tensor) -> None:
+def test_repositories_in_the_cache_need_no_network(
+    tmp_path: Path, images: Tensor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Weights from one cached repository, the tokenizer from another, as PickScore's; the Hub is not reachable here."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
 
     def cached(name: str) -> Path:
-        repository = tmp_path / "hf" / "hub" / f"models--{name.replace('/', '--')}"
+        repository = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
         (repository / "refs").mkdir(parents=True)
         (repository / "refs" / "main").write_text("0" * 40)
         folder = repository / "snapshots" / ("0" * 40)
         folder.mkdir(parents=True)
         return folder
 
-    toy_clip().save_pretrained(cached("yuvalkirstain/PickScore_v1"))
-    write_tokenizer(cached("laion/CLIP-ViT-H-14-laion2B-s32B-b79K"))
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    environment.pop("HF_HUB_CACHE", None)
     output = tmp_path / "pick.nemo"
-    command = [sys.executable, str(SCRIPT), "--kind", "pickscore", "--output", str(output)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert "score pickscore" in done.stdout
+    words = ["--kind", "pickscore", "--output", str(output)]
+    assert "hf download yuvalkirstain/PickScore_v1" in refused(capsys, *words)
+    toy_clip().save_pretrained(cached("yuvalkirstain/PickScore_v1"))
+    assert "hf download laion/CLIP-ViT-H-14" in refused(capsys, *words)
+    write_tokenizer(cached("laion/CLIP-ViT-H-14-laion2B-s32B-b79K"))
+    assert main(words) == 0
+    assert "score pickscore" in capsys.readouterr().out
     folder = write_tokenizer(tmp_path / "clip")
     toy_clip().save_pretrained(folder)
     expected = restored(convert("clip", folder, tmp_path / "local.nemo"))(images, PROMPTS)
