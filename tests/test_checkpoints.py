@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+import random
+import sys
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny import save_tiny_pipeline, tiny_parts
 
-from nemo_aligner_diffusion.diffusion.checkpoints import load_component, read_tensors
+from nemo_aligner_diffusion.diffusion.checkpoints import component_config, load_component, read_tensors
 from nemo_aligner_diffusion.diffusion.families.stable_diffusion import StableDiffusion
-from nemo_aligner_diffusion.diffusion.lora import load_lora_weights
+from nemo_aligner_diffusion.diffusion.lora import add_lora, load_lora_weights, save_lora_weights
 from nemo_aligner_diffusion.errors import CheckpointError
 
 
@@ -179,3 +183,70 @@ def test_a_lora_of_another_architecture_is_refused(parts, tmp_path):
     for path in (tmp_path / "x.safetensors", tmp_path / "absent.safetensors"):
         with pytest.raises(CheckpointError, match="LoRA"):
             load_lora_weights(parts["unet"], path, "a")
+
+
+def test_a_loras_metadata_sets_no_more_than_its_tensors_bear_out(parts, tmp_path):
+    denoiser = target(parts, "unet")
+    add_lora(denoiser, 3, alpha=6)
+    file = save_lora_weights(denoiser, tmp_path)
+    with safe_open(file, "pt") as source:
+        metadata = json.loads(source.metadata()["lora_adapter_metadata"])
+    state = load_file(file)
+    changes = [
+        ("r", 10**9),
+        ("r", True),
+        ("rank_pattern", {"to_q": 999}),
+        ("target_modules", ".*"),
+        ("lora_alpha", "x"),
+    ]
+    changes += [("target_modules", ["(a+)+$"]), ("alpha_pattern", {"(a+)+": 1.0}), ("use_dora", 1)]
+    for field, value in changes:
+        text = json.dumps({**metadata, f"unet.{field}": value})
+        save_file(state, tmp_path / "x.safetensors", {"lora_adapter_metadata": text})
+        with pytest.raises(CheckpointError, match=rf"x\.safetensors: its metadata gives {field}"):
+            load_lora_weights(target(parts, "unet"), tmp_path / "x.safetensors", "a")
+    # What PEFT would import, decompose or multiply by is not passed on.
+    harmful = {
+        "unet.megatron_config": {"a": 1},
+        "unet.megatron_core": "antigravity",
+        "unet.layer_replication": [[0, 9]],
+    }
+    text = json.dumps({**metadata, **harmful, "unet.init_lora_weights": "pissa"})
+    save_file(state, tmp_path / "x.safetensors", {"lora_adapter_metadata": text})
+    loaded = target(parts, "unet")
+    load_lora_weights(loaded, tmp_path / "x.safetensors", "a")
+    config = loaded.peft_config["a"]
+    assert (config.r, config.lora_alpha, config.megatron_config, config.layer_replication) == (3, 6, None, None)
+    assert "antigravity" not in sys.modules
+
+
+def test_files_damaged_at_random_are_read_or_refused_by_name(parts, tmp_path):
+    """Bytes changed at random in the header of a safetensors file, in a pickled one, in a configuration."""
+    weights = dict(list(parts["unet"].state_dict().items())[:6])
+    save_file(weights, tmp_path / "w.safetensors")
+    torch.save({"state_dict": weights}, tmp_path / "w.ckpt")
+    torch.save(weights, tmp_path / "w.bin", _use_new_zipfile_serialization=False)
+    parts["unet"].save_config(tmp_path)
+    drawn = random.Random(0)
+    refused = []
+    for name in ("w.safetensors", "w.ckpt", "w.bin", "config.json"):
+        whole = (tmp_path / name).read_bytes()
+        for _ in range(60):
+            content = bytearray(whole[: drawn.choice((len(whole), len(whole), drawn.randrange(len(whole))))])
+            for _ in range(drawn.choice((1, 2, 20))):
+                if content:
+                    content[drawn.randrange(min(len(content), 1000))] = drawn.randrange(256)
+            (tmp_path / name).write_bytes(content)
+            try:
+                component_config(tmp_path, "unet") if name == "config.json" else read_tensors(tmp_path / name)
+            except CheckpointError as error:
+                refused.append(str(error))
+    assert len(refused) > 60
+    assert all(str(tmp_path) in message for message in refused)
+
+
+def test_tensors_that_are_not_dense_are_refused(parts, tmp_path):
+    for value in (torch.zeros(1).expand(10**12), torch.zeros(3, 3).to_sparse(), torch.zeros(2, device="meta")):
+        torch.save({"conv_in.weight": value}, tmp_path / "x.ckpt")
+        with pytest.raises(CheckpointError, match=r"x\.ckpt: its tensor 'conv_in.weight' is not dense"):
+            read_tensors(tmp_path / "x.ckpt")

@@ -61,6 +61,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     tensors = {str(k): v for k, v in loaded.items() if isinstance(v, Tensor)} if isinstance(loaded, Mapping) else {}
     if not tensors:
         raise CheckpointError(f"{path}: holds no tensors; expected a state dict")
+    for name, tensor in tensors.items():
+        # An expanded tensor claims more elements than are stored; converting it would take memory for all of them.
+        dense = tensor.layout == torch.strided and not tensor.is_quantized and tensor.device.type == "cpu"
+        if not dense or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise CheckpointError(f"{path}: its tensor {name[:200]!r} is not dense; save it with .cpu().contiguous()")
     return tensors
 
 
@@ -104,7 +109,13 @@ def component_config(path: str | Path, component: Component) -> dict[str, Any] |
     folder = Path(path).expanduser()
     for candidate in (folder / "config.json", folder / component / "config.json"):
         if candidate.is_file():
-            return json.loads(candidate.read_text(encoding="utf-8"))
+            try:
+                config = json.loads(candidate.read_bytes())
+            except (ValueError, RecursionError) as error:
+                raise CheckpointError(f"{candidate}: not readable as JSON ({first_line(error)})") from error
+            if not isinstance(config, dict):
+                raise CheckpointError(f"{candidate}: holds no JSON object; expected a diffusers configuration")
+            return config
     return None
 
 

@@ -6,6 +6,7 @@ The exported file is what ``diffusers``' ``pipeline.load_lora_weights`` reads, r
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,20 @@ from nemo_aligner_diffusion.errors import CheckpointError, ConfigurationError, f
 ADAPTER = "default"
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 ATTENTION_MODULES = ("to_q", "to_k", "to_v", "to_out.0")
+
+# What a LoRA file's metadata may set. PEFT would act on more of it: import a module that it names (megatron_core),
+# decompose every weight (init_lora_weights), repeat layers (layer_replication).
+_METADATA_FIELDS = {
+    "r": int,
+    "lora_alpha": (int, float),
+    "rank_pattern": dict,
+    "alpha_pattern": dict,
+    "target_modules": list,
+    "lora_bias": bool,
+    "use_dora": bool,
+    "use_rslora": bool,
+}
+_MODULE_NAME = re.compile(r"[\w.]{1,300}")  # PEFT takes some of them for regular expressions
 
 
 def add_lora(
@@ -134,6 +149,34 @@ def _lora_state(file: Path) -> tuple[dict[str, Tensor], Any, Any]:
     from nemo_aligner_diffusion.diffusion.checkpoints import read_tensors
 
     read_tensors(file)  # a damaged or pickled file ends here, with a message of ours
-    return StableDiffusionPipeline.lora_state_dict(
+    state, alphas, metadata = StableDiffusionPipeline.lora_state_dict(
         str(file.parent), weight_name=file.name, return_lora_metadata=True, local_files_only=True
     )
+    return state, alphas, _checked_metadata(file, state, metadata)
+
+
+def _checked_metadata(file: Path, state: Mapping[str, Tensor], metadata: Mapping[str, Any] | None) -> Any:
+    """The fields of ``metadata`` that describe an adapter, with ranks that the tensors have; ``None`` without any."""
+    if not metadata:
+        return None
+    down = [min(tensor.shape) for name, tensor in state.items() if "lora_A" in name and tensor.ndim > 1]
+    kept = {}
+    for key, value in metadata.items():
+        field = key.rpartition(".")[2]
+        kind = _METADATA_FIELDS.get(field)
+        if kind is None:
+            continue
+        right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))  # type: ignore[arg-type]
+        numbers = [value] if field == "r" else list(value.values()) if isinstance(value, dict) else []
+        names = list(value) if isinstance(value, (dict, list)) else []
+        right = right and all(isinstance(name, str) and _MODULE_NAME.fullmatch(name) for name in names)
+        right = right and all(isinstance(n, (int, float)) and not isinstance(n, bool) for n in numbers)
+        if right and field in ("r", "rank_pattern"):
+            right = all(isinstance(rank, int) and 1 <= rank <= max(down, default=0) for rank in numbers)
+        if not right:
+            raise CheckpointError(
+                f"{file}: its metadata gives {field} = {str(value)[:80]!r}, which its tensors, of ranks up to "
+                f"{max(down, default=0)}, do not bear out; export it again"
+            )
+        kept[key] = value
+    return kept
