@@ -41,7 +41,7 @@ def test_every_recipe_composes_and_validates(name: str) -> None:
     assert loop_section(cfg) is cfg.trainer[name]
     assert cfg.rm.name == "clip"
     assert cfg.rm.model.restore_from_path is None
-    assert derived(cfg).accumulation == 1
+    assert derived(cfg).accumulation == 2
 
 
 def test_the_recipes_are_the_ones_named_here() -> None:
@@ -256,7 +256,7 @@ def test_batch_arithmetic(micro: int, devices: int, nodes: int, whole: int) -> N
 
 def test_a_list_of_devices_counts_its_entries() -> None:
     cfg = load_config("draftp_sd", ["trainer.devices=[1,3]", "model.micro_batch_size=2"])
-    assert derived(cfg).accumulation == 2
+    assert derived(cfg).accumulation == 4
 
 
 @pytest.mark.parametrize(
@@ -416,7 +416,7 @@ class TestOwnYaml:
         self.write(tmp_path, "model: {optim: {name: sgd, lr: 0.5}}\n")
         self.write(tmp_path, "name: incompressibility\n", "rm/noisy.yaml")
         cfg = load_config("mine", ["optim=adamw", "rm=noisy", "loop=default"], config_dir=tmp_path)
-        assert (cfg.model.optim.name, cfg.model.optim.lr, cfg.rm.name) == ("adamw", 1.5e-4, "incompressibility")
+        assert (cfg.model.optim.name, cfg.model.optim.lr, cfg.rm.name) == ("adamw", 4e-4, "incompressibility")
 
     @pytest.mark.parametrize(
         ("text", "expected"),

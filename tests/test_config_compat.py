@@ -81,7 +81,7 @@ def test_keys_in_use_act(key: str) -> None:
         ("model.sampling.base.scale=5.0", "model.infer.unconditional_guidance_scale", 5.0),
         ("model.sampling.base.sampler=EulerEDMSampler", "model.infer.sampler_type", "Euler"),
         ("trainer.max_steps=7", "trainer.draftp_sd.max_steps", 7),
-        ("trainer.max_steps=-1", "trainer.draftp_sd.max_steps", 60),
+        ("trainer.max_steps=-1", "trainer.draftp_sd.max_steps", 30),
         ("trainer.val_check_interval=7", "trainer.draftp_sd.val_check_interval", 7),
         ("trainer.gradient_clip_val=10.0", "trainer.draftp_sd.gradient_clip_val", 10.0),
         ("trainer.refl_sd.max_steps=7", "trainer.draftp_sd.max_steps", 7),

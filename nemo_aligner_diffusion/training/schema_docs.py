@@ -60,7 +60,8 @@ def _file_keys(file: str) -> dict[str, tuple[str, str]]:
     package = header.group(1) if header else f"trainer.{LOOP}" if group == "loop" else group
     result: dict[str, tuple[str, str]] = {}
     sections: list[str] = []
-    for line in text.splitlines():
+    lines = text.splitlines()
+    for line, following in zip(lines, [*lines[1:], ""], strict=True):
         match = LINE.fullmatch(line)
         if not match:
             continue
@@ -68,7 +69,10 @@ def _file_keys(file: str) -> dict[str, tuple[str, str]]:
         sections[depth:] = [match["key"]]
         key = ".".join(filter(None, [package, *sections]))
         if kind_of(key, LOOP) is not None:
-            result[key] = (match["value"].strip(), match["comment"].strip())
+            value = match["value"].strip()
+            if not value and following.strip().startswith("["):  # a list too long for its line stands on the next
+                value = following.strip()
+            result[key] = (value, match["comment"].strip())
     return result
 
 
