@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from clip_toy import tokenizer_files, toy_clip
 from PIL import Image
 from reward_toy import LABELS, classifier_folder, detector_folder
 from torch import Tensor
@@ -26,11 +27,18 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from nemo_aligner_diffusion.embedded_assets import embedded_reward_path
 from nemo_aligner_diffusion.errors import ConfigurationError, RewardError
-from nemo_aligner_diffusion.rewards import build_reward, restore_reward
+from nemo_aligner_diffusion.rewards import (
+    CompositeReward,
+    EnsembleReward,
+    build_reward,
+    convert_hf_clip_to_nemo,
+    restore_reward,
+)
 from nemo_aligner_diffusion.rewards.classifier import ClassifierReward, class_index, fixed_views
 from nemo_aligner_diffusion.rewards.detection import DetectionReward
 from nemo_aligner_diffusion.rewards.feature_symmetry import FeatureSymmetry
 from nemo_aligner_diffusion.rewards.image_processor import ImageProcessor
+from nemo_aligner_diffusion.training.config import load_config
 
 
 def pictures(count: int, height: int, width: int, seed: int = 0) -> Tensor:
@@ -53,6 +61,50 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", params=["owlvit", "owlv2"])
 def owl(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     return request.param, detector_folder(tmp_path_factory.mktemp(request.param), request.param)
+
+
+# From the configuration
+
+
+@pytest.mark.parametrize(
+    ("words", "score"),
+    [
+        (["rm=pickscore"], "pickscore"),
+        (["rm=hpsv2"], "hps"),
+        (["rm=clipscore"], "clipscore"),
+        (["rm=clip"], "pickscore"),
+    ],
+)
+def test_the_groups_of_clip_rewards_score_as_they_say(words: list[str], score: str, tmp_path: Path) -> None:
+    path = convert_hf_clip_to_nemo(toy_clip(), tokenizer_files(), tmp_path / "clip.nemo")
+    cfg = load_config("draftp_sd", [*words, f"rm.model.restore_from_path={path}"])
+    reward: Any = build_reward(cfg.rm)
+    assert reward.score_type == score
+
+
+@pytest.mark.parametrize(
+    ("words", "kind"),
+    [
+        (["rm=classifier", "rm.model.from_pretrained=VIT", "rm.target_class=tabby cat"], ClassifierReward),
+        (["rm.name=classifier", "rm.model.from_pretrained=VIT", "rm.target_class=2", "rm.views=3"], ClassifierReward),
+        (["rm=detection", "rm.model.from_pretrained=OWL", "rm.query=a cat", "rm.remove=true"], DetectionReward),
+        (["rm.name=detection", "rm.model.from_pretrained=OWL", "rm.trainer.precision=bf16"], DetectionReward),
+        (["rm=feature_symmetry", "rm.distance=l2", "rm.model.micro_batch_size=1"], FeatureSymmetry),
+        (["rm=ensemble", "rm.parts.second={name:symmetry,normalize:{mean:-0.2,std:0.1}}"], EnsembleReward),
+        (["rm=composite", "rm.parts.owl={name:detection,model:{from_pretrained:OWL}}"], CompositeReward),
+    ],
+)
+def test_what_the_configuration_composes_can_be_built(
+    words: list[str], kind: type, vit: Path, owl: tuple[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    words = [word.replace("VIT", str(vit)).replace("OWL", str(owl[1])) for word in words]
+    reward = build_reward(load_config("draftp_sd", words).rm)
+    assert isinstance(reward, kind)
+    assert "no effect" not in caplog.text
+    batch = pictures(2, 32, 32).requires_grad_()
+    (gradient,) = torch.autograd.grad(reward(batch, ["a cat", "red"]).sum(), batch)
+    assert torch.isfinite(gradient).all()
+    assert (gradient.flatten(1).abs().sum(1) > 0).all()
 
 
 # Preprocessing
@@ -113,6 +165,10 @@ def test_preprocessing_has_a_gradient(processor: Any) -> None:
 def test_unknown_preprocessing_is_refused() -> None:
     with pytest.raises(RewardError, match=r"PerceiverImageProcessor.* is not known here; known are those of Beit, Bit"):
         ImageProcessor.of(PerceiverImageProcessorPil(), "rm.model.from_pretrained")
+    with pytest.raises(RewardError, match=r"PIL's filter 4; known are 0 \(nearest\)"):
+        ImageProcessor.of(ViTImageProcessorPil(size=SIDES, resample=4), "rm.model.from_pretrained")
+    with pytest.raises(RewardError, match="expected height and width, or shortest_edge"):
+        ImageProcessor.of(ViTImageProcessorPil(size={"shortest_edge": 24, "longest_edge": 48}), "test")
 
 
 # Classifier

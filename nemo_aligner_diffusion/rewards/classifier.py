@@ -40,7 +40,7 @@ class ClassifierReward(Reward):
             ImageNet writes with commas, such as ``goldfish`` of ``goldfish, Carassius auratus``).
         views: 1 to 10, the same for every picture and call: the picture, its mirror image, then the centre and three
             corner crops of 7/8 of its sides, each also mirrored (random ones: :mod:`.augmentation`).
-        micro_batch_size, activation_checkpointing: see :mod:`.micro_batches`.
+        micro_batch_size, activation_checkpointing: see :mod:`.micro_batches`; a picture comes with all its views.
     """
 
     name = "classifier"
@@ -84,16 +84,18 @@ class ClassifierReward(Reward):
         return cls(model, ImageProcessor.from_pretrained(source, where), target_class, **settings)
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        first = next(self.model.parameters())
-        with own_precision(first.device.type):
-            views = [self.processor(view.to(first.device)) for view in fixed_views(images, self.views)]
-            log_probabilities = in_micro_batches(
-                self._log_probability,
-                torch.cat(views),
+        device = next(self.model.parameters()).device
+        with own_precision(device.type):
+            return in_micro_batches(
+                self._score_images,
+                images.to(device),
                 micro_batch_size=self.micro_batch_size,
                 activation_checkpointing=self.activation_checkpointing,
             )
-        return log_probabilities.view(self.views, -1).mean(dim=0)
+
+    def _score_images(self, images: Tensor) -> Tensor:
+        pixels = torch.cat([self.processor(view) for view in fixed_views(images, self.views)])
+        return self._log_probability(pixels).view(self.views, -1).mean(dim=0)
 
     def _log_probability(self, pixels: Tensor) -> Tensor:
         logits = self.model(pixel_values=pixels.to(next(self.model.parameters()).dtype)).logits

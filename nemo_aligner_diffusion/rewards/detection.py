@@ -119,14 +119,14 @@ class DetectionReward(Reward):
         with own_precision(first.device.type):
             return in_micro_batches(
                 self._box_logits,
-                self.processor(images.to(first.device)),
+                images.to(first.device),
                 self._embed_queries([self.query] * len(prompts) if self.query is not None else prompts),
                 micro_batch_size=self.micro_batch_size,
                 activation_checkpointing=self.activation_checkpointing,
             )
 
-    def _box_logits(self, pixels: Tensor, queries: Tensor) -> Tensor:
-        features = self.model.image_embedder(pixel_values=pixels.to(queries.dtype))[0]
+    def _box_logits(self, images: Tensor, queries: Tensor) -> Tensor:
+        features = self.model.image_embedder(pixel_values=self.processor(images).to(queries.dtype))[0]
         logits = self.model.class_predictor(features.flatten(1, 2), queries.unsqueeze(1))[0].squeeze(-1)
         return logits if logits.dtype == torch.float64 else logits.float()
 

@@ -18,8 +18,8 @@ from torch.nn import functional
 from nemo_aligner_diffusion.errors import RewardError
 from nemo_aligner_diffusion.rewards.pretrained import load_processor
 
-# PIL's numbers for its filters, as preprocessor_config.json holds them. Lanczos has no differentiable kernel in torch;
-# bicubic differs from it by less than a grey level on photographs.
+# PIL's numbers for its filters, as preprocessor_config.json holds them. torch has no Lanczos; bicubic differs from it
+# by 0.9 grey levels on average where a photograph shrinks to 224 pixels.
 _FILTERS = {0: "nearest-exact", 1: "bicubic", 2: "bilinear", 3: "bicubic"}
 # Processors that resize, crop, rescale and normalise, in this order, and do nothing else.
 PLAIN = ("ViT", "DeiT", "CLIP", "ChineseCLIP", "Siglip", "Bit", "Blip", "Pvt", "MobileNetV1", "OwlViT", "Beit")
@@ -97,11 +97,17 @@ class ImageProcessor:
             if setting("include_top", False):  # divided by the deviation once more
                 std = [value * value for value in std] if std is not None else setting("image_std")
         reverse = kind == "MobileViT" and bool(setting("do_flip_channel_order", False))
+        resample = int(setting("resample", 2))
+        if resize is not None and resample not in _FILTERS:
+            raise RewardError(
+                f"{where}: its preprocessor_config.json resizes by PIL's filter {resample}; known are 0 (nearest), "
+                "1 (Lanczos, as bicubic), 2 (bilinear), 3 (bicubic)."
+            )
         return cls(
             kind,
             resize,
             crop,
-            _FILTERS.get(int(setting("resample", 2)), "bilinear"),
+            _FILTERS.get(resample, "bilinear"),
             scale,
             offset,
             _channels(mean),

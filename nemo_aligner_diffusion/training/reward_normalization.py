@@ -61,11 +61,12 @@ class RewardNormalization(pl.Callback):
                 parted.statistics[part] = statistics_of(
                     parted.place(part), self._raw_scores(trainer, pl_module, parted, part)
                 )
-                log.info(
-                    "%s: mean %.5g, standard deviation %.5g over the base model's pictures",
-                    parted.place(part),
-                    *parted.statistics[part],
-                )
+                if trainer.is_global_zero:
+                    log.info(
+                        "%s: mean %.5g, standard deviation %.5g over the base model's pictures",
+                        parted.place(part),
+                        *parted.statistics[part],
+                    )
         known = known_statistics(pl_module.reward)
         recorded = (self.run_dir / STATISTICS_FILE).is_file() and known == self.statistics
         if known and not recorded and trainer.is_global_zero:
