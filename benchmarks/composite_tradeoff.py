@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("results/composite"), help="run directories")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="where the table and the pictures go")
     parser.add_argument("--weights", type=float, nargs="+", default=[0.0, 0.05, 0.2, 0.8])
-    parser.add_argument("--steps", type=int, default=40, help="optimizer steps of 8 pictures")
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps of 16 pictures")
     parser.add_argument("--overrides", nargs="*", default=[], help="further key=value for every run")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     arguments = parser.parse_args()

@@ -17,8 +17,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("results/kl"))
     parser.add_argument("--docs", type=Path, default=Path("docs"))
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--kl", type=float, nargs="+", default=[0.0, 0.1, 1.0, 10.0])
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps of 16 pictures")
+    parser.add_argument("--kl", type=float, nargs="+", default=[0.0, 10.0, 100.0])
     parser.add_argument("--overrides", nargs="*", default=[], help="further key=value for every run")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     arguments = parser.parse_args()
@@ -36,9 +36,7 @@ def main() -> None:
                 "trainer.draftp_sd.val_check_interval=0",
                 "trainer.draftp_sd.save_interval=0",
                 "report.enable=false",
-                "model.optim.lr=6e-4",
-                "model.peft.lora_tuning.adapter_dim=8",
-                "model.peft.lora_tuning.alpha=8",
+                "model.optim.lr=8e-4",
                 *arguments.overrides,
             ),
         )

@@ -13,7 +13,6 @@ from pathlib import Path
 from benchmarks.judge import Job, Judge, Judgement, run_jobs, table
 from nemo_aligner_diffusion.evaluation.figures import labelled_grid, save_image, to_pictures
 
-LORA = ("model.peft.lora_tuning.adapter_dim=8", "model.peft.lora_tuning.alpha=8")
 METHODS = {
     "DRaFT-1": ("draft_k_sd", "trainer.draft_k_sd", ["model.truncation_steps=1"]),
     "DRTune K=4": ("drtune_sd", "trainer.drtune_sd", ["model.drtune.train_steps=4", "model.drtune.early_stop_steps=8"]),
@@ -25,8 +24,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("results/symmetry"), help="run directories")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="where the table and the picture go")
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps of 8 pictures")
-    parser.add_argument("--learning-rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3])
-    parser.add_argument("--kl", type=float, nargs="+", default=[0.0, 1.0])
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3])
+    parser.add_argument("--kl", type=float, nargs="+", default=[0.0, 0.1])
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     arguments = parser.parse_args()
     judge = Judge(["rm=symmetry"])
@@ -45,7 +44,7 @@ def main() -> None:
                     f"{loop}.val_check_interval=0",
                     f"{loop}.save_interval=0",
                     "report.enable=false",
-                    *LORA,
+                    "model.global_batch_size=8",
                 )
                 jobs.append(Job(recipe, arguments.work / name, ("rm=symmetry",), overrides))
     columns = ["method", "kl_coeff", "lr", "symmetry", "KL", "CLIP top-1", "CLIP MRR"]
