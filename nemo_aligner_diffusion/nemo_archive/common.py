@@ -29,7 +29,8 @@ class Limits:
     members: int = 4096
     config_bytes: int = 256 << 10
     artifact_bytes: int = 256 << 20
-    pickle_bytes: int = 1 << 20  # the structure of the state dict, without the numbers: about 250 bytes a tensor
+    ranks: int = 16  # tensor-parallel shards; they share the next two limits
+    pickle_bytes: int = 2 << 20  # the structure of the state dict, without the numbers: about 250 bytes a tensor
     records: int = 8192  # files in the weights' zip: one a tensor, and a few more
     weights_bytes: int = 128 << 30
     name_characters: int = 512

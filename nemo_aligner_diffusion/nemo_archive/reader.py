@@ -7,7 +7,7 @@ import io
 import os
 import re
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -156,8 +156,12 @@ class NemoArchive:
 
     def shards(self) -> list[dict[str, torch.Tensor]]:
         """The weights of every tensor-parallel rank (``mp_rank_00/`` and so on); one of them where nothing is split."""
+        count = len(self._weights)
+        limits = replace(
+            self._limits, records=self._limits.records // count, pickle_bytes=self._limits.pickle_bytes // count
+        )
         return [
-            load_tensors(self.path, member.name, member.size, functools.partial(self._window, member), self._limits)
+            load_tensors(self.path, member.name, member.size, functools.partial(self._window, member), limits)
             for member in self._weights
         ]
 
@@ -307,6 +311,11 @@ class NemoArchive:
             raise self._error(
                 f"lacks {WEIGHTS_NAME} (it holds {listing(self._index)})",
                 f"A .nemo needs {CONFIG_NAME} and {WEIGHTS_NAME}, the latter perhaps under mp_rank_00/.",
+            )
+        if len(ranked) > self._limits.ranks:
+            raise self._error(
+                f"holds weights split over {len(ranked)} ranks; at most {self._limits.ranks} are put together",
+                _HOW_TO_MERGE,
             )
         if any(stage for stage, _ in ranked):
             raise self._error(

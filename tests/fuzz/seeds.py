@@ -20,7 +20,7 @@ from nemo_aligner_diffusion.nemo_archive import load_nemo
 from nemo_aligner_diffusion.rewards.aesthetic import convert_aesthetic_to_nemo
 from nemo_aligner_diffusion.rewards.clip_archive import convert_hf_clip_to_nemo
 from nemo_aligner_diffusion.rewards.image_reward_archive import convert_image_reward_to_nemo
-from tests.clip_toy import megatron_twin, tokenizer_files, toy_clip
+from tests.clip_toy import megatron_twin, tensor_parallel_shards, tokenizer_files, toy_clip
 from tests.image_reward_toy import MAX_LENGTH, TEXT_HEADS, VISION_HEADS, VOCABULARY, toy_checkpoint
 
 CONFIG, WEIGHTS = "model_config.yaml", "model_weights.ckpt"
@@ -96,7 +96,24 @@ def seeds() -> dict[str, Seed]:
             (f"./{weights_name}", torch_file(state)),
         )
         made.append(Seed(name, members, folder_entry=True))
+    made.append(_sharded())
     return {seed.name: seed for seed in made}
+
+
+def _sharded() -> Seed:
+    """Two tensor-parallel ranks, which are merged when restored."""
+    config, state = megatron_twin(toy_clip(text_heads=4), legacy=True)
+    config["tensor_model_parallel_size"] = 2
+    config["tokenizer"] |= {"vocab_file": "nemo:0123abcd_vocab.json", "merge_file": "nemo:4567cdef_merges.txt"}
+    shards = tensor_parallel_shards(state, 2, legacy=True)
+    files = tokenizer_files()
+    members = (
+        (f"./{CONFIG}", yaml.safe_dump(config, sort_keys=False).encode()),
+        ("./0123abcd_vocab.json", files["vocab.json"]),
+        ("./4567cdef_merges.txt", files["merges.txt"]),
+        *((f"./mp_rank_{rank:02d}/{WEIGHTS}", torch_file(shard)) for rank, shard in enumerate(shards)),
+    )
+    return Seed("megatron_shards", members, folder_entry=True)
 
 
 def torch_file(value: Any, *, zipped: bool = True) -> bytes:

@@ -7,8 +7,11 @@ import random
 import tarfile
 from dataclasses import replace
 
+import torch
+
 from tests.fuzz.cases import any_seed, category
-from tests.fuzz.seeds import CONFIG, WEIGHTS, legacy_seed, seeds
+from tests.fuzz.pickle_cases import zip_of
+from tests.fuzz.seeds import CONFIG, WEIGHTS, legacy_seed, seeds, torch_file
 
 BLOCK = 512
 EVIL_NAMES = (
@@ -306,8 +309,12 @@ def many_members(drawn: random.Random) -> bytes:
 
 @category("tar", hostile=True)
 def model_parallel(drawn: random.Random) -> bytes:
-    """Weights of several ranks, or a distributed checkpoint: refused, with what to do."""
+    """Ranks that are no tensor-parallel shards of one model, or very many; or a distributed checkpoint."""
     seed = seeds()["megatron_rank"]
+    if drawn.random() < 0.3:
+        weights = drawn.choice((seed.content(WEIGHTS)[:5000], zip_of(b"\x80\x02}."), torch_file({"a": torch.zeros(1)})))
+        names = (f"mp_rank_{rank:02d}/{WEIGHTS}" for rank in range(1, drawn.choice((3, 17, 1000))))
+        return seed.with_members(*((name, weights) for name in names)).pack()
     extra = drawn.choice(
         ("mp_rank_01/model_weights.ckpt", "model_weights/__0_0.distcp", "tp_rank_01_pp_rank_000/model_weights.ckpt")
     )
