@@ -177,6 +177,17 @@ def _read_picture(folder: Path, name: str) -> bytes:
 
 def parquet_main(argv: Sequence[str] | None = None) -> int:
     """``parquet_to_shards.py``; returns the exit status."""
+    arguments = parquet_parser().parse_args(argv)
+    return _convert(arguments, lambda rows: parquet_pairs(_parquet_files(arguments.input), _columns(arguments), rows))
+
+
+def folder_main(argv: Sequence[str] | None = None) -> int:
+    """``folder_to_shards.py``; returns the exit status."""
+    arguments = folder_parser().parse_args(argv)
+    return _convert(arguments, lambda rows: folder_pairs(arguments.folder, arguments.table, _columns(arguments), rows))
+
+
+def parquet_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="parquet_to_shards.py",
         description="Turn Pick-a-Pic-like parquet files into preference shards, streaming by row groups.",
@@ -184,12 +195,10 @@ def parquet_main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("input", nargs="+", type=Path, help=".parquet files, or folders of them")
     _add_common(parser, {"image_0": "jpg_0", "image_1": "jpg_1", "prompt": "caption", "label_0": "label_0"})
-    arguments = parser.parse_args(argv)
-    return _convert(arguments, lambda rows: parquet_pairs(_parquet_files(arguments.input), _columns(arguments), rows))
+    return parser
 
 
-def folder_main(argv: Sequence[str] | None = None) -> int:
-    """``folder_to_shards.py``; returns the exit status."""
+def folder_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="folder_to_shards.py",
         description="Turn a folder of pictures and a CSV (image_0,image_1,prompt,label_0) into preference shards.",
@@ -198,8 +207,7 @@ def folder_main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="folder that the CSV's file names start from")
     parser.add_argument("table", type=Path, help="CSV, UTF-8, with a header; label_0 is 1, 0, 0.5 (a tie) or a share")
     _add_common(parser, {name: name for name in ("image_0", "image_1", "prompt", "label_0")})
-    arguments = parser.parse_args(argv)
-    return _convert(arguments, lambda rows: folder_pairs(arguments.folder, arguments.table, _columns(arguments), rows))
+    return parser
 
 
 def _parquet_files(given: Sequence[Path]) -> list[Path]:

@@ -14,7 +14,7 @@ from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    arguments = _parser().parse_args(argv)
+    arguments = build_parser().parse_args(argv)
     try:
         if not arguments.reward.is_file():
             raise ConfigurationError(f"{arguments.reward} does not exist; expected a reward .nemo")
@@ -73,7 +73,7 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="test_reward_model.py",
         description="How well a reward predicts preferences: accuracy, ties, calibration.",

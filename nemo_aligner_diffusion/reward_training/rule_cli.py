@@ -15,7 +15,7 @@ RULE_NAMES = ("colourfulness", "symmetry")  # of rules.py, which imports torch
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    arguments = _parser().parse_args(argv)
+    arguments = build_parser().parse_args(argv)
     started = time.perf_counter()
     try:
         from nemo_aligner_diffusion.reward_training.rule_preferences import make_rule_preferences
@@ -29,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             prompt_count=arguments.prompts,
             seeds_per_prompt=arguments.seeds_per_prompt,
             held_out=arguments.held_out,
+            steps=arguments.steps,
+            guidance=arguments.guidance,
             seed=arguments.seed,
             overwrite=arguments.overwrite,
             progress=_Progress(),
@@ -64,7 +66,7 @@ class _Progress:
             print(f"{done} of {total} pictures, {left:.0f} s left", flush=True)
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="make_rule_preferences.py",
         description="Pictures of the embedded model in pairs, labelled by a rule: data to try reward training on.",
@@ -80,6 +82,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds-per-prompt", type=int, default=4, metavar="N", help="default: %(default)s")
     parser.add_argument(
         "--held-out", type=float, default=0.2, metavar="SHARE", help="of the prompts; default: %(default)s"
+    )
+    parser.add_argument("--steps", type=int, default=10, metavar="N", help="sampling steps; default: %(default)s")
+    parser.add_argument(
+        "--guidance", type=_not_negative, default=1.0, metavar="G", help="guidance scale; default: %(default)s (none)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the split and the pictures; default: %(default)s")
     parser.add_argument("--overwrite", action="store_true", help="replace earlier shards there")

@@ -33,7 +33,7 @@ def symmetry(images: Tensor) -> Tensor:
 
 RULES: dict[str, Rule] = {"colourfulness": colourfulness, "symmetry": symmetry}
 # Smallest difference that counts as a preference, in the rule's units; pairs closer than this are ties.
-TIE_MARGINS = {"colourfulness": 1.5, "symmetry": 0.5}
+TIE_MARGINS = {"colourfulness": 2.0, "symmetry": 0.5}
 
 
 def label(first: float, second: float, tie_margin: float) -> tuple[float, float]:

@@ -1,0 +1,11 @@
+"""Measure whether tuning on a learnt reward moved the pictures by the rule that the reward learnt.
+
+python examples/mm/clip/judge_rule.py colourfulness results/colourful/export
+"""
+
+import sys
+
+from nemo_aligner_diffusion.reward_training.rule_judge import main
+
+if __name__ == "__main__":
+    sys.exit(main())
