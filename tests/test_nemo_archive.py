@@ -9,6 +9,7 @@ import random
 import subprocess
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 
 from nemo_aligner_diffusion.errors import ArchiveError
 from nemo_aligner_diffusion.nemo_archive import Limits, load_nemo, save_nemo
+from nemo_aligner_diffusion.nemo_archive.weights import compare_with_records
 
 CONFIG = {"target": "some.where.Reward", "eps": 1e-5, "tokenizer": {"vocab_file": "nemo:vocab.json"}}
 STATE = {"a": torch.arange(6.0).reshape(2, 3), "half": torch.tensor([1.5], dtype=torch.float16), "n": torch.tensor(3)}
@@ -347,3 +349,49 @@ def test_mutated_archives_load_right_or_are_refused(tmp_path: Path, packed: bool
         else:
             assert_same_state(loaded, STATE)
     assert refused > 20
+
+
+def test_a_record_that_pytorch_takes_for_a_folder(tmp_path: Path) -> None:
+    """One bit in the zip's table of contents, and torch.load returns a tensor of whatever was in memory before."""
+    content = bytearray(weights_bytes())
+    place = content.index(b"PK\x01\x02", content.index(b"PK\x01\x02") + 1)
+    while content[place + 46 :].split(b"PK", 1)[0].find(b"data/0") < 0:
+        place = content.index(b"PK\x01\x02", place + 1)
+    content[place + 38] |= 0x10
+    path = write_tar(tmp_path / "x.nemo", good_members(**{"model_weights.ckpt": bytes(content)}))
+    with pytest.raises(ArchiveError, match=r"which torch\.save never writes"):
+        load_nemo(path).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (bytearray, r"asks for '(builtins|__builtin__)\.bytearray'"),
+        (torch.FloatTensor, r"asks for 'torch\.FloatTensor'"),
+        (torch.Tensor, r"asks for 'torch\.Tensor'"),
+    ],
+)
+def test_constructors_that_would_take_memory_are_not_called(tmp_path: Path, value: Any, message: str) -> None:
+    """torch.load(weights_only=True) calls each of these with the number that the file gives."""
+
+    class Big:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return value, (1 << 40,)
+
+    path = write_tar(tmp_path / "x.nemo", good_members(**{"model_weights.ckpt": weights_bytes({"a": Big()})}))
+    with pytest.raises(ArchiveError, match=message):
+        load_nemo(path).state_dict()
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.nemo")
+    with pytest.raises(ArchiveError, match="pipe"):
+        load_nemo(tmp_path / "x.nemo")
+
+
+def test_numbers_other_than_those_checked_are_refused() -> None:
+    content = STATE["a"].numpy().tobytes()
+    stored = {(len(content), zlib.crc32(content))}
+    compare_with_records(Path("x.nemo"), "weights", {"a": STATE["a"], "view": STATE["a"][1:]}, stored)
+    with pytest.raises(ArchiveError, match="read differently"):
+        compare_with_records(Path("x.nemo"), "weights", {"a": STATE["a"] + 1}, stored)

@@ -224,6 +224,8 @@ class NemoArchive:
             name = self._safe_name(raw_name)
             if kind == "folder":
                 return False
+            if not name:
+                raise self._error("holds a file without a name", "Do not trust this archive.")
             if kind != "file":
                 raise self._error(
                     f"holds {name!r}, which is a {_KINDS[kind]}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -38,10 +39,12 @@ def load_tensors(
 
     try:
         with open_stream() as stream:
-            _check_records(path, name, size_bytes, stream, limits)
+            stored = _check_records(path, name, size_bytes, stream, limits)
         with open_stream() as stream:
             loaded = torch.load(stream, map_location="cpu", weights_only=True)
-        return _checked_tensors(path, name, loaded)
+        tensors = _checked_tensors(path, name, loaded)
+        compare_with_records(path, name, tensors, stored)
+        return tensors
     except ArchiveError:
         raise
     except MemoryError:
@@ -67,8 +70,11 @@ def load_tensors(
         ) from error
 
 
-def _check_records(path: Path, name: str, size_bytes: int, stream: IO[bytes], limits: Limits) -> None:
-    """Refuse what torch's own reader would swallow: flipped bits, odd records, a pickle that takes memory."""
+def _check_records(path: Path, name: str, size_bytes: int, stream: IO[bytes], limits: Limits) -> set[tuple[int, int]]:
+    """Refuse what torch's own reader would swallow: flipped bits, odd records, a pickle that takes memory.
+
+    The result holds size and checksum of every record.
+    """
     if size_bytes > limits.weights_bytes:
         raise archive_error(path, f"holds {size_bytes} bytes of weights", "Pass larger Limits if you trust the file.")
     magic = stream.read(len(_ZIP_MAGIC))
@@ -95,7 +101,7 @@ def _check_records(path: Path, name: str, size_bytes: int, stream: IO[bytes], li
             or len(entries) > limits.records
             or any(end > after.header_offset for end, after in zip(ends, entries[1:], strict=False))
             or any(end > size_bytes for end in ends)
-            or any(entry.compress_type != zipfile.ZIP_STORED or entry.is_dir() for entry in entries)
+            or any(entry.compress_type != zipfile.ZIP_STORED or _is_folder(entry) for entry in entries)
             or len({entry.filename.partition("/")[0] for entry in entries}) != 1
             or len(pickles) != 1
             or pickles[0].filename.partition("/")[2] != "data.pkl"
@@ -121,6 +127,34 @@ def _check_records(path: Path, name: str, size_bytes: int, stream: IO[bytes], li
             if entry.filename.startswith(storages)
         }
         check_state_dict_pickle(records.read(pickles[0]), sizes)
+        return {(entry.file_size, entry.CRC) for entry in entries}
+
+
+def _is_folder(entry: zipfile.ZipInfo) -> bool:
+    # By its name, or by an attribute of MS-DOS: PyTorch's reader takes either, and then returns a tensor of whatever
+    # was in memory before.
+    return entry.is_dir() or bool(entry.external_attr & 0x10)
+
+
+def compare_with_records(
+    path: Path, name: str, tensors: Mapping[str, torch.Tensor], stored: set[tuple[int, int]]
+) -> None:
+    """The numbers in memory are those whose checksums were right: two readers of a zip may read different things."""
+    import torch
+
+    seen: set[int] = set()
+    for key, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in seen or not storage.nbytes():
+            continue
+        seen.add(storage.data_ptr())
+        content = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+        if (storage.nbytes(), zlib.crc32(content.data)) not in stored:
+            raise archive_error(
+                path,
+                f"has a {name} whose tensor {short(key)!r} is read differently by PyTorch than by its checksum",
+                "Do not trust this archive; download or save it again.",
+            )
 
 
 def _directory_bytes(stream: IO[bytes], size_bytes: int) -> int:

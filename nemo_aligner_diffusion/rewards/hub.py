@@ -11,7 +11,7 @@ from pathlib import Path
 
 from nemo_aligner_diffusion.errors import CheckpointError, first_line
 
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")  # the Hub allows no longer ones
 
 
 def is_hub_name(text: str) -> bool:
