@@ -137,6 +137,10 @@ class Nested:
         custom(f"{name}:by_length", scale=3.0)(IMAGES, ["ab", "", "c"]), 3 * mean * torch.tensor([2.0, 0, 1])
     )
     torch.testing.assert_close(custom(f"{name}:ready")(IMAGES, PROMPTS), 5 * mean)
+    with pytest.raises(TypeError, match="NoneType"):
+        custom(f"{name}:by_length", scale=None)(IMAGES, PROMPTS)  # a null is handed on
+    with pytest.raises(ConfigurationError, match=r"rm\.kwargs=3; expected a section"):
+        build_reward({"name": "custom", "import_path": f"{name}:by_length", "kwargs": 3})
     net = custom(f"{name}:Net").train()
     assert torch.equal(net(IMAGES, PROMPTS), net(IMAGES, PROMPTS)), "it stays in evaluation mode"
     assert not any(parameter.requires_grad for parameter in net.parameters())

@@ -79,7 +79,8 @@ def custom(section: Section) -> Reward:
     from nemo_aligner_diffusion.rewards.custom import load_custom
 
     import_path = section.needed("import_path", "my_package.my_module:my_reward")
-    kwargs = without_nulls(section.settings.get("kwargs"), f"{section.where}.kwargs")
+    kwargs = section.settings.get("kwargs") or {}
+    without_nulls(kwargs, f"{section.where}.kwargs")  # it must be a section; a null in it is the user's own
     return load_custom(str(import_path), kwargs, section.where)
 
 
