@@ -5,16 +5,16 @@ from __future__ import annotations
 import argparse
 import hashlib
 import re
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from nemo_aligner_diffusion.command_line import command
 from nemo_aligner_diffusion.data.paths import expand_paths, is_text_file
 from nemo_aligner_diffusion.data.prompt_files import clean_prompt, decode_utf8
 from nemo_aligner_diffusion.data.shards import DEFAULT_SAMPLES_PER_SHARD, write_prompt_shards
-from nemo_aligner_diffusion.errors import AlignerError, DataError
+from nemo_aligner_diffusion.errors import DataError
 
 UTF8_MARK = b"\xef\xbb\xbf"  # what some editors put at the start of a file
 SHOWN = 5  # unusable lines named one by one in the report
@@ -64,31 +64,25 @@ class PromptLines:
                 raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@command(interrupted="interrupted; nothing was written")
+def main(argv: Sequence[str]) -> int:
     """Run the command; return its exit status."""
     arguments = _parser().parse_args(argv)
     started = time.perf_counter()
-    try:
-        files = expand_paths(arguments.input)
-        for path in files:
-            if not is_text_file(path):
-                raise DataError(f"{path} is no .txt file; expected text files with one prompt a line")
-        lines = PromptLines(files, arguments.skip_bad_lines, arguments.drop_duplicates)
-        written = write_prompt_shards(
-            lines,
-            arguments.output,
-            samples_per_shard=arguments.samples_per_shard,
-            bytes_per_shard=arguments.bytes_per_shard,
-            gzip=arguments.gzip,
-            prefix=arguments.prefix,
-            overwrite=arguments.overwrite,
-        )
-    except AlignerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
+    files = expand_paths(arguments.input)
+    for path in files:
+        if not is_text_file(path):
+            raise DataError(f"{path} is no .txt file; expected text files with one prompt a line")
+    lines = PromptLines(files, arguments.skip_bad_lines, arguments.drop_duplicates)
+    written = write_prompt_shards(
+        lines,
+        arguments.output,
+        samples_per_shard=arguments.samples_per_shard,
+        bytes_per_shard=arguments.bytes_per_shard,
+        gzip=arguments.gzip,
+        prefix=arguments.prefix,
+        overwrite=arguments.overwrite,
+    )
     seconds = time.perf_counter() - started
     names = written.paths[0].name + (f" … {written.paths[-1].name}" if len(written.paths) > 1 else "")
     print(f"prompts written    {written.samples:,} in {seconds:.2f} s ({written.samples / seconds:,.0f} prompts/s)")

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError, DataError
+from nemo_aligner_diffusion.command_line import command
+from nemo_aligner_diffusion.errors import ConfigurationError, DataError
 
 # As in conf/model/stable_diffusion.yaml; an adapter made by a run brings that run's settings instead.
 DEFAULT_STEPS, DEFAULT_GUIDANCE, DEFAULT_SAMPLER, DEFAULT_ETA = 20, 2.0, "ddim", 0.0
@@ -70,20 +70,14 @@ class Request:
     overwrite: bool
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@command(interrupted="interrupted; the pictures written so far are complete")
+def main(argv: Sequence[str]) -> int:
     """Run the command line; returns the exit status (0, or the ``exit_code`` of the error that was printed)."""
-    arguments = build_parser().parse_args(_join_negative_lists(sys.argv[1:] if argv is None else argv))
-    try:
-        request = read_request(arguments)
-        from nemo_aligner_diffusion.evaluation.generation import run_generation  # torch and all, only now
+    arguments = build_parser().parse_args(_join_negative_lists(argv))
+    request = read_request(arguments)
+    from nemo_aligner_diffusion.evaluation.generation import run_generation  # torch and all, only now
 
-        run_generation(request)
-    except AlignerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; the pictures written so far are complete", file=sys.stderr)
-        return 130
+    run_generation(request)
     return 0
 
 

@@ -17,13 +17,13 @@ Example::
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from nemo_aligner_diffusion.errors import AlignerError, OutputError
+from nemo_aligner_diffusion.command_line import command
+from nemo_aligner_diffusion.errors import OutputError
 from nemo_aligner_diffusion.evaluation.figures import format_gain, format_number
 from nemo_aligner_diffusion.evaluation.files import write_atomic
 from nemo_aligner_diffusion.evaluation.findings import diversity_kept, findings, planned_steps
@@ -333,18 +333,15 @@ def _environment(run: RunFiles) -> str:
     return f"<details><summary>Where and with what it ran</summary><table>{lines}</table></details>" if lines else ""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@command(interrupted="interrupted")
+def main(argv: Sequence[str]) -> int:
     """``python -m nemo_aligner_diffusion.evaluation.report RUN_DIRECTORY …``: write the report of each again."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = list(argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: python -m nemo_aligner_diffusion.evaluation.report RUN_DIRECTORY [RUN_DIRECTORY …]")
         return 0 if arguments else 2
-    try:
-        for folder in arguments:
-            print(write_report(folder))
-    except AlignerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    for folder in arguments:
+        print(write_report(folder))
     return 0
 
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from nemo_aligner_diffusion.errors import AlignerError
+from nemo_aligner_diffusion.command_line import command
 from nemo_aligner_diffusion.rewards.convert_kinds import KINDS
 
 _EXAMPLES = """examples:
@@ -20,20 +20,14 @@ _EXAMPLES = """examples:
 then: train with rm.model.restore_from_path=FILE.nemo"""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@command(interrupted="interrupted; nothing was written")
+def main(argv: Sequence[str]) -> int:
     """Run the command; return its exit status."""
     arguments = vars(_parser().parse_args(argv))
     output, overwrite = Path(arguments.pop("output")), arguments.pop("overwrite")
-    try:
-        from nemo_aligner_diffusion.rewards.convert import Conversion, convert_reward
+    from nemo_aligner_diffusion.rewards.convert import Conversion, convert_reward
 
-        written = convert_reward(Conversion(**arguments), output, overwrite=overwrite)
-    except AlignerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
+    written = convert_reward(Conversion(**arguments), output, overwrite=overwrite)
     score = f", score {written.score}" if written.score else ""
     print(f"wrote        {written.path} ({written.size_bytes:,} bytes)")
     print(f"reward       {written.name} ({written.target.rsplit('.', 1)[-1]}{score})")
