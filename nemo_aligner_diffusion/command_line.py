@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from nemo_aligner_diffusion.errors import AlignerError
 
-Main = Callable[[Sequence[str] | None], int]
+
+class Main(Protocol):
+    def __call__(self, argv: Sequence[str] | None = None) -> int: ...
 
 
 def command(interrupted: str) -> Callable[[Callable[[Sequence[str]], int]], Main]:
