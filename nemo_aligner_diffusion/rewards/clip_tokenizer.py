@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 VOCAB_FILE, MERGES_FILE, FAST_FILE = "vocab.json", "merges.txt", "tokenizer.json"
+MOST_BYTES = 4 << 20  # of either file in an archive; CLIP's have 862 and 525 kB
 
 
 def load_tokenizer(archive: NemoArchive, folder: str | Path | None = None) -> PreTrainedTokenizerBase:
@@ -36,7 +37,9 @@ def load_tokenizer(archive: NemoArchive, folder: str | Path | None = None) -> Pr
         return tokenizer_from_bytes(files[VOCAB_FILE], files[MERGES_FILE], str(folder))
     if vocab_reference and merges_reference:
         return tokenizer_from_bytes(
-            archive.artifact(vocab_reference), archive.artifact(merges_reference), str(archive.path)
+            archive.artifact(vocab_reference, MOST_BYTES),
+            archive.artifact(merges_reference, MOST_BYTES),
+            str(archive.path),
         )
     name = section.get("type")
     if isinstance(name, str) and is_hub_name(name):

@@ -332,7 +332,9 @@ def tokenizer_files(drawn: random.Random) -> bytes:
             (b"[" * n, b'{"a":' * n, b"{}", b"[]", b"null", b"1", b'"x"', b"", b"\xff\xfe", b"NaN", b"[1e999]")
         )
     elif way == 3:
-        content = json.dumps({str(number): number for number in range(n)}).encode()
+        known = json.loads(content) if "vocab.json" in name else {}
+        more = {f"w{number}": len(known) + number for number in range(drawn.choice((n, 300_000)))}
+        content = json.dumps(known | more, separators=(",", ":")).encode()
     elif way == 4:
         content = b'{"a": ' + b"9" * n + b"}"
     elif way == 5 and "vocab.json" in name:
