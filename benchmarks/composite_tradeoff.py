@@ -1,6 +1,6 @@
 """CLIP against compressibility: DRaFT+ on ``clip + w · compressibility`` at several ``w``; table, figure, pictures.
 
-The real size of the pictures as JPEG files (Pillow, the reward's own quality) is measured beside the differentiable
+The real size of the pictures as JPEG files (Pillow, quality 80) is measured beside the differentiable
 reward: it is what a user of compressibility wants.
 
     python -m benchmarks.composite_tradeoff --work results/composite --docs docs
@@ -19,7 +19,7 @@ from nemo_aligner_diffusion.evaluation.figures import labelled_grid, save_image,
 from nemo_aligner_diffusion.rewards import JPEGCompressibility
 
 COLUMNS = ["w", "CLIP reward", "compressibility", "JPEG bytes a picture", "CLIP top-1", "KL", "diversity of the base's"]
-QUALITY = 80
+QUALITY = 80  # of the files that are measured; the reward has its own, coarser default
 
 
 def jpeg_bytes(images: Tensor) -> float:
@@ -34,7 +34,7 @@ def jpeg_bytes(images: Tensor) -> float:
 
 def overrides_of(weight: float) -> tuple[str, ...]:
     """The reward of a run: CLIP alone for ``w = 0``."""
-    parts = f"{{clip: {{weight: 1.0}}, compressibility: {{weight: {weight}, quality: {QUALITY}}}}}"
+    parts = f"{{clip: {{weight: 1.0}}, compressibility: {{weight: {weight}}}}}"
     return ("rm=composite", f"rm.parts={parts}")
 
 
@@ -49,7 +49,7 @@ def main() -> None:
     arguments = parser.parse_args()
     judge = Judge()
     base = judge(None)
-    compressibility = JPEGCompressibility(QUALITY)
+    compressibility = JPEGCompressibility()
     names = [prompt for prompt in judge.prompts for _ in range(2)]
     common = (
         f"trainer.draftp_sd.max_steps={arguments.steps}",

@@ -182,7 +182,7 @@ def test_compressibility_ranks_pictures_as_jpeg_file_sizes_do() -> None:
 
 def test_following_the_compressibility_gradient_shrinks_the_file() -> None:
     torch.manual_seed(0)
-    picture = (0.5 + 0.1 * torch.randn(1, 3, 32, 32)).clamp(0, 1)
+    picture = (smooth_pictures(1, 64, 64, detail=3) + 0.03 * torch.randn(1, 3, 64, 64)).clamp(0, 1)
 
     def file_size(image: Tensor) -> int:
         stream = io.BytesIO()
@@ -195,7 +195,7 @@ def test_following_the_compressibility_gradient_shrinks_the_file() -> None:
         (gradient,) = torch.autograd.grad(reward(moved, [""]).sum(), moved)
         moved = (moved + 0.003 * gradient.sign()).detach()
     assert reward(moved, [""]) > 0.5 * reward(picture, [""])
-    assert file_size(moved) < file_size(picture)
+    assert file_size(moved) < 0.9 * file_size(picture)  # 600 bytes of either are header
 
 
 def test_composite_weighs_and_reports_its_parts() -> None:

@@ -13,7 +13,7 @@
         tokenizer: null             # folder with vocab.json and merges.txt, for archives that only name a tokenizer
       trainer: {precision: 32}      # 32 | 16 | bf16 | 64: what the reward computes in
       augment: {…}                  # any reward: see augmentation.Augmentation
-      quality: 80                   # (in)compressibility: JPEG quality, 1 to 100
+      quality: 50                   # (in)compressibility: JPEG quality, 1 to 100
       chroma_subsampling: true      # (in)compressibility
       reduction: sum                # (in)compressibility: sum | mean over a picture's values
       distance: cosine              # feature_symmetry: cosine | l2

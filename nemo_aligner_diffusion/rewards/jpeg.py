@@ -47,7 +47,9 @@ class JPEGCompressibility(Reward):
     are repeated to whole blocks.
 
     Args:
-        quality: 1 (coarse) to 100 (fine), as in libjpeg. Coarser quantisation penalises more detail.
+        quality: 1 (coarse) to 100 (fine), as in libjpeg. Coarser quantisation penalises more detail: at 50 most small
+            coefficients are rounded to zero and the gradient smooths them away; from 65 on it moves them to the
+            nearest step instead, which changes the file's size hardly.
         chroma_subsampling: store colour at half the resolution (4:2:0), as most JPEG files do.
         reduction: ``sum`` over a picture's values (the squared norm, which grows with its size), or their ``mean``.
         incompressible: reward the opposite, ``+‖x - jpeg(x)‖²``.
@@ -57,7 +59,7 @@ class JPEGCompressibility(Reward):
 
     def __init__(
         self,
-        quality: int = 80,
+        quality: int = 50,
         chroma_subsampling: bool = True,
         reduction: str = "sum",
         incompressible: bool = False,
@@ -86,7 +88,7 @@ class DifferentiableJPEG(torch.nn.Module):
     ``exact_rounding=True`` gives the real quantisation, which has no useful gradient.
     """
 
-    def __init__(self, quality: int = 80, chroma_subsampling: bool = True, exact_rounding: bool = False) -> None:
+    def __init__(self, quality: int = 50, chroma_subsampling: bool = True, exact_rounding: bool = False) -> None:
         super().__init__()
         if isinstance(quality, bool) or not isinstance(quality, int) or not 1 <= quality <= 100:
             raise RewardError(f"JPEG quality is {quality!r}; expected an integer from 1 to 100.")
