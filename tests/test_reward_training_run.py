@@ -219,7 +219,7 @@ def test_every_key_is_documented_and_known() -> None:
 
 
 @pytest.mark.parametrize("script", ["train_reward_model", "test_reward_model", "parquet_to_shards", "folder_to_shards",
-                                    "make_rule_preferences"])  # fmt: skip
+                                    "make_rule_preferences", "judge_rule"])  # fmt: skip
 def test_help_needs_no_torch(script: str) -> None:
     path = ROOT / "examples" / "mm" / "clip" / f"{script}.py"
     code = (

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import csv
+import json
+import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,8 +13,13 @@ from typing import Any
 import pytest
 
 from nemo_aligner_diffusion.data.prompt_files import BadSamples
-from nemo_aligner_diffusion.reward_training import rule_cli
-from nemo_aligner_diffusion.reward_training.convert_cli import folder_main, parquet_main
+from nemo_aligner_diffusion.reward_training import evaluate_cli, rule_cli, rule_judge, train_cli
+from nemo_aligner_diffusion.reward_training.convert_cli import (
+    folder_main,
+    folder_parser,
+    parquet_main,
+    parquet_parser,
+)
 from nemo_aligner_diffusion.reward_training.preference_shards import PreferencePair, read_preference_file
 from tests.reward_training_toy import blue_pairs
 
@@ -191,3 +199,78 @@ def test_rule_names_are_the_rules() -> None:
     from nemo_aligner_diffusion.reward_training.rules import RULES, TIE_MARGINS
 
     assert set(rule_cli.RULE_NAMES) == set(RULES) == set(TIE_MARGINS)
+
+
+def documented_commands() -> list[list[str]]:
+    """The words of every python command in the page's shell blocks."""
+    page = (ROOT / "docs" / "reward_training.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.startswith("python ")]
+
+
+def test_the_pages_commands_are_understood() -> None:
+    from nemo_aligner_diffusion.reward_training.config import load_reward_config
+    from nemo_aligner_diffusion.training.config import load_config
+
+    parsers = {
+        "test_reward_model.py": evaluate_cli.build_parser,
+        "parquet_to_shards.py": parquet_parser,
+        "folder_to_shards.py": folder_parser,
+        "make_rule_preferences.py": rule_cli.build_parser,
+        "judge_rule.py": rule_judge.build_parser,
+    }
+    seen = set()
+    for python, script, *words in documented_commands():
+        assert python == "python"
+        assert (ROOT / script).is_file(), script
+        name = Path(script).name
+        seen.add(name)
+        if name == "train_reward_model.py":
+            load_reward_config(words)
+        elif name == "train_sd_draftp.py":
+            load_config("draftp_sd", words)
+        else:
+            parsers[name]().parse_args(words)  # exits where it does not understand
+    assert seen == {*parsers, "train_reward_model.py", "train_sd_draftp.py"}
+
+
+@pytest.mark.slow
+def test_the_whole_loop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the page has it, with few pictures and steps: preferences, reward, its test, tuning on it, judging."""
+    from nemo_aligner_diffusion.training import cli
+    from nemo_aligner_diffusion.training.run_directory import read_state
+
+    preferences, reward, tuned = tmp_path / "preferences", tmp_path / "reward", tmp_path / "tuned"
+    few = ["--prompts", "6", "--seeds-per-prompt", "3", "--steps", "4"]
+    assert rule_cli.main(["colourfulness", str(preferences), *few]) == 0
+    shards = "webdataset.local_root_path"
+    words = [
+        f"model.data.train.{shards}={preferences / 'train'}",
+        f"model.data.validation.{shards}={preferences / 'validation'}",
+        f"exp_manager.explicit_log_dir={reward}",
+        *("trainer.max_steps=4", "trainer.val_check_interval=2", "trainer.accelerator=cpu"),
+        *("model.micro_batch_size=4", "model.global_batch_size=4", "model.optim.sched.warmup_steps=1"),
+    ]
+    assert train_cli.main(words) == 0
+    nemo = reward / "export" / "reward.nemo"
+    assert evaluate_cli.main([str(nemo), str(preferences / "validation"), "--output", str(tmp_path / "test")]) == 0
+    assert json.loads((tmp_path / "test" / "figures.json").read_text())["pairs"] == 3
+    words = [
+        f"rm.model.restore_from_path={nemo}",
+        f"exp_manager.explicit_log_dir={tuned}",
+        *("trainer.draftp_sd.max_steps=1", "trainer.draftp_sd.val_check_interval=0", "trainer.accelerator=cpu"),
+        *("model.micro_batch_size=2", "model.global_batch_size=2", "model.infer.inference_steps=5"),
+        *("model.truncation_steps=1", "exp_manager.create_tensorboard_logger=false"),
+    ]
+    assert cli.main("draftp_sd", words) == 0
+    assert read_state(tuned)["status"] == "finished"
+    assert (
+        rule_judge.main(["colourfulness", str(tuned / "export"), "--output", str(tmp_path / "judged"), "--seeds", "1"])
+        == 0
+    )
+    figures = json.loads((tmp_path / "judged" / "figures.json").read_text())
+    assert figures["pictures"] == 24
+    assert abs(figures["tuned"]["colourfulness"] - figures["base"]["colourfulness"]) < 20
+    assert (tmp_path / "judged" / "pictures.png").is_file()
+    assert "have more colourfulness than before" in capsys.readouterr().out
