@@ -22,7 +22,7 @@ from clip_toy import (
 from omegaconf import OmegaConf
 
 from nemo_aligner_diffusion.errors import AlignerError, ArchiveError, RewardError
-from nemo_aligner_diffusion.nemo_archive import load_nemo, save_nemo
+from nemo_aligner_diffusion.nemo_archive import Limits, load_nemo, save_nemo
 from nemo_aligner_diffusion.rewards import CLIPReward, convert_hf_clip_to_nemo, restore_reward
 from nemo_aligner_diffusion.rewards.clip_tokenizer import tokenizer_from_bytes
 from nemo_aligner_diffusion.rewards.preprocessing import preprocess
@@ -362,3 +362,17 @@ def test_impossible_settings(archive_path: Path) -> None:
             CLIPReward(toy_clip(), tokenizer, **settings)
     with pytest.raises(AlignerError):
         restore_reward(archive_path.with_name("missing.nemo"))
+
+
+def test_limits_can_be_changed_for_an_archive_that_is_trusted(tmp_path: Path) -> None:
+    path = convert_hf_clip_to_nemo(toy_clip(), tokenizer_files(), tmp_path / "x.nemo")
+    with pytest.raises(ArchiveError, match="at most 20 records"):
+        restore_reward(path, limits=Limits(records=20))
+    restore_reward(path, limits=Limits(records=20_000))
+
+
+def test_a_target_that_is_not_in_the_table_is_refused_by_name(tmp_path: Path) -> None:
+    for target in ("os.system", "nemo_aligner_diffusion.rewards.custom.load", "evil.MegatronCLIPModel"):
+        path = save_nemo(tmp_path / "x.nemo", {"target": target}, {"a": torch.zeros(1)})
+        with pytest.raises(ArchiveError, match=f"its target '{target}' is no reward that can be restored"):
+            restore_reward(path)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from nemo_aligner_diffusion.errors import ArchiveError
-from nemo_aligner_diffusion.nemo_archive import NemoArchive, load_nemo
+from nemo_aligner_diffusion.nemo_archive import Limits, NemoArchive, load_nemo
 from nemo_aligner_diffusion.rewards.base import Reward
 
 # target -> "module:function"; function(archive, options) gives the reward, on the CPU in float32 or already converted.
@@ -46,6 +46,7 @@ def restore_reward(
     score: str | None = None,
     micro_batch_size: int | None = None,
     activation_checkpointing: bool = False,
+    limits: Limits | None = None,
 ) -> Reward:
     """The reward in a ``.nemo`` file.
 
@@ -55,12 +56,13 @@ def restore_reward(
         tokenizer: folder with the tokenizer's files, for archives that only name a tokenizer.
         score: for CLIP rewards, overrides the archive's own (``pickscore``, ``hps``, ``clipscore``).
         micro_batch_size, activation_checkpointing: see :mod:`.micro_batches`.
+        limits: of what is read, for an archive that you trust and that exceeds the default ones.
 
     Raises:
         ArchiveError: the archive is unusable, its ``target`` is no known reward, or its weights or tokenizer don't fit
             its configuration.
     """
-    archive = load_nemo(path)
+    archive = load_nemo(path, limits)
     options = RestoreOptions(tokenizer, score, micro_batch_size, activation_checkpointing)
     return _restorer(archive)(archive, options).to(device, dtype)
 
