@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import argparse
 import csv
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nemo_aligner_diffusion.command_line import command
 from nemo_aligner_diffusion.data.prompt_files import clean_prompt
-from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError, DataError
+from nemo_aligner_diffusion.errors import ConfigurationError, DataError
 from nemo_aligner_diffusion.reward_training.preference_shards import (
     MAX_PICTURE_BYTES,
     PreferencePair,
@@ -175,13 +175,15 @@ def _read_picture(folder: Path, name: str) -> bytes:
         raise ValueError(f"names {path}, which cannot be read: {error.strerror or error}") from error
 
 
-def parquet_main(argv: Sequence[str] | None = None) -> int:
+@command(interrupted="interrupted; nothing was written")
+def parquet_main(argv: Sequence[str]) -> int:
     """``parquet_to_shards.py``; returns the exit status."""
     arguments = parquet_parser().parse_args(argv)
     return _convert(arguments, lambda rows: parquet_pairs(_parquet_files(arguments.input), _columns(arguments), rows))
 
 
-def folder_main(argv: Sequence[str] | None = None) -> int:
+@command(interrupted="interrupted; nothing was written")
+def folder_main(argv: Sequence[str]) -> int:
     """``folder_to_shards.py``; returns the exit status."""
     arguments = folder_parser().parse_args(argv)
     return _convert(arguments, lambda rows: folder_pairs(arguments.folder, arguments.table, _columns(arguments), rows))
@@ -247,20 +249,13 @@ def _convert(arguments: argparse.Namespace, pairs: Callable[[Rows], Iterator[Pre
             yield pair
 
     started = time.perf_counter()
-    try:
-        written = write_preference_shards(
-            counted(),
-            arguments.output,
-            samples_per_shard=arguments.samples_per_shard,
-            prefix=arguments.prefix,
-            overwrite=arguments.overwrite,
-        )
-    except AlignerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
+    written = write_preference_shards(
+        counted(),
+        arguments.output,
+        samples_per_shard=arguments.samples_per_shard,
+        prefix=arguments.prefix,
+        overwrite=arguments.overwrite,
+    )
     names = written.paths[0].name + (f" … {written.paths[-1].name}" if len(written.paths) > 1 else "")
     print(f"pairs          {written.samples:,} in {time.perf_counter() - started:.2f} s, {ties:,} of them ties")
     print(f"shards         {len(written.paths):,} ({names}, {written.bytes:,} bytes) in {arguments.output}")

@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError
+from nemo_aligner_diffusion.command_line import command
+from nemo_aligner_diffusion.errors import ConfigurationError
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@command(interrupted="interrupted; nothing was written")
+def main(argv: Sequence[str]) -> int:
     """Run the command; return its exit status."""
     arguments = build_parser().parse_args(argv)
-    try:
-        if not arguments.reward.is_file():
-            raise ConfigurationError(f"{arguments.reward} does not exist; expected a reward .nemo")
-        return _run(arguments)
-    except AlignerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
+    if not arguments.reward.is_file():
+        raise ConfigurationError(f"{arguments.reward} does not exist; expected a reward .nemo")
+    return _run(arguments)
 
 
 def _run(arguments: argparse.Namespace) -> int:

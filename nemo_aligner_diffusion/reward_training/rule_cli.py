@@ -3,44 +3,37 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from nemo_aligner_diffusion.errors import AlignerError
+from nemo_aligner_diffusion.command_line import command
 
 RULE_NAMES = ("colourfulness", "symmetry")  # of rules.py, which imports torch
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@command(interrupted="interrupted; shards under their names are complete")
+def main(argv: Sequence[str]) -> int:
     """Run the command; return its exit status."""
     arguments = build_parser().parse_args(argv)
     started = time.perf_counter()
-    try:
-        from nemo_aligner_diffusion.reward_training.rule_preferences import make_rule_preferences
-        from nemo_aligner_diffusion.reward_training.rules import TIE_MARGINS
+    from nemo_aligner_diffusion.reward_training.rule_preferences import make_rule_preferences
+    from nemo_aligner_diffusion.reward_training.rules import TIE_MARGINS
 
-        margin = TIE_MARGINS[arguments.rule] if arguments.tie_margin is None else arguments.tie_margin
-        made = make_rule_preferences(
-            arguments.output,
-            arguments.rule,
-            margin,
-            prompt_count=arguments.prompts,
-            seeds_per_prompt=arguments.seeds_per_prompt,
-            held_out=arguments.held_out,
-            steps=arguments.steps,
-            guidance=arguments.guidance,
-            seed=arguments.seed,
-            overwrite=arguments.overwrite,
-            progress=_Progress(),
-        )
-    except AlignerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; shards under their names are complete", file=sys.stderr)
-        return 130
+    margin = TIE_MARGINS[arguments.rule] if arguments.tie_margin is None else arguments.tie_margin
+    made = make_rule_preferences(
+        arguments.output,
+        arguments.rule,
+        margin,
+        prompt_count=arguments.prompts,
+        seeds_per_prompt=arguments.seeds_per_prompt,
+        held_out=arguments.held_out,
+        steps=arguments.steps,
+        guidance=arguments.guidance,
+        seed=arguments.seed,
+        overwrite=arguments.overwrite,
+        progress=_Progress(),
+    )
     pairs = made.train.samples + made.validation.samples
     for name, written, prompts in (
         ("training", made.train, made.prompts[0]),

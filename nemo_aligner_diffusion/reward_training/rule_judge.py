@@ -8,25 +8,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_aligner_diffusion.errors import AlignerError
+from nemo_aligner_diffusion.command_line import command
 from nemo_aligner_diffusion.reward_training.rule_cli import RULE_NAMES
 
 SHOWN = 8  # columns of the grid
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@command(interrupted="interrupted")
+def main(argv: Sequence[str]) -> int:
     """Run the command; return its exit status."""
     arguments = build_parser().parse_args(argv)
-    try:
-        figures = judge(arguments.rule, arguments.lora, arguments.output, arguments.seeds)
-    except AlignerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    figures = judge(arguments.rule, arguments.lora, arguments.output, arguments.seeds)
     base, tuned = figures["base"], figures["tuned"]
     print(f"{'':<42}{'base':>10}{'tuned':>10}")
     for name in base:

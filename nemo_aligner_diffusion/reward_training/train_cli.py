@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from nemo_aligner_diffusion.errors import AlignerError
+from nemo_aligner_diffusion.command_line import command
 from nemo_aligner_diffusion.training.cli import parse_arguments
 
 
@@ -32,27 +32,21 @@ def help_text(program: str) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@command(interrupted="interrupted before training began")
+def main(argv: Sequence[str]) -> int:
     """Run the command; return its exit status: 0, or the ``exit_code`` of the error that was printed."""
     from nemo_aligner_diffusion.reward_training.config import CONFIG_NAME, load_reward_config
 
-    try:
-        arguments = parse_arguments(CONFIG_NAME, sys.argv[1:] if argv is None else argv)
-        if arguments.show_help:
-            print(help_text(os.path.basename(sys.argv[0]) or "train_reward_model.py"))
-            return 0
-        cfg = load_reward_config(arguments.overrides, arguments.config_name, arguments.config_path)
-        if arguments.show_config:
-            from omegaconf import OmegaConf
+    arguments = parse_arguments(CONFIG_NAME, argv)
+    if arguments.show_help:
+        print(help_text(os.path.basename(sys.argv[0]) or "train_reward_model.py"))
+        return 0
+    cfg = load_reward_config(arguments.overrides, arguments.config_name, arguments.config_path)
+    if arguments.show_config:
+        from omegaconf import OmegaConf
 
-            print(OmegaConf.to_yaml(cfg), end="")
-            return 0
-        from nemo_aligner_diffusion.reward_training.run import run_reward_training  # torch and all, only now
+        print(OmegaConf.to_yaml(cfg), end="")
+        return 0
+    from nemo_aligner_diffusion.reward_training.run import run_reward_training  # torch and all, only now
 
-        return run_reward_training(cfg)
-    except AlignerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted before training began", file=sys.stderr)
-        return 130
+    return run_reward_training(cfg)
