@@ -24,6 +24,7 @@ from nemo_aligner_diffusion.errors import AlignerError
 from nemo_aligner_diffusion.nemo_archive import load_nemo
 from nemo_aligner_diffusion.rewards import CLIPReward, build_reward, restore_reward
 from nemo_aligner_diffusion.rewards.convert_cli import main
+from nemo_aligner_diffusion.rewards.hub import is_hub_name
 from nemo_aligner_diffusion.rewards.preprocessing import preprocess
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -475,3 +476,11 @@ def test_heads_that_are_none(tmp_path: Path, change: dict[str, Tensor], message:
     with pytest.raises(AlignerError, match=message):
         convert_reward(what, tmp_path / "a.nemo")
     assert not (tmp_path / "a.nemo").exists()
+
+
+def test_only_names_that_the_hub_could_hold_are_looked_up() -> None:
+    """A name of thousands of characters, as an archive may give, once reached the file system and failed there."""
+    assert is_hub_name("openai/clip-vit-large-patch14")
+    assert is_hub_name("a" * 96 + "/" + "b" * 96)
+    for name in ("a" * 97 + "/b", "a/" + "b" * 5000, "../b", "a/b/c", "owner", "/a", "a/", "a b/c"):
+        assert not is_hub_name(name)
