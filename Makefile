@@ -10,10 +10,9 @@ ARGS        ?=
 PYTEST_ARGS ?=
 # Test processes, each with one computing thread: small tensors gain nothing from more. 0: no extra processes (for pdb).
 WORKERS     ?= 2
-# Several processes must not fight for cores with spinning threads.
-export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+# Several test processes must not fight for cores with spinning threads; `make train`, alone, is half as fast again with.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS)
 
 .PHONY: train test test-slow test-nemo install-nemo lint install reference clean
 SOURCES_OF_INSTALLATION := pyproject.toml setup.py constraints.txt

@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("results/symmetry"), help="run directories")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="where the table and the picture go")
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps of 8 pictures")
-    parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-4, 3e-4, 6e-4, 1e-3])
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3])
     parser.add_argument("--kl", type=float, nargs="*", default=[0.1], help="kl_coeff tried at the best rate of KL 0")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     arguments = parser.parse_args()
