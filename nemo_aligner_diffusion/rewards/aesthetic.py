@@ -165,7 +165,7 @@ def restore_aesthetic(archive: NemoArchive, options: RestoreOptions) -> Aestheti
     fill(head, {key.removeprefix("head."): value for key, value in state.items() if key.startswith("head.")})
     if options.score is not None or options.tokenizer is not None:
         logger.warning("rm.model.score and rm.model.tokenizer have no effect: an aesthetic reward reads no prompt")
-    reward = AestheticReward(
+    return AestheticReward(
         model,
         head,
         activation=activation,
@@ -173,9 +173,6 @@ def restore_aesthetic(archive: NemoArchive, options: RestoreOptions) -> Aestheti
         activation_checkpointing=options.activation_checkpointing,
         **read_preprocessing(archive, config, fields(model.config, VISION_KEYS)["image_size"]),
     )
-    if isinstance(config.get("name"), str):
-        reward.name = config["name"]
-    return reward
 
 
 def convert_aesthetic_to_nemo(

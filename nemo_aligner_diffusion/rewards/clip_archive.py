@@ -88,7 +88,7 @@ def _restore(archive: NemoArchive, options: RestoreOptions, megatron: bool) -> C
             f"{archive.path}: its configuration describes no CLIP model that can be built "
             f"({type(error).__name__}: {str(error)[:300]}). Save the archive again from a working model."
         ) from error
-    reward = CLIPReward(
+    return CLIPReward(
         model,
         tokens,
         score=score,
@@ -98,9 +98,6 @@ def _restore(archive: NemoArchive, options: RestoreOptions, megatron: bool) -> C
         activation_checkpointing=options.activation_checkpointing,
         **preprocessing,
     )
-    if isinstance(config.get("name"), str):
-        reward.name = config["name"]
-    return reward
 
 
 def convert_hf_clip_to_nemo(

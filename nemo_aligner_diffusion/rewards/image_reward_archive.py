@@ -109,7 +109,7 @@ def restore_image_reward(archive: NemoArchive, options: RestoreOptions) -> Image
     tokenizer = load_tokenizer(archive, text["vocab_size"], options.tokenizer)
     if options.score is not None:
         logger.warning("rm.model.score=%r has no effect here: ImageReward has one score only", options.score)
-    reward = ImageReward(
+    return ImageReward(
         network,
         tokenizer,
         mean=mean,
@@ -118,9 +118,6 @@ def restore_image_reward(archive: NemoArchive, options: RestoreOptions) -> Image
         micro_batch_size=options.micro_batch_size,
         activation_checkpointing=options.activation_checkpointing,
     )
-    if isinstance(config.get("name"), str):
-        reward.name = config["name"]
-    return reward
 
 
 def convert_image_reward_to_nemo(

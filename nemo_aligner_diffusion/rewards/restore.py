@@ -64,7 +64,11 @@ def restore_reward(
     """
     archive = load_nemo(path, limits)
     options = RestoreOptions(tokenizer, score, micro_batch_size, activation_checkpointing)
-    return _restorer(archive)(archive, options).to(device, dtype)
+    reward = _restorer(archive)(archive, options)
+    name = archive.config.get("name")
+    if archive.target in RESTORERS and isinstance(name, str):  # in NeMo's archives it is the experiment's name
+        reward.name = name
+    return reward.to(device, dtype)
 
 
 def _restorer(archive: NemoArchive) -> Callable[[NemoArchive, RestoreOptions], Reward]:
