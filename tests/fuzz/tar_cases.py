@@ -273,7 +273,7 @@ def chained_extension_headers(drawn: random.Random) -> bytes:
     kind = drawn.choice((tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK))
     body = drawn.choice((b"", b"x", b"6 a=b\n" * 80, b"6 a=b\n" * 80_000))
     unit = _raw(kind, body)
-    return gzip.compress(unit * ((12 << 20) // len(unit)) + seeds()["clip"].pack(), 1)
+    return gzip.compress(unit * ((12 << 20) // len(unit)) + seeds()["clip"].pack(), 1, mtime=0)
 
 
 @category("tar", hostile=True)
@@ -304,7 +304,7 @@ def many_members(drawn: random.Random) -> bytes:
     count = drawn.choice((4097, 6000, 20_000, 100_000))
     kind = drawn.choice((tarfile.REGTYPE, tarfile.DIRTYPE))
     blocks = b"".join(_header(f"m{number}", 0, kind) for number in range(count))
-    return gzip.compress(blocks + seeds()["clip"].pack(), 1)
+    return gzip.compress(blocks + seeds()["clip"].pack(), 1, mtime=0)
 
 
 @category("tar", hostile=True)
@@ -329,14 +329,14 @@ def gzip_bombs(drawn: random.Random) -> bytes:
     """Hundreds of megabytes out of some kilobytes: of nothing, of a good archive and then nothing, inside a member."""
     way = drawn.randrange(4)
     if way == 0:
-        return gzip.compress(bytes(drawn.choice((70, 200)) << 20), 1)
+        return gzip.compress(bytes(drawn.choice((70, 200)) << 20), 1, mtime=0)
     if way == 1:
-        return gzip.compress(seeds()["clip"].pack() + bytes(80 << 20), 1)
+        return gzip.compress(seeds()["clip"].pack() + bytes(80 << 20), 1, mtime=0)
     name = drawn.choice((f"./{CONFIG}", f"./{WEIGHTS}", "./0123abcd_vocab.json"))
     bomb = bytes(drawn.choice((40, 60, 100)) << 20)
     if way == 2:
-        return gzip.compress(seeds()["megatron"].with_content(name.removeprefix("./"), bomb).pack(), 1)
-    return gzip.compress(_header(name, len(bomb)) + bomb + seeds()["clip"].pack(), 1)
+        return gzip.compress(seeds()["megatron"].with_content(name.removeprefix("./"), bomb).pack(), 1, mtime=0)
+    return gzip.compress(_header(name, len(bomb)) + bomb + seeds()["clip"].pack(), 1, mtime=0)
 
 
 @category("gzip", hostile=True)
