@@ -1,7 +1,9 @@
 # make train   train the embedded model with the embedded reward, from nothing but Python
 # make test    the tests, without the slow ones        make test-slow   the slow ones
+# make test-slurm  jobs on a real Slurm of two nodes (fetches Debian's packages if Slurm is not installed)
+# make test-nightly  more of them, which CI has no time for
 # make test-nemo  the tests against NeMo itself (installs the extra nemo, 600 MB more)
-# make lint    ruff and mypy                           make clean       caches and builds; results/ and .venv stay
+# make lint    ruff, mypy, shellcheck, hadolint        make clean       caches and builds; results/ and .venv stay
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -14,8 +16,10 @@ export TOKENIZERS_PARALLELISM ?= false
 # Several test processes must not fight for cores with spinning threads; `make train`, alone, is half as fast again with.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: train test test-slow test-nemo install-nemo lint install reference clean
+.PHONY: train test test-slow test-nightly test-slurm test-nemo install-nemo lint install reference clean
 SOURCES_OF_INSTALLATION := pyproject.toml setup.py constraints.txt
+SHELL_SCRIPTS := .ci/run $(wildcard docker/*.sh docker/*/*.sh examples/mm/slurm/*.sub)
+DOCKERFILES := $(wildcard Dockerfile docker/Dockerfile.* docker/*/Dockerfile.*)
 
 train: $(VENV)/.installed
 	@number=1; while [ -e results/train_$$(printf %03d $$number) ]; do number=$$((number + 1)); done; \
@@ -23,10 +27,16 @@ train: $(VENV)/.installed
 	$(BIN)/python examples/mm/stable_diffusion/train_sd_draftp.py exp_manager.explicit_log_dir=$$directory $(ARGS)
 
 test: $(VENV)/.installed-dev $(VENV)/reference/.installed
-	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow and not nightly" $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed-dev
 	$(PYTEST) -m slow $(PYTEST_ARGS)
+
+test-nightly: $(VENV)/.installed-dev
+	$(PYTEST) -m nightly $(PYTEST_ARGS)
+
+test-slurm: $(VENV)/.installed
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python tests/slurm/run.py
 
 # Last in CI, so that all the other tests run without NeMo's packages beside ours.
 install-nemo: $(VENV)/.installed-nemo
@@ -37,6 +47,8 @@ test-nemo: $(VENV)/.installed-nemo
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/shellcheck $(SHELL_SCRIPTS)
+	$(BIN)/hadolint $(DOCKERFILES)
 	$(BIN)/mypy
 
 # Everything that the other targets need, without running any of them.

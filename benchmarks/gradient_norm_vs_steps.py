@@ -37,8 +37,9 @@ def gradient_norm(model: StableDiffusion, steps: int, method: str, guidance_scal
     trajectory = run_trajectory(predict, sampler, rule(steps, random.Random(0)), lambda: noise)
     gradients = reward_gradient(trajectory.reads, model.decode, lambda x, rows: -reward(x, prompts[rows]).mean())
     parameters = [p for p in model.denoiser.parameters() if p.requires_grad]
-    found = torch.autograd.grad((trajectory.reads[0] * gradients[0]).sum(), parameters)
-    return float(torch.nn.utils.get_total_norm(found))
+    model.denoiser.zero_grad()
+    (trajectory.reads[0] * gradients[0]).sum().backward()
+    return float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
 
 
 def main() -> None:

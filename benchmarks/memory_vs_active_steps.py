@@ -13,7 +13,8 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from nemo_aligner_diffusion.diffusion.families.stable_diffusion import StableDiffusion
 from nemo_aligner_diffusion.diffusion.guidance import guided_predictor
@@ -25,14 +26,30 @@ from nemo_aligner_diffusion.embedded_assets import embedded_model_path
 
 
 def peak_allocated_bytes(work: Callable[[], object]) -> int:
-    """The most bytes that tensors made by ``work`` held at one time on the CPU."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    """The most bytes that tensors made by ``work`` held at one time on the CPU.
+
+    Only what this thread makes counts, until whoever holds it last lets it go: gloo copies what it sends in threads of
+    its own, at moments of their own, and those threads free some of what they were given.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, record_function("work"):
         work()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events, todo = [], list(profiler.profiler.kineto_results.experimental_event_tree())
+    while todo:
+        events.append(event := todo.pop())
+        todo += event.children
+    thread = next(event.start_tid for event in events if event.name == "work")
+    held: dict[int, int] = {}
     now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
+    for event in sorted(events, key=lambda event: event.start_time_ns):
+        if event.tag != _EventType.Allocation:
+            continue
+        address, size = event.extra_fields.ptr, event.extra_fields.alloc_size
+        if size < 0:
+            now -= held.pop(address, 0)
+        elif event.start_tid == thread:
+            held[address] = size
+            now += size
+            peak = max(peak, now)
     return peak
 
 

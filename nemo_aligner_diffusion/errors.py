@@ -7,6 +7,7 @@ class AlignerError(Exception):
     """Base of every error whose cause lies with the input: says what was given, what was expected and what to do."""
 
     exit_code = 2
+    said = False  # the user has seen it: another process, or an earlier handler, has printed it
 
 
 class ConfigurationError(AlignerError):

@@ -46,6 +46,14 @@ def uneven_shards(folder: Path, sizes: tuple[int, ...] = (7, 1, 12, 4)) -> list[
     return prompts
 
 
+LONGER = (40, 30, 50, 40)  # sizes of shards that are not read through at once: 160 prompts
+
+
+def prompts_of(loader: Any) -> list[str]:
+    """All prompts of a loader or stream, in order."""
+    return [prompt for batch in loader for prompt in batch["prompts"]]
+
+
 def take(paths: Any, batches: int, **options: Any) -> list[dict[str, Any]]:
     """The first so many batches of a loader, its workers shut down afterwards."""
     stream = iter(build_prompt_loader(paths, **options))

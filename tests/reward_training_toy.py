@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
-from collections.abc import Sequence
+import os
+import signal
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -72,3 +75,35 @@ def overrides(folder: Path, run: str = "run", **changed: object) -> list[str]:
         **{key.replace("__", "."): value for key, value in changed.items()},
     }
     return [f"{key}={value}" for key, value in settings.items()]
+
+
+def run_told(words: list[str], step: int | None = None, number: int = signal.SIGTERM, rank: int = 0) -> int:
+    """A training in this process; its exit code. In optimizer step ``step`` process ``rank`` gets a signal.
+
+    Args:
+        step: 0: inside ``trainer.fit``, before anything has been resumed; None: there is no signal.
+    """
+    from nemo_aligner_diffusion.reward_training.config import load_reward_config
+    from nemo_aligner_diffusion.reward_training.run import run_reward_training
+
+    with _told_in(step, number, rank):
+        return run_reward_training(load_reward_config(words))
+
+
+@contextlib.contextmanager
+def _told_in(step: int | None, number: int, rank: int) -> Iterator[None]:
+    from nemo_aligner_diffusion.reward_training.preference_clip import PreferenceCLIP
+
+    name = "training_step" if step else "configure_optimizers"
+    method = getattr(PreferenceCLIP, name)
+
+    def told(module: PreferenceCLIP, *arguments: object) -> object:
+        if step is not None and module.global_step == max(step - 1, 0) and module.trainer.global_rank == rank:
+            os.kill(os.getpid(), number)
+        return method(module, *arguments)
+
+    setattr(PreferenceCLIP, name, told)
+    try:
+        yield
+    finally:
+        setattr(PreferenceCLIP, name, method)

@@ -143,7 +143,7 @@ def test_the_loops_own_key_counts_more_than_lightnings(caplog: pytest.LogCapture
         "model.unet_config.from_NeMo=True",
         "model.first_stage_config.from_NeMo=False",
         "model.data.webdataset.infinite_sampler=False",
-        "model.fsdp=True",
+        "model.fsdp_cpu_offload=True",
         "hydra.run.dir=/tmp/x",
         "reward_model=pickscore",
     ],
@@ -255,5 +255,17 @@ def test_warnings_come_from_the_first_process_only(
 ) -> None:
     monkeypatch.setenv("RANK", "1")
     with caplog.at_level(logging.WARNING):
-        load_config("draftp_sd", ["model.fsdp=True"])
+        load_config("draftp_sd", ["model.fsdp_cpu_offload=True"])
     assert not caplog.text
+
+
+def test_nemos_checkpoint_settings() -> None:
+    section = "exp_manager.checkpoint_callback_params"
+    words = [f"{section}.save_top_k=1", f"{section}.every_n_train_steps=7", f"{section}.async_save=True"]
+    cfg = load_config("draftp_sd", [*words, f"{section}.save_last=True", f"{section}.mode=max"])
+    assert cfg.exp_manager.checkpoint_callback_params == {"keep_last_n": 2, "save_top_k": 1, "async_save": True}
+    assert cfg.trainer.draftp_sd.save_interval == 7
+    cfg = load_config("draftp_sd", [*words, "trainer.draftp_sd.save_interval=3"])
+    assert cfg.trainer.draftp_sd.save_interval == 3
+    with pytest.raises(ConfigurationError, match="keep_last_n"):
+        load_config("draftp_sd", [f"{section}.keep_last_n=0"])

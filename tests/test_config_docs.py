@@ -96,4 +96,4 @@ def test_the_schema_knows_the_names_the_code_knows() -> None:
     for name, keys in schema_rewards.MODEL_KEYS.items():
         assert set(keys) <= set(build.MODEL_KEYS)
         assert "model" in schema.REWARDS[name]
-    assert set(schema.PRECISIONS) <= set(build._PRECISIONS)
+    assert set(schema.PRECISIONS) <= set(build.PRECISIONS)

@@ -148,6 +148,7 @@ def test_longest_prompt(tmp_path: Path) -> None:
         (b"a\n\nb\n", ["line 2 is an empty prompt"]),
         (b"a\ncaf\xe9\n", ["line 2 is not UTF-8: byte 0xe9 at position 3"]),
         (b"a\n" + b"x" * (3 * MAX_PROMPT_BYTES), ["line 2 has more than 65,536 bytes"]),
+        (b"a\n\n\n" + b"x" * (3 * MAX_PROMPT_BYTES), ["line 2 is an empty prompt"]),
         (b"\n \n", ["holds no prompt; expected one prompt a line"]),
     ],
 )

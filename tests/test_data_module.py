@@ -75,6 +75,7 @@ def test_a_resumed_run_sees_what_an_undisturbed_one_sees(tmp_path: Path, workers
     assert module.samples_consumed == 48
 
     state = torch.load(tmp_path / "saved" / "last.ckpt", weights_only=True)["PromptDataModule"]
+    assert state.pop("contents")["samples"] == 24
     assert state == {"samples_consumed": 30, "order": {"seed": 3, "shuffle_buffer": 7}}
     other_layout = [
         PromptDataModule(shards, micro_batch_size=1, rank=r, world_size=2, seed=3, shuffle_buffer=7) for r in (0, 1)

@@ -168,9 +168,17 @@ def test_text_file_and_shards_give_one_stream(tmp_path: Path) -> None:
     assert take(tmp_path / "p.txt", 2, **options)[1]["prompts"] == take(tmp_path / "s0.tar", 2, **options)[1]["prompts"]
 
 
+def test_an_unusable_prompt_anywhere_is_found_at_the_start(tmp_path: Path) -> None:
+    uneven_shards(tmp_path)
+    tar(tmp_path / "z.tar", {f"{n}.txt": f"p{n}" for n in range(5)} | {"bad.txt": b"\xff"})
+    with pytest.raises(DataError, match=r"z\.tar: member 'bad\.txt' is not UTF-8"):
+        PromptDataset(tmp_path, micro_batch_size=1)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_error_arrives_whole_and_in_its_place(tmp_path: Path, workers: int) -> None:
-    tar(tmp_path / "a.tar", {f"{n}.txt": f"p{n}" for n in range(5)} | {"bad.txt": b"\xff"})
+    """Of a compressed shard, which is read as it is used."""
+    tar(tmp_path / "a.tar", {f"{n}.txt": f"p{n}" for n in range(5)} | {"bad.txt": b"\xff"}, "w:gz")
     stream = iter(build_prompt_loader(tmp_path, micro_batch_size=1, shuffle_buffer=0, num_workers=workers))
     assert [next(stream)["prompts"] for _ in range(5)] == [[f"p{n}"] for n in range(5)]
     with pytest.raises(DataError) as caught:

@@ -286,6 +286,15 @@ def test_a_reward_that_collapses_is_a_warning(tmp_path: Path) -> None:
     assert "The tuned model scores below the base model" in titles(run)
 
 
+def test_a_mean_that_few_pictures_carry_is_a_warning(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    scores = [{"prompt": f"p{i}", "seed": 0, "base_reward": 20.0, "reward": 24.0 if i == 0 else 19.9} for i in range(4)]
+    (run / "validation_samples.json").write_text(json.dumps({"step": 20, "prompts": scores}))
+    assert "Only 25% of the validation pictures improved" in titles(run)
+    (run / "validation.csv").write_text("step,reward,base_reward\n0,20,20\n20,19,20\n")  # it fell: no gain of anybody
+    assert not any("pictures improved" in title for title in titles(run))
+
+
 def test_a_resumed_table_keeps_the_last_row_of_a_step(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     path.write_text("step,reward\n1,1.0\n2,2.0\n3,3.0\n2,20\n3,nonsense\n4\n")

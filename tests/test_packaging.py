@@ -97,6 +97,21 @@ def test_make_train_takes_a_fresh_directory_each_time(tmp_path: Path) -> None:
         assert "examples/mm/stable_diffusion/train_sd_draftp.py" in output
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_lint_reads_every_shell_script_and_dockerfile() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode != 0:
+        pytest.skip("an unpacked release has no .git")
+    names = [name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
+    shells = ("#!/bin/sh", "#!/bin/bash", "#!/usr/bin/env bash")
+    scripts = {name for name in names if (ROOT / name).read_bytes()[:40].decode("latin-1").startswith(shells)}
+    dockerfiles = {name for name in names if Path(name).name.startswith("Dockerfile")}
+    shown = subprocess.run(["make", "-n", "lint"], cwd=ROOT, capture_output=True, text=True)
+    commands = {Path(line.split()[0]).name: set(line.split()[1:]) for line in shown.stdout.splitlines() if line.strip()}
+    assert commands["shellcheck"] == scripts
+    assert commands["hadolint"] == dockerfiles
+
+
 def test_every_console_command_exists(installed: Path) -> None:
     import importlib
 
@@ -114,6 +129,7 @@ def test_every_console_command_exists(installed: Path) -> None:
         "nad-parquet-to-shards",
         "nad-folder-to-shards",
         "nad-make-rule-preferences",
+        "nad-plan",
         "nad-convert-reward",
     }
     for target in commands.values():

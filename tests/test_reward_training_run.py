@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,9 @@ from nemo_aligner_diffusion.reward_training.evaluate import score_pairs
 from nemo_aligner_diffusion.reward_training.run import run_reward_training
 from nemo_aligner_diffusion.rewards import restore_reward
 from nemo_aligner_diffusion.rewards.symmetry import MirrorSymmetry
-from tests.reward_training_toy import blue_shards, overrides, toy_nemo
+from nemo_aligner_diffusion.training.signals import Interrupted, Interruption
+from tests.process_pool import ProcessPool
+from tests.reward_training_toy import blue_shards, overrides, run_told, toy_nemo
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = "model.data.train.webdataset.local_root_path"
@@ -99,41 +104,141 @@ def test_early_stopping_and_the_best_weights(folder: Path) -> None:
     assert state["best_step"] == min(losses, key=lambda step: losses[step])
 
 
-@pytest.mark.parametrize("stop", [7, 10])  # 10: where a validation is due
-def test_resuming_is_exact(folder: Path, stop: int) -> None:
-    names = (f"whole_{stop}", f"parts_{stop}")
-    whole = train(folder, names[0], trainer__max_steps=12, trainer__early_stopping__patience=0)
-    cfg = overrides(folder, names[1], trainer__max_steps=12, trainer__early_stopping__patience=0)
-    # Stopped before its 12 steps as an interruption would: the schedule is that of 12.
-    from nemo_aligner_diffusion.reward_training import run as module
+def learnt(run: Path, *columns: str) -> list[tuple[str, ...]]:
+    wanted = columns or ("step", "loss", "accuracy", "grad_norm", "lr", "logit_scale")
+    return [tuple(row[name] for name in wanted) for row in rows(run / "metrics.csv")]
 
-    original = module._build_trainer
 
-    def stops_early(*args: Any, **kwargs: Any) -> Any:
-        trainer = original(*args, **kwargs)
-        trainer.fit_loop.epoch_loop.max_steps = stop
-        return trainer
-
-    module._build_trainer = stops_early
-    try:
-        assert run_reward_training(load_reward_config(cfg)) == 0
-    finally:
-        module._build_trainer = original
-    assert [int(row["step"]) for row in rows(folder / names[1] / "metrics.csv")] == list(range(1, stop + 1))
-    assert run_reward_training(load_reward_config([*cfg, "exp_manager.resume_if_exists=true"])) == 0
-
-    def learnt(run: Path) -> list[tuple[str, ...]]:
-        wanted = ("step", "loss", "accuracy", "grad_norm", "lr", "logit_scale")
-        return [tuple(row[name] for name in wanted) for row in rows(run / "metrics.csv")]
-
-    assert learnt(folder / names[1]) == learnt(whole)
+def validated(run: Path) -> list[tuple[str, ...]]:
     columns = ("step", "loss", "accuracy", "calibration_error")
-    one, other = (
-        {tuple(row[name] for name in columns) for row in rows(folder / run / "validation.csv")} for run in names
-    )
-    assert one <= other, "the interrupted run may have validated once more, where it stopped"
-    states = [restore_reward(folder / run / "export" / "reward.nemo").state_dict() for run in names]
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    return [tuple(row[name] for name in columns) for row in rows(run / "validation.csv")]
+
+
+def exported(run: Path) -> dict[str, torch.Tensor]:
+    return restore_reward(run / "export" / "reward.nemo").state_dict()
+
+
+@pytest.mark.parametrize(("stop", "async_save"), [(7, True), (10, False)])  # 10: where a validation is due
+def test_resuming_is_exact(folder: Path, stop: int, async_save: bool) -> None:
+    whole, parts = folder / f"whole_{stop}", folder / f"parts_{stop}"
+    changed: dict[str, Any] = {"trainer__max_steps": 12, "trainer__early_stopping__patience": 0}
+    changed["exp_manager__checkpoint_callback_params__async_save"] = async_save
+    train(folder, whole.name, **changed)
+    words = overrides(folder, parts.name, **changed)
+    assert run_told(words, step=stop) == 143
+    assert [step for (step,) in learnt(parts, "step")] == [str(step) for step in range(1, stop + 1)]
+    assert json.loads((parts / "run.json").read_text())["status"] == "interrupted"
+    assert exported(parts), "as far as it came"
+    assert run_told([*words, "exp_manager.resume_if_exists=true"]) == 0
+    assert learnt(parts) == learnt(whole)
+    assert validated(parts) == validated(whole)
+    one, other = exported(whole), exported(parts)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_signal_before_training_leaves_the_export_alone(folder: Path) -> None:
+    words = overrides(folder, "early", trainer__max_steps=3)
+    assert run_told(words, step=2) == 143
+    nemo = folder / "early" / "export" / "reward.nemo"
+    before = nemo.read_bytes()
+    with pytest.raises(Interrupted):
+        run_told([*words, "exp_manager.resume_if_exists=true"], step=0)
+    assert nemo.read_bytes() == before
+    assert json.loads((folder / "early" / "run.json").read_text())["status"] == "interrupted"
+
+
+def test_a_second_signal_in_the_export_is_recorded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def told_twice(*args: Any, **kwargs: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(Interruption.again_after + 0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("it went on")
+
+    monkeypatch.setattr("nemo_aligner_diffusion.reward_training.run.save_clip_reward", told_twice)
+    assert run_told(overrides(folder, "twice", trainer__max_steps=3, trainer__val_check_interval=0)) == 130
+    state = json.loads((folder / "twice" / "run.json").read_text())
+    assert (state["status"], state["step"]) == ("interrupted", 3)
+
+
+# Adam would move what has no gradient but rounding noise (biases of keys) by the learning rate, in either direction.
+SIX_STEPS: dict[str, Any] = {
+    "trainer__max_steps": 6,
+    "trainer__val_check_interval": 3,
+    "model__optim__name": "sgd",
+    "model__optim__momentum": 0.9,
+    "model__optim__lr": 0.1,
+}
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path, processes: ProcessPool) -> list[str]:
+    """The words of a training by two processes, that has been done in ``folder/two``."""
+    changed: dict[str, Any] = {"model__micro_batch_size": 4, "trainer__devices": 2}
+    words = overrides(folder, "two", **SIX_STEPS, **changed)
+    assert processes.run(2, run_told, words) == [0, 0]
+    return words
+
+
+def test_two_processes_learn_what_one_does(folder: Path, two: list[str]) -> None:
+    one = train(folder, "one", **SIX_STEPS)
+    for mine, theirs in zip(rows(folder / "two" / "metrics.csv"), rows(one / "metrics.csv"), strict=True):
+        for name in ("loss", "accuracy", "ties", "grad_norm", "lr", "logit_scale"):
+            assert float(mine[name]) == pytest.approx(float(theirs[name]), rel=1e-4), name
+    for name in ("loss", "accuracy", "pairs", "ties"):
+        mine, theirs = ([float(row[name]) for row in rows(run / "validation.csv")] for run in (folder / "two", one))
+        assert mine == pytest.approx(theirs, rel=1e-4), name
+    weights, expected = exported(folder / "two"), exported(one)
+    for name, weight in expected.items():
+        torch.testing.assert_close(weights[name], weight, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_two_processes_stop_together_and_resume_exactly(folder: Path, two: list[str], processes: ProcessPool) -> None:
+    """Only the second process hears the signal; both complete the step, of several micro-batches, and one exports."""
+    words = [*two, f"exp_manager.explicit_log_dir={folder / 'again'}"]
+    assert processes.run(2, run_told, words, 4, signal.SIGTERM, 1) == [143, 0]
+    assert json.loads((folder / "again" / "run.json").read_text())["status"] == "interrupted"
+    assert [step for (step,) in learnt(folder / "again", "step")] == ["1", "2", "3", "4"]
+    assert processes.run(2, run_told, [*words, "exp_manager.resume_if_exists=true"]) == [0, 0]
+    assert learnt(folder / "again") == learnt(folder / "two")
+    assert validated(folder / "again") == validated(folder / "two")
+    one, other = exported(folder / "two"), exported(folder / "again")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.slow
+def test_the_command_starts_its_processes_and_names_one_that_is_killed(folder: Path) -> None:
+    run = folder / "killed"
+    changed = {"model__micro_batch_size": 8, "trainer__devices": 2, "trainer__max_steps": 100_000}
+    changed |= {"trainer__val_check_interval": 0, "exp_manager__fault_tolerance__workload_check_interval": 0.1}
+    words = overrides(folder, run.name, **changed)
+    script = str(ROOT / "examples" / "mm" / "clip" / "train_reward_model.py")
+    command = subprocess.Popen([sys.executable, script, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 300  # two processes import torch, perhaps beside other tests
+    while not (run / "metrics.csv").exists() or len(rows(run / "metrics.csv")) < 30:
+        assert command.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    children = Path(f"/proc/{command.pid}/task/{command.pid}/children").read_text().split()
+    (second,) = (pid for pid in children if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+    os.kill(int(second), signal.SIGKILL)
+    screen = command.communicate(timeout=300)[0].decode()
+    assert command.returncode == 4, screen
+    assert f"pid {second}), " in screen
+    assert "of step " in screen
+    assert "killed by SIGKILL" in screen
+    assert "error on rank 1" in json.loads((run / "run.json").read_text())["error"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("watched", [True, False])
+def test_what_one_process_refuses_is_said_once_and_ends_all(folder: Path, trained: Path, watched: bool) -> None:
+    words = overrides(folder, trained.name, trainer__devices=2, model__micro_batch_size=8)
+    script = str(ROOT / "examples" / "mm" / "clip" / "train_reward_model.py")
+    words += [f"exp_manager.create_{what}_callback={watched}" for what in ("fault_tolerance", "straggler_detection")]
+    done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("already holds a finished run") == 1, done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
 
 
 def test_accumulation_is_the_larger_batch(folder: Path) -> None:

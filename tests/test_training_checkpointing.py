@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from training_toy import Toy, fit
 
 from nemo_aligner_diffusion.errors import CheckpointError
@@ -63,16 +65,44 @@ def test_resuming_equals_never_having_stopped(tmp_path: Path, accumulate: int, v
         assert validations[0] == validations[1]
 
 
+@pytest.mark.parametrize("lost", ["no row", "half a row", "nothing"])
+def test_a_validation_that_the_first_run_did_not_live_to_see_is_made_up_for(tmp_path: Path, lost: str) -> None:
+    options: dict[str, Any] = {"save_interval": 4, "val_every": 2, "accumulate": 2}
+    fit(tmp_path / "whole", Toy(), 8, callbacks=[EMACallback(decay=0.9)], **options)
+    run = tmp_path / "parts"
+    fit(run, Toy(), 4, callbacks=[EMACallback(decay=0.9)], **options)
+    table = run / "validation.csv"
+    lines = table.read_text().splitlines(keepends=True)  # header, step 2, step 4
+    if lost != "nothing":  # killed between the checkpoint of step 4 and its validation; or in the middle of a write
+        table.write_text("".join(lines[:-1]) + (lines[-1][:8] if lost == "half a row" else ""))
+    module = Toy()
+    ema = EMACallback(decay=0.9)
+    fit(run, module, 8, callbacks=[ema], resume=find_resume_point(run / "checkpoints"), seed=3, **options)
+    assert table.read_bytes() == (tmp_path / "whole" / "validation.csv").read_bytes()
+    assert len(module.validated_with) == (2 if lost == "nothing" else 3)
+    for left, right in zip(_rows(tmp_path / "whole" / "metrics.csv"), _rows(run / "metrics.csv"), strict=True):
+        assert {key: left[key] for key in DETERMINISTIC} == {key: right[key] for key in DETERMINISTIC}
+
+
 def test_a_checkpoint_holds_what_was_trained_and_loads_safely(tmp_path: Path) -> None:
     module = Toy()
     module.save_hyperparameters({"anything": Path("/some/where")})  # an object that weights_only refuses
     fit(tmp_path, module, 3, callbacks=[EMACallback()])
-    path = tmp_path / "checkpoints" / "step_000003.ckpt"
-    checkpoint = torch.load(path, weights_only=True)
-    assert set(checkpoint["state_dict"]) == {"adapter.weight", "adapter.bias"}
-    assert torch.equal(checkpoint["state_dict"]["adapter.weight"], module.adapter.weight)
-    assert checkpoint["global_step"] == 3
-    assert (tmp_path / "checkpoints" / "last").read_text() == "step_000003.ckpt\n"
+    path = tmp_path / "checkpoints" / "step_000003"
+    assert sorted(file.name for file in path.iterdir()) == [
+        "manifest.json",
+        "state.json",
+        "tensors-00000.safetensors",
+    ]
+    tensors = load_file(path / "tensors-00000.safetensors")
+    assert {name for name in tensors if "/" not in name} == {"adapter.weight", "adapter.bias"}
+    assert torch.equal(tensors["adapter.weight"], module.adapter.weight)
+    assert tensors["optimizer_states/0/state/adapter.weight/exp_avg"].shape == module.adapter.weight.shape
+    assert "callbacks/EMACallback/average/adapter.bias" in tensors
+    state = json.loads((path / "state.json").read_text())
+    assert state["tree"]["global_step"] == 3
+    assert "hyper_parameters" not in state["tree"]
+    assert (tmp_path / "checkpoints" / "last").read_text() == "step_000003\n"
     assert [p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.startswith(".")] == []
 
 
@@ -90,48 +120,84 @@ def test_the_newest_are_kept_and_the_best(tmp_path: Path) -> None:
     assert _names(tmp_path / "best") == [2, 8]
 
 
+def test_a_score_that_came_after_a_restart_counts(tmp_path: Path) -> None:
+    """The best step is validated by the run that resumes from it."""
+
+    class Second(Toy):  # is the best
+        def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+            self.last_validation = {"reward": -abs(self.global_step - 2.0), "base_reward": 0.0}
+
+    keep = {"keep_last_n": 1, "save_top_k": 1}
+    fit(tmp_path, Second(), 2, save_interval=2, checkpoint=keep)  # ended between the checkpoint and the validation
+    resume = find_resume_point(tmp_path / "checkpoints")
+    fit(tmp_path, Second(), 6, save_interval=2, val_every=2, checkpoint=keep, resume=resume, seed=None)
+    assert _names(tmp_path) == [2, 6]
+
+
 def _names(run_dir: Path) -> list[int]:
-    return sorted(int(path.stem.split("_")[1]) for path in (run_dir / "checkpoints").glob("step_*.ckpt"))
+    return sorted(int(path.name.split("_")[1]) for path in (run_dir / "checkpoints").glob("step_??????"))
 
 
-@pytest.mark.parametrize("damage", ["truncated", "altered", "empty", "foreign"])
+def _damage(folder: Path, kind: str) -> None:
+    tensors, state = folder / "tensors-00000.safetensors", folder / "state.json"
+    content = tensors.read_bytes()
+    if kind == "truncated":
+        tensors.write_bytes(content[: len(content) // 2])
+    elif kind == "altered":  # one bit of the last number
+        tensors.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif kind == "altered state":
+        state.write_bytes(state.read_bytes().replace(b'"global_step": 6', b'"global_step": 7'))
+    elif kind == "lost file":
+        tensors.unlink()
+    elif kind == "no manifest":
+        (folder / "manifest.json").unlink()
+    elif kind == "half a manifest":
+        manifest = (folder / "manifest.json").read_bytes()
+        (folder / "manifest.json").write_bytes(manifest[: len(manifest) // 2])
+    elif kind == "empty":
+        for file in folder.iterdir():
+            file.write_bytes(b"")
+    else:
+        (folder / "manifest.json").write_text('{"format": 3, "files": {}}')
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["truncated", "altered", "altered state", "lost file", "no manifest", "half a manifest", "empty", "of the future"],
+)
 def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(
-    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     fit(tmp_path / "whole", whole := Toy(), 8)
     run = tmp_path / "run"
     fit(run, Toy(), 6, save_interval=3)
-    last = run / "checkpoints" / "step_000006.ckpt"
-    content = last.read_bytes()
-    if damage == "truncated":
-        last.write_bytes(content[: len(content) // 2])
-    elif damage == "altered":
-        middle = content.index(b"adapter.weight") + 3
-        last.write_bytes(content[:middle] + b"\xff" + content[middle + 1 :])
-    elif damage == "empty":
-        last.write_bytes(b"")
-    else:
-        torch.save({"state_dict": {}, "global_step": 6}, last)
+    _damage(run / "checkpoints" / "step_000006", kind)
 
     with caplog.at_level(logging.WARNING):
         resume = find_resume_point(run / "checkpoints")
     assert resume is not None
     assert resume.step == 3
-    assert "step_000006.ckpt cannot be read" in caplog.text
-    assert "step_000003.ckpt instead" in caplog.text
+    assert "step_000006 cannot be read (it" in caplog.text
+    assert "resuming from step_000003 instead" in caplog.text
     again = Toy()
     fit(run, again, 8, resume=resume, save_interval=3)
     assert torch.equal(again.adapter.weight, whole.adapter.weight)
     assert [row["step"] for row in _rows(run / "metrics.csv")] == [str(step) for step in range(1, 9)]
-    assert _names(run) == [6, 8]  # step 6 was written anew; the damaged file stands aside
-    assert (run / "checkpoints" / "step_000006.ckpt.unused").exists()
+    assert _names(run) == [6, 8]  # step 6 was written anew; the damaged one stands aside
+    assert (run / "checkpoints" / "step_000006.unused").exists()
 
 
 def test_no_readable_checkpoint(tmp_path: Path) -> None:
     assert find_resume_point(tmp_path / "nowhere") is None
     for step in (1, 2):
-        (tmp_path / f"step_00000{step}.ckpt").write_bytes(b"no zip")
-    with pytest.raises(CheckpointError, match=r"none of the 2 checkpoints .*step_000002\.ckpt: .*start again"):
+        (tmp_path / f"step_00000{step}").mkdir()
+    with pytest.raises(CheckpointError, match=r"none of the 2 checkpoints .*step_000002: it has no manifest.*again"):
+        find_resume_point(tmp_path)
+
+
+def test_a_single_file_of_an_earlier_version_is_not_ignored(tmp_path: Path) -> None:
+    torch.save({"global_step": 4}, tmp_path / "step_000004.ckpt")
+    with pytest.raises(CheckpointError, match=r"step_000004\.ckpt was written by an earlier version"):
         find_resume_point(tmp_path)
 
 

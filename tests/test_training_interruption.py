@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from training_toy import Toy, fit
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader
+from training_toy import Numbers, Toy, fit
 
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.training.checkpointing import find_resume_point
@@ -34,6 +38,7 @@ from nemo_aligner_diffusion.training.run_directory import RunDirectory
 run = RunDirectory.prepare({{"explicit_log_dir": sys.argv[1]}})
 run.begin()
 interruption = Interruption()
+interruption.again_after = 600.0  # however long the machine takes between the two signals below
 module = Toy(max_steps=1000)
 
 def at_step(step):
@@ -69,7 +74,7 @@ def test_a_signal_ends_the_run_well(tmp_path: Path) -> None:
             assert any(line.strip() == "training" for line in process.stdout)
             process.send_signal(signal.SIGINT)
             process.send_signal(signal.SIGINT)  # a launcher passes on what the terminal has already sent: one wish
-            _, err = process.communicate(timeout=60)
+            _, err = process.communicate(timeout=240)
         finally:
             process.kill()
     assert process.returncode == 130, err
@@ -80,7 +85,7 @@ def test_a_signal_ends_the_run_well(tmp_path: Path) -> None:
     resume = find_resume_point(tmp_path / "checkpoints")
     assert resume is not None
     assert resume.step == state["step"] >= 3
-    weights = torch.load(resume.path, weights_only=True)["state_dict"]["adapter.weight"]
+    weights = load_file(resume.path / "tensors-00000.safetensors")["adapter.weight"]
     assert float((tmp_path / "export.txt").read_text()) == float(weights.sum())  # export and checkpoint agree
     assert not (tmp_path / "validation.csv").exists()
 
@@ -113,8 +118,10 @@ def test_before_training_a_signal_stops_at_once() -> None:
         done.append("went on")
 
     interruption = Interruption()
-    assert run_then_close(interruption, load, []) == 143
+    with pytest.raises(Interrupted):
+        run_then_close(interruption, load, [lambda: done.append("exported what no checkpoint was read into yet")])
     assert done == []
+    assert interruption.exit_code == 143
 
 
 def test_an_interrupted_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
@@ -130,6 +137,40 @@ def test_an_interrupted_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
     again = Toy()
     fit(run, again, 6, accumulate=2, resume=find_resume_point(run / "checkpoints"), seed=None)
     assert torch.equal(again.adapter.weight, whole.adapter.weight)
+
+
+@pytest.mark.parametrize("step", range(1, 7))
+def test_wherever_it_was_interrupted_the_last_checkpoint_is_the_same(step: int, tmp_path: Path) -> None:
+    """Also at a step that is validated (3, 6) or saved anyway (4)."""
+
+    def last_checkpoint(run: Path, module: Toy, **more: Any) -> dict[str, bytes]:
+        fit(run, module, 7, save_interval=4, val_every=3, **more)
+        return {file.name: file.read_bytes() for file in (run / "checkpoints" / "step_000007").iterdir()}
+
+    whole = last_checkpoint(tmp_path / "whole", Toy())
+    interruption = Interruption()
+    first = Toy()
+    first.at_step = lambda now: os.kill(os.getpid(), signal.SIGTERM) if now == step else None
+    run = tmp_path / "run"
+    with interruption:
+        fit(run, first, 7, save_interval=4, val_every=3, callbacks=[InterruptionCallback(interruption)])
+    resume = find_resume_point(run / "checkpoints")
+    assert resume is not None
+    assert resume.step == step
+    assert last_checkpoint(run, Toy(), resume=resume, seed=None) == whole
+    assert (run / "validation.csv").read_bytes() == (tmp_path / "whole" / "validation.csv").read_bytes()
+
+
+def test_a_step_done_again_after_its_validation_gives_the_same_checkpoint(tmp_path: Path) -> None:
+    fit(tmp_path, Toy(), 7, save_interval=3, val_every=3)
+    last = tmp_path / "checkpoints" / "step_000007"
+    whole = {file.name: file.read_bytes() for file in last.iterdir()}
+    shutil.rmtree(last)  # as if killed in step 7, with step 6 saved and validated
+    resume = find_resume_point(tmp_path / "checkpoints")
+    assert resume is not None
+    assert resume.step == 6
+    fit(tmp_path, Toy(), 7, save_interval=3, val_every=3, resume=resume, seed=None)
+    assert {file.name: file.read_bytes() for file in last.iterdir()} == whole
 
 
 def test_every_closing_step_runs_and_handlers_come_back() -> None:
@@ -157,6 +198,46 @@ def test_a_signal_during_the_export_lets_it_finish() -> None:
     assert done == ["export", "report"]
 
 
+def test_sigterm_in_the_last_validation_lets_it_finish(tmp_path: Path) -> None:
+    """Lightning puts a handler of its own in front, in each of its calls, which would end the program there."""
+    interruption, module, done = Interruption(), Toy(), []
+    trainers = []
+
+    def train() -> None:
+        trainers.append(fit(tmp_path, module, 2, val_every=10, callbacks=[InterruptionCallback(interruption)]))
+
+    def validate() -> None:
+        trainers[0].limit_val_batches = 3
+        validation_step = module.validation_step
+
+        def told(batch: torch.Tensor, batch_idx: int) -> None:
+            if batch_idx == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+            validation_step(batch, batch_idx)
+            done.append(batch_idx)
+
+        module.validation_step = told
+        trainers[0].validate(module, DataLoader(Numbers(0), batch_size=2), verbose=False)
+
+    assert run_then_close(interruption, train, [validate, lambda: done.append("export")]) == 143
+    assert done == [0, 1, 2, "export"]
+
+
+def test_what_another_process_was_told_is_not_a_first_signal_of_this_one(caplog: pytest.LogCaptureFixture) -> None:
+    interruption, done = Interruption(), []
+
+    def export() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)  # late, because this process was busy
+        done.append("export")
+        time.sleep(interruption.again_after + 0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        done.append("went on")
+
+    assert run_then_close(interruption, lambda: interruption.hear_of(signal.SIGTERM), [export]) == 143
+    assert done == ["export"]
+    assert "another process got SIGTERM" in caplog.text
+
+
 def test_an_error_in_training_is_not_swallowed(tmp_path: Path) -> None:
     run = RunDirectory.prepare({"explicit_log_dir": str(tmp_path)})
     run.begin()
@@ -175,3 +256,19 @@ def test_durations() -> None:
     for text in ("1:00", "00:00:60", "an hour", "00:1:00:00"):
         with pytest.raises(ConfigurationError, match="days:hours:minutes:seconds"):
             parse_duration(text)
+
+
+def test_after_dismissal_signals_do_not_change_the_exit_status() -> None:
+    program = """
+import os, signal, sys
+from nemo_aligner_diffusion.training.signals import Interruption
+interruption = Interruption()
+with interruption:
+    interruption.dismiss()
+    os.kill(os.getpid(), signal.SIGTERM)
+for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    os.kill(os.getpid(), number)
+sys.exit(75)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (75, "")

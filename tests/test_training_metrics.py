@@ -12,7 +12,7 @@ from training_toy import Toy, fit
 
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.training.checkpointing import find_resume_point
-from nemo_aligner_diffusion.training.metrics_logging import CSVTable, build_loggers, peak_memory_bytes
+from nemo_aligner_diffusion.training.metrics_logging import CSVTable, build_loggers, peak_memory_bytes, wandb_arguments
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
@@ -72,17 +72,28 @@ def test_peak_memory_grows_with_what_is_held() -> None:
     assert peak_memory_bytes() >= before + (32 << 20)
 
 
-def test_tensorboard_gets_the_same_figures(tmp_path: Path) -> None:
+@pytest.mark.parametrize("every", [1, 2])
+def test_tensorboard_gets_the_same_figures(tmp_path: Path, every: int) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     cfg = OmegaConf.create({"exp_manager": {"create_tensorboard_logger": True, "create_wandb_logger": False}})
     loggers = build_loggers(cfg, tmp_path)
-    fit(tmp_path, Toy(), 3, val_every=3, logger=loggers)
+    fit(tmp_path, Toy(), 3, val_every=3, logger=loggers, log_every_n_steps=every)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     rewards = [(event.step, event.value) for event in events.Scalars("train/reward")]
-    assert rewards == [(int(r["step"]), pytest.approx(float(r["reward"]))) for r in _rows(tmp_path / "metrics.csv")]
+    written = [(int(r["step"]), pytest.approx(float(r["reward"]))) for r in _rows(tmp_path / "metrics.csv")]
+    assert rewards == written[every - 1 :: every]
     assert [event.step for event in events.Scalars("validation/base_reward")] == [3]
+
+
+def test_weights_and_biases_gets_the_runs_name(tmp_path: Path) -> None:
+    given = {"name": "mine", "exp_manager": {"wandb_logger_kwargs": {"project": "p", "group": None}}}
+    assert wandb_arguments(given, tmp_path) == {"save_dir": str(tmp_path), "name": "mine", "project": "p"}
+    given["exp_manager"]["wandb_logger_kwargs"] = {"name": "other"}
+    assert wandb_arguments(given, tmp_path)["name"] == "other"
+    with pytest.raises(ConfigurationError, match=r"wandb_logger_kwargs\.project or \.name"):
+        wandb_arguments({"name": "mine", "exp_manager": {"wandb_logger_kwargs": {}}}, tmp_path)
 
 
 def test_no_logger(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from tiny import save_tiny_pipeline
 
 from nemo_aligner_diffusion.errors import RewardError
 from nemo_aligner_diffusion.rewards.parts import STATISTICS_FILE
+from nemo_aligner_diffusion.training.checkpoint_files import record_of, write_manifest
 from nemo_aligner_diffusion.training.config import load_config
 from nemo_aligner_diffusion.training.run import run_training
 
@@ -111,14 +113,14 @@ def test_a_resumed_run_with_measured_scales_and_dice_is_the_uninterrupted_one(wh
 def test_figures_of_another_model_would_change_the_run(whole: Path, tmp_path: Path) -> None:
     parts = tmp_path / "parts"
     run(parts, "trainer.draftp_sd.max_steps=2")
-    checkpoint = parts / "checkpoints" / "step_000002.ckpt"
-    import torch
-
-    content = torch.load(checkpoint, weights_only=True)
-    (key,) = [key for key in content["callbacks"] if "RewardNormalization" in key]
-    assert content["callbacks"][key]["statistics"] == statistics(whole)
-    content["callbacks"][key]["statistics"]["rm.parts.symmetry"]["std"] *= 2
-    torch.save(content, checkpoint)
+    checkpoint = parts / "checkpoints" / "step_000002"
+    content = json.loads((checkpoint / "state.json").read_text())
+    callbacks = content["tree"]["callbacks"]
+    (key,) = [key for key in callbacks if "RewardNormalization" in key]
+    assert callbacks[key]["statistics"] == statistics(whole)
+    callbacks[key]["statistics"]["rm.parts.symmetry"]["std"] *= 2
+    (checkpoint / "state.json").write_text(json.dumps(content))
+    write_manifest(checkpoint, {file.name: record_of(file) for file in checkpoint.iterdir() if file.stem != "manifest"})
     run(parts, "exp_manager.resume_if_exists=true")
     assert table(parts / "metrics.csv")[:2] == table(whole / "metrics.csv")[:2]
     assert table(parts / "metrics.csv")[2]["reward"] != table(whole / "metrics.csv")[2]["reward"]
@@ -174,7 +176,9 @@ def test_a_killed_run_goes_on_exactly(whole: Path, workplace: Path, tmp_path: Pa
     """SIGKILL, at any moment after a checkpoint: what is on disk suffices."""
     directory = tmp_path / "killed"
     command = [sys.executable, str(ROOT / "examples/mm/stable_diffusion/train_sd_draftp.py")]
-    command += overrides(directory, "trainer.draftp_sd.max_steps=100000")
+    # and it keeps them all: by the time that it is killed it may have gone far beyond step 2
+    more = ["trainer.draftp_sd.max_steps=100000", "exp_manager.checkpoint_callback_params.keep_last_n=null"]
+    command += overrides(directory, *more)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command, cwd=workplace, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -188,8 +192,8 @@ def test_a_killed_run_goes_on_exactly(whole: Path, workplace: Path, tmp_path: Pa
         process.send_signal(signal.SIGKILL)
         process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
-    for newer in sorted((directory / "checkpoints").glob("step_*.ckpt"))[1:]:
-        newer.unlink()  # go on from step 2, wherever the signal came
+    for newer in sorted((directory / "checkpoints").glob("step_??????"))[1:]:
+        shutil.rmtree(newer)  # go on from step 2, wherever the signal came
     run(directory, "exp_manager.resume_if_exists=true")
     assert table(directory / "metrics.csv") == table(whole / "metrics.csv")
     # it may have been killed between the checkpoint of step 2 and its validation

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,7 +36,7 @@ def _finished_run(path: Path, status: str = "finished") -> None:
     run = RunDirectory.prepare({"explicit_log_dir": str(path)})
     run.begin(["train"])
     (path / "metrics.csv").write_text("step,reward\n1,0.5\n2,0.6\n")
-    (path / "checkpoints" / "step_000002.ckpt").write_bytes(b"zip")
+    (path / "checkpoints" / "step_000002").mkdir()
     run.finish(status, step=2)
 
 
@@ -80,7 +79,7 @@ def test_a_second_run_is_refused_with_the_ways_out(tmp_path: Path, status: str, 
     with pytest.raises(OutputError) as caught:
         RunDirectory.prepare({"explicit_log_dir": str(tmp_path)})
     message = str(caught.value)
-    assert f"{tmp_path} already holds {words} (2 steps in metrics.csv, last checkpoint step_000002.ckpt" in message
+    assert f"{tmp_path} already holds {words} (2 steps in metrics.csv, last checkpoint step_000002," in message
     for way in ("resume_if_exists=True", "another exp_manager.explicit_log_dir", "remove the directory"):
         assert way in message
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
@@ -179,13 +178,11 @@ def _umask() -> int:
     return mask
 
 
-def test_it_is_fast_and_needs_no_torch(tmp_path: Path) -> None:
+def test_it_needs_no_torch(tmp_path: Path) -> None:
     program = (
         "import sys; from nemo_aligner_diffusion.training.run_directory import RunDirectory;"
         f"RunDirectory.prepare({{'explicit_log_dir': {str(tmp_path)!r}}}).begin([]);"
         "print(sorted({'torch', 'pytorch_lightning', 'diffusers', 'transformers'} & set(sys.modules)))"
     )
-    started = time.monotonic()
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"
-    assert time.monotonic() - started < 5

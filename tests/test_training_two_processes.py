@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 PROGRAM = """
 import os, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from training_toy import Toy, fit
+from nemo_aligner_diffusion.parallel.launch import end
 from nemo_aligner_diffusion.training.checkpointing import find_resume_point
 from nemo_aligner_diffusion.training.interruption import Interruption, InterruptionCallback, RunTimer
 
@@ -32,6 +34,7 @@ with interruption:
 resume = find_resume_point(root / "parts" / "checkpoints")
 assert resume.step == 2, resume
 fit(root / "parts", Toy(), 4, seed=50 + rank, resume=resume, callbacks=[RunTimer("00:01:00:00")], **options)
+end(0)  # as a run does
 """
 
 
@@ -44,9 +47,10 @@ def test_resuming_on_two_processes(tmp_path: Path) -> None:
     result = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=300, env=environment)
     assert result.returncode == 0, result.stderr
     whole, parts = (
-        torch.load(tmp_path / run / "checkpoints" / "step_000004.ckpt", weights_only=True)["state_dict"]
+        load_file(tmp_path / run / "checkpoints" / "step_000004" / "tensors-00000.safetensors")
         for run in ("whole", "parts")
     )
-    assert whole.keys() == parts.keys() == {"adapter.weight", "adapter.bias"}
+    assert whole.keys() == parts.keys() >= {"adapter.weight", "adapter.bias"}
+    assert whole["nemo_aligner_diffusion/random_states"].shape[0] == 2
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert (tmp_path / "parts" / "metrics.csv").read_text().count("\n") == 5

@@ -58,10 +58,10 @@ def reward(images):
 
 def gradients(model, loss):
     parameters = [p for p in model.denoiser.parameters() if p.requires_grad]
-    grads = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return torch.cat(
-        [torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(parameters, grads, strict=False)]
-    )
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    loss.backward()
+    return torch.cat([parameter.grad.flatten() for parameter in parameters])
 
 
 def frozen_of(model, predict):
@@ -197,6 +197,18 @@ def test_oracle_3_full_draft_agrees_with_finite_differences(sampler):
     difference = (loss_at(step) - loss_at(-step)) / (2 * step)
     analytic = float(gradient @ torch.cat([d.flatten() for d in direction]))
     assert analytic == pytest.approx(difference, rel=1e-5)
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_every_active_step_hands_over_its_gradients_before_the_next_is_replayed(cut):
+    """In one backward pass through all of them autograd would hold a gradient of every parameter until its end."""
+    model, solver, predict = build()
+    came = []
+    parameter = next(p for p in model.denoiser.parameters() if p.requires_grad)
+    parameter.register_post_accumulate_grad_hook(lambda p: came.append(p.grad.clone()))
+    ours(model, solver, predict, Plan(active=(1, 2, 3), cut=cut)).backward()
+    assert len(came) == 3
+    assert not torch.equal(came[0], came[1])
 
 
 def test_early_steps_of_drtune_get_their_gradient_through_the_solver_alone():

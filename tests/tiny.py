@@ -85,11 +85,11 @@ def tiny_stable_diffusion(
     )
 
 
-def save_tiny_pipeline(folder: Path, seed: int = 0) -> Path:
+def save_tiny_pipeline(folder: Path, seed: int = 0, channels: tuple[int, int] = (8, 16)) -> Path:
     """The same model as a ``diffusers`` pipeline folder."""
     config = {key: value for key, value in SCHEDULER.items() if not key.startswith("_")}
     StableDiffusionPipeline(
-        **tiny_parts(seed),
+        **tiny_parts(seed, channels),
         scheduler=DDIMScheduler(**config),
         safety_checker=None,
         feature_extractor=None,

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from nemo_aligner_diffusion.training.checkpointing import ResumePoint, TrainingCheckpoint
 from nemo_aligner_diffusion.training.metrics_logging import MetricsCSV
-from nemo_aligner_diffusion.training.non_finite import NonFinitePolicy, drop_gradients
+from nemo_aligner_diffusion.training.missed_validation import MissedValidation
+from nemo_aligner_diffusion.training.non_finite import NonFinitePolicy
 from nemo_aligner_diffusion.training.optimizers import build_optimizer
 from nemo_aligner_diffusion.training.schedules import build_schedule
 
@@ -88,7 +89,7 @@ class Toy(pl.LightningModule):
         self._started = now
         self.at_step(step)
         if self.policy.check(step, ["a red apple"], reward=reward, grad_norm=norm):
-            drop_gradients(optimizer)
+            optimizer.zero_grad(set_to_none=True)
             return
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
@@ -135,7 +136,13 @@ def fit(
         val_check_interval=val_every * accumulate if val_every else None,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
-        callbacks=[save, MetricsCSV(run_dir), *(callbacks or []), *([progress] if progress else [])],
+        callbacks=[
+            save,
+            MetricsCSV(run_dir),
+            *(callbacks or []),
+            *([progress] if progress else []),
+            MissedValidation(run_dir, val_every or 0),
+        ],
         enable_progress_bar=progress is not None,
         enable_model_summary=False,
         logger=trainer_arguments.pop("logger", False),

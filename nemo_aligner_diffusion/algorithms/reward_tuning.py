@@ -6,14 +6,12 @@ A datum's way: prompts → conditioning → ``z_0`` → trajectory → latent th
 
 from __future__ import annotations
 
-import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.nn import Parameter
@@ -24,22 +22,13 @@ from nemo_aligner_diffusion.diffusion.guidance import guided_predictor
 from nemo_aligner_diffusion.diffusion.noise import gaussian, plan_random, sample_generator
 from nemo_aligner_diffusion.diffusion.sampler import Sampler
 from nemo_aligner_diffusion.diffusion.trajectory import Plan, reward_gradient, run_trajectory
+from nemo_aligner_diffusion.parallel.module import NonFiniteGuard, OptimizerFactory, ParallelModule
+from nemo_aligner_diffusion.parallel.parallelism import Parallelism
 from nemo_aligner_diffusion.rewards.base import Reward
 from nemo_aligner_diffusion.rewards.sample_keys import SampleKeys, scoring_samples
 
 PlanRule = Callable[[int, random.Random], Plan]  # (number of network calls T, random source) -> plan of one batch
-OptimizerFactory = Callable[[list[tuple[str, Parameter]]], tuple[torch.optim.Optimizer, Any]]
-
-
-class NonFiniteGuard(Protocol):
-    """Decides what to do about NaN or infinite rewards and gradients."""
-
-    def check(self, step: int, prompts: Sequence[str], **values: Any) -> bool:
-        """True if the update of this step must be skipped; raises when too many came in a row.
-
-        ``values`` are numbers by name (``grad_norm``) or one number for each prompt (``reward``).
-        """
-        ...
+_Self = TypeVar("_Self", bound="RewardTuning")
 
 
 @dataclass(frozen=True)
@@ -54,7 +43,7 @@ class ValidationPictures:
     tuned_rewards: list[float]
 
 
-class RewardTuning(pl.LightningModule):
+class RewardTuning(ParallelModule):
     """Fine-tune a denoiser by the gradient of a reward through its own sampling.
 
     The loss is ``L = −λ·mean(R) + kl_coeff·KL``, or with a margin ``λ·mean(relu(margin − R)) + kl_coeff·KL``, which
@@ -64,8 +53,8 @@ class RewardTuning(pl.LightningModule):
         model: the model family; only ``model.denoiser``'s parameters that require grad are trained.
         reward: frozen, differentiable in the image.
         sampler: the solver that makes the pictures.
-        plan_rule: which steps are supervised, drawn once per batch and equal on every rank.
-        optimizer_factory: named parameters → ``(optimizer, learning-rate schedule per optimizer step or None)``.
+        plan_rule: which steps are supervised, drawn once per optimizer step and equal on every rank.
+        optimizer_factory, guard, parallel: see :class:`.ParallelModule`.
         guidance_scale: classifier-free guidance ``g``.
         kl_coeff: weight of the distance to the frozen model (DRaFT+); 0 makes no reference call.
         reward_scale: ``λ``.
@@ -73,7 +62,6 @@ class RewardTuning(pl.LightningModule):
         height, width: pixels; ``None``: the model's own size.
         decode_micro_batch_size: pictures decoded and scored at a time; ``None``: the micro-batch.
         seed: of plans and noise; a run is a function of it, whatever the layout.
-        guard: see :class:`NonFiniteGuard`; ``None``: non-finite updates are skipped without limit.
     """
 
     def __init__(
@@ -93,13 +81,13 @@ class RewardTuning(pl.LightningModule):
         decode_micro_batch_size: int | None = None,
         seed: int = 0,
         guard: NonFiniteGuard | None = None,
+        parallel: Parallelism | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer_factory, guard, parallel)
         self.model = model
         self.reward = reward
         self.sampler = sampler
         self.plan_rule = plan_rule
-        self.optimizer_factory = optimizer_factory
         self.guidance_scale = guidance_scale
         self.kl_coeff = kl_coeff
         self.reward_scale = reward_scale
@@ -107,25 +95,37 @@ class RewardTuning(pl.LightningModule):
         self.height, self.width = height, width
         self.decode_micro_batch_size = decode_micro_batch_size
         self.seed = seed
-        self.guard = guard
         self.last_metrics: dict[str, float] = {}
         self.last_validation: dict[str, float] = {}
         self.validation_prompts: list[str] = []  # prompt of each row of the validation set
         self.validation_pictures: ValidationPictures | None = None
         self.validated_step = -1
         self._base_images: dict[int, Tensor] = {}  # row of the validation set -> the base model's picture
-        self._base: dict[int, tuple[Tensor, Tensor]] = {}  # and with its reward
+        self._base_rewards: dict[int, Tensor] = {}
         self._validated: list[tuple[int, str, int, Tensor, Tensor]] = []
         self._micro_batches: list[dict[str, Tensor]] = []  # figures of the micro-batches of the running optimizer step
-        self._prompts: list[str] = []
         self._rewards: list[Tensor] = []
-        self._grad_norm = float("nan")
         self._step_started = 0.0
         if kl_coeff:
             model.keep_reference()
 
+    def _apply(self: _Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Self:
+        """A move takes everything along, another dtype (``trainer.precision``) not the reward: it has its own."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            changed = fn(tensor)
+            return changed if changed.dtype == tensor.dtype else tensor.to(changed.device)
+
+        super()._apply(fn, recurse=False)
+        for child in self.children():
+            child._apply(moved if child is self.reward else fn, recurse)
+        return self
+
     def trainable_parameters(self) -> list[tuple[str, Parameter]]:
         return [(name, p) for name, p in self.model.denoiser.named_parameters() if p.requires_grad]
+
+    def step_values(self) -> dict[str, Any]:
+        return {"reward": torch.cat(self._rewards)}
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The surrogate loss of one micro-batch: its gradient is that of ``L``, its value is not."""
@@ -134,7 +134,7 @@ class RewardTuning(pl.LightningModule):
         prompts: list[str] = batch["prompts"]
         conditioning = self.model.encode_prompts(prompts)
         predict = guided_predictor(self.model, conditioning, self.guidance_scale)
-        plan = self.plan_rule(len(self.sampler), plan_random(self.seed, self.global_step, len(self._micro_batches)))
+        plan = self.plan_rule(len(self.sampler), plan_random(self.seed, self.global_step))
         trajectory = run_trajectory(
             predict,
             self.sampler,
@@ -164,7 +164,7 @@ class RewardTuning(pl.LightningModule):
             divergence = trajectory.divergence.detach()
             surrogate = surrogate + self.kl_coeff * trajectory.divergence
             loss = loss + self.kl_coeff * divergence
-        if not torch.isfinite(scores).all():  # poison the gradient: every rank of a group then skips this update
+        if not torch.isfinite(scores).all():  # every process then skips this update: see ParallelModule
             surrogate = surrogate * float("nan")
         figures = {
             "reward": scores.mean(),
@@ -200,30 +200,20 @@ class RewardTuning(pl.LightningModule):
 
         return frozen
 
-    # Lightning's hooks, in the order in which an optimizer step runs them
+    # Lightning's hooks
 
-    def configure_optimizers(self) -> Any:
-        optimizer, schedule = self.optimizer_factory(self.trainable_parameters())
-        if schedule is None:
-            return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    def configure_model(self) -> None:
+        """Spread the model over the processes, if there are several; before the optimizer sees its parameters."""
+        mesh = self.device_mesh
+        if mesh is not None:
+            model = self.model
+            denoisers = [part for part in (model.denoiser, model.reference_denoiser) if part is not None]
+            frozen = {"text_encoder": model.text_encoder, "vae": model.vae, "reward": self.reward}
+            self.parallel.apply(mesh, denoisers, frozen)
 
     def on_train_start(self) -> None:
         self.eval()  # frozen parts stay as they are; only the denoiser may have dropout
         self.model.denoiser.train()
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """After all micro-batches and the reduction over ranks, before clipping."""
-        gradients = [p.grad for _, p in self.trainable_parameters() if p.grad is not None]
-        self._grad_norm = float(torch.nn.utils.get_total_norm(gradients))
-        # a non-finite reward anywhere has poisoned the gradient everywhere: all ranks decide alike
-        skip = not math.isfinite(self._grad_norm)
-        if self.guard is not None:
-            rewards = torch.cat(self._rewards)
-            step = self.global_step + 1  # as metrics.csv counts
-            skip = self.guard.check(step, self._prompts, reward=rewards, grad_norm=self._grad_norm) or skip
-        if skip:
-            optimizer.zero_grad(set_to_none=True)  # a parameter without gradient is left alone, its moments too
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -231,7 +221,7 @@ class RewardTuning(pl.LightningModule):
         figures = torch.stack([torch.stack([micro[name].float() for name in names]) for micro in self._micro_batches])
         averaged = self.trainer.strategy.reduce(figures.mean(0), reduce_op="mean")
         self.last_metrics = dict(zip(names, averaged.tolist(), strict=True))
-        self.last_metrics["images"] *= len(self._micro_batches) * self.trainer.world_size
+        self.last_metrics["images"] *= len(self._micro_batches) * self.parallel.layout.data
         self.last_metrics["grad_norm"] = self._grad_norm
         self.last_metrics["seconds"] = time.perf_counter() - self._step_started
         self._micro_batches, self._prompts, self._rewards = [], [], []
@@ -240,9 +230,8 @@ class RewardTuning(pl.LightningModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         prompts, seeds, rows = batch["prompts"], batch["seeds"], batch["rows"]
-        if any(row not in self._base for row in rows):
-            base = self.base_images(batch)
-            self._base |= dict(zip(rows, zip(base, self._score(base, prompts), strict=True), strict=True))
+        if any(row not in self._base_rewards for row in rows):
+            self._base_rewards |= dict(zip(rows, self._score(self.base_images(batch), prompts), strict=True))
         tuned = self._generate(prompts, seeds)
         self._validated += list(zip(rows, prompts, seeds, tuned, self._score(tuned, prompts), strict=True))
 
@@ -259,9 +248,9 @@ class RewardTuning(pl.LightningModule):
         mine = {
             "rows": torch.tensor(rows, device=self.device),
             "seeds": torch.tensor([seed for _, _, seed, _, _ in self._validated], device=self.device),
-            "base": torch.stack([self._base[row][0] for row in rows]).to(self.device),
+            "base": torch.stack([self._base_images[row] for row in rows]).to(self.device),
             "tuned": torch.stack([picture for *_, picture, _ in self._validated]).to(self.device),
-            "base_rewards": torch.stack([self._base[row][1] for row in rows]).to(self.device),
+            "base_rewards": torch.stack([self._base_rewards[row] for row in rows]).to(self.device),
             "tuned_rewards": torch.stack([score for *_, score in self._validated]).to(self.device),
         }
         if self.trainer.world_size > 1:
@@ -289,7 +278,7 @@ class RewardTuning(pl.LightningModule):
 
     def _generate(self, prompts: list[str], seeds: list[int]) -> Tensor:
         """A picture of each pair, ``(B, 3, H, W)`` on the CPU."""
-        return generate(
+        images = generate(
             self.model,
             self.sampler,
             prompts,
@@ -298,7 +287,10 @@ class RewardTuning(pl.LightningModule):
             height=self.height,
             width=self.width,
             batch_size=len(prompts),
+            decode_batch_size=self.decode_micro_batch_size,
         )
+        self.parallel.reshard()
+        return images
 
     def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Rewards ``(B,)`` on the CPU, of the pictures as they are."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from abc import ABC, abstractmethod
 from typing import Any, Literal
 
@@ -11,7 +12,8 @@ import pytorch_lightning as pl
 from nemo_aligner_diffusion.data.paths import PathSpec
 from nemo_aligner_diffusion.data.prompt_files import OnBadSample
 from nemo_aligner_diffusion.data.prompts import PromptLoader, build_prompt_loader
-from nemo_aligner_diffusion.data.sample_stream import SampleStream, StreamLoader
+from nemo_aligner_diffusion.data.sample_stream import SampleStream
+from nemo_aligner_diffusion.data.stream_loader import WORKER_TIMEOUT_SECONDS, StreamLoader
 from nemo_aligner_diffusion.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -32,7 +34,10 @@ class StreamDataModule(pl.LightningDataModule, ABC):
         micro_batch_size: samples a training batch on one rank.
         global_batch_size: samples an optimizer step over all ranks; see
             :class:`~nemo_aligner_diffusion.data.sample_stream.SampleStream` for this and for ``seed``,
-            ``shuffle_buffer``, ``epochs``, ``incomplete``, which concern training, and ``on_bad_sample``.
+            ``shuffle_buffer``, ``epochs``, ``incomplete``, which concern training, and for ``on_bad_sample``,
+            ``on_bad_shard`` and ``index_folder``.
+        num_workers, worker_timeout_seconds: see :class:`~nemo_aligner_diffusion.data.stream_loader.StreamLoader`;
+            training only.
         validation_batch_size: samples a validation batch on one rank; ``micro_batch_size`` by default. Validation
             "wraps": an ``index`` not below the number of samples marks a repetition that fills the last batch.
         start_sample: global samples to leave out at the start; a loaded checkpoint overrides it.
@@ -54,6 +59,9 @@ class StreamDataModule(pl.LightningDataModule, ABC):
         epochs: int | None = None,
         incomplete: Literal["drop", "wrap"] = "drop",
         on_bad_sample: OnBadSample = "error",
+        on_bad_shard: OnBadSample | None = None,
+        index_folder: str | os.PathLike[str] | None = None,
+        worker_timeout_seconds: float = WORKER_TIMEOUT_SECONDS,
         validation_batch_size: int | None = None,
         start_sample: int = 0,
         rank: int | None = None,
@@ -67,7 +75,12 @@ class StreamDataModule(pl.LightningDataModule, ABC):
         self.micro_batch_size = micro_batch_size
         self.validation_batch_size = validation_batch_size or micro_batch_size
         self.num_workers = num_workers
-        self.on_bad_sample = on_bad_sample
+        self.worker_timeout_seconds = worker_timeout_seconds
+        self._files: dict[str, Any] = {
+            "on_bad_sample": on_bad_sample,
+            "on_bad_shard": on_bad_shard,
+            "index_folder": index_folder,
+        }
         self.start_sample = start_sample
         self._order: dict[str, Any] = {"seed": seed, "shuffle_buffer": shuffle_buffer}
         self._end: dict[str, Any] = {
@@ -78,6 +91,8 @@ class StreamDataModule(pl.LightningDataModule, ABC):
         self._layout = None if rank is None or world_size is None else (rank, world_size)
         self._batches_before = 0  # the trainer's count when the current training loader was made
         self._train_samples: SampleStream | None = None
+        self._contents: dict[str, Any] | None = None  # of the training files; None: not known, or compressed
+        self._contents_before: dict[str, Any] | None = None  # in the checkpoint that was loaded
         self._validation_loader: StreamLoader | None = None
         if validation is None and type(self).val_dataloader is StreamDataModule.val_dataloader:
             # Lightning must see a module that does not override the hook, or it warns about an empty loader.
@@ -117,13 +132,14 @@ class StreamDataModule(pl.LightningDataModule, ABC):
                 world_size=world_size,
                 epochs=1,
                 incomplete="wrap",
-                on_bad_sample=self.on_bad_sample,
+                **self._files,
             )
 
     def train_dataloader(self) -> StreamLoader:
         """Return the loader from the first unconsumed sample on."""
         self.start_sample = self.samples_consumed
         loader = self._make_train_loader()
+        self._compare_contents()
         self._train_samples = loader.stream
         self._batches_before = self._batches_processed()
         return loader
@@ -135,12 +151,14 @@ class StreamDataModule(pl.LightningDataModule, ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position, and what the order of the stream depends on."""
-        return {"samples_consumed": self.samples_consumed, "order": dict(self._order)}
+        state = {"samples_consumed": self.samples_consumed, "order": dict(self._order)}
+        return state | ({"contents": dict(self._contents)} if self._contents is not None else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a saved position; warn when seed or shuffle buffer differ: then it is a place in another order."""
         self.start_sample = int(state_dict["samples_consumed"])
         self._train_samples = None
+        self._contents_before = state_dict.get("contents")
         for name, saved in state_dict.get("order", {}).items():
             now = self._order.get(name)
             if now != saved:
@@ -155,17 +173,52 @@ class StreamDataModule(pl.LightningDataModule, ABC):
 
     def _make_train_loader(self) -> StreamLoader:
         rank, world_size = self.data_parallel
-        return self.build_loader(
+        loader = self.build_loader(
             self.train,
             micro_batch_size=self.micro_batch_size,
             rank=rank,
             world_size=world_size,
             num_workers=self.num_workers,
+            worker_timeout_seconds=self.worker_timeout_seconds,
             start_sample=self.start_sample,
-            on_bad_sample=self.on_bad_sample,
+            **self._files,
             **self._order,
             **self._end,
         )
+        index = loader.stream.index
+        self._contents = None if index is None else {"samples": len(index), "digest": index.digest}
+        return loader
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Give the ranks of a tensor group one batch, even if a file vanishes between their readings of it."""
+        stream = self._train_samples
+        if stream is None or stream.on_bad_shard == "error" or self.trainer is None or not self.trainer.training:
+            return batch
+        mesh = getattr(self.trainer.strategy, "device_mesh", None)
+        if mesh is None or mesh["tensor_parallel"].size() == 1:
+            return batch
+        from nemo_aligner_diffusion.parallel.shared_batch import first_of_group
+
+        return first_of_group(batch, mesh["tensor_parallel"].get_group())
+
+    def _compare_contents(self) -> None:
+        """The files are those of the checkpoint (else a warning) and of all other ranks (else a DataError)."""
+        now, before = self._contents, self._contents_before
+        if before is not None and now != before:
+            logger.warning(
+                "the prompt files are not those of the checkpoint, which had %s samples; now there are %s, or others: "
+                "samples are no longer seen exactly once in the epoch under way",
+                before["samples"],
+                now["samples"] if now is not None else "compressed ones",
+            )
+        if self.trainer is not None and self.trainer.world_size > 1:
+            theirs = self.trainer.strategy.broadcast(now)
+            if self.trainer.strategy.reduce_boolean_decision(now != theirs, all=False):
+                raise DataError(
+                    "the ranks do not see the same training files: "
+                    f"rank 0 finds {theirs}, rank {self.trainer.global_rank} {'the same' if now == theirs else now}; "
+                    "is the same disk mounted on every node?"
+                )
 
     def _batches_processed(self) -> int:
         """Training batches of this rank in the trainer's count, which resuming restores: only differences are used."""

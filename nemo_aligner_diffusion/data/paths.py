@@ -23,8 +23,11 @@ MAX_FILES = 1_000_000  # a brace range beyond this is a typing error, and would 
 PathSpec = str | os.PathLike[str] | Sequence["str | os.PathLike[str]"]
 
 
-def expand_paths(spec: PathSpec) -> list[Path]:
+def expand_paths(spec: PathSpec, check: bool = True) -> list[Path]:
     """Return the prompt files that ``spec`` names, every one checked to exist and not to be empty.
+
+    Without ``check`` a brace range may name files that are not there, and files may be empty or unreadable: all of them
+    are in the result, for a caller who passes over what it cannot read.
 
     ``spec`` is one of, or a list or a comma-separated string of:
 
@@ -61,7 +64,7 @@ def expand_paths(spec: PathSpec) -> list[Path]:
         if not text.strip():
             raise DataError(f"the list of prompt paths holds an empty path: {list(map(str, items))}")
         for part in _split_at_commas(text):
-            files.extend(_expand_one(part))
+            files.extend(_expand_one(part, check))
             if len(files) > MAX_FILES:
                 raise DataError(f"{text} names more than {MAX_FILES:,} files; name a folder or a smaller range")
     return _unique(files)
@@ -86,16 +89,16 @@ def _split_at_commas(text: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def _expand_one(text: str) -> list[Path]:
+def _expand_one(text: str, check: bool) -> list[Path]:
     text = os.path.expanduser(text)
     if "://" in text or text.startswith("pipe:"):
         # webdataset would run a shell command for these; a training configuration should never be able to.
         raise DataError(f"{text} is not a local path; copy the shards to a disk that every node can read and name that")
     if os.path.exists(text):
-        return _file_or_folder(Path(text))
+        return _file_or_folder(Path(text), check)
     names = list(_expand_braces(text))
     missing = [name for name in names if not glob.has_magic(name) and not os.path.exists(name)]
-    if missing:
+    if missing and (check or len(missing) == len(names)):
         if len(names) == 1:
             raise DataError(
                 f"{text} does not exist ({_nearest_existing(Path(text))}); expected a shard, a folder, or a glob"
@@ -106,15 +109,19 @@ def _expand_one(text: str) -> list[Path]:
             "correct the range or copy the missing shards"
         )
     files: list[Path] = []
+    absent = set(missing)
     for name in names:
         if os.path.exists(name):
-            files.extend(_file_or_folder(Path(name)))
+            files.extend(_file_or_folder(Path(name), check))
+            continue
+        if name in absent:
+            files.append(Path(name))
             continue
         matches = sorted(glob.glob(name, recursive=True))
         if not matches:
             raise DataError(f"{name} matches nothing; expected a glob that matches at least one shard or .txt file")
         for match in matches:
-            files.extend(_file_or_folder(Path(match)))
+            files.extend(_file_or_folder(Path(match), check))
     return files
 
 
@@ -132,7 +139,7 @@ def _expand_braces(text: str) -> Iterator[str]:
         raise DataError(f"{text}: unbalanced braces; expected a range such as prompts-{{0000..0127}}.tar") from error
 
 
-def _file_or_folder(path: Path) -> list[Path]:
+def _file_or_folder(path: Path, check: bool) -> list[Path]:
     if path.is_dir():
         found = sorted(
             file
@@ -152,7 +159,7 @@ def _file_or_folder(path: Path) -> list[Path]:
         files = [path]
     else:
         raise DataError(f"{path} is neither a file nor a folder; expected a shard, a .txt, or a folder of them")
-    for file in files:
+    for file in files if check else []:
         try:
             size = file.stat().st_size
         except OSError as error:

@@ -7,10 +7,10 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from nemo_aligner_diffusion.data.paths import is_text_file
-from nemo_aligner_diffusion.data.tar_stream import walk_tar
+from nemo_aligner_diffusion.data.tar_stream import open_regular, walk_tar
 from nemo_aligner_diffusion.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -18,9 +18,14 @@ logger = logging.getLogger(__name__)
 MAX_PROMPT_BYTES = 64 * 1024  # of UTF-8; tokenizers keep some 100 to 500 tokens, so more than this is no prompt
 MAX_JSON_BYTES = 1 << 20  # a .json member may carry other metadata beside the prompt
 PROMPT_KEYS = ("prompt", "caption")  # of .json members, the first that is there
+TEXT, JSON = 0, 1  # kinds of members that hold a prompt
 WARNINGS_IN_FULL = 5  # unusable samples described one by one before they are only counted
 
 OnBadSample = Literal["error", "skip"]
+
+
+class BadSampleError(DataError):
+    """One sample is unusable; its shard may be sound."""
 
 
 class BadSamples:
@@ -29,26 +34,79 @@ class BadSamples:
     Args:
         policy: ``"error"`` or ``"skip"``.
         quiet: count without warnings (all processes read the same files; one of them should speak).
+        shard_policy: the same for files that are unreadable or damaged; None: as ``policy``.
+
+    Attributes:
+        count: unusable samples and files so far.
+        shards: the files among them.
+        messages: what was wrong with the first of them.
     """
 
-    def __init__(self, policy: OnBadSample = "error", quiet: bool = False) -> None:
-        if policy not in ("error", "skip"):
-            raise DataError(f"on_bad_sample is {policy!r}; expected 'error' or 'skip'")
+    def __init__(
+        self, policy: OnBadSample = "error", quiet: bool = False, shard_policy: OnBadSample | None = None
+    ) -> None:
+        for name, value in (("on_bad_sample", policy), ("on_bad_shard", shard_policy or policy)):
+            if value not in ("error", "skip"):
+                raise DataError(f"{name} is {value!r}; expected 'error' or 'skip'")
         self.policy = policy
+        self.shard_policy: OnBadSample = shard_policy or policy
         self.quiet = quiet
         self.count = 0
+        self.shards = 0
+        self.messages: list[str] = []
 
     def __call__(self, message: str) -> None:
+        """A sample is unusable.
+
+        Raises:
+            BadSampleError: under ``policy="error"``.
+        """
         if self.policy == "error":
-            raise DataError(message)
+            raise BadSampleError(message)
+        self._note(message)
+
+    def shard(self, error: DataError) -> None:
+        """A file is unusable from here on.
+
+        Raises:
+            DataError: ``error``, under ``shard_policy="error"``, or if it is about one sample.
+        """
+        if self.shard_policy == "error" or isinstance(error, BadSampleError):
+            raise error
+        self.shards += 1
+        self._note(str(error))
+
+    def _note(self, message: str) -> None:
         self.count += 1
-        if not self.quiet and self.count <= WARNINGS_IN_FULL:
-            logger.warning("skipped: %s", message)
-            if self.count == WARNINGS_IN_FULL:
-                logger.warning("further unusable samples are counted and reported at the end of the epoch")
+        if self.count <= WARNINGS_IN_FULL:
+            self.messages.append(message)
+            if not self.quiet:
+                warn_of(self.messages[-1:], self.count)
+
+
+def warn_of(messages: list[str], count: int) -> None:
+    """Say what was skipped; ``count`` is the number so far, the last of ``messages`` included."""
+    for message in messages:
+        logger.warning("skipped: %s", message)
+    if count >= WARNINGS_IN_FULL:
+        logger.warning("further unusable samples are counted and reported at the end of the epoch")
+
+
+class LocatedPrompt(NamedTuple):
+    """A prompt and where its text is: ``data`` is a whole member or line, of kind :data:`TEXT` or :data:`JSON`."""
+
+    prompt: str
+    offset: int
+    data: bytes
+    kind: int
 
 
 def read_file(path: Path, bad: BadSamples) -> Iterator[str]:
+    """The prompts of :func:`locate_prompts` alone."""
+    return (located.prompt for located in locate_prompts(path, bad))
+
+
+def locate_prompts(path: Path, bad: BadSamples) -> Iterator[LocatedPrompt]:
     """Yield the prompts of a shard or of a text file, in file order, holding one sample at a time.
 
     A shard is read with webdataset's conventions: members that share the name up to the first dot are one sample. Its
@@ -64,17 +122,23 @@ def read_file(path: Path, bad: BadSamples) -> Iterator[str]:
     try:
         count_before = bad.count
         found = False
-        for prompt in _read_text(path, bad) if is_text_file(path) else _read_shard(path, bad):
+        for located in _read_text(path, bad) if is_text_file(path) else _read_shard(path, bad):
             found = True
-            yield prompt
+            yield located
+        if not found and bad.count == count_before:
+            # Only an empty text file comes here: the walk through a shard says itself what it found instead.
+            raise DataError(f"{path} holds no prompt; expected one prompt a line")
     except DataError as error:
-        if bad.policy == "error":
-            raise
-        bad(str(error))
-        return
-    if not found and bad.count == count_before:
-        # Only an empty text file comes here: the walk through a shard says itself what it found instead.
-        bad(f"{path} holds no prompt; expected one prompt a line")
+        bad.shard(error)
+
+
+def parse_prompt(data: bytes, kind: int) -> str:
+    """The prompt in the bytes of a member or line.
+
+    Raises:
+        ValueError: there is none; the message does not name the place.
+    """
+    return _prompt_from_json(data) if kind == JSON else clean_prompt(decode_utf8(data))
 
 
 def clean_prompt(text: str) -> str:
@@ -106,38 +170,41 @@ def decode_utf8(data: bytes) -> str:
         ) from error
 
 
-def _read_text(path: Path, bad: BadSamples) -> Iterator[str]:
+def _read_text(path: Path, bad: BadSamples) -> Iterator[LocatedPrompt]:
     """One prompt a line; empty lines at the end of the file are nothing, elsewhere they are empty prompts."""
-    empty_lines: list[int] = []
+    pending = 0  # empty lines just before this one
     try:
-        with open(path, "rb") as stream:
-            number = 0
+        with open_regular(path) as stream:
+            number = end = 0
             while line := stream.readline(MAX_PROMPT_BYTES + 2):
                 number += 1
-                if len(line) > MAX_PROMPT_BYTES and not line.endswith(b"\n"):
+                start, end = end, end + len(line)
+                too_long = len(line) > MAX_PROMPT_BYTES and not line.endswith(b"\n")
+                if number == 1 and line.startswith(b"\xef\xbb\xbf"):  # the mark some editors put before UTF-8
+                    line, start = line[3:], 3
+                if not too_long and not line.strip():
+                    pending += 1
+                    continue
+                for empty in range(number - pending, number):
+                    bad(f"{path}: line {empty} is an empty prompt; expected one prompt a line")
+                pending = 0
+                if too_long:
                     bad(f"{path}: line {number} has more than {MAX_PROMPT_BYTES:,} bytes; expected one prompt a line")
                     while line and not line.endswith(b"\n"):
                         line = stream.readline(MAX_PROMPT_BYTES)
+                        end += len(line)
                     continue
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")  # the mark some editors put before UTF-8
-                if not line.strip():
-                    empty_lines.append(number)
-                    continue
-                for empty in empty_lines:
-                    bad(f"{path}: line {empty} is an empty prompt; expected one prompt a line")
-                empty_lines.clear()
                 try:
                     prompt = clean_prompt(decode_utf8(line))
                 except ValueError as error:
                     bad(f"{path}: line {number} {error}")
                     continue
-                yield prompt
+                yield LocatedPrompt(prompt, start, line, TEXT)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _read_shard(path: Path, bad: BadSamples) -> Iterator[str]:
+def _read_shard(path: Path, bad: BadSamples) -> Iterator[LocatedPrompt]:
     # Imported here: it takes a second, and writers and path handling do without it.
     from webdataset.tariterators import base_plus_ext, group_by_keys
 
@@ -150,7 +217,7 @@ def _read_shard(path: Path, bad: BadSamples) -> Iterator[str]:
 
     def members() -> Iterator[dict[str, Any]]:
         nonlocal prompt_members, name
-        for name, kind, size, data in walk_tar(path, wanted):
+        for name, kind, size, data, _, offset in walk_tar(path, wanted):
             extension = base_plus_ext(name)[1]
             limit = _limit(extension)
             if kind == "folder" or name.startswith("__"):  # webdataset keeps its own notes under __names__
@@ -164,7 +231,7 @@ def _read_shard(path: Path, bad: BadSamples) -> Iterator[str]:
             elif data is None:
                 bad(f"{path}: member {name!r} has {size:,} bytes; expected at most {limit:,}: this is no prompt")
             else:
-                yield {"fname": name, "data": data, "__url__": str(path)}
+                yield {"fname": name, "data": (data, offset), "__url__": str(path)}
 
     def duplicate(_: Exception) -> bool:
         # group_by_keys knows one error only: a second member with the name of an earlier one.
@@ -172,13 +239,14 @@ def _read_shard(path: Path, bad: BadSamples) -> Iterator[str]:
         return True
 
     for sample in group_by_keys(members(), handler=duplicate):
-        key = sample["__key__"]
+        member = "txt" if "txt" in sample else "json"
+        (data, offset), text_kind = sample[member], TEXT if member == "txt" else JSON
         try:
-            prompt = _prompt_from_sample(sample)
+            prompt = parse_prompt(data, text_kind)
         except ValueError as error:
-            bad(f"{path}: member {key + ('.txt' if 'txt' in sample else '.json')!r} {error}")
+            bad(f"{path}: member {sample['__key__'] + '.' + member!r} {error}")
             continue
-        yield prompt
+        yield LocatedPrompt(prompt, offset, data, text_kind)
     if prompt_members == 0:
         what = ", ".join(f"{count} {name}" for name, count in seen.most_common(5)) or "nothing"
         raise DataError(
@@ -192,10 +260,8 @@ def _limit(extension: str | None) -> int:
     return {"txt": MAX_PROMPT_BYTES + 2, "json": MAX_JSON_BYTES}.get((extension or "").lower(), 0)
 
 
-def _prompt_from_sample(sample: dict[str, Any]) -> str:
-    if "txt" in sample:
-        return clean_prompt(decode_utf8(sample["txt"]))
-    text = decode_utf8(sample["json"].removeprefix(b"\xef\xbb\xbf"))
+def _prompt_from_json(data: bytes) -> str:
+    text = decode_utf8(data.removeprefix(b"\xef\xbb\xbf"))
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -10,8 +11,16 @@ from typing import Literal, TypedDict
 import torch
 
 from nemo_aligner_diffusion.data.paths import PathSpec, expand_paths
-from nemo_aligner_diffusion.data.prompt_files import BadSamples, OnBadSample, read_file
-from nemo_aligner_diffusion.data.sample_stream import SampleStream, StreamLoader
+from nemo_aligner_diffusion.data.prompt_files import (
+    BadSamples,
+    OnBadSample,
+    locate_prompts,
+    parse_prompt,
+    read_file,
+)
+from nemo_aligner_diffusion.data.sample_stream import SampleStream
+from nemo_aligner_diffusion.data.shard_index import Span, checksum
+from nemo_aligner_diffusion.data.stream_loader import WORKER_TIMEOUT_SECONDS, StreamLoader
 from nemo_aligner_diffusion.errors import DataError
 
 __all__ = ["PromptBatch", "PromptDataset", "PromptLoader", "build_prompt_loader", "expand_paths", "read_prompts"]
@@ -32,6 +41,16 @@ class PromptDataset(SampleStream):
 
     def read(self, file: Path, bad: BadSamples) -> Iterator[str]:
         return read_file(file, bad)
+
+    def scan(self, file: Path, bad: BadSamples) -> Iterator[Span]:
+        for _, offset, data, kind in locate_prompts(file, bad):
+            yield Span(offset, len(data), checksum(data), kind)
+
+    def parse(self, data: bytes, tag: int, file: Path) -> str:
+        try:
+            return parse_prompt(data, tag)
+        except ValueError as error:
+            raise DataError(f"{file}: a member {error}") from error
 
     def collate(self, items: list[str], index: torch.Tensor, epochs: list[int]) -> PromptBatch:
         return {"prompts": items, "index": index, "epoch": epochs[0]}
@@ -60,8 +79,11 @@ def build_prompt_loader(
     incomplete: Literal["drop", "wrap"] = "drop",
     start_sample: int = 0,
     on_bad_sample: OnBadSample = "error",
+    on_bad_shard: OnBadSample | None = None,
+    index_folder: str | os.PathLike[str] | None = None,
+    worker_timeout_seconds: float = WORKER_TIMEOUT_SECONDS,
 ) -> PromptLoader:
-    """Return the loader of this rank's batches; the arguments are those of :class:`PromptDataset`.
+    """Return the loader of this rank's batches; the arguments are those of :class:`PromptDataset` and `StreamLoader`.
 
     The stream is the same for every ``num_workers``; 0 is enough beside any diffusion model.
 
@@ -80,18 +102,25 @@ def build_prompt_loader(
         incomplete=incomplete,
         start_sample=start_sample,
         on_bad_sample=on_bad_sample,
+        on_bad_shard=on_bad_shard,
+        index_folder=index_folder,
     )
-    return PromptLoader(dataset, num_workers)
+    return PromptLoader(dataset, num_workers, worker_timeout_seconds)
 
 
-def read_prompts(paths: PathSpec, limit: int | None = None, on_bad_sample: OnBadSample = "error") -> list[str]:
+def read_prompts(
+    paths: PathSpec,
+    limit: int | None = None,
+    on_bad_sample: OnBadSample = "error",
+    on_bad_shard: OnBadSample | None = None,
+) -> list[str]:
     """Return the first ``limit`` prompts in file order, for the fixed prompts of validation and reports.
 
     Raises:
         DataError: as :class:`PromptDataset`; also when there is no prompt at all.
     """
-    files = expand_paths(paths)
-    bad = BadSamples(on_bad_sample)
+    bad = BadSamples(on_bad_sample, shard_policy=on_bad_shard)
+    files = expand_paths(paths, check=bad.shard_policy == "error")
     prompts = list(islice((prompt for file in files for prompt in read_file(file, bad)), limit))
     if not prompts and limit != 0:
         raise DataError(

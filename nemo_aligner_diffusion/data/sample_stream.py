@@ -1,42 +1,47 @@
 """A stream of samples in an order that only the files and the seed decide, and each rank's share of it.
 
-**The order.** Epoch *e* is the shards in an order drawn from ``(seed, e)``, their samples passed through a shuffle
-buffer of ``shuffle_buffer`` samples drawn from the same pair. Epoch follows epoch without end, never mixed, so each
-sample comes once an epoch. The *global sample index* is the position in this stream. Neither the number of ranks nor
-that of workers enters, so a run is the same under any layout and resuming needs one number: the samples consumed.
+**The order.** Epoch *e* is the samples in an order drawn from ``(seed, e)`` (:mod:`.epoch_order`). Epoch follows epoch
+without end, never mixed, so each sample comes once an epoch. The *global sample index* is the position in this stream.
+Neither the number of ranks nor that of workers enters, so a run is the same under any layout and resuming needs one
+number: the samples consumed.
 
 **Who reads what.** With ``world_size`` W ranks and micro-batches of B, micro-step *m* covers the positions
-``[m*B*W, (m+1)*B*W)`` and rank *r* gets ``[m*B*W + r*B, m*B*W + (r+1)*B)`` of them. Every rank, and every worker of a
-rank, reads *all* shards and keeps its share: prompts are some hundred bytes, a pass costs microseconds a prompt
-(``docs/data.md`` has the figure), and nothing has to be agreed between ranks, so nothing can hang on shards of
-unequal size. What is dear about a sample (decoding a picture) belongs into :meth:`SampleStream.collate`, which only the
-rank and worker that keep it call. Worker *w* of K makes micro-steps w, w+K, w+2K, …; the loader asks the workers in
-turn, which restores the order exactly.
+``[m*B*W, (m+1)*B*W)`` and rank *r* gets ``[m*B*W + r*B, m*B*W + (r+1)*B)`` of them. Worker *w* of K makes micro-steps
+w, w+K, w+2K, …; the loader asks the workers in turn, which restores the order exactly. An index (:mod:`.shard_index`)
+says where each sample is, so each rank and worker reads its own samples and no others, and nothing has to be agreed
+between ranks: nothing can hang on shards of unequal size.
+
+Compressed files have no index: of them every rank and worker reads *everything* and keeps its share.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 import webdataset as wds
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
-from nemo_aligner_diffusion.data.paths import PathSpec, expand_paths
+from nemo_aligner_diffusion.data.epoch_order import epoch_rows
+from nemo_aligner_diffusion.data.epoch_reader import EpochReader
+from nemo_aligner_diffusion.data.paths import SHARD_SUFFIXES, PathSpec, expand_paths
 from nemo_aligner_diffusion.data.prompt_files import BadSamples, OnBadSample
+from nemo_aligner_diffusion.data.shard_index import NotIndexableError, ShardIndex, Span, open_index
+from nemo_aligner_diffusion.data.span_reader import SpanReader
 from nemo_aligner_diffusion.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 
-class _Share(NamedTuple):
+class Share(NamedTuple):
     """One rank's micro-batch before it is collated."""
 
     items: list[Any]
@@ -63,14 +68,22 @@ class SampleStream(IterableDataset[Any], ABC):
             with the first samples of the following epoch (``"wrap"``; their ``index`` is beyond the last true one).
             Either way all ranks get equally many batches.
         start_sample: global samples already consumed; a multiple of ``micro_batch_size * world_size``.
-        on_bad_sample: ``"error"`` stops at the first unusable sample or shard; ``"skip"`` warns, counts and goes on.
+        on_bad_sample: ``"error"`` stops at an unusable sample; ``"skip"`` warns, counts and goes on.
+        on_bad_shard: the same for files that are unreadable, damaged or empty, None: as ``on_bad_sample``. Under
+            ``"skip"``, the samples of a file that becomes unreadable while it is in use are replaced, each by another
+            one that its position in the stream determines.
+        index_folder: for index files of :func:`.shard_index.open_index`.
 
     Attributes:
+        index: where the samples are; None for compressed files.
         skipped: unusable samples passed over so far in this process (workers report theirs themselves).
+        replaced: samples that became unreadable and were replaced so far in this process.
+        reading: called with the number of a file (in ``files``) and a global sample index before something is read.
 
     Raises:
-        DataError: on construction for missing files, a first shard without a readable first sample, or numbers that do
-            not fit; while iterating for anything unusable found later, and for a finite stream without one batch.
+        DataError: on construction for missing files, numbers that do not fit, and under ``"error"`` for anything
+            unusable (in compressed files: for a first shard without a readable first sample); while iterating for what
+            becomes unreadable, for anything unusable in compressed files, and for a finite stream without one batch.
     """
 
     noun = "sample"  # what messages call one, with an "s" for several
@@ -89,6 +102,8 @@ class SampleStream(IterableDataset[Any], ABC):
         incomplete: Literal["drop", "wrap"] = "drop",
         start_sample: int = 0,
         on_bad_sample: OnBadSample = "error",
+        on_bad_shard: OnBadSample | None = None,
+        index_folder: str | os.PathLike[str] | None = None,
     ) -> None:
         super().__init__()
         check_whole("micro_batch_size", micro_batch_size, 1)
@@ -123,33 +138,110 @@ class SampleStream(IterableDataset[Any], ABC):
         self.incomplete = incomplete
         self.start_sample = start_sample
         self.on_bad_sample: OnBadSample = on_bad_sample
+        self.on_bad_shard: OnBadSample = on_bad_shard or on_bad_sample
         self.skipped = 0
-        self.files = expand_paths(paths)
-        # One sample now, so that a wrong folder or format is known before a model is loaded; the rest when reached.
-        first = BadSamples(on_bad_sample, quiet=True)
-        if not any(True for file in self.files for _ in islice(self.read(file, first), 1)):
-            raise self._no_sample(first.count)
+        self.replaced = 0
+        self.reading: Callable[[int, int], None] = no_word
+        self.files = expand_paths(paths, check=self._bad(quiet=True).shard_policy == "error")
+        self.index = self._open_index(Path(index_folder) if index_folder is not None else None)
+        if self.index is None:
+            # One sample now, so that a wrong folder or format is known before a model is loaded.
+            first = self._bad(quiet=True)
+            if not any(True for file in self.files for _ in islice(self.read(file, first), 1)):
+                raise self._no_sample(first.count)
 
     @abstractmethod
     def read(self, file: Path, bad: BadSamples) -> Iterator[Any]:
         """The samples of one file in file order, one in memory at a time; ``bad`` decides about unusable ones."""
 
     @abstractmethod
+    def scan(self, file: Path, bad: BadSamples) -> Iterator[Span]:
+        """Where each sample of :meth:`read` is."""
+
+    @abstractmethod
+    def parse(self, data: bytes, tag: int, file: Path) -> Any:
+        """The sample in the bytes of a span; raises DataError."""
+
+    @abstractmethod
     def collate(self, items: list[Any], index: torch.Tensor, epochs: list[int]) -> Any:
         """A batch of B samples; ``index`` (B,) int64 global sample indices, ``epochs`` of each, from 0."""
 
     def __iter__(self) -> Iterator[Any]:
-        worker = get_worker_info()
-        turn, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        speaker = self.rank == 0 and turn == 0  # every process meets the same unusable samples
-        for number, share in enumerate(self._shares(quiet=not speaker)):
-            if number % workers == turn:
-                index = torch.arange(share.first, share.first + len(share.items))
-                yield self.collate(share.items, index, share.epochs)
+        process = get_worker_info()
+        worker, workers = (None, 1) if process is None else (process.id, process.num_workers)
+        shares = self._indexed_shares if self.index is not None else self._streamed_shares
+        for share in shares(worker, workers):
+            index = torch.arange(share.first, share.first + len(share.items))
+            yield self.collate(share.items, index, share.epochs)
 
-    def _shares(self, quiet: bool) -> Iterator[_Share]:
-        """This rank's micro-batches, one whole global batch of samples in memory at a time."""
+    # --- files with an index
+
+    def _open_index(self, folder: Path | None) -> ShardIndex | None:
+        if any(file.name.lower().endswith(SHARD_SUFFIXES[1:]) for file in self.files):
+            return None
+        kind = f"{type(self).__module__}.{type(self).__qualname__} {self.on_bad_sample} {self.on_bad_shard}"
+        try:
+            index = open_index(self.files, kind, self.scan, lambda: self._bad(quiet=True), folder)
+        except NotIndexableError:
+            return None
+        if len(index) == 0:
+            raise self._no_sample(index.bad_samples)
+        return index
+
+    def _indexed_shares(self, worker: int | None, workers: int) -> Iterator[Share]:
+        """This worker's micro-batches: every other sample is passed over without being read."""
+        assert self.index is not None
+        turn = worker or 0
+        size = len(self.index)
+        stop = self._end(size)
+        position = self.start_sample
+        epoch, start = divmod(position, size)
+        items: list[Any] = []
+        epochs: list[int] = []
+        first = position
+        with SpanReader(self.files) as spans:
+            while stop is None or position < stop:
+                reader = EpochReader(self, spans, epoch, worker)
+                if self.epochs is None or epoch < self.epochs:
+                    reader.report_skipped(speaker=self.rank == 0 and turn == 0)
+                for rows in epoch_rows(self.index.counts, self.seed, epoch, self.shuffle_buffer, start):
+                    positions = np.arange(position, position + len(rows))
+                    position += len(rows)
+                    numbers, places = np.divmod(positions - self.start_sample, self.step_size)
+                    mine = (places // self.micro_batch_size == self.rank) & (numbers % workers == turn)
+                    if stop is not None:
+                        mine &= positions < stop
+                    chosen = np.flatnonzero(mine)
+                    for place, row in zip(positions[chosen].tolist(), reader.located(rows[chosen]), strict=True):
+                        first = first if items else place
+                        items.append(reader.sample(place, row))
+                        epochs.append(epoch)
+                        if len(items) == self.micro_batch_size:
+                            yield Share(items, first, epochs)
+                            items, epochs = [], []
+                    if stop is not None and position >= stop:
+                        break
+                reader.report_replaced()
+                epoch, start = epoch + 1, 0
+
+    def _end(self, size: int) -> int | None:
+        """Global samples of the whole stream, with ``size`` an epoch; None: no end."""
+        if self.epochs is None:
+            return None
+        whole = self.epochs * size
+        batches = -(-whole // self.global_batch_size) if self.incomplete == "wrap" else whole // self.global_batch_size
+        if batches == 0:
+            raise self._too_few(whole)
+        return batches * self.global_batch_size
+
+    # --- compressed files
+
+    def _streamed_shares(self, worker: int | None, workers: int) -> Iterator[Share]:
+        """This worker's micro-batches, one whole global batch of samples in memory at a time."""
+        turn = worker or 0
+        quiet = self.rank > 0 or turn > 0  # every process meets the same unusable samples
         position = first = self.start_sample
+        number = 0  # of this rank's micro-batches
         held: list[Any] = []
         epochs: list[int] = []
         for epoch, sample in self._stream(quiet):
@@ -162,20 +254,18 @@ class SampleStream(IterableDataset[Any], ABC):
             if position % self.global_batch_size == 0:
                 for start in range(self.rank * self.micro_batch_size, len(held), self.step_size):
                     mine = slice(start, start + self.micro_batch_size)
-                    yield _Share(held[mine], first + start, epochs[mine])
+                    if number % workers == turn:
+                        yield Share(held[mine], first + start, epochs[mine])
+                    number += 1
                 first, held, epochs = position, [], []
         if position < self.global_batch_size:
-            raise DataError(
-                f"{self._named()}: {position} {self.noun}s in {self.epochs} epoch(s) do not fill one global batch of "
-                f"{self.global_batch_size}; expected at least that many: add {self.noun}s or epochs, or lower the "
-                "batch size"
-            )
+            raise self._too_few(position)
 
     def _stream(self, quiet: bool) -> Iterator[tuple[int, Any]]:
         """(epoch, sample) from ``start_sample`` on, without end. Of whole epochs before it only the first is read."""
-        epoch, to_skip = 0, self.start_sample
+        epoch, to_skip, known = 0, self.start_sample, None
         while True:
-            bad = BadSamples(self.on_bad_sample, quiet)
+            bad = self._bad(quiet)
             size = 0
             for sample in self._epoch(epoch, bad):
                 size += 1
@@ -185,83 +275,71 @@ class SampleStream(IterableDataset[Any], ABC):
             self.skipped += bad.count
             if size == 0:
                 raise self._no_sample(bad.count)
-            if bad.count and not quiet:
-                logger.warning("epoch %d: skipped %d unusable samples beside %d %ss", epoch, bad.count, size, self.noun)
+            if known is not None and size != known:
+                raise DataError(
+                    f"{self.named()}: {size} {self.noun}s in epoch {epoch} and {known} in the one before; a compressed "
+                    "shard was changed or became unreadable, and no other process would know: restore it, or use "
+                    "uncompressed shards (.tar), whose samples can be replaced"
+                )
+            known = size
+            if not quiet:
+                self.report_skipped(epoch, bad.count, bad.shards, size)
             skipped_epochs = to_skip // size
             epoch += max(skipped_epochs, 1)
             to_skip = to_skip - skipped_epochs * size if skipped_epochs else 0
 
     def _epoch(self, epoch: int, bad: BadSamples) -> Iterator[Any]:
         """Epoch ``epoch`` in its order."""
-        files = list(self.files)
+        files = list(range(len(self.files)))
         if self.shuffle_buffer == 0:
             return self._read_files(files, bad)
-        # A string seeds through SHA-512: the same on every machine, and unlike neighbouring integers never correlated.
         random.Random(f"{self.seed}/{epoch}/files").shuffle(files)
         order = random.Random(f"{self.seed}/{epoch}/prompts")
         buffered = wds.shuffle(self.shuffle_buffer, initial=self.shuffle_buffer, rng=order)
         samples: Iterator[Any] = buffered(self._read_files(files, bad))
         return samples
 
-    def _read_files(self, files: list[Path], bad: BadSamples) -> Iterator[Any]:
+    def _read_files(self, files: list[int], bad: BadSamples) -> Iterator[Any]:
         for file in files:
-            yield from self.read(file, bad)
+            self.reading(file, -1)
+            yield from self.read(self.files[file], bad)
 
-    def _named(self) -> str:
+    # --- messages
+
+    def _bad(self, quiet: bool) -> BadSamples:
+        return BadSamples(self.on_bad_sample, quiet, self.on_bad_shard)
+
+    def report_skipped(self, epoch: int, samples: int, shards: int, size: int) -> None:
+        """Warn about the unusable ones of an epoch of ``size`` usable samples, if there are any."""
+        if samples:
+            logger.warning(
+                "epoch %d: skipped %d unusable samples beside %d %ss%s",
+                epoch,
+                samples,
+                size,
+                self.noun,
+                f" ({shards} of them shards that are unreadable, or damaged from some place on)" if shards else "",
+            )
+
+    def named(self) -> str:
         more = f" and {len(self.files) - 1} more" if len(self.files) > 1 else ""
         return f"{self.files[0]}{more}"
 
     def _no_sample(self, bad: int) -> DataError:
         return DataError(
-            f"{self._named()}: not one usable {self.noun} ({bad} unusable); set on_bad_sample=error to see why"
+            f"{self.named()}: not one usable {self.noun} ({bad} unusable); set on_bad_sample=error to see why"
+        )
+
+    def _too_few(self, count: int) -> DataError:
+        return DataError(
+            f"{self.named()}: {count} {self.noun}s in {self.epochs} epoch(s) do not fill one global batch of "
+            f"{self.global_batch_size}; expected at least that many: add {self.noun}s or epochs, or lower the "
+            "batch size"
         )
 
 
-@dataclass(frozen=True)
-class _Failure:
-    """A DataError on its way out of a worker. Raised there, it would arrive as a traceback in a string."""
-
-    message: str
-
-
-class _InWorker(IterableDataset[Any]):
-    """The stream as a worker iterates it: a DataError becomes the last item instead of an exception."""
-
-    def __init__(self, stream: SampleStream) -> None:
-        super().__init__()
-        self.stream = stream
-
-    def __iter__(self) -> Iterator[Any]:
-        try:
-            yield from self.stream
-        except DataError as error:
-            yield _Failure(str(error))
-
-
-class StreamLoader(DataLoader[Any]):
-    """A DataLoader over a :class:`SampleStream` (attribute ``stream``); DataErrors arrive whole from workers."""
-
-    def __init__(self, stream: SampleStream, num_workers: int = 0) -> None:
-        check_whole("num_workers", num_workers, 0)
-        # With a generator of its own the loader leaves torch's global random state alone, which resuming relies on.
-        super().__init__(
-            _InWorker(stream),
-            batch_size=None,
-            num_workers=num_workers,
-            collate_fn=_as_it_is,
-            generator=torch.Generator(),
-        )
-        self.stream = stream
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        for batch in super().__iter__():
-            if isinstance(batch, _Failure):
-                raise DataError(batch.message)
-            yield batch
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
+def no_word(file: int, position: int) -> None:
+    pass
 
 
 def check_whole(name: str, value: object, least: int) -> None:

@@ -1,14 +1,17 @@
 """A walk through the members of a tar file: forward only, bounded in memory, exact about what is wrong.
 
 The standard ``tarfile`` reads extension headers of any size into memory, takes a file cut at a block boundary for a
-whole one, does not check the checksum of a gzip stream, and takes several times as long; every rank walks every shard
-(``prompts.py`` says why), so all four matter here. Format: POSIX.1-1988 (ustar), POSIX.1-2001 (pax), GNU long names.
+whole one, does not check the checksum of a gzip stream, and takes several times as long; every rank walks every
+compressed shard (``sample_stream.py`` says why), so all four matter here. Format: POSIX.1-1988 (ustar), POSIX.1-2001
+(pax), GNU long names.
 """
 
 from __future__ import annotations
 
+import errno
 import gzip
 import os
+import stat
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,17 +24,28 @@ MAX_EXTENSION_BYTES = 1 << 20  # a pax or GNU long-name header; real ones hold a
 MAX_NUMBER_DIGITS = 19  # of a decimal size in a pax record: 2**63 has as many
 MAX_TRAILER_BYTES = 1 << 20  # padding read after the end marker to reach a gzip stream's checksum
 ZERO_BLOCK = bytes(BLOCK)
+GZIP_MAGIC = b"\x1f\x8b"
 REGULAR = b"0\x007"  # type flags of regular files; 7 is "contiguous", the same to a reader
 PAX_LOCAL, PAX_GLOBAL, GNU_LONG_NAME, GNU_LONG_LINK = b"x", b"g", b"L", b"K"
 
 
 class Member(NamedTuple):
-    """One member: ``kind`` is "file", "folder", "link" or "other"; ``data`` is None unless it was asked for."""
+    """One member: ``kind`` is "file", "folder", "link" or "other"; ``data`` is None unless it was asked for.
+
+    In the (decompressed) stream its headers, extensions included, begin at byte ``start`` and its data at ``offset``.
+    """
 
     name: str
     kind: str
     size: int
     data: bytes | None
+    start: int
+    offset: int
+
+    @property
+    def end(self) -> int:
+        """The byte after its data and padding: where the next member starts."""
+        return self.offset + -(-self.size // BLOCK) * BLOCK
 
 
 def walk_tar(path: Path, wanted: Callable[[str, str, int], bool]) -> Iterator[Member]:
@@ -44,8 +58,8 @@ def walk_tar(path: Path, wanted: Callable[[str, str, int], bool]) -> Iterator[Me
         DataError: the file is no tar, is damaged, or ends before its end-of-archive marker.
     """
     try:
-        with open(path, "rb") as raw:
-            if raw.read(2) == b"\x1f\x8b":
+        with open_regular(path, buffering=1 << 15) as raw:
+            if raw.read(2) == GZIP_MAGIC:
                 raw.seek(0)
                 with gzip.GzipFile(fileobj=raw, mode="rb") as stream:
                     yield from walk_stream(path, stream, None, wanted)  # type: ignore[arg-type]
@@ -58,6 +72,15 @@ def walk_tar(path: Path, wanted: Callable[[str, str, int], bool]) -> Iterator[Me
         raise DataError(f"{path} is damaged: its gzip stream does not decompress ({error}); copy it again") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def open_regular(path: Path, buffering: int = -1) -> IO[bytes]:
+    """Open for reading, but never wait: a FIFO or a device that has taken a file's place is an OSError, not a hang."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no regular file")
+    return open(descriptor, "rb", buffering=buffering)
 
 
 def walk_stream(
@@ -78,6 +101,7 @@ def walk_stream(
     long_name: str | None = None
     long_size: int | None = None
     header_blocks = 0
+    end = stream.tell()
     while True:
         header = stream.read(BLOCK)
         if header == ZERO_BLOCK:
@@ -137,13 +161,15 @@ def walk_stream(
             kind = "folder"
         if kind in ("folder", "link"):
             size = 0  # whatever their size field says, no data follows
+        offset = stream.tell()
         if wanted(name, kind, size):
             data: bytes | None = _read_data(path, stream, size, name)
         else:
             _skip_data(path, stream, size, name, file_size)
             data = None
-        yield Member(name, kind, size, data)
-        last = name
+        member = Member(name, kind, size, data, end, offset)
+        yield member
+        last, end = name, member.end
     if file_size is None:
         # Reading on to the end is what makes the gzip module compare its checksum.
         for _ in range(MAX_TRAILER_BYTES // BLOCK):

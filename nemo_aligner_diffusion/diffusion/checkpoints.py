@@ -8,17 +8,20 @@ with ``weights_only=True`` and nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+from zipfile import is_zipfile
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nemo_aligner_diffusion.errors import CheckpointError, first_line
 
 Component = Literal["unet", "vae"]
+_Module = TypeVar("_Module", bound=nn.Module)
 
 # prefixes under which LDM-style files keep a component, the longest first
 LDM_PREFIXES: dict[str, tuple[str, ...]] = {
@@ -36,6 +39,9 @@ WEIGHT_FILES = (
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a ``.safetensors`` or pickled checkpoint, on the CPU.
 
+    The file is mapped into memory where its format allows it: a tensor takes memory of its own, and is read, when it is
+    copied or computed with. Copy what outlives the call.
+
     Raises:
         CheckpointError: missing, unreadable, or a pickle that holds anything but tensors and plain containers.
     """
@@ -50,7 +56,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        loaded = _unpickle(path)
     except Exception as error:  # torch raises half a dozen types here, all of which mean the same to a user
         raise CheckpointError(
             f"{path}: cannot be loaded as plain weights (weights_only=True): {first_line(error)}. Code in a pickle is "
@@ -69,11 +75,30 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def _unpickle(path: Path) -> Any:
+    if is_zipfile(path):  # what torch.save has written since PyTorch 1.6
+        with contextlib.suppress(RuntimeError, OSError):  # a file system that cannot map files; or a damaged file
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def empty_module(build: Callable[[], _Module], dtype: torch.dtype = torch.float32) -> _Module:
+    """``build()`` with parameters that have a shape and no memory, to be filled by :func:`load_component`.
+
+    Buffers are computed as always: those that no state dict holds come from nowhere else.
+    """
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        return build().to(dtype)
+
+
 def load_component(module: Any, component: Component, path: str | Path) -> None:
     """Load a UNet's or VAE's weights into ``module`` (a ``diffusers`` model) in place.
 
     Args:
-        module: ``UNet2DConditionModel`` or ``AutoencoderKL``, already built.
+        module: ``UNet2DConditionModel`` or ``AutoencoderKL``, already built; from :func:`empty_module` it needs no
+            memory before.
         component: which of the two; decides the LDM prefix to look for.
         path: folder or file, see the module's docstring. A pipeline folder is searched for ``unet/`` or ``vae/``.
 
@@ -101,7 +126,10 @@ def load_component(module: Any, component: Component, path: str | Path) -> None:
             f"{'; '.join(parts)}. Give weights of the same architecture, or set model.from_pretrained to the "
             f"diffusers folder they belong to"
         )
-    module.load_state_dict(tensors)
+    empty = any(place.is_meta for place in expected.values())
+    if empty:  # copies of its own: the file may be replaced while the model lives
+        tensors = {name: tensors[name].to(place.dtype, copy=True) for name, place in expected.items()}
+    module.load_state_dict(tensors, assign=empty)
 
 
 def component_config(path: str | Path, component: Component) -> dict[str, Any] | None:

@@ -26,9 +26,6 @@ class Conditioning:
     def batch_size(self) -> int:
         return self.encoder_hidden_states.shape[0]
 
-    def __getitem__(self, rows: slice) -> Conditioning:
-        return Conditioning(self.encoder_hidden_states[rows], {k: v[rows] for k, v in self.extra.items()})
-
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
         """Concatenate along the batch; every part must have the same ``extra`` names."""
@@ -42,10 +39,4 @@ class Conditioning:
         return Conditioning(
             self.encoder_hidden_states.expand(batch_size, *self.encoder_hidden_states.shape[1:]),
             {name: value.expand(batch_size, *value.shape[1:]) for name, value in self.extra.items()},
-        )
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
-        return Conditioning(
-            self.encoder_hidden_states.to(device=device, dtype=dtype),
-            {name: value.to(device=device, dtype=dtype) for name, value in self.extra.items()},
         )

@@ -33,6 +33,7 @@ def generate(
     height: int | None = None,
     width: int | None = None,
     batch_size: int = 16,
+    decode_batch_size: int | None = None,
     tuned_weights: Sequence[float] | None = None,
 ) -> Tensor:
     """One picture for each (prompt, seed) pair.
@@ -42,6 +43,7 @@ def generate(
         guidance_scale: classifier-free guidance; 1 makes no unconditional pass.
         height, width: pixels; the model's own size by default.
         batch_size: pictures at a time.
+        decode_batch_size: of these, decoded at a time; ``None``: all.
         tuned_weights: annealed importance guidance (design notes 3.4): ``w_i`` for each network call, the prediction
             is ``w_i·e^tuned + (1−w_i)·e^base``. ``None``: the model as it stands.
 
@@ -64,7 +66,8 @@ def generate(
             if tuned_weights is not None:
                 predict = _annealed(model, predict, tuned_weights)
             noise = seeded_noise(seeds[rows], shape, like=model.latent_like)
-            images.append(model.decode(sample(sampler, predict, noise)).float().cpu())
+            latents = sample(sampler, predict, noise)
+            images += [model.decode(some).float().cpu() for some in latents.split(decode_batch_size or len(latents))]
     finally:
         model.denoiser.train(was_training)
     return torch.cat(images)

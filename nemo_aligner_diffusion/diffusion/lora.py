@@ -89,10 +89,13 @@ def adapters_off(denoiser: Any) -> Iterator[None]:
         denoiser.enable_adapters()
 
 
-def lora_state_dict(denoiser: Any, adapter_name: str = ADAPTER) -> dict[str, Tensor]:
+def lora_state_dict(
+    denoiser: Any, adapter_name: str = ADAPTER, state: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The adapter's tensors as ``peft`` exports them; ``state``: by parameter name, in place of the present ones."""
     from peft import get_peft_model_state_dict
 
-    return get_peft_model_state_dict(denoiser, adapter_name=adapter_name)
+    return get_peft_model_state_dict(denoiser, state_dict=state, adapter_name=adapter_name)
 
 
 def save_lora_weights(
@@ -105,7 +108,7 @@ def save_lora_weights(
     if state is not None:
         layers = {name: state[name].detach().to(value.dtype).cpu() for name, value in layers.items()}
     directory.mkdir(parents=True, exist_ok=True)
-    temporary = f".{WEIGHT_NAME}.{os.getpid()}.tmp.safetensors"
+    temporary = f".{WEIGHT_NAME}.{os.getpid()}.tmp"  # which the next run removes if this one is killed
     StableDiffusionPipeline.save_lora_weights(
         directory,
         unet_lora_layers={name: value.contiguous() for name, value in layers.items()},

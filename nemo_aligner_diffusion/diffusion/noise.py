@@ -28,9 +28,12 @@ def sample_generator(seed: int, step: int, sample_index: int) -> torch.Generator
     return torch.Generator().manual_seed(key_to_seed("sample", seed, step, sample_index))
 
 
-def plan_random(seed: int, step: int, micro_batch: int = 0) -> random.Random:
-    """The random source of a step's plan: equal on every rank without communication."""
-    return random.Random(key_to_seed("plan", seed, step, micro_batch))
+def plan_random(seed: int, step: int) -> random.Random:
+    """The random source of an optimizer step's plan: equal on every rank without communication.
+
+    Not of a micro-batch: how many of them make a step depends on the layout, and a run must not.
+    """
+    return random.Random(key_to_seed("plan", seed, step, 0))
 
 
 def gaussian(generators: Sequence[torch.Generator], shape: Sequence[int], like: Tensor | None = None) -> Tensor:
@@ -38,5 +41,6 @@ def gaussian(generators: Sequence[torch.Generator], shape: Sequence[int], like: 
 
     Drawn in float32 on the CPU, then moved to the device and dtype of ``like``.
     """
-    drawn = torch.stack([torch.randn(tuple(shape), generator=generator) for generator in generators])
+    # said, because trainer.precision may have made another dtype the default, whose numbers are others
+    drawn = torch.stack([torch.randn(tuple(shape), generator=g, dtype=torch.float32) for g in generators])
     return drawn if like is None else drawn.to(device=like.device, dtype=like.dtype)

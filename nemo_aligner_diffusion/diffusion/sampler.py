@@ -125,10 +125,6 @@ class Sampler:
         """Number of network calls; equals ``num_inference_steps`` for all samplers but PLMS, which adds one."""
         return len(self.timesteps)
 
-    @property
-    def needs_noise(self) -> bool:
-        return any(step.noise != 0.0 for step in self.steps)
-
     def network_input(self, i: int, latents: Tensor) -> Tensor:
         scale = self.steps[i].input_scale
         return latents if scale == 1.0 else latents * scale

@@ -77,7 +77,8 @@ def run_trajectory(
             step's activations (the naive graph: more memory, one forward pass per active step less).
 
     Returns:
-        latents for the reward, and the divergence from the reference.
+        latents for the reward, and the divergence from the reference; to be differentiated by ``backward()``, which
+        ``torch.autograd.grad`` cannot replace where calls are recomputed.
     """
     total = len(sampler)
     last = total - 1 if plan.stop is None else plan.stop
@@ -87,7 +88,10 @@ def run_trajectory(
     def supervised(latents: Tensor, i: int) -> Tensor:
         network_input, timestep = sampler.network_input(i, latents), sampler.timesteps[i]
         if recompute:
-            prediction = checkpoint(predict, network_input, timestep, use_reentrant=False)
+            # Reentrant: each call has a backward pass of its own, which adds to the parameters' gradients. In one pass
+            # through all calls autograd would sum every parameter's gradient beside what `grad` holds already, and
+            # whole where FSDP2 shards it, until the earliest call has added its share.
+            prediction = checkpoint(_call, predict, network_input, timestep, handle, use_reentrant=True)
         else:
             prediction = predict(network_input, timestep)
         if reference is not None:
@@ -96,6 +100,7 @@ def run_trajectory(
             divergences.append((prediction - frozen).square().mean())
         return prediction
 
+    handle = torch.empty(0, requires_grad=True)  # for checkpoints: one input must have a gradient, and latents may not
     active = frozenset(plan.active) if not plan.renoise else frozenset()
     latents = [sampler.initial_scale * noise()]
     predictions: list[Tensor] = []
@@ -156,6 +161,10 @@ def reward_gradient(
             parts.append(torch.autograd.grad(loss, leaf)[0])
         gradients.append(torch.cat(parts))
     return gradients
+
+
+def _call(predict: Predictor, network_input: Tensor, timestep: Tensor, _: Tensor) -> Tensor:
+    return predict(network_input, timestep)
 
 
 def _check(plan: Plan, total: int, last: int) -> None:

@@ -92,7 +92,7 @@ def _reward(run: RunFiles) -> list[Finding]:
                 )
             )
     rows = run.prompt_rewards
-    if rows:
+    if rows and not (end is not None and start is not None and end <= start):
         share = sum(row["reward"] > row["base_reward"] for row in rows) / len(rows)
         if share < 0.5:
             found.append(

@@ -325,6 +325,8 @@ def _environment(run: RunFiles) -> str:
     facts = {key: value for key, value in run.run.items() if key not in _TOLD_ELSEWHERE}
     if isinstance(facts.get("command"), list):
         facts["command"] = " ".join(map(str, facts["command"]))
+    if "line" in run.startup:
+        facts["start"] = run.startup["line"]
     lines = "".join(
         f"<tr><td><code>{escape(key)}</code></td><td><code>{escape(value)}</code></td></tr>"
         for key, value in _flatten(facts)

@@ -26,6 +26,7 @@ class RunFiles:
     prompt_rewards: list[dict[str, Any]]  # of the last validation: prompt, seed, base_reward, reward
     prompt_rewards_step: int | None
     problems: list[str] = field(default_factory=list)
+    startup: dict[str, Any] = field(default_factory=dict)  # startup.json: seconds to the first step, by phase
 
     @property
     def lora_export(self) -> Path | None:
@@ -72,7 +73,7 @@ def _number(text: str) -> float:
 
 
 def read_run(folder: str | Path) -> RunFiles:
-    """Read ``config.yaml, metrics.csv, validation.csv, samples/, run.json, validation_samples.json`` of a run.
+    """Read ``config.yaml, metrics.csv, validation.csv, samples/, run.json, startup.json, validation_samples.json``.
 
     Raises:
         FileNotFoundError: the folder does not exist.
@@ -103,6 +104,7 @@ def read_run(folder: str | Path) -> RunFiles:
         prompt_rewards=scores[1],
         prompt_rewards_step=scores[0],
         problems=problems,
+        startup=attempt("startup.json", _read_object, {}),
     )
 
 

@@ -100,6 +100,8 @@ class _Interpreter:
                     raise ValueError(f"the pickle has the opcode {bytes([code])!r}, which torch.save never writes")
                 operation()
         except IndexError:
+            if self._position >= len(self._pickle):
+                raise ValueError("the pickle ends in the middle") from None
             raise ValueError("the pickle takes more from its stack than it has put there") from None
         except KeyError:
             raise ValueError("the pickle recalls something that it has not stored") from None
@@ -107,6 +109,8 @@ class _Interpreter:
             raise ValueError("the pickle ends in the middle") from None
         if len(self._stack) != 1 or self._marks or self._position != len(self._pickle):
             raise ValueError("the pickle holds more than one object")
+        if not isinstance(self._stack[0], dict):  # before torch walks it once more
+            raise ValueError(f"the pickle holds a {type(self._stack[0]).__name__.strip('_')}, not a state dict")
         if self._tensor_bytes > MOST_SHARING * sum(self._stored_keys.values()):
             raise NotDenseError(f"its tensors would take {self._tensor_bytes} bytes, far more than are stored")
 
@@ -120,7 +124,9 @@ class _Interpreter:
         return taken
 
     def _byte(self) -> int:
-        return self._take(1)[0]
+        value = self._pickle[self._position]  # once an opcode: no slice, no further call
+        self._position += 1
+        return value
 
     def _number(self, layout: str) -> Any:
         return struct.unpack(layout, self._take(struct.calcsize(layout)))[0]

@@ -42,7 +42,7 @@ def load_tensors(
             stored = _check_records(path, name, size_bytes, stream, limits)
         with open_stream() as stream:
             loaded = torch.load(stream, map_location="cpu", weights_only=True)
-        tensors = _checked_tensors(path, name, loaded)
+        tensors = _checked_tensors(path, loaded)
         compare_with_records(path, name, tensors, stored)
         return tensors
     except ArchiveError:
@@ -174,13 +174,11 @@ def _directory_bytes(stream: IO[bytes], size_bytes: int) -> int:
     return int(size)
 
 
-def _checked_tensors(path: Path, member: str, loaded: Any) -> dict[str, torch.Tensor]:
+def _checked_tensors(path: Path, loaded: Any) -> dict[str, torch.Tensor]:
     import torch
 
     if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
         loaded = loaded["state_dict"]  # a Lightning checkpoint saved in the state dict's place
-    if not isinstance(loaded, Mapping):
-        raise archive_error(path, f"has a {member} that holds a {type(loaded).__name__}", "It should be a state dict.")
     tensors: dict[str, torch.Tensor] = {}
     for name, value in loaded.items():
         if isinstance(name, str) and name.endswith("_extra_state"):

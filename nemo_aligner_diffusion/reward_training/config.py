@@ -19,7 +19,8 @@ from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.training import schema
 from nemo_aligner_diffusion.training.config import conf_directory
 from nemo_aligner_diffusion.training.config_layers import closest, flatten, parse_override, unflatten
-from nemo_aligner_diffusion.training.schema import BOOL, PATH, PATHS, TEXT, Kind, choice, integer, number
+from nemo_aligner_diffusion.training.schema import BOOL, PATH, TEXT, Kind, choice, integer, number
+from nemo_aligner_diffusion.training.schema_checks import check_precision, world_size
 
 CONFIG_NAME = "reward_model"
 # Other spellings: NeMo-Aligner's examples/mm/clip, and the shorter ones.
@@ -28,14 +29,32 @@ ALIASES = {
     "model.data.data_path": "model.data.train.webdataset.local_root_path",
     "model.data.webdataset.local_root_path": "model.data.train.webdataset.local_root_path",
 }
-_SHARED = ("exp_manager.", "model.optim.", "trainer.devices", "trainer.num_nodes", "trainer.accelerator")
+# What means the same as in the diffusion runs.
+_SHARED = (
+    "exp_manager.",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.accelerator",
+    "trainer.log_every_n_steps",
+    "model.seed",
+    "model.micro_batch_size",
+    "model.global_batch_size",
+    "model.activation_checkpointing",
+    "model.nan_policy.",
+    "model.optim.",
+    "model.data.",
+    "report.enable",
+)
+_NOT_SHARED = (
+    "exp_manager.ema.",
+    "exp_manager.checkpoint_callback_params.save_top_k",  # every checkpoint holds the weights of the best validation
+    "model.data.validation.prompts",
+    "model.data.validation.max_prompts",
+    "model.data.validation.seeds",
+)
 KEYS: dict[str, Kind] = {
     "name": TEXT,
-    **{
-        key: kind
-        for key, kind in schema.KEYS.items()
-        if key.startswith(_SHARED) and not key.startswith("exp_manager.ema.")
-    },
+    **{key: kind for key, kind in schema.KEYS.items() if key.startswith(_SHARED) and not key.startswith(_NOT_SHARED)},
     "trainer.precision": choice("32", "bf16", "16", "32-true", "bf16-mixed", "16-mixed"),
     "trainer.max_steps": integer(1),
     "trainer.max_epochs": integer(1, nullable=True),
@@ -43,17 +62,12 @@ KEYS: dict[str, Kind] = {
     "trainer.limit_val_batches": number(0),
     "trainer.save_interval": integer(0),
     "trainer.gradient_clip_val": number(0, nullable=True),
-    "trainer.log_every_n_steps": integer(1),
     "trainer.early_stopping.patience": integer(0),
     "trainer.early_stopping.metric": choice("loss", "accuracy"),
     "trainer.early_stopping.min_delta": number(0),
     "model.restore_from_path": PATH,
     "model.from_pretrained": PATH,
     "model.tokenizer": PATH,
-    "model.seed": Kind("int", low=0, high=2**63 - 1),
-    "model.micro_batch_size": integer(1),
-    "model.global_batch_size": integer(1),
-    "model.activation_checkpointing": BOOL,
     "model.vision.freeze": BOOL,
     "model.vision.trainable_layers": integer(0, nullable=True),
     "model.text.freeze": BOOL,
@@ -61,13 +75,6 @@ KEYS: dict[str, Kind] = {
     "model.projections": BOOL,
     "model.logit_scale": BOOL,
     "model.save_dtype": choice("32", "16", "bf16"),
-    "model.nan_policy.max_consecutive": integer(0),
-    "model.data.num_workers": integer(0),
-    "model.data.shuffle_buffer": integer(0),
-    "model.data.on_bad_sample": choice("error", "skip"),
-    "model.data.train.webdataset.local_root_path": PATHS,
-    "model.data.validation.webdataset.local_root_path": PATHS,
-    "report.enable": BOOL,
 }
 
 
@@ -111,8 +118,7 @@ def accumulation(cfg: DictConfig) -> int:
     Raises:
         ConfigurationError: the sizes do not divide; names a size that would fit.
     """
-    devices = cfg.trainer.devices
-    ranks = (devices if isinstance(devices, int) else len(devices)) * cfg.trainer.num_nodes
+    ranks = world_size(cfg)
     step, whole = cfg.model.micro_batch_size * ranks, cfg.model.global_batch_size
     if whole % step:
         raise ConfigurationError(
@@ -197,6 +203,7 @@ def _resolved(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check(cfg: DictConfig) -> None:
     accumulation(cfg)
+    check_precision(cfg)
     if cfg.model.restore_from_path is not None and cfg.model.from_pretrained is not None:
         raise ConfigurationError(
             f"model.restore_from_path = {cfg.model.restore_from_path!r} and model.from_pretrained = "

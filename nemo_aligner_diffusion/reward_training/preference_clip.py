@@ -8,24 +8,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.nn import Parameter, functional
 
 from nemo_aligner_diffusion.errors import ConfigurationError
+from nemo_aligner_diffusion.parallel.module import NonFiniteGuard, OptimizerFactory, ParallelModule
+from nemo_aligner_diffusion.parallel.parallelism import Parallelism
 from nemo_aligner_diffusion.reward_training.calibration import PreferenceFigures, preference_figures
 from nemo_aligner_diffusion.reward_training.loss import correct, decided, preference_loss
 from nemo_aligner_diffusion.reward_training.preference_data import PreferenceBatch
 from nemo_aligner_diffusion.rewards.clip import CLIPReward
 from nemo_aligner_diffusion.rewards.preprocessing import preprocess
-from nemo_aligner_diffusion.training.non_finite import NonFinitePolicy, drop_gradients
 
-OptimizerFactory = Callable[[list[tuple[str, Parameter]]], tuple[torch.optim.Optimizer, Any]]
 MAX_LOGIT_SCALE = math.log(100.0)  # as in CLIP (Radford et al., 2021, section 2.5): beyond it training is unstable
 
 
@@ -78,15 +76,14 @@ def choose_trained_parts(model: Any, parts: TrainedParts) -> None:
         )
 
 
-class PreferenceCLIP(pl.LightningModule):
+class PreferenceCLIP(ParallelModule):
     """Train the CLIP inside a reward on preference pairs.
 
     Args:
         reward: its ``model`` is trained in place; what it computes is what the finished reward computes.
         parts: what is trained.
-        optimizer_factory: named parameters → ``(optimizer, learning-rate schedule per optimizer step or None)``.
+        optimizer_factory, guard, parallel: see :class:`.ParallelModule`; the CLIP is whole on every process.
         activation_checkpointing: recompute each transformer layer in the backward pass.
-        guard: what to do about a loss or gradient that is not finite.
     """
 
     def __init__(
@@ -96,13 +93,12 @@ class PreferenceCLIP(pl.LightningModule):
         optimizer_factory: OptimizerFactory,
         *,
         activation_checkpointing: bool = False,
-        guard: NonFinitePolicy | None = None,
+        guard: NonFiniteGuard | None = None,
+        parallel: Parallelism | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer_factory, guard, parallel)
         self.reward = reward
         self.parts = parts
-        self.optimizer_factory = optimizer_factory
-        self.guard = guard
         choose_trained_parts(reward.model, parts)
         clip: Any = reward.model
         self.text_is_trained = any(
@@ -117,8 +113,6 @@ class PreferenceCLIP(pl.LightningModule):
         self.last_validation: dict[str, float] = {}
         self.validated_step = -1
         self._micro_batches: list[dict[str, Tensor]] = []  # figures of the running optimizer step
-        self._prompts: list[str] = []
-        self._grad_norm = float("nan")
         self._step_started = 0.0
         self._validated: list[tuple[Tensor, Tensor, Tensor]] = []
 
@@ -165,29 +159,17 @@ class PreferenceCLIP(pl.LightningModule):
             }
         )
         self._prompts += batch["prompts"]
-        return loss.mean()
+        return loss.mean() * torch.where(torch.isfinite(loss).all(), 1.0, float("nan"))  # as ParallelModule wants it
 
-    def configure_optimizers(self) -> Any:
-        optimizer, schedule = self.optimizer_factory([(n, p) for n, p in self.named_parameters() if p.requires_grad])
-        if schedule is None:
-            return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    def trainable_parameters(self) -> list[tuple[str, Parameter]]:
+        return [(name, p) for name, p in self.reward.model.named_parameters() if p.requires_grad]
 
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        self._grad_norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else float("nan")
-        loss = torch.stack([figures["loss"] for figures in self._micro_batches]).sum()
-        if self.guard is not None:
-            bad = self.guard.check(self.global_step + 1, self._prompts, loss=loss, grad_norm=self._grad_norm)
-            if bad:
-                drop_gradients(optimizer)
-                return
-        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+    def step_values(self) -> dict[str, Any]:
+        return {"loss": torch.stack([figures["loss"] for figures in self._micro_batches]).sum()}
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:
+            self.parallel.apply(self.device_mesh, [self.reward.model], {})
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -197,15 +179,13 @@ class PreferenceCLIP(pl.LightningModule):
         self._finish_step()
 
     def _finish_step(self) -> None:
-        sums = {
-            name: torch.stack([f[name].float() for f in self._micro_batches]).sum() for name in self._micro_batches[0]
-        }
-        if self.trainer.world_size > 1:
-            sums = {name: self._gathered(value).sum() for name, value in sums.items()}
-        pairs, sure = float(sums["pairs"]), float(sums["decided"])
+        names = list(self._micro_batches[0])
+        figures = torch.stack([torch.stack([micro[name].float() for name in names]) for micro in self._micro_batches])
+        sums = dict(zip(names, self.trainer.strategy.reduce(figures.sum(0), reduce_op="sum").tolist(), strict=True))
+        pairs, sure = sums["pairs"], sums["decided"]
         self.last_metrics = {
-            "loss": float(sums["loss"]) / pairs,
-            "accuracy": float(sums["correct"]) / sure if sure else float("nan"),
+            "loss": sums["loss"] / pairs,
+            "accuracy": sums["correct"] / sure if sure else float("nan"),
             "ties": pairs - sure,
             "grad_norm": self._grad_norm,
             "logit_scale": float(self.reward.model.logit_scale.detach().exp()),
@@ -254,7 +234,8 @@ class PreferenceCLIP(pl.LightningModule):
         self.validated_step = self.global_step
         self._validated = []
         for name in ("loss", "accuracy"):  # what early stopping may look at
-            self.log(f"val_{name}", self.last_validation[name], logger=False)
+            # the same on all ranks already; but Lightning warns where it is not told to make it so
+            self.log(f"val_{name}", self.last_validation[name], logger=False, sync_dist=self.trainer.world_size > 1)
 
 
 def _unit(embeddings: Tensor) -> Tensor:

@@ -17,11 +17,16 @@ from torch import Tensor
 from nemo_aligner_diffusion.data.datamodule import StreamDataModule
 from nemo_aligner_diffusion.data.paths import PathSpec
 from nemo_aligner_diffusion.data.prompt_files import BadSamples
-from nemo_aligner_diffusion.data.sample_stream import SampleStream, StreamLoader
+from nemo_aligner_diffusion.data.sample_stream import SampleStream
+from nemo_aligner_diffusion.data.shard_index import Span, checksum
+from nemo_aligner_diffusion.data.span_reader import SpanReader
+from nemo_aligner_diffusion.data.stream_loader import WORKER_TIMEOUT_SECONDS, StreamLoader
 from nemo_aligner_diffusion.errors import DataError
 from nemo_aligner_diffusion.reward_training.preference_shards import (
     PreferencePair,
     decode_picture,
+    locate_pairs,
+    pair_in,
     read_preference_file,
 )
 from nemo_aligner_diffusion.rewards.preprocessing import centre_crop, resize_short_side
@@ -49,7 +54,8 @@ class PreferenceDataset(SampleStream):
         image_size: side in pixels that the model sees.
         interpolation: of the resize, ``bicubic`` or ``bilinear``.
 
-    Under ``on_bad_sample="skip"`` every process decodes every picture, to agree on which are left out.
+    Under ``on_bad_sample="skip"`` the process that makes the index decodes every picture, once; of compressed shards
+    every process decodes every picture, to agree on which are left out.
     """
 
     noun = "pair"
@@ -61,6 +67,22 @@ class PreferenceDataset(SampleStream):
 
     def read(self, file: Path, bad: BadSamples) -> Iterator[PreferencePair]:
         return read_preference_file(file, bad, decode=bad.policy == "skip")
+
+    def scan(self, file: Path, bad: BadSamples) -> Iterator[Span]:
+        if bad.policy == "error":  # an unusable pair is an error when its turn comes: no picture is read before that
+            yield from (Span(start, size, 0, 0) for start, size in locate_pairs(file, bad))
+            return
+        with SpanReader([file]) as reader:
+            for start, size in locate_pairs(file, bad):
+                data = reader.read(0, start, size, 0)
+                if pair_in(data, file, bad, decode=True) is not None:
+                    yield Span(start, size, checksum(data), 0)
+
+    def parse(self, data: bytes, tag: int, file: Path) -> PreferencePair:
+        pair = pair_in(data, file, BadSamples("error"))
+        if pair is None:
+            raise DataError(f"{file}: a sample lost its members since it was indexed; copy the shard again")
+        return pair
 
     def collate(self, items: list[PreferencePair], index: Tensor, epochs: list[int]) -> PreferenceBatch:
         return {
@@ -103,6 +125,12 @@ class PreferenceDataModule(StreamDataModule):
         self.image_size = image_size
         self.interpolation = interpolation
 
-    def build_loader(self, paths: PathSpec, num_workers: int = 0, **options: Any) -> StreamLoader:
+    def build_loader(
+        self,
+        paths: PathSpec,
+        num_workers: int = 0,
+        worker_timeout_seconds: float = WORKER_TIMEOUT_SECONDS,
+        **options: Any,
+    ) -> StreamLoader:
         dataset = PreferenceDataset(paths, image_size=self.image_size, interpolation=self.interpolation, **options)
-        return StreamLoader(dataset, num_workers)
+        return StreamLoader(dataset, num_workers, worker_timeout_seconds)

@@ -38,7 +38,7 @@ from nemo_aligner_diffusion.data.prompt_files import (
     decode_utf8,
 )
 from nemo_aligner_diffusion.data.shards import Sample, WrittenShards, write_sample_shards
-from nemo_aligner_diffusion.data.tar_stream import walk_tar
+from nemo_aligner_diffusion.data.tar_stream import ZERO_BLOCK, Member, walk_stream, walk_tar
 from nemo_aligner_diffusion.errors import DataError
 
 DEFAULT_PAIRS_PER_SHARD = 1_000
@@ -128,39 +128,91 @@ def read_preference_file(path: Path, bad: BadSamples, decode: bool = False) -> I
     """
     try:
         count_before, found = bad.count, False
-        for key, members in _samples(path, bad):
-            try:
-                pair = _pair(members, f"{path}: {key}")
-                for picture in pair.pictures:
-                    decode_picture(picture) if decode else picture_format(picture)
-            except ValueError as error:
-                bad(f"{path}: sample {key!r} {error}")
-                continue
+        _no_text_file(path)
+        for pair in _pairs(path, walk_tar(path, _wanted), bad, decode):
             found = True
             yield pair
         if not found and bad.count == count_before:
-            raise DataError(
-                f"{path} holds no preference pair; expected members such as 000.jpg_0, 000.jpg_1, 000.txt, 000.label"
-            )
+            raise _no_pair(path)
     except DataError as error:
-        if bad.policy == "error":
-            raise
-        bad(str(error))
+        bad.shard(error)
 
 
-def _samples(path: Path, bad: BadSamples) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """(key, extension -> content) of each group of neighbouring members, of known extensions only."""
+def locate_pairs(path: Path, bad: BadSamples) -> Iterator[tuple[int, int]]:
+    """(first byte, bytes) of each sample of an uncompressed shard, usable or not, from its tar headers alone.
+
+    Raises:
+        DataError: the shard is unusable and ``bad`` says to stop.
+    """
+    try:
+        _no_text_file(path)
+        key, start, end = "", 0, 0
+        for member in walk_tar(path, lambda *_: False):
+            name = _known(member)
+            if name is None:
+                continue
+            if name != key:
+                if key:
+                    yield start, end - start
+                key, start = name, member.start
+            end = member.end
+        if not key:
+            raise _no_pair(path)
+        yield start, end - start
+    except DataError as error:
+        bad.shard(error)
+
+
+def pair_in(data: bytes, path: Path, bad: BadSamples, decode: bool = False) -> PreferencePair | None:
+    """The pair in the bytes that :func:`locate_pairs` found; None for an unusable one, if ``bad`` lets it pass."""
+    stream = io.BytesIO(data + 2 * ZERO_BLOCK)
+    return next(_pairs(path, walk_stream(path, stream, None, _wanted), bad, decode), None)
+
+
+def _no_text_file(path: Path) -> None:
     if is_text_file(path):
         raise DataError(f"{path} is a text file; expected shards (.tar, .tar.gz) of preference pairs")
 
-    def wanted(name: str, kind: str, size: int) -> bool:
-        return kind == "file" and size <= _LIMITS.get(_split(name)[1], -1)
 
-    last, members = "", dict[str, bytes]()
-    for name, kind, size, data in walk_tar(path, wanted):
-        key, extension = _split(name)
-        if kind == "folder" or extension not in _LIMITS or key.rpartition("/")[2].startswith("__"):
+def _no_pair(path: Path) -> DataError:
+    return DataError(
+        f"{path} holds no preference pair; expected members such as 000.jpg_0, 000.jpg_1, 000.txt, 000.label"
+    )
+
+
+def _pairs(path: Path, members: Iterator[Member], bad: BadSamples, decode: bool) -> Iterator[PreferencePair]:
+    for key, contents in _samples(path, members, bad):
+        try:
+            pair = _pair(contents, f"{path}: {key}")
+            for picture in pair.pictures:
+                decode_picture(picture) if decode else picture_format(picture)
+        except ValueError as error:
+            bad(f"{path}: sample {key!r} {error}")
             continue
+        yield pair
+
+
+def _wanted(name: str, kind: str, size: int) -> bool:
+    return kind == "file" and size <= _LIMITS.get(_split(name)[1], -1)
+
+
+def _known(member: Member) -> str | None:
+    """The key of a member that belongs to a sample."""
+    key, extension = _split(member.name)
+    if member.kind == "folder" or extension not in _LIMITS or key.rpartition("/")[2].startswith("__"):
+        return None
+    return key
+
+
+def _samples(path: Path, walk: Iterator[Member], bad: BadSamples) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """(key, extension -> content) of each group of neighbouring members, of known extensions only."""
+    last, members = "", dict[str, bytes]()
+    for member in walk:
+        key = _known(member)
+        if key is None:
+            continue
+        name, kind, size, data, *_ = member
+        extension = _split(name)[1]
         if key != last and members:
             yield last, members
         if key != last:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-import transformers
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from pytorch_lightning.callbacks import EarlyStopping
 
 from nemo_aligner_diffusion.embedded_assets import embedded_reward_path
+from nemo_aligner_diffusion.parallel.broadcast import load_once, on_every_process
+from nemo_aligner_diffusion.parallel.layout import Layout
+from nemo_aligner_diffusion.parallel.parallelism import Parallelism
 from nemo_aligner_diffusion.reward_training.best_weights import BestWeights
 from nemo_aligner_diffusion.reward_training.clip_files import (
     SAVE_DTYPES,
@@ -26,20 +27,20 @@ from nemo_aligner_diffusion.reward_training.preference_clip import PreferenceCLI
 from nemo_aligner_diffusion.reward_training.preference_data import PreferenceDataModule
 from nemo_aligner_diffusion.reward_training.report import write_reward_report
 from nemo_aligner_diffusion.rewards.clip import CLIPReward
-from nemo_aligner_diffusion.training.checkpointing import ResumePoint, TrainingCheckpoint, find_resume_point
-from nemo_aligner_diffusion.training.interruption import Interruption, InterruptionCallback, RunTimer, run_then_close
-from nemo_aligner_diffusion.training.metrics_logging import MetricsCSV, build_loggers
+from nemo_aligner_diffusion.training.faults import RunWatch, watched
+from nemo_aligner_diffusion.training.interruption import Interruption
+from nemo_aligner_diffusion.training.metrics_logging import MetricsCSV
 from nemo_aligner_diffusion.training.non_finite import NonFinitePolicy
 from nemo_aligner_diffusion.training.optimizers import build_optimizer
 from nemo_aligner_diffusion.training.progress import TrainingProgress
-from nemo_aligner_diffusion.training.run_directory import RunDirectory
+from nemo_aligner_diffusion.training.run_frame import RunFrame, plain, quiet
 from nemo_aligner_diffusion.training.schedules import build_schedule
+from nemo_aligner_diffusion.training.schema_checks import precision_name, world_size
 
 log = logging.getLogger(__name__)
 
 COLUMNS = ("step", "loss", "accuracy", "ties", "grad_norm", "lr", "logit_scale", "images_per_second")
 VALIDATION_COLUMNS = ("step", "loss", "accuracy", "calibration_error", "pairs", "ties")
-_PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 
 
 class PreferenceProgress(TrainingProgress):
@@ -58,49 +59,48 @@ class PreferenceProgress(TrainingProgress):
         )
 
 
-def run_reward_training(cfg: DictConfig) -> int:
+def run_reward_training(cfg: DictConfig, interruption: Interruption | None = None) -> int:
     """Train as ``cfg`` says and leave the run directory complete.
 
     ``export/reward.nemo`` holds the weights of the best validation, or the last ones where there was none.
 
     Args:
         cfg: from :func:`~nemo_aligner_diffusion.reward_training.config.load_reward_config`.
+        interruption: takes signals already, while the program loads.
 
     Returns:
-        exit code: 0, or 130/143 after Ctrl-C/SIGTERM (export and report are there all the same).
+        exit code: 0, or 130/143 after Ctrl-C/SIGTERM (export and report are there all the same); 0 or 75 where the run
+        goes on in another start of its Slurm job (without them).
 
     Raises:
         AlignerError: with one clear message; the run directory says ``failed``.
     """
-    _quiet()
-    directory = RunDirectory.prepare(cfg.exp_manager, default_name=cfg.name)
-    resume = find_resume_point(directory.checkpoints) if cfg.exp_manager.resume_if_exists else None
-    if resume is not None:
-        for key, (before, now) in directory.changed_keys(cfg).items():
-            log.warning("resuming with %s = %s; it was %s", key, now, before)
-    reward = load_start(cfg)
-    data = build_data(cfg, reward)
-    data.setup("fit")  # names a missing or unreadable shard before anything is written
-    policy = NonFinitePolicy(cfg.model.nan_policy.max_consecutive)
-    module = build_module(cfg, reward, policy)
-    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    log.info("training %s of %s parameters", f"{trained:,}", f"{sum(p.numel() for p in module.parameters()):,}")
+    quiet()
+    with watched(cfg) as watch:
+        return _run(cfg, watch, interruption or Interruption())
 
-    directory.write_config(cfg)
-    directory.begin()
-    interruption = Interruption()
+
+def _run(cfg: DictConfig, watch: RunWatch, interruption: Interruption) -> int:
+    frame = RunFrame.open(cfg, watch, interruption)
+    directory = frame.directory
+    watch.phase("loading the model")
+    reward = load_once(lambda: load_start(cfg), frame.device)
+    watch.phase("opening the data")
+    data = build_data(cfg, reward)
+    on_every_process(lambda: data.setup("fit"))  # names a missing or unreadable shard before anything is written
+    policy = NonFinitePolicy(cfg.model.nan_policy.max_consecutive)
+    layout = Layout(data=world_size(cfg))
+    module = build_module(cfg, reward, policy, Parallelism(layout))
+
+    frame.begin()
     validates = data.validation is not None and cfg.trainer.val_check_interval > 0
     best = BestWeights(cfg.trainer.early_stopping.metric)
+    stopping = cfg.trainer.early_stopping
     callbacks: list[pl.Callback] = [
         best,
         MetricsCSV(directory.path, COLUMNS, VALIDATION_COLUMNS),
         PreferenceProgress(),
-        InterruptionCallback(interruption),
-        TrainingCheckpoint(
-            directory.checkpoints, every_n_optimizer_steps=cfg.trainer.save_interval or None, resume=resume
-        ),
     ]
-    stopping = cfg.trainer.early_stopping
     if validates and stopping.patience > 0:
         callbacks.append(
             EarlyStopping(
@@ -112,22 +112,22 @@ def run_reward_training(cfg: DictConfig) -> int:
                 check_on_train_epoch_end=False,
             )
         )
-    timer = RunTimer.from_config(cfg.exp_manager)
-    if timer is not None:
-        callbacks.append(timer)
-    trainer = _build_trainer(cfg, directory, callbacks, resume, validates)
-    if trainer.world_size > 1:
-        policy.any_rank = lambda bad: trainer.strategy.reduce_boolean_decision(bad, all=False)
+    interval = cfg.trainer.val_check_interval if validates else 0
+    # what early stopping and the best weights learn from a validation is not in the checkpoint that comes before it
+    callbacks += frame.callbacks(cfg.trainer.save_interval, interval, validate_again=True)
+    trainer = frame.trainer(cfg.trainer, layout, accumulation(cfg), callbacks, validates)
     if trainer.is_global_zero:
+        trained = sum(p.numel() for _, p in module.trainable_parameters())
+        log.info("training %s of %s parameters", f"{trained:,}", f"{sum(p.numel() for p in module.parameters()):,}")
         log.info("run directory: %s", directory.path)
     figures: dict[str, Any] = {}
 
     def train() -> None:
         torch.manual_seed(cfg.model.seed)
-        trainer.fit(module, datamodule=data, ckpt_path=str(resume.path) if resume is not None else None)
+        trainer.fit(module, datamodule=data, ckpt_path=str(frame.resume.path) if frame.resume is not None else None)
 
     def validate() -> None:
-        if validates and module.validated_step != trainer.global_step and interruption.requested is None:
+        if validates and module.validated_step != trainer.global_step and not frame.cut_short:
             trainer.validate(module, datamodule=data, verbose=False)
 
     def export() -> None:
@@ -146,40 +146,28 @@ def run_reward_training(cfg: DictConfig) -> int:
             log.info("exported %s", target)
 
     def record() -> None:
-        directory.finish(
-            "interrupted" if interruption.requested else "finished",
-            step=trainer.global_step,
-            best_step=best.step,
-            skipped_steps=policy.skipped,
-            non_finite_events=policy.events,
-        )
+        frame.record(trainer, best_step=best.step, skipped_steps=policy.skipped, non_finite_events=policy.events)
 
     def report() -> None:
         if cfg.report.enable and trainer.is_global_zero:
             log.info("report: %s", write_reward_report(directory.path, figures))
 
-    try:
-        return run_then_close(interruption, train, [validate, export, record, report])
-    except Exception as error:
-        directory.finish("failed", step=trainer.global_step, error=str(error))
-        raise
+    return frame.carry_out(trainer, cfg.trainer.max_steps, train, [validate, export, record, report])
 
 
 def load_start(cfg: DictConfig) -> CLIPReward:
     """The CLIP that the training starts from: in float32, named ``clip``."""
     if cfg.model.from_pretrained is not None:
-        reward = load_hugging_face_clip(cfg.model.from_pretrained)
-    else:
-        reward = load_nemo_clip(cfg.model.restore_from_path or embedded_reward_path(), cfg.model.tokenizer)
-    return reward
+        return load_hugging_face_clip(cfg.model.from_pretrained)
+    return load_nemo_clip(cfg.model.restore_from_path or embedded_reward_path(), cfg.model.tokenizer)
 
 
 def build_data(cfg: DictConfig, reward: CLIPReward) -> PreferenceDataModule:
     """The pairs of training and validation, prepared as the model wants its pictures."""
     section = cfg.model.data
     return PreferenceDataModule(
-        _plain(section.train.webdataset.local_root_path),
-        _plain(section.validation.webdataset.local_root_path),
+        plain(section.train.webdataset.local_root_path),
+        plain(section.validation.webdataset.local_root_path),
         image_size=reward.image_size,
         interpolation=reward.interpolation,
         micro_batch_size=cfg.model.micro_batch_size,
@@ -189,15 +177,20 @@ def build_data(cfg: DictConfig, reward: CLIPReward) -> PreferenceDataModule:
         num_workers=section.num_workers,
         epochs=cfg.trainer.max_epochs,
         on_bad_sample=section.on_bad_sample,
+        on_bad_shard=section.on_bad_shard,
+        index_folder=section.index_folder,
+        worker_timeout_seconds=section.worker_timeout_seconds,
     )
 
 
-def build_module(cfg: DictConfig, reward: CLIPReward, guard: NonFinitePolicy | None = None) -> PreferenceCLIP:
+def build_module(
+    cfg: DictConfig, reward: CLIPReward, guard: NonFinitePolicy | None = None, parallel: Parallelism | None = None
+) -> PreferenceCLIP:
     """The Lightning module with its optimizer and schedule."""
-    fused = cfg.trainer.precision not in ("16", "16-mixed")
 
     def optimizer(parameters: list[tuple[str, torch.nn.Parameter]]) -> tuple[torch.optim.Optimizer, Any]:
-        built = build_optimizer(parameters, cfg.model.optim, allow_fused=fused)
+        # Lightning lets no fused optimizer be clipped under a loss scale
+        built = build_optimizer(parameters, cfg.model.optim, allow_fused=precision_name(cfg) != "16-mixed")
         return built, build_schedule(built, cfg.model.optim.sched, cfg.trainer.max_steps)
 
     parts = TrainedParts(
@@ -207,58 +200,10 @@ def build_module(cfg: DictConfig, reward: CLIPReward, guard: NonFinitePolicy | N
         logit_scale=cfg.model.logit_scale,
     )
     return PreferenceCLIP(
-        reward, parts, optimizer, activation_checkpointing=cfg.model.activation_checkpointing, guard=guard
+        reward,
+        parts,
+        optimizer,
+        activation_checkpointing=cfg.model.activation_checkpointing,
+        guard=guard,
+        parallel=parallel,
     )
-
-
-def _build_trainer(
-    cfg: DictConfig,
-    directory: RunDirectory,
-    callbacks: list[pl.Callback],
-    resume: ResumePoint | None,
-    validates: bool,
-) -> pl.Trainer:
-    loop, batches = cfg.trainer, accumulation(cfg)
-    ranks = loop.num_nodes * (loop.devices if isinstance(loop.devices, int) else len(loop.devices))
-    return pl.Trainer(
-        accelerator=loop.accelerator,
-        devices=_plain(loop.devices),
-        num_nodes=loop.num_nodes,
-        precision=_PRECISIONS.get(loop.precision, loop.precision),
-        strategy="ddp" if ranks > 1 else "auto",
-        max_steps=loop.max_steps,
-        max_epochs=1,  # one pass of the loader is all passes over the pairs
-        accumulate_grad_batches=batches,
-        gradient_clip_val=loop.gradient_clip_val or None,
-        val_check_interval=loop.val_check_interval * batches if validates else None,
-        check_val_every_n_epoch=None,
-        limit_val_batches=loop.limit_val_batches if validates else 0,
-        num_sanity_val_steps=0,
-        log_every_n_steps=loop.log_every_n_steps,
-        logger=build_loggers(cfg, directory.path, resume.step if resume is not None else 0),
-        callbacks=callbacks,
-        use_distributed_sampler=False,
-        enable_model_summary=False,
-    )
-
-
-def _plain(value: Any) -> Any:
-    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-
-
-def _quiet() -> None:
-    """Our own lines on the screen, and of the libraries only what concerns the user."""
-    if not logging.getLogger().handlers:
-        logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("nemo_aligner_diffusion").setLevel(logging.INFO)
-    for noisy in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    for pattern in (
-        ".*does not have many workers.*",
-        ".*isinstance.treespec.*",
-        ".*IterableDataset.*__len__.*",
-        ".*in eval mode at the start of training.*",
-    ):
-        warnings.filterwarnings("ignore", pattern)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from nemo_aligner_diffusion.command_line import command
-from nemo_aligner_diffusion.training.cli import parse_arguments
+from nemo_aligner_diffusion.training.cli import launch, parse_arguments, show, told
+
+if TYPE_CHECKING:
+    from nemo_aligner_diffusion.training.signals import Interruption
 
 
 def help_text(program: str) -> str:
@@ -32,9 +35,13 @@ def help_text(program: str) -> str:
     return "\n".join(lines)
 
 
-@command(interrupted="interrupted before training began")
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status: 0, or the ``exit_code`` of the error that was printed."""
+    words = sys.argv[1:] if argv is None else argv
+    return told(lambda: _main(words), is_whole_program=argv is None)
+
+
+def _main(argv: Sequence[str]) -> int:
     from nemo_aligner_diffusion.reward_training.config import CONFIG_NAME, load_reward_config
 
     arguments = parse_arguments(CONFIG_NAME, argv)
@@ -43,10 +50,12 @@ def main(argv: Sequence[str]) -> int:
         return 0
     cfg = load_reward_config(arguments.overrides, arguments.config_name, arguments.config_path)
     if arguments.show_config:
-        from omegaconf import OmegaConf
-
-        print(OmegaConf.to_yaml(cfg), end="")
+        show(cfg)
         return 0
-    from nemo_aligner_diffusion.reward_training.run import run_reward_training  # torch and all, only now
 
-    return run_reward_training(cfg)
+    def run(interruption: Interruption) -> int:
+        from nemo_aligner_diffusion.reward_training.run import run_reward_training  # torch and all, only now
+
+        return run_reward_training(cfg, interruption)
+
+    return launch(cfg, run)

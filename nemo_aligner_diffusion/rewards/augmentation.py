@@ -73,8 +73,11 @@ class Augmentation:
     def __call__(self, images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """``(B, 3, H, W)`` perturbed, each picture by its own generator; differentiable, dtype and device kept."""
         # Every number is drawn whatever is switched on: adding noise to a run leaves its crops where they were.
-        drawn = torch.stack([torch.rand(8, generator=generator) for generator in generators]).to(images)
-        fields_drawn = torch.stack([torch.rand(DROPOUT_GRID, DROPOUT_GRID, generator=g) for g in generators])
+        # In float32, because trainer.precision may have made another dtype the default, whose numbers are others.
+        single = torch.float32
+        drawn = torch.stack([torch.rand(8, generator=g, dtype=single) for g in generators]).to(images)
+        grid = (DROPOUT_GRID, DROPOUT_GRID)
+        fields_drawn = torch.stack([torch.rand(grid, generator=g, dtype=single) for g in generators])
         if self.crop_scale < 1 or self.flip_probability:
             images = self._crop_and_flip(images, *drawn[:, :4].unbind(1))
         if self.colour_jitter:
@@ -82,7 +85,8 @@ class Augmentation:
         if self.dropout:
             images = self._drop(images, fields_drawn.to(images.device) < self.dropout)
         if self.noise_std:
-            noise = torch.stack([torch.randn(images.shape[1:], generator=generator) for generator in generators])
+            shape = images.shape[1:]
+            noise = torch.stack([torch.randn(shape, generator=g, dtype=single) for g in generators])
             images = images + self.noise_std * noise.to(images)
         return images
 

@@ -64,7 +64,8 @@ MODEL_KEYS = tuple(dict.fromkeys((*kinds.RESTORED_KEYS, *kinds.PRETRAINED_KEYS))
 AUGMENT_KEYS = ("crop_scale", "flip_probability", "colour_jitter", "dropout", "noise_std", "views")
 _COMMON = ("name", "trainer", "augment")
 _KEYS = tuple(dict.fromkeys((*_COMMON, *(key for keys in REWARDS.values() for key in keys))))
-_PRECISIONS = {
+# trainer.precision -> what a reward computes in
+PRECISIONS = {
     **dict.fromkeys(("32", "32-true", "fp32", "float32"), torch.float32),
     **dict.fromkeys(("16", "16-true", "16-mixed", "fp16", "float16"), torch.float16),
     **dict.fromkeys(("bf16", "bf16-true", "bf16-mixed", "bfloat16"), torch.bfloat16),
@@ -116,19 +117,20 @@ def _build(config: dict[str, Any], where: str, device: str | torch.device, dtype
             logger.warning("%s.%s has no effect here: the reward %r does not use it", where, key, name)
     precision = without_nulls(config.get("trainer"), f"{where}.trainer").get("precision", 32)
     if dtype is None:
-        if str(precision) not in _PRECISIONS:
+        if str(precision) not in PRECISIONS:
             raise ConfigurationError(
-                f"{where}.trainer.precision={precision!r} is unknown. {nearest(str(precision), _PRECISIONS)}"
+                f"{where}.trainer.precision={precision!r} is unknown. {nearest(str(precision), PRECISIONS)}"
             )
-        dtype = _PRECISIONS[str(precision)]
+        dtype = PRECISIONS[str(precision)]
     settled = dtype  # the parts compute in it, too
     section = Section(
         {**config, "name": name}, where, device, dtype, lambda below, place: _build(below, place, device, settled)
     )
-    return _augmented(_KINDS[name][0](section), without_nulls(config.get("augment"), f"{where}.augment"), where)
+    return augmented(_KINDS[name][0](section), without_nulls(config.get("augment"), f"{where}.augment"), where)
 
 
-def _augmented(reward: Reward, settings: dict[str, Any], where: str) -> Reward:
+def augmented(reward: Reward, settings: dict[str, Any], where: str) -> Reward:
+    """``reward`` as the section ``augment`` at ``where`` has it: itself, if nothing is switched on."""
     from nemo_aligner_diffusion.rewards.augmentation import Augmentation, AugmentedReward
 
     check_keys(settings, AUGMENT_KEYS, f"{where}.augment")

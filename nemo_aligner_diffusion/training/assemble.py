@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,15 +16,22 @@ from nemo_aligner_diffusion.algorithms.draft import LastSteps
 from nemo_aligner_diffusion.algorithms.draft_lv import RenoisedLastStep
 from nemo_aligner_diffusion.algorithms.drtune import SpacedSteps
 from nemo_aligner_diffusion.algorithms.refl import OneLateStep
-from nemo_aligner_diffusion.algorithms.reward_tuning import NonFiniteGuard, PlanRule
+from nemo_aligner_diffusion.algorithms.reward_tuning import PlanRule
+from nemo_aligner_diffusion.diffusion.checkpoints import component_config
 from nemo_aligner_diffusion.diffusion.families.stable_diffusion import StableDiffusion
 from nemo_aligner_diffusion.diffusion.lora import add_lora
 from nemo_aligner_diffusion.diffusion.sampler import Sampler
 from nemo_aligner_diffusion.embedded_assets import embedded_model_path
+from nemo_aligner_diffusion.parallel.broadcast import load_once
+from nemo_aligner_diffusion.parallel.layout import Layout
+from nemo_aligner_diffusion.parallel.module import NonFiniteGuard
+from nemo_aligner_diffusion.parallel.parallelism import Parallelism
+from nemo_aligner_diffusion.parallel.tensor_plans import check_tensor_parallel
 from nemo_aligner_diffusion.rewards.base import Reward
-from nemo_aligner_diffusion.training.config import refl_window
+from nemo_aligner_diffusion.training.config import derived, refl_window
 from nemo_aligner_diffusion.training.optimizers import build_optimizer
 from nemo_aligner_diffusion.training.schedules import build_schedule
+from nemo_aligner_diffusion.training.schema_checks import precision_name
 
 # model.algorithm -> (Lightning module, how its plan rule follows from the configuration)
 ALGORITHMS: dict[str, tuple[type[RewardTuning], Callable[[DictConfig], PlanRule]]] = {
@@ -42,12 +51,25 @@ ALGORITHMS: dict[str, tuple[type[RewardTuning], Callable[[DictConfig], PlanRule]
 }
 
 
-def build_model(cfg: DictConfig) -> StableDiffusion:
-    """The model with its trainable part marked: a LoRA (``sdlora``) or the whole denoiser (``none``)."""
-    model = StableDiffusion.from_pretrained(
-        cfg.model.from_pretrained or embedded_model_path(),
-        unet_path=cfg.model.unet_config.from_pretrained,
-        vae_path=cfg.model.first_stage_config.from_pretrained,
+def build_model(
+    cfg: DictConfig,
+    device: str | torch.device = "cpu",
+    phase: Callable[[str], AbstractContextManager[Any]] | None = None,
+) -> StableDiffusion:
+    """The model on ``device`` with its trainable part marked: a LoRA (``sdlora``) or the whole denoiser (``none``).
+
+    Its files are read once on each node, so this is a collective call where there is a process group; ``phase``: see
+    :func:`.load_once`.
+    """
+    _check_tensor_parallel(cfg)
+    model = load_once(
+        lambda: StableDiffusion.from_pretrained(
+            cfg.model.from_pretrained or embedded_model_path(),
+            unet_path=cfg.model.unet_config.from_pretrained,
+            vae_path=cfg.model.first_stage_config.from_pretrained,
+        ),
+        device,
+        phase,
     )
     if cfg.model.peft.peft_scheme == "sdlora":
         tuning = cfg.model.peft.lora_tuning
@@ -61,10 +83,25 @@ def build_model(cfg: DictConfig) -> StableDiffusion:
     return model
 
 
-def precision_name(cfg: DictConfig) -> str:
-    """Lightning's full name of ``trainer.precision``: NeMo's ``bf16`` and ``16`` mean mixed precision."""
-    name = str(cfg.trainer.precision)
-    return f"{name}-mixed" if name in ("16", "bf16") else name
+def _check_tensor_parallel(cfg: DictConfig) -> None:
+    size, weights = cfg.model.tensor_model_parallel_size, cfg.model.unet_config.from_pretrained
+    if size > 1:
+        pipeline = Path(cfg.model.from_pretrained or embedded_model_path()).expanduser()
+        config = (component_config(weights, "unet") if weights else None) or component_config(pipeline / "unet", "unet")
+        if config is not None:  # else loading says what is missing
+            check_tensor_parallel({"_class_name": "UNet2DConditionModel", **config}, size)
+
+
+def build_layout(cfg: DictConfig) -> Layout:
+    """Processes and what each is for, from ``trainer`` and ``model``."""
+    return Layout(
+        data=derived(cfg).data_parallel_size,
+        tensor=cfg.model.tensor_model_parallel_size,
+        fsdp=cfg.model.fsdp,
+        reshard_after_forward=cfg.model.fsdp_sharding_strategy == "full",
+        sharded_frozen=tuple(cfg.model.fsdp_frozen or ()),
+        cut_reward=cfg.model.tensor_parallel_reward,
+    )
 
 
 def build_sampler(cfg: DictConfig, model: StableDiffusion) -> Sampler:
@@ -80,8 +117,8 @@ def build_module(
     optim: dict[str, Any] = OmegaConf.to_container(cfg.model.optim, resolve=True)  # type: ignore[assignment]
 
     def optimizer_factory(parameters: list[tuple[str, torch.nn.Parameter]]) -> tuple[torch.optim.Optimizer, Any]:
-        # Lightning does not clip gradients for a fused optimizer under mixed precision
-        optimizer = build_optimizer(parameters, optim, allow_fused=not precision_name(cfg).endswith("-mixed"))
+        # under a loss scale Lightning leaves unscaling to a fused optimizer, after gradients are measured and clipped
+        optimizer = build_optimizer(parameters, optim, allow_fused=precision_name(cfg) != "16-mixed")
         return optimizer, build_schedule(optimizer, optim.get("sched"), max_steps)
 
     return module_class(
@@ -99,4 +136,5 @@ def build_module(
         decode_micro_batch_size=cfg.model.decode_micro_batch_size,
         seed=cfg.model.seed,
         guard=guard,
+        parallel=Parallelism(build_layout(cfg)),
     )

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError
+from nemo_aligner_diffusion.parallel.health.launch import claim_first_word, write_error_file
+from nemo_aligner_diffusion.parallel.launch import EndAtExit, end
+from nemo_aligner_diffusion.training import startup
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from nemo_aligner_diffusion.training.signals import Interruption
+
+_TOO_EARLY = "interrupted before training began"
 
 USED_MOST = """\
   model.kl_coeff=0.1                          weight of the KL penalty; 0: none
@@ -113,31 +125,103 @@ def main(config_name: str, argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, or the ``exit_code`` of the error that was printed.
     """
+    phases = startup.begin()
+    phases.enter("configuration")
+    words = sys.argv[1:] if argv is None else argv
+    return told(lambda: _main(config_name, words, phases), is_whole_program=argv is None)
+
+
+def _main(config_name: str, argv: Sequence[str], phases: startup.Startup) -> int:
+    arguments = parse_arguments(config_name, argv)
+    if arguments.show_help:
+        print(help_text(os.path.basename(sys.argv[0]) or "train", arguments.config_name))
+        return 0
+    from nemo_aligner_diffusion.training.config import load_config
+
+    cfg = load_config(arguments.config_name, arguments.overrides, config_dir=arguments.config_path, recipe=config_name)
+    if arguments.show_config:
+        show(cfg)
+        return 0
+
+    def run(interruption: Interruption) -> int:
+        phases.enter("imports")
+        from nemo_aligner_diffusion.training.run import run_training
+
+        return run_training(cfg, interruption)
+
+    return launch(cfg, run)
+
+
+def show(cfg: DictConfig) -> None:
+    """``--cfg``."""
+    from omegaconf import OmegaConf
+
+    print(OmegaConf.to_yaml(cfg), end="")
+
+
+def told(program: Callable[[], int], is_whole_program: bool) -> int:
+    """Call ``program``; an error of the user's is one line on the screen, and an exit code.
+
+    Args:
+        is_whole_program: its exit status will be the process's; nothing of the caller's follows.
+    """
+    ending = EndAtExit()  # before anything that registers what is to come before it
     try:
-        arguments = parse_arguments(config_name, sys.argv[1:] if argv is None else argv)
-        if arguments.show_help:
-            print(help_text(os.path.basename(sys.argv[0]) or "train", arguments.config_name))
-            return 0
-        from nemo_aligner_diffusion.training.config import check_launcher, load_config
-
-        cfg = load_config(
-            arguments.config_name, arguments.overrides, config_dir=arguments.config_path, recipe=config_name
-        )
-        if arguments.show_config:
-            from omegaconf import OmegaConf
-
-            print(OmegaConf.to_yaml(cfg), end="")
-            return 0
-        check_launcher(cfg, os.environ)
-        from nemo_aligner_diffusion.training.run import run_training  # torch and all, only now
-
-        return run_training(cfg)
+        code = program()
+        ending.code = code if is_whole_program else None
+        return code
     except AlignerError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not error.said and claim_first_word(str(error)):
+            print(f"error: {error}", file=sys.stderr)
+        write_error_file(f"error: {error}")
+        end(error.exit_code)
         return error.exit_code
     except KeyboardInterrupt:  # while loading: nothing has been trained, there is nothing to close
-        print("interrupted before training began", file=sys.stderr)
+        print(_TOO_EARLY, file=sys.stderr)
         return 130
+
+
+def launch(cfg: DictConfig, run: Callable[[Interruption], int]) -> int:
+    """Start the processes of a run where nobody has, or be one of them.
+
+    Args:
+        cfg: with the sections ``trainer`` and ``exp_manager``.
+        run: imports torch and all, and trains; signals are taken from here on.
+
+    Returns:
+        the exit status.
+    """
+    from nemo_aligner_diffusion.parallel.launch import start_processes
+    from nemo_aligner_diffusion.training.run_directory import process_rank, resolve_run_directory
+    from nemo_aligner_diffusion.training.schema_checks import check_launcher, devices_per_node
+    from nemo_aligner_diffusion.training.signals import Interrupted, Interruption
+    from nemo_aligner_diffusion.training.slurm import Requeue, check_tasks
+
+    devices, nodes = devices_per_node(cfg), int(cfg.trainer.num_nodes)
+    check_launcher(cfg, os.environ)
+    # a directory that is named after the time is named here, for all of them
+    code = start_processes(devices, nodes, prepare=lambda: resolve_run_directory(cfg.exp_manager, cfg.name))
+    if code is not None:
+        return code
+    check_tasks(devices, nodes, os.environ)
+    interruption = Interruption()
+    interruption.speaks = process_rank() == 0
+    with interruption:
+        try:
+            code = run(interruption)
+            if not interruption.speaks:  # loggers and the like are the first process's
+                end(code)
+            return code
+        except Interrupted:
+            logging.basicConfig(level=logging.INFO, format="%(message)s")  # it may not have come to that
+            if interruption.speaks:
+                print(_TOO_EARLY, file=sys.stderr)
+            requeue = Requeue.from_config(cfg.exp_manager, os.environ, is_writer=interruption.speaks)
+            if requeue is None:
+                return interruption.exit_code
+            interruption.dismiss()
+            requeue.leave(interruption.reason)
+            return requeue.exit_code(interruption.exit_code)
 
 
 def train() -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib.util
 import io
+import os
 import resource
 import sys
 import time
@@ -33,7 +35,7 @@ VALIDATION_COLUMNS = ("step", "reward", "base_reward")
 
 
 class CSVTable:
-    """A CSV file that grows by a row at a time, each on disk before :meth:`append` returns.
+    """A CSV file that grows by a row at a time; a process that is killed loses none of them.
 
     Floats are written with ``repr``: reading them back gives the same bits. A column that first appears later is added
     on the right, and empty in the rows before.
@@ -61,19 +63,35 @@ class CSVTable:
 
     def drop(self, unwanted: Any) -> int:
         """Remove the rows for whose step ``unwanted(step)`` is true, and any half-written one; returns how many."""
-        rows = self._read()
+        rows, torn = self._read_all()
         kept = [row for row in rows if _step_of(row) is not None and not unwanted(_step_of(row))]
-        if len(kept) != len(rows):
+        if torn or len(kept) != len(rows):
             self._rewrite(kept)
-        return len(rows) - len(kept)
+        return len(rows) + torn - len(kept)
+
+    def steps(self) -> set[int]:
+        """The steps that have a row."""
+        return {step for step in map(_step_of, self._read()) if step is not None}
+
+    def sync(self) -> None:
+        """Have every row on disk, so that a checkpoint which comes after them cannot outlive them."""
+        with contextlib.suppress(OSError), open(self.path, "rb+") as file:  # not there yet; or it cannot be synced
+            os.fsync(file.fileno())
 
     def _read(self) -> list[dict[str, str]]:
+        return self._read_all()[0]
+
+    def _read_all(self) -> tuple[list[dict[str, str]], int]:
+        """The complete rows, and the number of others: a power failure may have kept the beginning of a row only."""
         try:
             with open(self.path, encoding="utf-8", newline="") as file:
-                reader = csv.DictReader(file)
-                return [{k: v or "" for k, v in row.items() if k is not None} for row in reader]
+                lines = file.read().splitlines(keepends=True)
         except OSError:
-            return []
+            return [], 0
+        whole = [line for line in lines if line.endswith("\n")]
+        rows = list(csv.DictReader(whole))
+        complete = [row for row in rows if None not in row and None not in row.values()]
+        return complete, len(lines) - len(whole) + len(rows) - len(complete)
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
         lines = [self._format(self.columns)] + [self._format([row.get(n, "") for n in self.columns]) for row in rows]
@@ -92,7 +110,7 @@ class MetricsCSV(pl.Callback):
     The figures come from the LightningModule: ``module.last_metrics`` (set before the batch that completes an
     optimizer step ends; ``images`` and ``seconds`` give ``images_per_second``) and ``module.last_validation`` (set no
     later than its ``on_validation_epoch_end``). Keys beyond the fixed columns become columns of their own. The same
-    figures go to the Trainer's loggers as ``train/...`` and ``validation/...``.
+    figures go to the Trainer's loggers as ``train/...`` (every ``log_every_n_steps``) and ``validation/...``.
 
     A resumed run appends, after removing the rows past the step that it resumes from.
 
@@ -123,9 +141,18 @@ class MetricsCSV(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step = trainer.global_step
         self._started = time.monotonic()
-        for table in (self._metrics, self._validation):
-            if table is not None:
-                table.drop(lambda step: step > self._step)
+        for table in self._tables:
+            table.drop(lambda step: step > self._step)
+
+    @property
+    def _tables(self) -> list[CSVTable]:
+        return [table for table in (self._metrics, self._validation) if table is not None]
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        for table in self._tables:
+            table.sync()
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
@@ -153,7 +180,8 @@ class MetricsCSV(pl.Callback):
         }
         row |= {name: value for name, value in figures.items() if name != "step"}
         self._metrics.append({name: row.get(name) for name in (*self.columns, *row)})
-        _log(trainer, "train", row, self._step)
+        if self._step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # set by its connector
+            _log(trainer, "train", row, self._step)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         figures = _floats(getattr(pl_module, "last_validation", {}))
@@ -189,14 +217,22 @@ def build_loggers(cfg: Mapping[str, Any], run_dir: Path, resumed_step: int = 0) 
         _require("wandb", "exp_manager.create_wandb_logger")
         from pytorch_lightning.loggers import WandbLogger
 
-        given = section.get("wandb_logger_kwargs") or {}
-        kwargs = {str(key): value for key, value in given.items() if value is not None}
-        if "name" not in kwargs and "project" not in kwargs:
-            raise ConfigurationError(
-                "exp_manager.create_wandb_logger=True needs exp_manager.wandb_logger_kwargs.project or .name"
-            )
-        loggers.append(WandbLogger(**{"save_dir": str(run_dir), **kwargs}))
+        loggers.append(WandbLogger(**wandb_arguments(cfg, run_dir)))
     return loggers
+
+
+def wandb_arguments(cfg: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
+    """For Lightning's WandbLogger: what the configuration gives, and else the run's name and directory.
+
+    Args, Raises: as for :func:`build_loggers`.
+    """
+    given = cfg.get("exp_manager", cfg).get("wandb_logger_kwargs") or {}
+    kwargs = {str(key): value for key, value in given.items() if value is not None}
+    if "name" not in kwargs and "project" not in kwargs:
+        raise ConfigurationError(
+            "exp_manager.create_wandb_logger=True needs exp_manager.wandb_logger_kwargs.project or .name"
+        )
+    return {"save_dir": str(run_dir), "name": cfg.get("name"), **kwargs}
 
 
 def peak_memory_bytes(device: torch.device | str = "cpu") -> int:

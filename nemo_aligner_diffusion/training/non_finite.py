@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from nemo_aligner_diffusion.errors import ConfigurationError, NumericalError
+from nemo_aligner_diffusion.training.run_directory import process_rank
 
 log = logging.getLogger(__name__)
 
@@ -15,65 +16,55 @@ log = logging.getLogger(__name__)
 class NonFinitePolicy:
     """Decides, once per optimizer step, whether the update must be skipped (``model.nan_policy``).
 
-    Use it under Lightning's automatic optimisation in ``configure_gradient_clipping``: the last hook before the
-    optimizer acts, where the gradients are complete (accumulated, averaged over ranks, unscaled)::
-
-        def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
-            grad_norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
-            if self.policy.check(step, prompts, reward=reward, grad_norm=grad_norm):
-                drop_gradients(optimizer)
-                return
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-
-    An optimizer that meets ``grad is None`` leaves the parameter *and its moments* untouched, so the skipped step has
-    no trace in the weights, nor in the state that a checkpoint saves. Zero gradients would not do: Adam would still
-    move along its first moment, and decay the weights.
+    Ask it when the gradients are complete (accumulated, averaged over ranks, unscaled), and to skip the update, take
+    them away: ``optimizer.zero_grad(set_to_none=True)``. An optimizer that meets ``grad is None`` leaves the parameter
+    *and its moments* untouched, so the skipped step has no trace in the weights, nor in the state that a checkpoint
+    saves. Zero gradients would not do: Adam would still move along its first moment, and decay the weights.
 
     Args:
         max_consecutive: skips in a row that are tolerated; one more raises. 0 raises at the first.
-        any_rank: turns this rank's finding into that of any rank, so that all skip together
-            (``lambda bad: trainer.strategy.reduce_boolean_decision(bad, all=False)``). ``None`` on one process.
     """
 
-    def __init__(self, max_consecutive: int = 5, any_rank: Callable[[bool], bool] | None = None) -> None:
+    def __init__(self, max_consecutive: int = 5) -> None:
         if max_consecutive < 0:
             raise ConfigurationError(f"model.nan_policy.max_consecutive={max_consecutive}: expected 0 or more")
         self.max_consecutive = max_consecutive
-        self.any_rank = any_rank
         self.consecutive = 0
         self.skipped = 0
         self.events: list[dict[str, Any]] = []  # the first hundred, for the report
 
     def check(self, step: int, prompts: Sequence[str], **values: Any) -> bool:
-        """True if the update of this step must be skipped.
+        """True if the update of this step must be skipped; then a collective call: all ranks come to the same answer.
 
         Args:
             step: the optimizer step, counted from 1 as in metrics.csv.
             prompts: those of this rank's batch; where a value holds one number per prompt, only those at fault are
-                named.
+                named, on whatever rank they are.
             **values: what to look at, by name (``reward=…, grad_norm=…``): numbers, tensors, or sequences of numbers.
 
         Raises:
             NumericalError: this is number ``max_consecutive + 1`` in a row.
         """
-        found: dict[str, list[int]] = {}
-        for name, value in values.items():
-            numbers = _numbers(value)
-            bad = [index for index, number in enumerate(numbers) if not math.isfinite(number)]
-            if bad:
-                found[name] = bad if len(numbers) == len(prompts) else list(range(len(prompts)))
-        here = bool(found)
-        anywhere = self.any_rank(here) if self.any_rank is not None else here
-        if not anywhere:
+        numbers = {name: _numbers(value) for name, value in values.items()}
+        bad = {
+            name: [i for i, number in enumerate(some) if not math.isfinite(number)] for name, some in numbers.items()
+        }
+        if not any(bad.values()):
             self.consecutive = 0
             return False
 
+        # a per-prompt reward points closer than the gradient norm, which concerns the whole batch of every rank
+        closer = [
+            bad[name] for name in bad if bad[name] and len(numbers[name]) == len(prompts) and _is_many(values[name])
+        ]
+        mine = [prompts[index] for index in min(closer, key=len, default=[])]
+        ranks = _of_all_ranks(({name for name in bad if bad[name]}, mine, list(prompts)))
+        culprits = list(dict.fromkeys(prompt for _, named, _ in ranks for prompt in named))
+        culprits = culprits or list(dict.fromkeys(prompt for *_, whole in ranks for prompt in whole))
+        found = [name for name in values if any(name in there for there, *_ in ranks)]
         self.consecutive += 1
         self.skipped += 1
-        # a per-prompt reward points closer than the gradient norm, which concerns the whole batch
-        at_fault = min(found.values(), key=len) if found else []
-        culprits = [prompts[index] for index in at_fault]
-        what = " and ".join(found) if found else "a value on another process"
+        what = " and ".join(found)
         verb = "are" if len(found) > 1 else "is"
         event = {"step": step, "what": what, "prompts": culprits}
         if len(self.events) < 100:
@@ -83,9 +74,10 @@ class NonFinitePolicy:
             raise NumericalError(
                 f"{message}; that is {self.consecutive} in a row, and model.nan_policy.max_consecutive="
                 f"{self.max_consecutive} allows no more. No NaN was written into the weights. Lower model.optim.lr, "
-                "set trainer.draftp_sd.gradient_clip_val, use trainer.precision=32, or look at the prompts named."
+                "lower gradient_clip_val, use trainer.precision=32, or look at the prompts named."
             )
-        log.warning(
+        log.log(
+            logging.WARNING if process_rank() == 0 else logging.DEBUG,
             "%s; the update is skipped (%d in a row, stopping after %d)",
             message,
             self.consecutive,
@@ -93,16 +85,24 @@ class NonFinitePolicy:
         )
         return True
 
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint: a run that is resumed goes on counting."""
+        return {"consecutive": self.consecutive, "skipped": self.skipped, "events": list(self.events)}
 
-def drop_gradients(optimizer: Any) -> None:
-    """Make the coming ``optimizer.step()`` a no-op: no gradient, so neither weights nor moments change.
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.consecutive, self.skipped = int(state["consecutive"]), int(state["skipped"])
+        self.events = [dict(event) for event in state["events"]]
 
-    Args:
-        optimizer: a torch optimizer or Lightning's wrapper of one (anything with ``param_groups``).
-    """
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = None
+
+def _of_all_ranks(value: Any) -> list[Any]:
+    from nemo_aligner_diffusion.parallel.broadcast import gather  # torch, only where there is something to say
+
+    return gather(value)
+
+
+def _is_many(value: Any) -> bool:
+    """Whether it is meant as one number for each prompt, be it a batch of one."""
+    return value.dim() > 0 if hasattr(value, "dim") else isinstance(value, Iterable)
 
 
 def _numbers(value: Any) -> list[float]:

@@ -4,40 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
-import warnings
 from typing import Any
 
-import diffusers
 import pytorch_lightning as pl
 import torch
-import transformers
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from nemo_aligner_diffusion.data.datamodule import PromptDataModule
 from nemo_aligner_diffusion.data.prompts import read_prompts
 from nemo_aligner_diffusion.embedded_assets import embedded_prompts_path, embedded_reward_path
-from nemo_aligner_diffusion.errors import AlignerError
 from nemo_aligner_diffusion.evaluation.diversity import Embedder
 from nemo_aligner_diffusion.evaluation.report import write_report
+from nemo_aligner_diffusion.parallel.broadcast import load_once, on_every_process
 from nemo_aligner_diffusion.rewards import build_reward, restore_reward
 from nemo_aligner_diffusion.rewards.base import Reward
-from nemo_aligner_diffusion.training.assemble import build_model, build_module, precision_name
-from nemo_aligner_diffusion.training.checkpointing import TrainingCheckpoint, find_resume_point
+from nemo_aligner_diffusion.rewards.build import import_paths
+from nemo_aligner_diffusion.training.assemble import build_layout, build_model, build_module
 from nemo_aligner_diffusion.training.config import derived, loop_section
 from nemo_aligner_diffusion.training.ema import EMACallback
 from nemo_aligner_diffusion.training.export import export_weights
-from nemo_aligner_diffusion.training.interruption import (
-    Interruption,
-    InterruptionCallback,
-    RunTimer,
-    run_then_close,
-)
-from nemo_aligner_diffusion.training.metrics_logging import MetricsCSV, build_loggers
+from nemo_aligner_diffusion.training.faults import RunWatch, watched
+from nemo_aligner_diffusion.training.interruption import Interruption
+from nemo_aligner_diffusion.training.metrics_logging import MetricsCSV
 from nemo_aligner_diffusion.training.non_finite import NonFinitePolicy
 from nemo_aligner_diffusion.training.progress import TrainingProgress
 from nemo_aligner_diffusion.training.reward_normalization import RewardNormalization
-from nemo_aligner_diffusion.training.run_directory import RunDirectory
+from nemo_aligner_diffusion.training.run_frame import RunFrame, plain, quiet
+from nemo_aligner_diffusion.training.startup import Startup, take
+from nemo_aligner_diffusion.training.startup_callback import StartupCallback
 from nemo_aligner_diffusion.training.validation import ValidationFiles, validation_loader
 
 log = logging.getLogger(__name__)
@@ -58,71 +52,82 @@ class RunData(PromptDataModule):
         return validation_loader(self.validation_prompts, self.validation_seeds, self.validation_batch_size, rank, size)
 
 
-def run_training(cfg: DictConfig) -> int:
+def run_training(cfg: DictConfig, interruption: Interruption | None = None) -> int:
     """Train as ``cfg`` says and leave the run directory complete.
+
+    A program of several processes that calls this should leave by
+    :func:`~nemo_aligner_diffusion.parallel.launch.end`, which says why.
 
     Args:
         cfg: from :func:`~nemo_aligner_diffusion.training.config.load_config`.
+        interruption: takes signals already, while the program loads.
 
     Returns:
-        exit code: 0, or 130/143 after Ctrl-C/SIGTERM (export and report are there all the same).
+        exit code: 0, or 130/143 after Ctrl-C/SIGTERM (export and report are there all the same); 0 or 75 where the run
+        goes on in another start of its Slurm job (without them).
 
     Raises:
         AlignerError: with one clear message; the run directory says ``failed``.
     """
-    _quiet()
-    directory = RunDirectory.prepare(cfg.exp_manager, default_name=cfg.name)
-    resume = find_resume_point(directory.checkpoints) if cfg.exp_manager.resume_if_exists else None
-    if resume is not None:
-        for key, (before, now) in directory.changed_keys(cfg).items():
-            log.warning("resuming with %s = %s; it was %s", key, now, before)
+    quiet()
+    with watched(cfg) as watch:
+        return _run(cfg, watch, interruption or Interruption())
+
+
+def _run(cfg: DictConfig, watch: RunWatch, interruption: Interruption) -> int:
+    startup = take()
+    frame = RunFrame.open(cfg, watch, interruption, startup.enter)
+    directory, device, resume = frame.directory, frame.device, frame.resume
     data = _build_data(cfg)
-    data.setup("fit")  # names a missing or unreadable shard before anything is loaded or written
-    started = time.perf_counter()
-    loop = loop_section(cfg)
+    watch.phase("opening the data")
+    startup.enter("data index")
+    # names a missing or unreadable shard before anything is loaded or written
+    on_every_process(lambda: data.setup("fit"))
+    watch.phase("loading the model")
+    startup.enter("building")
+    loop, layout = loop_section(cfg), build_layout(cfg)
     policy = NonFinitePolicy(cfg.model.nan_policy.max_consecutive)
-    model = build_model(cfg)
-    reward = build_reward(cfg.rm)
+    model = build_model(cfg, device, startup.phase)
+    reward = _build_reward(cfg, device, startup)
+    startup.enter("building")
     module = build_module(cfg, model, reward, loop.max_steps, policy)
     module.validation_prompts = [prompt for prompt in data.validation_prompts for _ in data.validation_seeds]
-    log.info("model and reward loaded in %.1f s", time.perf_counter() - started)
 
-    directory.write_config(cfg)
-    directory.begin()
-    interruption = Interruption()
+    startup.enter("run directory")
+    frame.begin()
     ema = EMACallback.from_config(cfg.exp_manager.ema)
-    checkpoint = TrainingCheckpoint(
-        directory.checkpoints, every_n_optimizer_steps=loop.save_interval or None, resume=resume
-    )
     callbacks: list[pl.Callback] = [
+        StartupCallback(startup, directory.path),
         RewardNormalization(directory.path, resumed=resume is not None),
         *([ema] if ema is not None else []),
         ValidationFiles(directory.path, _embedder(cfg, reward), cfg.report.max_prompts),
         MetricsCSV(directory.path),
         TrainingProgress(),
-        InterruptionCallback(interruption),
-        checkpoint,
+        *frame.callbacks(loop.save_interval, loop.val_check_interval),
     ]
-    timer = RunTimer.from_config(cfg.exp_manager)
-    if timer is not None:
-        callbacks.append(timer)
-    trainer = _build_trainer(cfg, directory, callbacks, resume.step if resume is not None else 0)
+    startup.enter("trainer")
+    trainer = frame.trainer(loop, layout, derived(cfg).accumulation, callbacks, validates=loop.val_check_interval > 0)
     if trainer.is_global_zero:
         log.info("run directory: %s", directory.path)
 
     def train() -> None:
-        torch.manual_seed(cfg.model.seed + trainer.global_rank)  # dropout masks differ between ranks
+        # dropout masks differ between samples, and are the same where processes share a sample
+        torch.manual_seed(cfg.model.seed + trainer.global_rank // layout.tensor)
         trainer.fit(module, datamodule=data, ckpt_path=str(resume.path) if resume is not None else None)
 
     def validate() -> None:
         due = data.validation_prompts and module.validated_step != trainer.global_step
-        if due and interruption.requested is None:
+        if due and not frame.cut_short:
             trainer.validate(module, datamodule=data, verbose=False)
 
     def export() -> None:
-        if trainer.is_global_zero:
-            with ema.averaged_weights(module) if ema is not None else contextlib.nullcontext():
-                log.info("exported %s", export_weights(model, directory.export))
+        if interruption.at_once and not module.parallel.holds_whole_weights:
+            log.warning("stopped in the middle of a step, each process at another place: nothing is exported")
+            return
+        with ema.averaged_weights(module) if ema is not None else contextlib.nullcontext():
+            path = export_weights(model, directory.export, module.parallel, write=trainer.is_global_zero)
+        if path is not None:
+            log.info("exported %s", path)
 
     def record() -> None:
         if model.truncated_prompts and trainer.is_global_zero:
@@ -132,9 +137,8 @@ def run_training(cfg: DictConfig) -> int:
                 " was" if model.truncated_prompts == 1 else "s were",
                 model.tokenizer.model_max_length,
             )
-        directory.finish(
-            "interrupted" if interruption.requested else "finished",
-            step=trainer.global_step,
+        frame.record(
+            trainer,
             truncated_prompts=model.truncated_prompts,
             skipped_steps=policy.skipped,
             non_finite_events=policy.events,
@@ -144,15 +148,20 @@ def run_training(cfg: DictConfig) -> int:
         if cfg.report.enable and trainer.is_global_zero:
             log.info("report: %s", write_report(directory.path))
 
-    try:
-        return run_then_close(interruption, train, [validate, export, record, report])
-    except Exception as error:
-        directory.finish("failed", step=trainer.global_step, error=str(error))
-        if isinstance(error, AlignerError) and trainer.global_step > 0:  # what was learnt so far is not lost
-            with contextlib.suppress(Exception):
-                export()
-                report()
-        raise
+    def salvage() -> None:
+        if module.parallel.holds_whole_weights:  # else all processes would have to take part
+            export()
+        report()
+
+    return frame.carry_out(trainer, loop.max_steps, train, [validate, export, record, report], salvage)
+
+
+def _build_reward(cfg: DictConfig, device: torch.device, startup: Startup) -> Reward:
+    """The reward on ``device``; its files are read once on each node, but code of the user's own runs everywhere."""
+    with startup.phase("reward"):
+        if any(import_paths(cfg.rm)):
+            return on_every_process(lambda: build_reward(cfg.rm, device))
+        return load_once(lambda: build_reward(cfg.rm), device)
 
 
 def _build_data(cfg: DictConfig) -> RunData:
@@ -165,15 +174,15 @@ def _build_data(cfg: DictConfig) -> RunData:
     else:
         # a user's own prompts are validated on their first ones: the embedded ones say nothing about them
         source = (
-            _plain(validation.webdataset.local_root_path)
-            or _plain(section.train.webdataset.local_root_path)
+            plain(validation.webdataset.local_root_path)
+            or plain(section.train.webdataset.local_root_path)
             or str(embedded_prompts_path("validation"))
         )
-        prompts = read_prompts(source, limit=validation.max_prompts, on_bad_sample=section.on_bad_sample)
+        prompts = read_prompts(source, validation.max_prompts, section.on_bad_sample, section.on_bad_shard)
     return RunData(
         prompts[: validation.max_prompts],
         list(validation.seeds),
-        train=_plain(section.train.webdataset.local_root_path) or str(embedded_prompts_path("train")),
+        train=plain(section.train.webdataset.local_root_path) or str(embedded_prompts_path("train")),
         micro_batch_size=cfg.model.micro_batch_size,
         global_batch_size=cfg.model.global_batch_size,
         seed=cfg.model.seed,
@@ -181,34 +190,10 @@ def _build_data(cfg: DictConfig) -> RunData:
         num_workers=section.num_workers,
         epochs=loop_section(cfg).max_epochs,
         on_bad_sample=section.on_bad_sample,
+        on_bad_shard=section.on_bad_shard,
+        index_folder=section.index_folder,
+        worker_timeout_seconds=section.worker_timeout_seconds,
         validation_batch_size=max(cfg.model.micro_batch_size, 8),
-    )
-
-
-def _build_trainer(
-    cfg: DictConfig, directory: RunDirectory, callbacks: list[pl.Callback], resumed_step: int
-) -> pl.Trainer:
-    loop, batches = loop_section(cfg), derived(cfg)
-    interval = loop.val_check_interval * batches.accumulation
-    return pl.Trainer(
-        accelerator=cfg.trainer.accelerator,
-        devices=_plain(cfg.trainer.devices),
-        num_nodes=cfg.trainer.num_nodes,
-        precision=precision_name(cfg),  # type: ignore[arg-type]
-        strategy="ddp" if batches.world_size > 1 else "auto",
-        max_steps=loop.max_steps,
-        max_epochs=1,  # one pass of the loader is all passes over the prompts
-        accumulate_grad_batches=batches.accumulation,
-        gradient_clip_val=loop.gradient_clip_val or None,
-        val_check_interval=interval or None,
-        check_val_every_n_epoch=None,
-        limit_val_batches=loop.limit_val_batches if interval else 0,
-        num_sanity_val_steps=0,
-        log_every_n_steps=cfg.trainer.log_every_n_steps,
-        logger=build_loggers(cfg, directory.path, resumed_step),
-        callbacks=callbacks,
-        use_distributed_sampler=False,
-        enable_model_summary=False,
     )
 
 
@@ -220,26 +205,3 @@ def _embedder(cfg: DictConfig, reward: Reward) -> Embedder | None:
     if cfg.model.from_pretrained is None:
         return restore_reward(embedded_reward_path())  # type: ignore[return-value]
     return None
-
-
-def _plain(value: Any) -> Any:
-    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-
-
-def _quiet() -> None:
-    """Our own lines on the screen, and of the libraries only what concerns the user."""
-    if not logging.getLogger().handlers:
-        logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("nemo_aligner_diffusion").setLevel(logging.INFO)
-    for noisy in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-    for library in (diffusers.utils.logging, transformers.utils.logging):
-        library.set_verbosity_error()
-        library.disable_progress_bar()
-    for pattern in (
-        ".*does not have many workers.*",
-        ".*isinstance.treespec.*",
-        ".*IterableDataset.*__len__.*",
-        ".*in eval mode at the start of training.*",  # frozen parts, on purpose
-    ):
-        warnings.filterwarnings("ignore", pattern)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import importlib.metadata
 import json
 import os
 import platform
 import re
+import shutil
 import socket
 import sys
 import tempfile
@@ -18,10 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from nemo_aligner_diffusion.errors import OutputError
+from nemo_aligner_diffusion.training.slurm import SlurmJob, is_interactive
 
 STATE_FILE = "run.json"
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _HOW_TO_RESUME = ("exp_manager.resume_", "exp_manager.explicit_log_dir", "exp_manager.exp_dir", "exp_manager.version")
-CHECKPOINT_PATTERN = re.compile(r"step_(\d+)\.ckpt")
+CHECKPOINT_PATTERN = re.compile(r"step_(\d+)")
+OLD_CHECKPOINT_PATTERN = re.compile(r"step_\d+\.ckpt")  # single files, before there were folders
+UNFINISHED = ".tmp"  # what a write that was cut short leaves ends so, and begins with a dot
 PACKAGES = (
     "nemo-aligner-diffusion",
     "torch",
@@ -44,7 +50,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Whoever looks sees the old file or the complete new one. On an exception nothing remains.
     """
     path = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=UNFINISHED, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -55,7 +61,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner can read
         os.replace(temporary, path)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -69,7 +75,10 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 def process_rank() -> int:
     """This process's rank from the launcher's environment (torchrun, Slurm, Lightning), before torch is imported."""
-    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"):
+    # on every node of a Slurm step there is a LOCAL_RANK of 0, if the job script exports one
+    in_step = "SLURM_STEP_ID" in os.environ and not is_interactive(os.environ)
+    ranks = ("SLURM_PROCID", "LOCAL_RANK") if in_step else ("LOCAL_RANK", "SLURM_PROCID")
+    for name in ("RANK", *ranks, "JSM_NAMESPACE_RANK"):
         value = os.environ.get(name)
         if value is not None:
             return int(value)
@@ -144,8 +153,10 @@ class RunDirectory:
         found = _describe_contents(path, previous)
         resume = bool(exp_manager.get("resume_if_exists"))
         if _is_running(previous):
+            job = (previous.get("slurm") or {}).get("job")
+            owner = f"Slurm job {job}" if job else f"process {previous.get('pid')} on this machine"
             raise OutputError(
-                f"{path} is in use: process {previous.get('pid')} on this machine has been writing to it since "
+                f"{path} is in use: {owner} has been writing to it since "
                 f"{previous.get('started')}. Wait for it, stop it, or choose another exp_manager.explicit_log_dir."
             )
         if found and not resume:
@@ -154,7 +165,7 @@ class RunDirectory:
                 "exp_manager.resume_if_exists=True, choose another exp_manager.explicit_log_dir, or remove the "
                 "directory to start over."
             )
-        if resume and not checkpoint_files(path / "checkpoints"):
+        if resume and not (checkpoint_files(path / "checkpoints") or old_checkpoint_files(path / "checkpoints")):
             if not exp_manager.get("resume_ignore_no_checkpoint"):
                 raise OutputError(
                     f"exp_manager.resume_if_exists=True, but {path / 'checkpoints'} holds no checkpoint"
@@ -164,6 +175,8 @@ class RunDirectory:
             previous = {}
         for folder in ("checkpoints", "samples"):
             (path / folder).mkdir(exist_ok=True)
+        for place in (path, path / "checkpoints", path / "samples", path / "export"):
+            remove_leftovers(place)  # of a run that was killed
         return cls(path=path, previous=previous)
 
     def write_config(self, cfg: Any) -> None:
@@ -200,6 +213,7 @@ class RunDirectory:
         history = list(self.previous.get("history", []))
         if self.previous:
             history.append({key: self.previous.get(key) for key in ("status", "started", "finished", "step")})
+        job = SlurmJob.from_environment(os.environ)
         self._write_state(
             {
                 "status": "running",
@@ -209,12 +223,17 @@ class RunDirectory:
                 "command": list(sys.argv if argv is None else argv),
                 "host": socket.gethostname(),
                 "pid": os.getpid(),
+                "slurm": None if job is None else {"job": job.job_id, "restarts": job.restarts, "nodes": job.nodes},
                 "python": platform.python_version(),
                 "platform": platform.platform(),
                 "packages": package_versions(),
                 "history": history,
             }
         )
+
+    def steps_before(self) -> list[int | None]:
+        """Optimizer steps at the end of each earlier run in this directory, oldest first; None where it was killed."""
+        return [entry.get("step") for entry in (*self.previous.get("history", []), self.previous) if entry]
 
     def finish(self, status: str = "finished", **more: Any) -> None:
         """Record how it ended: ``finished``, ``interrupted`` or ``failed``; ``more`` (``step=…, error=…``) is added."""
@@ -223,7 +242,16 @@ class RunDirectory:
         self._write_state({**read_state(self.path), "status": status, "finished": _now(), **more})
 
     def _write_state(self, state: dict[str, Any]) -> None:
-        write_text_atomically(self.path / STATE_FILE, json.dumps(state, indent=2, ensure_ascii=False) + "\n")
+        text = json.dumps(state, indent=2, ensure_ascii=False) + "\n"
+        try:
+            write_text_atomically(self.path / STATE_FILE, text)
+        except OSError as error:
+            if error.errno not in FULL_DISK or not (self.path / STATE_FILE).exists():
+                raise
+            # no room for a second file: how the run ended is worth more than the old text in the block that is there
+            with open(self.path / STATE_FILE, "r+", encoding="utf-8") as file:
+                file.write(text)
+                file.truncate()
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -236,11 +264,31 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def checkpoint_files(folder: Path) -> list[tuple[int, Path]]:
-    """``(step, file)`` of the complete checkpoints in a folder, oldest first."""
+    """``(step, its folder)`` of the complete checkpoints in ``checkpoints/``, oldest first."""
     if not folder.is_dir():
         return []
-    matches = ((CHECKPOINT_PATTERN.fullmatch(file.name), file) for file in folder.iterdir())
+    matches = ((CHECKPOINT_PATTERN.fullmatch(path.name), path) for path in folder.iterdir() if path.is_dir())
     return sorted((int(match.group(1)), file) for match, file in matches if match)
+
+
+def old_checkpoint_files(folder: Path) -> list[Path]:
+    """Checkpoints of earlier versions of this program, single files, which this one does not read; oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if OLD_CHECKPOINT_PATTERN.fullmatch(path.name))
+
+
+def remove_leftovers(folder: Path) -> list[str]:
+    """Delete what writes that were cut short left in ``folder`` (not below it), and give their names."""
+    if not folder.is_dir():
+        return []
+    leftovers = [path for path in folder.iterdir() if path.name.startswith(".") and path.name.endswith(UNFINISHED)]
+    for path in leftovers:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    return sorted(path.name for path in leftovers)
 
 
 def package_versions() -> dict[str, str]:
@@ -269,7 +317,8 @@ def _check_writable(path: Path) -> None:
 
 def _describe_contents(path: Path, previous: Mapping[str, Any]) -> str:
     """What an earlier run left that is worth keeping, in words; empty if it did not get that far."""
-    checkpoints = checkpoint_files(path / "checkpoints")
+    checkpoints = [file for _, file in checkpoint_files(path / "checkpoints")]
+    checkpoints = checkpoints or old_checkpoint_files(path / "checkpoints")
     rows = _rows(path / "metrics.csv")
     if not (checkpoints or rows or (path / "export").is_dir()):
         return ""  # it stopped at its configuration or data: nothing to lose, so correcting the command is enough
@@ -277,7 +326,7 @@ def _describe_contents(path: Path, previous: Mapping[str, Any]) -> str:
     name = {"finished": "a finished run", "interrupted": "an interrupted run", "failed": "a failed run"}.get(status)
     parts = [f"{rows} step{'s' if rows != 1 else ''} in metrics.csv"] if rows else []
     if checkpoints:
-        parts.append(f"last checkpoint {checkpoints[-1][1].name}")
+        parts.append(f"last checkpoint {checkpoints[-1].name}")
     if previous.get("finished"):
         parts.append(f"ended {previous['finished']}")
     return (name or "an unfinished run") + (f" ({', '.join(parts)})" if parts else "")
@@ -292,8 +341,18 @@ def _rows(path: Path) -> int:
 
 
 def _is_running(state: Mapping[str, Any]) -> bool:
-    """Whether the process that claimed the directory is still alive on this machine."""
-    if state.get("status") != "running" or state.get("host") != socket.gethostname():
+    """Whether the process that claimed the directory is still alive: its Slurm job, or itself on this machine."""
+    if state.get("status") != "running":
+        return False
+    job = (state.get("slurm") or {}).get("job")
+    if job is not None:
+        mine = SlurmJob.from_environment(os.environ)
+        if mine is not None and mine.job_id == job:
+            return False  # an earlier start of this very job, which was put back into the queue
+        running = SlurmJob(str(job)).is_running()  # on whatever node
+        if running is not None:
+            return running
+    if state.get("host") != socket.gethostname():
         return False
     pid = state.get("pid")
     if not isinstance(pid, int) or pid <= 0 or pid == os.getpid():
@@ -328,7 +387,7 @@ def _now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
     # A rename is on disk only when the directory is; some file systems cannot sync one, which must not stop a run.
     try:
         handle = os.open(path, os.O_RDONLY)

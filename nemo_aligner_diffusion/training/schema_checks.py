@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from omegaconf import DictConfig, ListConfig
 
 from nemo_aligner_diffusion.errors import ConfigurationError
+from nemo_aligner_diffusion.parallel.layout import FROZEN_PARTS
 from nemo_aligner_diffusion.training.schema_reward_checks import check_reward
 
 # Settings that only some methods read: what is set on the command line for another method gets a warning.
@@ -28,16 +29,44 @@ class Derived:
         world_size: processes, ``devices × num_nodes``.
         data_parallel_size: ``world_size / tensor_model_parallel_size``.
         accumulation: micro batches an optimizer step, on each process.
+        tensor_parallel_size: processes that share each sample.
     """
 
     world_size: int
     data_parallel_size: int
     accumulation: int
+    tensor_parallel_size: int = 1
 
 
 def devices_per_node(cfg: DictConfig) -> int:
     devices = cfg.trainer.devices
     return len(devices) if isinstance(devices, list | tuple | ListConfig) else int(devices)
+
+
+def world_size(cfg: DictConfig) -> int:
+    """Processes of the run."""
+    return int(cfg.trainer.num_nodes) * devices_per_node(cfg)
+
+
+def precision_name(cfg: DictConfig) -> str:
+    """Lightning's full name of ``trainer.precision``: NeMo's ``bf16`` and ``16`` mean mixed precision."""
+    name = str(cfg.trainer.precision)
+    return f"{name}-mixed" if name in ("16", "bf16") else name
+
+
+def check_precision(cfg: DictConfig) -> None:
+    """Several processes compute in what Lightning's ``ModelParallelStrategy`` takes: no loss scale, no float64.
+
+    Raises:
+        ConfigurationError: they would not.
+    """
+    name, processes = precision_name(cfg), world_size(cfg)
+    if processes > 1 and name in ("16-mixed", "64", "64-true"):
+        why = "numbers of 64 bits are for one" if name != "16-mixed" else "each would have a loss scale of its own"
+        raise ConfigurationError(
+            f"trainer.precision = {cfg.trainer.precision} with {processes} processes (trainer.devices × "
+            f"trainer.num_nodes): {why}; expected 32 or bf16"
+        )
 
 
 def derived(cfg: DictConfig) -> Derived:
@@ -48,20 +77,22 @@ def derived(cfg: DictConfig) -> Derived:
     """
     nodes, devices = int(cfg.trainer.num_nodes), devices_per_node(cfg)
     tensor_parallel = int(cfg.model.tensor_model_parallel_size)
-    if tensor_parallel > 1:
+    size = world_size(cfg)
+    if size % tensor_parallel:
+        fits = [divisor for divisor in range(1, size + 1) if size % divisor == 0]
         raise ConfigurationError(
-            f"model.tensor_model_parallel_size = {tensor_parallel}: tensor parallelism is not available yet, "
-            "expected 1; the devices then share the batch (data parallelism)"
+            f"model.tensor_model_parallel_size = {tensor_parallel} does not divide the {size} processes "
+            f"(trainer.devices × trainer.num_nodes = {devices} × {nodes}): expected {_any_of(fits)}, or "
+            f"trainer.devices={tensor_parallel}"
         )
-    world_size = nodes * devices
-    data_parallel = world_size // tensor_parallel
+    data_parallel = size // tensor_parallel
     micro, whole = int(cfg.model.micro_batch_size), int(cfg.model.global_batch_size)
     if whole % (micro * data_parallel):
-        raise ConfigurationError(_batch_mismatch(whole, micro, data_parallel, nodes, devices))
-    return Derived(world_size, data_parallel, whole // (micro * data_parallel))
+        raise ConfigurationError(_batch_mismatch(whole, micro, data_parallel, nodes, devices, tensor_parallel))
+    return Derived(size, data_parallel, whole // (micro * data_parallel), tensor_parallel)
 
 
-def _batch_mismatch(whole: int, micro: int, data_parallel: int, nodes: int, devices: int) -> str:
+def _batch_mismatch(whole: int, micro: int, data_parallel: int, nodes: int, devices: int, tensor_parallel: int) -> str:
     step = micro * data_parallel
     below, above = whole // step * step, (whole // step + 1) * step
     fits = [f"model.global_batch_size={' or '.join(str(size) for size in (below, above) if size)}"]
@@ -71,14 +102,45 @@ def _batch_mismatch(whole: int, micro: int, data_parallel: int, nodes: int, devi
         nearest = sorted(sorted(sizes, key=lambda size: abs(size - micro))[:3])
         fits.append(f"model.micro_batch_size={' or '.join(map(str, nearest))}")
     elif whole % micro == 0:
-        shares = [size for size in range(1, devices) if (whole // micro) % (size * nodes) == 0]
+        shares = [
+            size
+            for size in range(1, devices)
+            if (whole // micro * tensor_parallel) % (size * nodes) == 0 and size * nodes % tensor_parallel == 0
+        ]
         if shares:
             fits.append(f"trainer.devices={shares[-1]}")
     return (
         f"model.global_batch_size = {whole} is no multiple of model.micro_batch_size × data_parallel_size = "
-        f"{micro} × {data_parallel} = {step} ({devices} device(s) × {nodes} node(s)). "
+        f"{micro} × {data_parallel} = {step} ({devices} device(s) × {nodes} node(s)"
+        f"{f' / {tensor_parallel} tensor-parallel' if tensor_parallel > 1 else ''}). "
         f"These would fit: {'; or '.join(fits)}"
     )
+
+
+def _any_of(sizes: list[int]) -> str:
+    return " or ".join([", ".join(map(str, sizes[:-1])), str(sizes[-1])] if len(sizes) > 1 else map(str, sizes))
+
+
+def _check_parallel(cfg: DictConfig) -> None:
+    model, sizes = cfg.model, derived(cfg)
+    unknown = [part for part in model.fsdp_frozen or () if part not in FROZEN_PARTS]
+    if unknown:
+        raise ConfigurationError(f"model.fsdp_frozen names {unknown[0]!r}: expected any of {', '.join(FROZEN_PARTS)}")
+    if model.fsdp_frozen and not model.fsdp:
+        raise ConfigurationError(
+            f"model.fsdp_frozen = {list(model.fsdp_frozen)} without model.fsdp: add model.fsdp=true, or leave it empty"
+        )
+    if model.tensor_parallel_reward and sizes.tensor_parallel_size == 1:
+        raise ConfigurationError(
+            "model.tensor_parallel_reward = true with model.tensor_model_parallel_size = 1: there is no group to cut "
+            "the reward over; expected false, or a larger size"
+        )
+    if model.fsdp and sizes.data_parallel_size == 1:
+        raise ConfigurationError(
+            f"model.fsdp = true with one data-parallel process (trainer.devices × trainer.num_nodes / "
+            f"model.tensor_model_parallel_size = {sizes.world_size} / {sizes.tensor_parallel_size}): there is nothing "
+            "to shard over; add devices, or model.fsdp=false"
+        )
 
 
 def check(cfg: DictConfig) -> None:
@@ -87,7 +149,8 @@ def check(cfg: DictConfig) -> None:
     Raises:
         ConfigurationError: naming the keys, their values and what would be right.
     """
-    derived(cfg)
+    check_precision(cfg)
+    _check_parallel(cfg)
     _check_steps(cfg)
     for side in ("height", "width"):
         pixels = cfg.model.infer[side]
@@ -180,7 +243,7 @@ def check_launcher(cfg: DictConfig, environment: Mapping[str, str]) -> None:
     if "TORCHELASTIC_RUN_ID" not in environment or "WORLD_SIZE" not in environment:
         return
     started = int(environment["WORLD_SIZE"])
-    expected = int(cfg.trainer.num_nodes) * devices_per_node(cfg)
+    expected = world_size(cfg)
     if started != expected:
         local = int(environment.get("LOCAL_WORLD_SIZE", started))
         raise ConfigurationError(

@@ -50,7 +50,7 @@ class Kind:
                 "texts": "a list of texts",
                 "ints": "a list of integers",
                 "floats": "a list of numbers",
-                "devices": "an integer >= 1 or a list of device indices",
+                "devices": "an integer >= 1 or a list of different device indices",
                 "any": "anything",
             }[self.name]
             if self.length is not None:

@@ -55,13 +55,16 @@ class ValidationFiles(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, RewardTuning)
         pictures = pl_module.validation_pictures
-        if pictures is None or not trainer.is_global_zero or trainer.sanity_checking:
+        if pictures is None or trainer.sanity_checking:
             return
         step = trainer.global_step
-        if self.embedder is not None and len(set(pictures.prompts)) < len(pictures.prompts):
+        here = trainer.is_global_zero or pl_module.parallel.layout.spreads_reward  # the embedder may be the reward
+        if here and self.embedder is not None and len(set(pictures.prompts)) < len(pictures.prompts):
             base = seed_diversity(self.embedder, pictures.base, pictures.prompts).mean
             tuned = seed_diversity(self.embedder, pictures.tuned, pictures.prompts).mean
             pl_module.last_validation |= {"diversity": tuned, "base_diversity": base}
+        if not trainer.is_global_zero:
+            return
         self._write_grid(pictures, step)
         rows = [
             {"prompt": prompt, "seed": seed, "base_reward": base, "reward": tuned}

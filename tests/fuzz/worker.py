@@ -113,7 +113,7 @@ class _Session:
                 try:
                     reward(self._picture, [PROMPT])
                 except AlignerError:
-                    pass
+                    pass  # refused: as good as done
                 except (Exception, Interrupted) as error:
                     broken.append(f"exception when scoring: {type(error).__name__}: {str(error)[:200]}")
             broken += _broken_limits(scoring, "scoring")
@@ -153,7 +153,7 @@ class _Session:
             try:
                 self._load(self._path).extract(self._extracted)
             except AlignerError:
-                pass
+                pass  # refused: as good as done
             except Exception as error:
                 broken.append(f"exception when extracting: {type(error).__name__}: {str(error)[:200]}")
         broken += [f"wrote: {what}" for what in watch.wrote] + [f"ran: {what}" for what in watch.ran]

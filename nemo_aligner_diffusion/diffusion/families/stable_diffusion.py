@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nemo_aligner_diffusion.diffusion.checkpoints import Component, component_config, load_component
+from nemo_aligner_diffusion.diffusion.checkpoints import Component, component_config, empty_module, load_component
 from nemo_aligner_diffusion.diffusion.conditioning import Conditioning
 from nemo_aligner_diffusion.diffusion.lora import adapters_off, has_lora
 from nemo_aligner_diffusion.errors import CheckpointError, first_line
@@ -96,7 +97,7 @@ class StableDiffusion(nn.Module):
                     part = part_class.from_pretrained(folder / name, torch_dtype=dtype, local_files_only=True)
                 else:  # architecture: what the weights' own folder says, else the pipeline folder's
                     config = component_config(path, name) or component_config(folder / name, name)
-                    part = part_class.from_config(config).to(dtype)
+                    part = empty_module(partial(part_class.from_config, config), dtype)
                     load_component(part, name, path)
                 parts.append(part)
         except (OSError, ValueError) as error:

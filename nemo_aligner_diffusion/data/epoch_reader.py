@@ -1,0 +1,95 @@
+"""The samples of one epoch by their rows, and what is put in the place of those that can no longer be read."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nemo_aligner_diffusion.data.epoch_order import Rows
+from nemo_aligner_diffusion.data.prompt_files import BadSampleError, warn_of
+from nemo_aligner_diffusion.data.span_reader import SpanReader
+from nemo_aligner_diffusion.errors import DataError
+
+if TYPE_CHECKING:
+    from nemo_aligner_diffusion.data.sample_stream import SampleStream
+
+logger = logging.getLogger(__name__)
+
+REPLACEMENT_TRIES = 1_000  # samples drawn in place of one that cannot be read, before giving up
+
+
+class EpochReader:
+    """The samples of one epoch by row; what became unreadable is replaced and counted, or an error."""
+
+    def __init__(self, stream: SampleStream, spans: SpanReader, epoch: int, worker: int | None) -> None:
+        assert stream.index is not None
+        self.stream, self.index, self.spans, self.epoch = stream, stream.index, spans, epoch
+        self.who = f"data rank {stream.rank}" + (f", worker {worker}" if worker is not None else "")
+        self.lost: set[int] = set()  # files that something could not be read from
+        self.replaced = 0
+
+    def located(self, rows: Rows) -> Iterator[tuple[int, ...]]:
+        """(file, offset, size, crc, tag) of each row."""
+        found = self.index.records[rows]
+        return zip(
+            self.index.files_of(rows).tolist(),
+            *(found[name].tolist() for name in ("offset", "size", "crc", "tag")),
+            strict=True,
+        )
+
+    def sample(self, position: int, row: tuple[int, ...]) -> Any:
+        """The sample of global index ``position``: the one at ``row``, or what replaces it."""
+        # Every sample is tried, those of a lost file, too: what a rank gets must not depend on what it met before.
+        try:
+            return self._read(position, *row)
+        except DataError as error:
+            if self.stream.on_bad_shard == "error" or isinstance(error, BadSampleError):
+                raise DataError(f"{error} ({self.who}, sample {position} of the run)") from error
+            self._lose(row[0], error)
+        self.replaced += 1
+        self.stream.replaced += 1
+        draw = random.Random(f"{self.stream.seed}/{position}/replacement")
+        for _ in range(REPLACEMENT_TRIES):
+            (other,) = self.located(np.array([draw.randrange(len(self.index))]))
+            try:
+                return self._read(position, *other)
+            except DataError as error:
+                self._lose(other[0], error)
+        raise DataError(
+            f"{self.stream.named()}: {len(self.lost)} of {len(self.stream.files)} files have become unreadable and no "
+            f"other sample was found in {REPLACEMENT_TRIES:,} tries ({self.who}); is the disk there?"
+        )
+
+    def _read(self, position: int, file: int, offset: int, size: int, crc: int, tag: int) -> Any:
+        self.stream.reading(file, position)
+        return self.stream.parse(self.spans.read(file, offset, size, crc), tag, self.stream.files[file])
+
+    def _lose(self, file: int, error: DataError) -> None:
+        if file not in self.lost:
+            self.lost.add(file)
+            logger.warning("%s; what cannot be read is replaced by other %ss (%s)", error, self.stream.noun, self.who)
+
+    def report_skipped(self, speaker: bool) -> None:
+        """Count what the index left out, at the beginning of the epoch; ``speaker``: say it, too."""
+        stream, index = self.stream, self.index
+        stream.skipped += index.bad_samples
+        if speaker:
+            if stream.start_sample // len(index) == self.epoch:
+                warn_of(index.messages, index.bad_samples)
+            stream.report_skipped(self.epoch, index.bad_samples, index.bad_shards, len(index))
+
+    def report_replaced(self) -> None:
+        """Count what was replaced, at the end of the epoch."""
+        if self.replaced:
+            logger.warning(
+                "epoch %d: replaced %d %ss of %d shards that became unreadable (%s)",
+                self.epoch,
+                self.replaced,
+                self.stream.noun,
+                len(self.lost),
+                self.who,
+            )

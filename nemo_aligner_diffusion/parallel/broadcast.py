@@ -1,0 +1,298 @@
+"""Loading once per node: one process of each node reads files, the others receive what it loaded, tensor by tensor.
+
+Without it every process of a node reads the same files (on a shared file system, all processes of all nodes at once)
+and holds a copy of the weights in host memory before moving it to its device. Here the first process of each node, its
+*leader*, loads as if it were alone; the others get the loaded module's structure (pickled, without its tensors) and
+then one tensor after the other, each placed on its own device before the next one comes: beside the leader's copy a
+node holds one tensor a process. No other process opens a file, those of tokenizers and configurations included.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import pickle
+import platform
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from nemo_aligner_diffusion.errors import AlignerError
+from nemo_aligner_diffusion.parallel.launch import collective_timeout
+
+log = logging.getLogger(__name__)
+
+# Which node a process runs on, as torchrun, Lightning and Slurm say it; the first that is set, beside the host's name.
+NODE_VARIABLES = ("GROUP_RANK", "NODE_RANK", "SLURM_NODEID")
+
+_Module = TypeVar("_Module", bound=nn.Module)
+_Value = TypeVar("_Value")
+
+
+def load_once(
+    load: Callable[[], _Module],
+    device: str | torch.device = "cpu",
+    phase: Callable[[str], AbstractContextManager[Any]] | None = None,
+) -> _Module:
+    """The module that ``load()`` makes, on ``device``, in every process; ``load`` runs in one process of each node.
+
+    A collective call of all processes. Values, dtypes, tied parameters, buffers (those that no state dict holds
+    included) and everything else about the module are the leader's. With one process, or without a process group, it is
+    ``load().to(device)``. A module that cannot be pickled (a user's own code) is loaded by every process for itself.
+
+    Args:
+        load: reads files and builds a module on the CPU; must do the same in every process.
+        device: where the module's tensors go, this process's own.
+        phase: ``phase(name)`` surrounds each part of the work, for reports of how long it took.
+
+    Raises:
+        AlignerError: loading failed on a node; every process of every node raises the same error. So does any other
+            exception, as itself where it can be pickled, else as a ``RuntimeError`` that quotes it.
+    """
+    phase = phase or (lambda name: nullcontext())
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        with phase("reading weights"):
+            module = load()
+        with phase("moving to the device"):
+            return module.to(device)
+    node = _node()
+    packed: _Packed | None = None
+    module_here: _Module | None = None
+    outcome: list[Any] = [None]
+    with phase("reading weights"):  # the others wait for their leader
+        if node.is_leader:
+            try:
+                module_here = load()
+                packed = _pack(module_here)
+                outcome = [("loaded", packed.skeleton, [(t.shape, t.dtype) for t in packed.tensors])]
+            except _UnpicklableError as error:
+                outcome = [("not to be handed on", str(error))]
+            except Exception as error:
+                outcome = [("failed", _portable(error))]
+        dist.broadcast_object_list(outcome, src=node.leader, group=node.group)
+        kind, content, *rest = outcome[0]
+        _agree(content if kind == "failed" else None, node)
+    if kind != "loaded":
+        log.info("every process loads for itself: %s", content)
+        with phase("reading weights"):
+            failure: Exception | None = None
+            try:
+                module_here = module_here if module_here is not None else load()
+            except Exception as error:
+                failure = _portable(error)
+            _agree(failure, node)
+        assert module_here is not None
+        return module_here.to(device)
+    with phase("handing on"):
+        if packed is not None:
+            assert module_here is not None
+            for tensor in packed.tensors:
+                _send(tensor, node, torch.device(device))
+            return module_here.to(device)
+        staging = _staging(rest[0], node, torch.device(device))
+        received = [_receive(shape, dtype, node, torch.device(device), staging) for shape, dtype in rest[0]]
+        unpacked: _Module = _Unpickler(io.BytesIO(content), received).load()
+        return unpacked
+
+
+def on_every_process(action: Callable[[], _Value]) -> _Value:
+    """``action()`` in every process, each with its own result; what fails in one is raised in all.
+
+    Otherwise the others would wait for it in their next collective call until that times out.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return action()
+    result: list[_Value] = []
+    failure: Exception | None = None
+    try:
+        result.append(action())
+    except Exception as error:
+        failure = _portable(error)
+    _agree(failure, _node())
+    return result[0]
+
+
+def gather(value: _Value) -> list[_Value]:
+    """Every process's ``value`` (small, picklable) by rank, in every process."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=_node().world)
+    return values
+
+
+@dataclass(frozen=True)
+class _Node:
+    """The processes of this node. ``group`` carries objects and CPU tensors; ``fast`` is NCCL's, where there is one."""
+
+    leader: int  # global rank
+    is_leader: bool
+    group: Any
+    world: Any
+    fast: Any
+
+
+_known: tuple[Any, _Node] | None = None  # for the process group that was the default one then
+
+
+def _node() -> _Node:
+    """Groups of this node's processes, made at the first call (a collective one) for a default process group."""
+    global _known
+    default = dist.group.WORLD
+    if _known is not None and _known[0] is default:
+        return _known[1]
+    nccl = "nccl" in str(dist.get_backend_config())
+    timeout = collective_timeout()  # the others wait for their leader to read a file
+    world = dist.new_group(backend="gloo", timeout=timeout)
+    names: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(names, _node_name(), group=world)
+    mine: _Node | None = None
+    for name in dict.fromkeys(names):  # every process makes every group, in the same order
+        ranks = [rank for rank, other in enumerate(names) if other == name]
+        group, fast = world, default if nccl else None
+        if len(ranks) < len(names):
+            group = dist.new_group(ranks, backend="gloo", timeout=timeout)
+            fast = dist.new_group(ranks, backend="nccl", timeout=timeout) if nccl else None
+        if dist.get_rank() in ranks:
+            mine = _Node(ranks[0], dist.get_rank() == ranks[0], group, world, fast)
+    assert mine is not None
+    _known = (default, mine)
+    return mine
+
+
+def _node_name() -> tuple[str, str]:
+    number = next((os.environ[name] for name in NODE_VARIABLES if name in os.environ), "")
+    return number, platform.node()
+
+
+def _agree(failure: Exception | None, node: _Node) -> None:
+    """Raise the first failure of any process in all of them."""
+    failures: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure, group=node.world)
+    for rank, found in enumerate(failures):
+        if found is not None:
+            if isinstance(found, AlignerError):
+                found.said = rank != dist.get_rank()  # by the process that met it
+            raise found
+
+
+def _portable(error: Exception) -> Exception:
+    """``error`` if it can be rebuilt elsewhere with the same message, else one that can."""
+    try:
+        if str(pickle.loads(pickle.dumps(error))) == str(error):
+            return error
+    except Exception as reason:
+        log.debug("an exception cannot be pickled: %s", reason)
+    known = next((kind for kind in type(error).__mro__ if kind.__module__ == AlignerError.__module__), None)
+    return known(str(error)) if known is not None else RuntimeError(f"{type(error).__name__}: {error}")
+
+
+class _UnpicklableError(Exception):
+    """A module that only the process which made it can have; its message says what is in the way."""
+
+
+@dataclass(frozen=True)
+class _Packed:
+    skeleton: bytes  # the module, with numbers in its tensors' places
+    tensors: list[Tensor]  # each storage once
+
+
+def _pack(module: nn.Module) -> _Packed:
+    stream = io.BytesIO()
+    pickler = _Pickler(stream)
+    try:
+        pickler.dump(module)
+    # pickle raises what the objects' own methods raise: PicklingError, TypeError, AttributeError and more
+    except Exception as error:
+        raise _UnpicklableError(f"{type(module).__name__} cannot be pickled ({error})") from error
+    return _Packed(stream.getvalue(), pickler.tensors)
+
+
+class _Pickler(pickle.Pickler):
+    """Leaves tensors out; ``tensors`` holds them, those that share their memory once."""
+
+    def __init__(self, stream: io.BytesIO) -> None:
+        super().__init__(stream, protocol=pickle.HIGHEST_PROTOCOL)
+        self.tensors: list[Tensor] = []
+        self._objects: dict[int, int] = {}
+        self._alive: list[Tensor] = []  # an id belongs to one object as long as that exists
+        self._places: dict[Any, int] = {}
+
+    def persistent_id(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return None
+        if type(value) not in (Tensor, nn.Parameter) or value.is_meta or value.layout != torch.strided:
+            raise pickle.PicklingError(f"a {type(value).__name__} on {value.device} is no plain tensor")
+        storage = value.untyped_storage().data_ptr() if value.numel() else id(value)  # empty ones have no memory
+        place = storage, value.storage_offset(), value.shape, value.stride(), value.dtype
+        if place not in self._places:
+            self._places[place] = len(self.tensors)
+            self.tensors.append(value)
+        self._alive.append(value)
+        number = self._objects.setdefault(id(value), len(self._objects))
+        return number, self._places[place], isinstance(value, nn.Parameter), value.requires_grad
+
+
+class _Unpickler(pickle.Unpickler):
+    """Puts ``tensors`` where the leader's were. What it reads comes from a process of the same job."""
+
+    def __init__(self, stream: io.BytesIO, tensors: list[Tensor]) -> None:
+        super().__init__(stream)
+        self._tensors = tensors
+        self._objects: dict[int, Tensor] = {}
+
+    def persistent_load(self, identity: Any) -> Tensor:
+        number, place, is_parameter, requires_grad = identity
+        if number not in self._objects:
+            # a view of its own, so that a tied storage does not make two parameters one object
+            tensor = self._tensors[place].view(self._tensors[place].shape)
+            self._objects[number] = (
+                nn.Parameter(tensor, requires_grad) if is_parameter else tensor.requires_grad_(requires_grad)
+            )
+        return self._objects[number]
+
+
+def _send(tensor: Tensor, node: _Node, device: torch.device) -> None:
+    """Give ``tensor`` to the node's other processes."""
+    value = tensor.detach().contiguous()
+    if node.fast is not None and device.type == "cuda":
+        dist.broadcast(_bytes(value.to(device)), src=node.leader, group=node.fast)
+    elif value.numel():
+        dist.broadcast(_bytes(value), src=node.leader, group=node.group)
+
+
+def _staging(described: list[tuple[torch.Size, torch.dtype]], node: _Node, device: torch.device) -> Tensor | None:
+    """Host memory for the largest tensor, through which all of them reach another device; ``None``: not needed.
+
+    One block for all: an allocator that got and gave back each tensor's own would keep several in pieces.
+    """
+    if device.type == "cpu" or (node.fast is not None and device.type == "cuda"):
+        return None
+    return torch.empty(
+        max((shape.numel() * dtype.itemsize for shape, dtype in described), default=0), dtype=torch.uint8
+    )
+
+
+def _receive(
+    shape: torch.Size, dtype: torch.dtype, node: _Node, device: torch.device, staging: Tensor | None
+) -> Tensor:
+    """On ``device``: through NCCL at once, else through host memory, which holds this one tensor then."""
+    fast = node.fast is not None and device.type == "cuda"
+    if staging is None:
+        value = torch.empty(shape, dtype=dtype, device=device)
+    else:
+        value = staging[: shape.numel() * dtype.itemsize].view(dtype).view(shape)
+    if fast or value.numel():
+        dist.broadcast(_bytes(value), src=node.leader, group=node.fast if fast else node.group)
+    return value if staging is None else value.to(device, copy=True)
+
+
+def _bytes(contiguous: Tensor) -> Tensor:
+    """The same memory as bytes: every dtype is handed on alike, bit for bit."""
+    return contiguous.reshape(-1).view(torch.uint8)

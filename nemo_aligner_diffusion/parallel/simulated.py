@@ -1,0 +1,34 @@
+"""Process groups of any size in one process, in which nothing is sent: to count what a layout would do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from nemo_aligner_diffusion.parallel.layout import Layout
+
+
+@contextmanager
+def simulated_mesh(layout: Layout) -> Iterator[Any]:
+    """The device mesh that rank 0 of ``layout`` would have, on PyTorch's ``fake`` backend; gone on leaving.
+
+    Collectives on it return at once with whatever their outputs held. One process has one default group, so this is
+    not for a process that trains.
+
+    Raises:
+        RuntimeError: this process is in a process group already.
+    """
+    # the module registers the backend; it lies among PyTorch's test helpers, but is installed with every PyTorch
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        raise RuntimeError("a layout cannot be simulated in a process that is in a process group already")
+    dist.init_process_group("fake", rank=0, world_size=layout.world_size, store=FakeStore())
+    try:
+        yield init_device_mesh("cpu", (layout.data, layout.tensor), mesh_dim_names=("data_parallel", "tensor_parallel"))
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,1 @@
+"""What a run will need before it is run: memory, operations, communication and time on named GPUs (``nad-plan``)."""

@@ -1,0 +1,7 @@
+"""``python -m nemo_aligner_diffusion.planner``."""
+
+import sys
+
+from nemo_aligner_diffusion.planner.cli import main
+
+sys.exit(main())

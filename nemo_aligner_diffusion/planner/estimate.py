@@ -1,0 +1,279 @@
+"""From counts to bytes held, bytes sent and seconds on a named GPU.
+
+Seconds are a roofline, operator by operator: an operator takes the longer of its arithmetic at a share of the peak rate
+and its bytes at a share of the memory's bandwidth; a phase takes at least what the host needs to launch its operators.
+The shares are assumptions (:class:`Assumptions`), set so that published timings of plain inference come out
+(``docs/planner.md``). What is not modelled: kernels that fuse, power limits, stragglers, data loading, checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from nemo_aligner_diffusion.parallel.layout import Layout
+from nemo_aligner_diffusion.planner.gpus import GPU
+from nemo_aligner_diffusion.planner.ledger import Collective, Op, Record
+from nemo_aligner_diffusion.planner.measure import Measurement
+from nemo_aligner_diffusion.planner.schedule import StepCounts
+from nemo_aligner_diffusion.planner.settings import Settings
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """Shares of the data sheet's rates that are reached, and fixed costs.
+
+    Attributes:
+        matmul, conv, attention: of the peak arithmetic rate.
+        bandwidth: of device memory's, by elementwise operators and normalisations.
+        link: of NVLink's, PCIe's or the network's.
+        launch_seconds: host time of an operator (modules in Python, dispatch, launch): what Stable Diffusion and SDXL
+            take at batch 1 without compiling.
+        cast_seconds: host time of a change of dtype, most of which autocast makes below Python.
+        message_seconds: fixed cost of a collective.
+        reserved_bytes: CUDA context, libraries' workspaces, NCCL's buffers.
+        fragmentation: share of what is needed that the caching allocator holds on top.
+    """
+
+    matmul: float = 0.55
+    conv: float = 0.45
+    attention: float = 0.4
+    bandwidth: float = 0.65
+    link: float = 0.75
+    launch_seconds: float = 42e-6
+    cast_seconds: float = 8e-6
+    message_seconds: float = 20e-6
+    reserved_bytes: float = 2e9
+    fragmentation: float = 0.05
+
+
+@dataclass
+class Memory:
+    """Bytes of one process.
+
+    Attributes:
+        parts: what is held all the time (weights by network, optimizer, moving average) and the gradients.
+        phases: the most that is held in each phase, all parts then held included.
+    """
+
+    parts: dict[str, int]
+    phases: dict[str, int]
+
+    @property
+    def peak_phase(self) -> str:
+        return max(self.phases, key=self.phases.__getitem__)
+
+    @property
+    def peak(self) -> int:
+        return max(self.phases.values())
+
+    def needed(self, assumptions: Assumptions) -> float:
+        """Of the device, context and fragmentation included."""
+        return self.peak * (1 + assumptions.fragmentation) + assumptions.reserved_bytes
+
+
+@dataclass
+class PhaseTime:
+    """Seconds of a phase in an optimizer step, and what they go into; ``total`` knows what overlaps."""
+
+    arithmetic: float = 0.0
+    bandwidth: float = 0.0
+    launches: float = 0.0
+    tensor: float = 0.0
+    sharding: float = 0.0
+    replicas: float = 0.0
+
+    @property
+    def device(self) -> float:
+        return max(self.arithmetic + self.bandwidth, self.launches)
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Seconds by cause, of what counts in ``total``."""
+        if self.sharding > self.device:
+            inside = {"sharding": self.sharding}
+        elif self.launches > self.arithmetic + self.bandwidth:
+            inside = {"launches": self.launches}
+        else:
+            inside = {"arithmetic": self.arithmetic, "bandwidth": self.bandwidth}
+        return {**inside, "tensor": self.tensor, "replicas": self.replicas}
+
+    @property
+    def limit(self) -> str:
+        """What most of it goes into."""
+        parts = self.parts
+        return BOTTLENECKS[max(parts, key=parts.__getitem__)]
+
+    @property
+    def total(self) -> float:
+        # sums over a tensor group are waited for; gathers of sharded weights run beside the arithmetic
+        return max(self.device, self.sharding) + self.tensor + self.replicas
+
+
+@dataclass
+class StepEstimate:
+    """An optimizer step of one process.
+
+    Attributes:
+        flops: by phase.
+        sent: bytes this process sends, by kind: ``tensor_parallel``, ``fsdp_gather``, ``fsdp_scatter``, ``gradients``.
+        times: by phase.
+    """
+
+    flops: dict[str, float]
+    sent: dict[str, float]
+    times: dict[str, PhaseTime] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float:
+        return sum(time.total for time in self.times.values())
+
+    @property
+    def bottleneck(self) -> tuple[str, float]:
+        """What most of the time goes into, and its share of it."""
+        shares = dict.fromkeys(BOTTLENECKS.values(), 0.0)
+        for time in self.times.values():
+            for cause, seconds in time.parts.items():
+                shares[BOTTLENECKS[cause]] += seconds
+        name = max(shares, key=shares.__getitem__)
+        return name, shares[name] / max(self.seconds, 1e-30)
+
+
+BOTTLENECKS = {
+    "arithmetic": "matrix arithmetic",
+    "bandwidth": "device memory bandwidth",
+    "launches": "host launching operators",
+    "tensor": "tensor-parallel sums",
+    "sharding": "gathering sharded weights",
+    "replicas": "averaging gradients",
+}
+# (group, kind) of a collective -> what is sent, and which of PhaseTime's seconds it costs
+TRAFFIC = {
+    ("tensor", "all_reduce"): ("tensor_parallel", "tensor"),
+    ("data", "all_gather"): ("fsdp_gather", "sharding"),
+    ("data", "reduce_scatter"): ("fsdp_scatter", "sharding"),
+    ("data", "all_reduce"): ("gradients", "replicas"),
+}
+
+
+def memory(settings: Settings, measured: Measurement, accumulation: int, micro_batch_size: int) -> Memory:
+    """What a process holds, in the steady state (from the second optimizer step on)."""
+    phases, gradients = measured.phases, measured.trained
+    optimizer = settings.optimizer_states * measured.trained
+    average = 4 * measured.trained_elements if settings.ema_on_device else 0
+    parts = {f"{name} weights": size for name, size in measured.weights.items() if size}
+    parts |= {"optimizer": optimizer, "moving average": average}
+    always = sum(parts.values())
+    kept = gradients if accumulation > 1 else 0  # gradients of the micro-batches before
+    peaks = {
+        "rollout": kept + max(phases[name].peak for name in ("text", "call", "reference") if name in phases),
+        "decode and reward": kept + phases["decode"].peak,
+        "replay": kept + max(phases[name].peak for name in ("replay", "replay_next") if name in phases),
+        "optimizer": max(phases["average"].peak, gradients + (0 if settings.fused_optimizer else measured.trained)),
+    }
+    if "validation" in phases:
+        larger = max(1.0, settings.validation_batch_size / micro_batch_size)
+        peaks["validation"] = max(phases["validation"].peak, int(phases["call"].peak * larger))
+    return Memory({**parts, "gradients": gradients}, {name: always + peak for name, peak in peaks.items()})
+
+
+def micro_batch(measured: Measurement, counts: StepCounts) -> dict[str, list[tuple[float, Record]]]:
+    """Phases of the printed plan -> those that were measured, and how often a micro-batch has each."""
+    phases = measured.phases
+    return {
+        "text": [(1, phases["text"])],
+        "rollout": [(counts.network_calls, phases["call"])],
+        "reference": [(counts.references, phases["reference"])] if "reference" in phases else [],
+        "decode and reward": [(counts.reads, phases["decode"])],
+        "replay": [(1, phases["replay"]), (counts.replays - 1, phases.get("replay_next", phases["replay"]))],
+    }
+
+
+def estimate(
+    settings: Settings,
+    measured: Measurement,
+    counts: StepCounts,
+    layout: Layout,
+    accumulation: int,
+    gpu: GPU,
+    gpus_per_node: int,
+    assumptions: Assumptions | None = None,
+) -> StepEstimate:
+    """Operations, bytes sent and seconds of an optimizer step."""
+    assumptions = assumptions or Assumptions()
+    links = Links(layout, gpu, gpus_per_node, assumptions)
+    flops: dict[str, float] = {}
+    sent: Counter[str] = Counter()
+    times: dict[str, PhaseTime] = {}
+    for name, records in micro_batch(measured, counts).items():
+        ops: Counter[Op] = Counter()
+        time = PhaseTime()
+        for often, record in records:
+            for op, count in record.ops.items():
+                ops[op] += often * count * accumulation  # type: ignore[assignment]
+            for message, count in record.collectives.items():
+                links.add(time, sent, message, often * count * accumulation)
+        _device_time(time, ops, gpu, assumptions)
+        flops[name] = sum(op.flops * count for op, count in ops.items())
+        times[name] = time
+    times["optimizer"] = update = PhaseTime()
+    for message, count in measured.phases["average"].collectives.items():
+        links.add(update, sent, message, count)
+    touched = measured.trained * (3 + 2 * settings.optimizer_states) + (8 * measured.trained_elements)
+    update.bandwidth += touched / (gpu.bandwidth * assumptions.bandwidth)
+    return StepEstimate(flops, dict(sent), times)
+
+
+@dataclass(frozen=True)
+class Links:
+    """What a collective costs.
+
+    A ring over n processes sends ``(n−1)/n`` of the whole for a gather or a scatter, twice that for a sum.
+    """
+
+    layout: Layout
+    gpu: GPU
+    gpus_per_node: int
+    assumptions: Assumptions
+
+    def add(self, time: PhaseTime, sent: Counter[str], message: Collective, count: float) -> None:
+        tensor = message.group == "tensor"
+        ranks = self.layout.tensor if tensor else self.layout.data
+        if ranks == 1 or not count:
+            return
+        rings = 2 if message.kind == "all_reduce" else 1
+        bytes_sent = rings * (ranks - 1) / ranks * message.size * count
+        what, cause = TRAFFIC[message.group, message.kind]
+        sent[what] += bytes_sent  # type: ignore[assignment]
+        seconds = bytes_sent / self.rate(tensor) + count * self.assumptions.message_seconds
+        setattr(time, cause, getattr(time, cause) + seconds)
+
+    def rate(self, tensor: bool) -> float:
+        """Bytes/s that one process sends at. Between servers, a group's members in one server share their links."""
+        neighbours = min(self.layout.tensor, self.gpus_per_node)
+        inside = neighbours if tensor else max(1, min(self.layout.data, self.gpus_per_node // neighbours))
+        spans = self.layout.tensor > self.gpus_per_node if tensor else self.layout.world_size > self.gpus_per_node
+        rate = min(self.gpu.link, self.gpu.network * inside) if spans else self.gpu.link
+        return rate * self.assumptions.link
+
+
+def _device_time(time: PhaseTime, ops: Mapping[Op, float], gpu: GPU, assumptions: Assumptions) -> None:
+    shares = {"matmul": assumptions.matmul, "conv": assumptions.conv, "attention": assumptions.attention}
+    for op, count in ops.items():
+        moving = op.moved / (gpu.bandwidth * assumptions.bandwidth)
+        computing = op.flops / (gpu.flops[_rate(op)] * shares[op.kind]) if op.flops else 0.0
+        if computing > moving:
+            time.arithmetic += count * computing
+        else:
+            time.bandwidth += count * moving
+        time.launches += count * (assumptions.cast_seconds if op.kind == "cast" else assumptions.launch_seconds)
+
+
+def _rate(op: Op) -> str:
+    """PyTorch's defaults: convolutions in float32 use TF32, matrix products don't."""
+    if op.arithmetic in ("bfloat16", "float16"):
+        return "bf16"
+    if op.arithmetic == "float64":
+        return "fp64"
+    return "tf32" if op.kind == "conv" else "fp32"

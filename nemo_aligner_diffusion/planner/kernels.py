@@ -1,0 +1,87 @@
+"""What a GPU does differently from the CPU on which a plan is counted: attention, and autocast's float32 list."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+
+FLASH_HEAD_DIM = 256  # the largest head that FlashAttention-2 takes
+
+
+@contextmanager
+def gpu_kernels(attention: str = "auto") -> Iterator[None]:
+    """Within, networks call what PyTorch picks on a CUDA device, whatever the device of their tensors.
+
+    Attention: FlashAttention for 16-bit inputs without a mask and heads of up to 256, else the memory-efficient kernel;
+    neither holds the L × L scores. Under autocast, normalisations compute in float32, as on CUDA (the CPU's autocast
+    leaves them in 16 bits).
+
+    ``torch.nn.functional`` is changed for that while the context lasts: a ``TorchFunctionMode`` would not see what
+    activation checkpointing recomputes inside a backward pass.
+
+    Args:
+        attention: ``auto`` for the above, ``math`` for the kernel that holds the scores.
+    """
+
+    def in_float32(normalise: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def normalised(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return normalise(input.float() if torch.is_autocast_enabled("cpu") else input, *args, **kwargs)
+
+        return normalised
+
+    kernels = _Attention(attention)
+    replaced: dict[str, Callable[..., Tensor]] = {
+        "scaled_dot_product_attention": kernels,
+        "group_norm": in_float32(functional.group_norm),
+        "layer_norm": in_float32(functional.layer_norm),
+    }
+    kept = {name: getattr(functional, name) for name in replaced}
+    for name, function in replaced.items():
+        setattr(functional, name, function)
+    try:
+        yield
+    finally:
+        for name, function in kept.items():
+            setattr(functional, name, function)
+
+
+class _Attention:
+    def __init__(self, attention: str) -> None:
+        self.attention = attention
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):  # these operators are below autocast
+            low = torch.get_autocast_dtype("cpu")
+            query, key, value = query.to(low), key.to(low), value.to(low)
+            attn_mask = attn_mask if attn_mask is None or attn_mask.dtype == torch.bool else attn_mask.to(low)
+        if self.attention == "math":
+            return torch.ops.aten._scaled_dot_product_attention_math(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale
+            )[0]
+        half = query.dtype in (torch.float16, torch.bfloat16)
+        if half and attn_mask is None and query.shape[-1] <= FLASH_HEAD_DIM:
+            return torch.ops.aten._scaled_dot_product_flash_attention(
+                query, key, value, dropout_p, is_causal, False, scale=scale
+            )[0]
+        if attn_mask is not None:
+            if attn_mask.dtype == torch.bool:
+                attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
+            attn_mask = attn_mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+        return torch.ops.aten._scaled_dot_product_efficient_attention(
+            query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale
+        )[0]

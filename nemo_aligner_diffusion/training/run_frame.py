@@ -1,0 +1,289 @@
+"""What surrounds a training run, whatever it trains: processes, directory, resuming, signals, requeueing, the end."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError
+from nemo_aligner_diffusion.parallel.broadcast import gather, on_every_process
+from nemo_aligner_diffusion.parallel.health import launch as launching
+from nemo_aligner_diffusion.parallel.launch import is_launched, join
+from nemo_aligner_diffusion.parallel.layout import Layout
+from nemo_aligner_diffusion.parallel.strategy import ParallelStrategy
+from nemo_aligner_diffusion.training.checkpointing import TrainingCheckpoint
+from nemo_aligner_diffusion.training.faults import RunWatch, began, explained, process_group_timeout
+from nemo_aligner_diffusion.training.interruption import (
+    Interrupted,
+    Interruption,
+    InterruptionCallback,
+    RunTimer,
+    run_then_close,
+)
+from nemo_aligner_diffusion.training.metrics_logging import build_loggers
+from nemo_aligner_diffusion.training.missed_validation import MissedValidation
+from nemo_aligner_diffusion.training.resume_point import ResumePoint, find_resume_point
+from nemo_aligner_diffusion.training.run_directory import RunDirectory
+from nemo_aligner_diffusion.training.schema_checks import precision_name, world_size
+from nemo_aligner_diffusion.training.slurm import Requeue, lightning_plugins
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class RunFrame:
+    """A run that has its processes and its directory: :meth:`open` it, build, :meth:`begin`, :meth:`carry_out`.
+
+    Attributes:
+        device: this process's.
+        resume: the checkpoint to go on from, if any.
+    """
+
+    cfg: DictConfig
+    watch: RunWatch
+    interruption: Interruption
+    device: torch.device
+    directory: RunDirectory
+    resume: ResumePoint | None
+    _requeue: Requeue | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self._timer = RunTimer.from_config(self.cfg.exp_manager)
+
+    @classmethod
+    def open(
+        cls,
+        cfg: DictConfig,
+        watch: RunWatch,
+        interruption: Interruption,
+        enter: Callable[[str], None] = lambda phase: None,
+    ) -> RunFrame:
+        """Join the other processes; find the directory, and what it holds. Comes before anything heavy is loaded.
+
+        Args:
+            enter: told what the start has come to.
+
+        Raises:
+            ConfigurationError: nobody has started the other processes.
+            OutputError, CheckpointError: the directory, or what is in it, cannot be used.
+        """
+        if world_size(cfg) > 1 and not is_launched(os.environ):
+            raise ConfigurationError(
+                f"trainer.devices × trainer.num_nodes = {world_size(cfg)}, but no launcher has started the processes: "
+                "start the program with torchrun or srun, or by its own command line, which starts them itself"
+            )
+        enter("process group")
+        watch.phase("joining the process group")
+        trainer = cfg.trainer
+        device = join(plain(trainer.devices), trainer.num_nodes, trainer.accelerator, process_group_timeout(cfg))
+        _agree_on_version(cfg, watch)
+        _resume_after_restart(cfg, watch)
+        enter("run directory")
+        directory = on_every_process(lambda: RunDirectory.prepare(cfg.exp_manager, default_name=cfg.name))
+        resume = find_resume_point(directory.checkpoints) if cfg.exp_manager.resume_if_exists else None
+        if resume is not None and directory.is_writer:
+            for key, (before, now) in directory.changed_keys(cfg).items():
+                log.warning("resuming with %s = %s; it was %s", key, now, before)
+        return cls(cfg, watch, interruption, device, directory, resume)
+
+    def begin(self) -> None:
+        """Claim the directory, now that everything has been built."""
+        self.directory.write_config(self.cfg)
+        self.directory.begin()
+        began(self.watch, self.directory)
+        self._requeue = Requeue.from_config(self.cfg.exp_manager, os.environ, self.directory.is_writer)
+        self.interruption.patient = self._requeue is not None
+
+    def callbacks(
+        self, save_interval: int, validation_interval: int, validate_again: bool = False
+    ) -> list[pl.Callback]:
+        """What ends, saves, resumes and watches a fit; behind the callbacks of its own.
+
+        Args:
+            save_interval: optimizer steps between checkpoints; 0: only at the end.
+            validation_interval: optimizer steps between validations; 0: there are none.
+            validate_again: see :class:`MissedValidation`.
+        """
+        return [
+            InterruptionCallback(self.interruption),
+            MissedValidation(self.directory.path, validation_interval, always=validate_again),
+            TrainingCheckpoint(
+                self.directory.checkpoints,
+                every_n_optimizer_steps=save_interval or None,
+                resume=self.resume,
+                **self.cfg.exp_manager.checkpoint_callback_params,
+            ),
+            *([self._timer] if self._timer is not None else []),
+            *self.watch.callbacks(),
+        ]
+
+    def trainer(
+        self, loop: DictConfig, layout: Layout, accumulation: int, callbacks: list[pl.Callback], validates: bool
+    ) -> pl.Trainer:
+        """Lightning's Trainer as all runs have it.
+
+        Args:
+            loop: the section that holds ``max_steps``, ``val_check_interval`` (optimizer steps) …
+            accumulation: micro-batches an optimizer step.
+        """
+        cfg = self.cfg
+        interval = loop.val_check_interval * accumulation if validates else 0
+        return pl.Trainer(
+            accelerator=cfg.trainer.accelerator,
+            devices=plain(cfg.trainer.devices),
+            num_nodes=cfg.trainer.num_nodes,
+            precision=precision_name(cfg),  # type: ignore[arg-type]
+            strategy="auto" if layout.is_single else ParallelStrategy(layout, process_group_timeout(cfg)),
+            max_steps=loop.max_steps,
+            max_epochs=1,  # one pass of the loader is all passes over the samples
+            accumulate_grad_batches=accumulation,
+            gradient_clip_val=loop.gradient_clip_val or None,
+            val_check_interval=interval or None,
+            check_val_every_n_epoch=None,
+            limit_val_batches=loop.limit_val_batches if interval else 0,
+            num_sanity_val_steps=0,
+            log_every_n_steps=cfg.trainer.log_every_n_steps,
+            logger=build_loggers(cfg, self.directory.path, self.resume.step if self.resume is not None else 0),
+            callbacks=callbacks,
+            plugins=lightning_plugins(),
+            use_distributed_sampler=False,
+            enable_model_summary=False,
+        )
+
+    @property
+    def cut_short(self) -> bool:
+        """Whether training was ended before its time, by a signal or by ``exp_manager.max_time_per_run``."""
+        return self.interruption.stopped_training or (self._timer is not None and self._timer.reached)
+
+    def record(self, trainer: pl.Trainer, **figures: Any) -> None:
+        """How the run ended, for ``run.json``."""
+        out_of_time = self._timer is not None and self._timer.reached and trainer.global_step < trainer.max_steps
+        status = "interrupted" if self.interruption.requested or out_of_time else "finished"
+        self.directory.finish(status, step=trainer.global_step, **figures)
+
+    def carry_out(
+        self,
+        trainer: pl.Trainer,
+        max_steps: int,
+        train: Callable[[], None],
+        closing: list[Callable[[], None]],
+        salvage: Callable[[], None] = lambda: None,
+    ) -> int:
+        """Train, close, and give this process's exit code.
+
+        Args:
+            max_steps: a run that has done so many is complete, and not put back into the queue.
+            train: calls ``trainer.fit``.
+            closing: what follows it: validation, export, :meth:`record`, report.
+            salvage: saves what was learnt when an error of the user's, or of the numbers, has ended training.
+
+        Raises:
+            Interrupted: a signal came before training began; nothing has been closed.
+        """
+        try:
+            steps = [self._marked(step) for step in closing]
+            code = run_then_close(self.interruption, train, steps, lambda: self._leave(trainer, max_steps))
+            if self.interruption.at_once:  # perhaps before it was recorded
+                self.directory.finish("interrupted", step=trainer.global_step)
+            code = code if self._requeue is None else self._requeue.exit_code(code)
+            # one process says how it ended: at a status that is not 0, launchers end the others, perhaps at work still
+            return code if trainer.is_global_zero else 0
+        except Interrupted:
+            self.directory.finish("interrupted")
+            raise
+        except Exception as error:
+            with contextlib.suppress(OSError):  # the disk may be what failed
+                self.directory.finish("failed", step=trainer.global_step, error=str(explained(error, self.directory)))
+            if isinstance(error, AlignerError) and trainer.global_step > 0:
+                with contextlib.suppress(Exception):
+                    salvage()
+            raise
+
+    def _marked(self, step: Callable[[], None]) -> Callable[[], None]:
+        """``step``, which tells the watch over ranks that it is under way: it may last longer than any training did."""
+
+        @functools.wraps(step)
+        def marked() -> None:
+            self.watch.phase(step.__name__)
+            step()
+
+        return marked
+
+    def _leave(self, trainer: pl.Trainer, max_steps: int) -> bool:
+        """Whether the run goes on in another start of its Slurm job."""
+        requeue = self._requeue
+        ended = self.interruption.stopped_training or (self.cut_short and requeue is not None and requeue.on_max_time)
+        if requeue is None or not ended or trainer.global_step >= max_steps:
+            return False
+        left = requeue.leave(
+            self.interruption.reason or "exp_manager.max_time_per_run",
+            lambda: self.directory.finish("interrupted", step=trainer.global_step),
+            steps=[*self.directory.steps_before(), trainer.global_step],
+        )
+        if not self.interruption.at_once:  # else the processes stand at different places
+            left = trainer.strategy.broadcast(left)
+        if left:
+            self.interruption.dismiss()
+        return left
+
+
+def plain(value: Any) -> Any:
+    """A list or number instead of OmegaConf's."""
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def quiet() -> None:
+    """Our own lines on the screen, and of the libraries only what concerns the user."""
+    if not logging.getLogger().handlers:
+        logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("nemo_aligner_diffusion").setLevel(logging.INFO)
+    for noisy in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    for name in ("diffusers", "transformers"):
+        if name in sys.modules:
+            library = sys.modules[name].utils.logging
+            library.set_verbosity_error()
+            library.disable_progress_bar()
+    for pattern in (
+        ".*does not have many workers.*",
+        ".*isinstance.treespec.*",
+        ".*IterableDataset.*__len__.*",
+        ".*in eval mode at the start of training.*",  # frozen parts, on purpose
+        ".*`srun` command is available.*",  # slurm.check_tasks says what matters
+        ".*functional.all_gather is deprecated.*",  # Lightning's to mend
+    ):
+        warnings.filterwarnings("ignore", pattern)
+
+
+def _agree_on_version(cfg: DictConfig, watch: RunWatch) -> None:
+    """A directory named after the time has one name in all processes, also after torchrun has started them again."""
+    section = cfg.exp_manager
+    if section.explicit_log_dir or section.version or section.resume_if_exists:
+        return
+    mine = os.environ.get("NEMO_EXPM_VERSION") or launching.agree_on_version(
+        watch.launch, datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    )
+    os.environ["NEMO_EXPM_VERSION"] = gather(mine)[0]
+
+
+def _resume_after_restart(cfg: DictConfig, watch: RunWatch) -> None:
+    """Where torchrun has started the processes again, the run goes on in its own directory."""
+    if watch.launch.restart == 0 or not launching.is_noted("began"):
+        return  # what a first attempt refused to touch, a second one does not touch either
+    with open_dict(cfg):
+        cfg.exp_manager.resume_if_exists = True
+        cfg.exp_manager.resume_ignore_no_checkpoint = True
+    if watch.launch.rank == 0:
+        log.warning("torchrun has started the processes again (restart %d): resuming this run", watch.launch.restart)

@@ -1,0 +1,55 @@
+"""What ``trainer.precision`` does not reach: a run's noise and its reward."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+from tiny import save_tiny_pipeline
+
+from nemo_aligner_diffusion.training.config import load_config
+from nemo_aligner_diffusion.training.run import run_training
+
+
+def figure(file, column):
+    with file.open(encoding="utf-8", newline="") as handle:
+        return float(next(csv.DictReader(handle))[column])
+
+
+def test_the_precision_of_the_weights_is_not_that_of_noise_and_reward(tmp_path, monkeypatch):
+    """The reward has rm.trainer.precision; and other noise would make other pictures."""
+    (tmp_path / "judge_in_float32.py").write_text(
+        "import torch\n\n\n"
+        "class Judge(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.weight = torch.nn.Parameter(torch.tensor([0.3, 0.6, 0.7]))\n\n"
+        "    def forward(self, images, prompts):\n"
+        "        assert self.weight.dtype == torch.float32\n"
+        "        return torch.einsum('bchw,c->b', images.float(), self.weight) / images[0, 0].numel()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    words = [
+        "rm=custom",
+        "rm.import_path=judge_in_float32:Judge",
+        "rm.augment.noise_std=0.1",
+        f"model.from_pretrained={save_tiny_pipeline(tmp_path / 'pipeline')}",
+        "model.data.validation.max_prompts=3",
+        "model.infer.inference_steps=2",
+        "model.truncation_steps=1",
+        "model.kl_coeff=0",
+        "model.micro_batch_size=2",
+        "model.global_batch_size=2",
+        "trainer.accelerator=cpu",
+        "trainer.draftp_sd.max_steps=1",
+        "report.enable=false",
+    ]
+    found = {}
+    for precision in ("32", "64-true", "bf16-true"):
+        directory = tmp_path / precision
+        more = [f"trainer.precision={precision}", f"exp_manager.explicit_log_dir={directory}"]
+        assert run_training(load_config("draftp_sd", [*words, *more])) == 0
+        files = (("validation.csv", "base_reward"), ("metrics.csv", "reward"))
+        found[precision] = [figure(directory / name, column) for name, column in files]
+    assert found["64-true"] == pytest.approx(found["32"], rel=1e-6)
+    assert found["bf16-true"] == pytest.approx(found["32"], rel=2e-3)

@@ -1,0 +1,281 @@
+"""What keys of ``model``, ``rm`` and ``report`` say arrives where it acts, in what a run is assembled from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.autoencoders.vae import Decoder
+from omegaconf import DictConfig
+from tiny import save_tiny_pipeline
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from nemo_aligner_diffusion.algorithms.alignprop import RandomTruncation
+from nemo_aligner_diffusion.algorithms.draft import LastSteps
+from nemo_aligner_diffusion.algorithms.draft_lv import RenoisedLastStep
+from nemo_aligner_diffusion.algorithms.drtune import SpacedSteps
+from nemo_aligner_diffusion.algorithms.refl import OneLateStep
+from nemo_aligner_diffusion.algorithms.reward_tuning import RewardTuning
+from nemo_aligner_diffusion.diffusion.families.stable_diffusion import StableDiffusion
+from nemo_aligner_diffusion.diffusion.guidance import guided_predictor
+from nemo_aligner_diffusion.diffusion.noise import gaussian, plan_random, sample_generator
+from nemo_aligner_diffusion.diffusion.trajectory import run_trajectory
+from nemo_aligner_diffusion.evaluation.report_pictures import load_grid
+from nemo_aligner_diffusion.evaluation.run_files import column, read_run
+from nemo_aligner_diffusion.parallel.layout import Layout
+from nemo_aligner_diffusion.rewards import build_reward
+from nemo_aligner_diffusion.training.assemble import build_layout, build_model, build_module
+from nemo_aligner_diffusion.training.config import load_config
+from nemo_aligner_diffusion.training.run import _build_data, run_training
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_pipeline(tmp_path_factory.mktemp("model") / "pipeline")
+
+
+def configured(pipeline: Path, *words: str, recipe: str = "draftp_sd") -> DictConfig:
+    model = [f"model.{word}" for word in words]
+    return load_config(recipe, [f"model.from_pretrained={pipeline}", "rm=symmetry", *model])
+
+
+def test_the_layout_is_as_configured() -> None:
+    words = ["trainer.devices=4", "model.micro_batch_size=1"]
+    assert build_layout(load_config("draftp_sd", words)) == Layout(data=4)
+    sharded = ["model.fsdp=true", "model.fsdp_sharding_strategy=grad", "model.fsdp_frozen=[vae,reward]"]
+    cut = ["model.tensor_model_parallel_size=2", "model.tensor_parallel_reward=true"]
+    assert build_layout(load_config("draftp_sd", [*words, *sharded, *cut])) == Layout(
+        2, 2, fsdp=True, reshard_after_forward=False, sharded_frozen=("vae", "reward"), cut_reward=True
+    )
+
+
+def assembled(cfg: DictConfig) -> tuple[StableDiffusion, RewardTuning]:
+    model = build_model(cfg)
+    return model, build_module(cfg, model, build_reward(cfg.rm), 10)
+
+
+def test_the_module_is_as_configured(pipeline: Path) -> None:
+    cfg = configured(
+        pipeline,
+        "truncation_steps=2",
+        "kl_coeff=0.3",
+        "reward_scale=0.4",
+        "reward_margin=0.5",
+        "decode_micro_batch_size=1",
+        "seed=6",
+        "activation_checkpointing=true",
+        "infer.unconditional_guidance_scale=1.7",
+        "infer.inference_steps=3",
+        "infer.sampler_type=PARA_DDIM",
+        "infer.eta=0.8",
+        "infer.height=24",
+        "infer.width=32",
+        "peft.lora_tuning.adapter_dim=3",
+        "peft.lora_tuning.alpha=12",
+        "peft.lora_tuning.dropout=0.9",
+        "peft.lora_tuning.target_modules=[to_v]",
+    )
+    model, module = assembled(cfg)
+    assert (module.kl_coeff, module.reward_scale, module.reward_margin, module.seed) == (0.3, 0.4, 0.5, 6)
+    assert (module.guidance_scale, module.decode_micro_batch_size) == (1.7, 1)
+    assert model.latent_shape(module.height, module.width) == (4, 6, 8)
+    assert (module.sampler.sampler_type, len(module.sampler), module.sampler.eta) == ("ddim", 3, 0.8)
+    assert module.plan_rule == LastSteps(2)
+    adapted = [part for name, part in model.denoiser.named_modules() if hasattr(part, "lora_A")]
+    assert adapted
+    for part in adapted:
+        assert (part.r["default"], part.scaling["default"], part.lora_dropout["default"].p) == (3, 4.0, 0.9)
+    assert {name.split(".")[-4] for name, _ in module.trainable_parameters()} == {"to_v"}
+    assert model.denoiser.is_gradient_checkpointing
+    module.on_train_start()
+    still = (model.vae, model.text_encoder, module.reward)
+    assert model.denoiser.training  # its dropout
+    assert not any(part.training for network in still for part in network.modules())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words", "rule"),
+    [
+        ("draft_sd", [], LastSteps()),
+        ("draft_k_sd", ["truncation_steps=3"], LastSteps(3)),
+        ("draft_lv_sd", ["draft_lv.samples=5"], RenoisedLastStep(5)),
+        ("drtune_sd", ["drtune.train_steps=3", "drtune.early_stop_steps=6"], SpacedSteps(3, 6)),
+        ("refl_sd", ["refl.window=[4,7]"], OneLateStep(4, 7)),
+        ("alignprop_sd", ["alignprop.min_truncation_steps=2"], RandomTruncation(2, 20)),
+        ("alignprop_sd", ["alignprop.max_truncation_steps=3"], RandomTruncation(1, 3)),
+    ],
+)
+def test_the_method_is_as_configured(pipeline: Path, recipe: str, words: list[str], rule: Any) -> None:
+    assert assembled(configured(pipeline, *words, recipe=recipe))[1].plan_rule == rule
+
+
+def test_the_adapters_start_follows_from_the_seed(pipeline: Path) -> None:
+    starts = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(0)
+        model = build_model(configured(pipeline, f"seed={seed}"))
+        starts.append(torch.cat([p.detach().flatten() for n, p in model.denoiser.named_parameters() if "lora_A" in n]))
+    assert torch.equal(starts[0], starts[1])
+    assert not torch.equal(starts[0], starts[2])
+
+
+def test_weights_come_from_where_the_keys_say(pipeline: Path, tmp_path: Path) -> None:
+    other = save_tiny_pipeline(tmp_path / "other", seed=1)
+    paths = [f"unet_config.from_pretrained={other / 'unet'}", f"first_stage_config.from_pretrained={other / 'vae'}"]
+    found = build_model(configured(pipeline, *paths, "peft.peft_scheme=none"))
+    ours, theirs = (StableDiffusion.from_pretrained(folder) for folder in (pipeline, other))
+    for name, source in (("denoiser", theirs), ("vae", theirs), ("text_encoder", ours)):
+        for one, two in zip(getattr(found, name).parameters(), getattr(source, name).parameters(), strict=True):
+            assert torch.equal(one, two)
+
+
+def prompts_of(data: Any, batches: int) -> list[str]:
+    loader = iter(data.train_dataloader())
+    return [prompt for _ in range(batches) for prompt in next(loader)["prompts"]]
+
+
+def test_the_data_are_as_configured(pipeline: Path, tmp_path: Path) -> None:
+    lines = [f"prompt {number}" for number in range(12)]
+    (tmp_path / "prompts.txt").write_text("\n".join(["", *lines]), encoding="utf-8")
+    files = f"data.train.webdataset.local_root_path={tmp_path / 'prompts.txt'}"
+    common = [files, "data.on_bad_sample=skip", "micro_batch_size=2", "global_batch_size=4"]
+    data = _build_data(configured(pipeline, *common, "data.shuffle_buffer=0", "data.num_workers=1",
+                                  "data.validation.max_prompts=2", "data.validation.seeds=[5]"))  # fmt: skip
+    assert (data.validation_prompts, data.validation_seeds) == (lines[:2], [5])
+    loader = data.train_dataloader()
+    assert loader.num_workers == 1
+    assert loader.stream.skipped == 0
+    assert loader.stream.index.bad_samples == 1
+    assert (loader.stream.step_size, loader.stream.global_batch_size) == (2, 4)
+    assert prompts_of(data, 6) == lines
+    orders = [prompts_of(_build_data(configured(pipeline, *common, f"seed={seed}")), 6) for seed in (1, 1, 2)]
+    assert sorted(orders[0]) == sorted(lines)
+    assert orders[0] == orders[1] != orders[2] != lines
+    chosen = _build_data(configured(pipeline, *common, "data.validation.prompts=[cat,dog,sun]",
+                                    "data.validation.max_prompts=2"))  # fmt: skip
+    assert chosen.validation_prompts == ["cat", "dog"]
+    own = tmp_path / "validation.txt"
+    own.write_text("mine\n", encoding="utf-8")
+    assert _build_data(
+        configured(pipeline, *common, f"data.validation.webdataset.local_root_path={own}")
+    ).validation_prompts == ["mine"]
+    once = load_config(
+        "draftp_sd",
+        [*(f"model.{word}" for word in common), "trainer.draftp_sd.max_epochs=2"],
+    )
+    assert len(list(_build_data(once).train_dataloader())) == 12
+
+
+def test_the_reward_is_as_configured() -> None:
+    settings = ["score=hps", "micro_batch_size=3", "activation_checkpointing=true"]
+    words = [f"rm.model.{word}" for word in settings]
+    reward: Any = build_reward(load_config("draftp_sd", [*words, "rm.trainer.precision=64"]).rm)
+    assert (reward.score_type, reward.micro_batch_size, reward.activation_checkpointing) == ("hps", 3, True)
+    assert reward.dtype == torch.float64
+
+
+def test_the_pictures_and_the_report_are_as_configured(pipeline: Path, tmp_path: Path) -> None:
+    cfg = configured(pipeline, "micro_batch_size=2", "global_batch_size=2", "infer.inference_steps=2",
+                     "truncation_steps=1", "kl_coeff=0", "decode_micro_batch_size=1",
+                     "data.validation.prompts=[cat,dog,sun]")  # fmt: skip
+    cfg.report.max_prompts, cfg.report.enable = 2, False
+    cfg.trainer.draftp_sd.max_steps, cfg.trainer.accelerator = 1, "cpu"
+    cfg.exp_manager.explicit_log_dir = str(tmp_path / "run")
+    decoded: list[int] = []
+    hook = register_module_forward_pre_hook(
+        lambda part, args: decoded.append(len(args[0])) if isinstance(part, Decoder) else None
+    )
+    try:
+        assert run_training(cfg) == 0
+    finally:
+        hook.remove()
+    assert set(decoded) == {1}
+    assert len(decoded) == 2 + 2 * 6  # a micro-batch; base and tuned pictures of three prompts, two seeds each
+    (sample,) = read_run(tmp_path / "run").samples
+    grid = load_grid(*sample)
+    assert grid is not None
+    assert [cell["prompt"] for cell in grid.cells or []] == ["cat", "cat", "dog", "dog"]
+    assert not (tmp_path / "run" / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ("draftp_sd", ["truncation_steps=2", "kl_coeff=0.7", "reward_scale=0.4", "infer.height=24"]),
+        ("draftp_sd", ["truncation_steps=1", "kl_coeff=0", "reward_scale=3", "reward_margin=-0.05", "infer.width=32"]),
+        ("draft_lv_sd", ["draft_lv.samples=3", "kl_coeff=0.7", "infer.eta=0.6"]),
+        ("drtune_sd", ["drtune.train_steps=2", "drtune.early_stop_steps=1", "kl_coeff=0.2"]),
+    ],
+)
+def test_the_gradient_of_a_step_is_that_of_the_stated_loss(pipeline: Path, recipe: str, words: list[str]) -> None:
+    """``λ·mean(−R)`` or ``λ·mean(relu(margin − R))``, and ``kl_coeff·KL``, by one graph of everything."""
+    common = ["peft.peft_scheme=none", "infer.inference_steps=3", "decode_micro_batch_size=1", "micro_batch_size=2",
+              "global_batch_size=2", "infer.unconditional_guidance_scale=1.5", "seed=9"]  # fmt: skip
+    cfg = configured(pipeline, *common, *words, recipe=recipe)
+    model, module = assembled(cfg)
+    model.double()
+    model.keep_reference()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.denoiser.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    prompts, index = ["cat", "dog"], torch.tensor([5, 8])
+    module.training_step({"prompts": prompts, "index": index}, 0).backward()
+    found = {name: parameter.grad for name, parameter in module.trainable_parameters()}
+    model.denoiser.zero_grad(set_to_none=True)
+
+    predict = guided_predictor(model, model.encode_prompts(prompts), 1.5)
+
+    def frozen(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        with model.reference():
+            return predict(latents, timestep)
+
+    generators = [sample_generator(9, 0, int(number)) for number in index]
+    infer = cfg.model.infer
+    shape = (4, (infer.height or 16) // 4, (infer.width or 16) // 4)
+    plan = module.plan_rule(3, plan_random(9, 0))
+    trajectory = run_trajectory(predict, module.sampler, plan, lambda: gaussian(generators, shape, model.latent_like),
+                                reference=frozen, recompute=False)  # fmt: skip
+    scores = torch.stack([module.reward(model.decode(read), prompts) for read in trajectory.reads])
+    settings = cfg.model
+    wanted = -scores if settings.reward_margin is None else torch.relu(settings.reward_margin - scores)
+    loss = settings.reward_scale * wanted.mean() + settings.kl_coeff * trajectory.divergence
+    loss.backward()
+    expected = torch.cat([parameter.grad.flatten() for _, parameter in module.trainable_parameters()])
+    assert expected.norm() > 0
+    apart = torch.cat([grad.flatten() for grad in found.values() if grad is not None]) - expected
+    assert apart.norm() < 1e-6 * expected.norm()
+    (figures,) = module._micro_batches
+    assert figures["loss"].item() == pytest.approx(loss.item(), rel=1e-6)
+
+
+def test_draws_are_keyed_by_seed_step_and_sample() -> None:
+    keys = [(1, 2, 3), (0, 2, 3), (1, 0, 3), (1, 2, 0)]
+    assert len({float(torch.randn((), generator=sample_generator(*key))) for key in keys}) == len(keys)
+    assert len({plan_random(*key).random() for key in [(1, 2), (0, 2), (1, 0)]}) == 3
+
+
+def test_a_plan_is_drawn_anew_for_every_step(pipeline: Path, tmp_path: Path) -> None:
+    cfg = configured(pipeline, "micro_batch_size=1", "global_batch_size=1", "infer.inference_steps=4", "seed=3",
+                     recipe="alignprop_sd")  # fmt: skip
+    loop = cfg.trainer.alignprop_sd
+    loop.max_steps, loop.val_check_interval, cfg.report.enable, cfg.trainer.accelerator = 4, 0, False, "cpu"
+    cfg.exp_manager.explicit_log_dir = str(tmp_path / "run")
+    assert run_training(cfg) == 0
+    drawn = [len(RandomTruncation(1, 4)(4, plan_random(3, step)).active) for step in range(4)]
+    assert len(set(drawn)) > 1
+    assert column(read_run(tmp_path / "run").metrics, "active_steps") == drawn
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_prompts_are_encoded_as_diffusers_does(pipeline: Path, masked: bool) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    theirs = StableDiffusionPipeline.from_pretrained(pipeline, safety_checker=None, requires_safety_checker=False)
+    ours = StableDiffusion.from_pretrained(pipeline)
+    for encoder in (theirs.text_encoder, ours.text_encoder):
+        encoder.config.use_attention_mask = masked
+    expected = theirs.encode_prompt(["cat", "a longer one"], "cpu", 1, do_classifier_free_guidance=False)[0]
+    assert torch.equal(ours.encode_prompts(["cat", "a longer one"]).encoder_hidden_states, expected)
