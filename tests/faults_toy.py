@@ -172,14 +172,17 @@ def main(what: str, rank: int, size: int, folder: Path) -> int:
                     hold_the_interpreter()
                 if what == "raise":
                     raise ValueError("the reward is broken")
-            if step == 30 and what == "raise everywhere":
+            if step == 30 and what in ("raise everywhere", "hand on"):
+                if what == "hand on" and rank == 1:
+                    time.sleep(1.5)  # whose error it is comes last, when the others have waited for each other
                 raise NumericalError("the reward is NaN")
             with waiting():
                 meeting.wait()
     except Exception as error:
         code = getattr(error, "exit_code", 1)
         reason = f"{type(error).__name__}: {error}"
-        if client.failed(reason, traceback.format_exc(), code, isinstance(error, ConnectionError)):
+        said = what == "hand on" and rank != 1
+        if client.failed(reason, traceback.format_exc(), code, isinstance(error, ConnectionError), said):
             print(f"first: rank {rank}: {reason}", file=sys.stderr, flush=True)
         if what == "raise everywhere" and rank == 0:
             time.sleep(2.0)

@@ -184,6 +184,13 @@ def test_an_error_of_every_rank_is_told_once_and_rank_0_may_export(tmp_path: Pat
     assert (tmp_path / "exported").exists()
 
 
+def test_an_error_handed_on_is_told_by_the_rank_that_met_it_although_others_report_it_first(tmp_path: Path) -> None:
+    with Run("hand on", tmp_path) as run:
+        assert run.codes() == [3] * 3
+    assert run.text() == "first: rank 1: NumericalError: the reward is NaN\n"
+    assert run.fault()[1].startswith("error on rank 1 ")
+
+
 def test_a_rank_that_never_comes_up_is_missed(tmp_path: Path) -> None:
     with Run("absent", tmp_path, started=2) as run:
         assert run.codes() == [EXIT_CODE] * 2

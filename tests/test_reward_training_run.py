@@ -239,6 +239,19 @@ def test_what_one_process_refuses_is_said_once_and_ends_all(folder: Path, traine
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("already holds a finished run") == 1, done.stderr
     assert len(done.stderr.splitlines()) == 1, done.stderr
+    if watched:
+        assert done.stderr.startswith("error on rank 0 ("), "who met it, not who heard of it first"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "darwin", reason="there such devices may exist")
+def test_what_every_process_refuses_before_it_has_joined_the_others_is_said_once(folder: Path) -> None:
+    words = overrides(folder, "nowhere", trainer__devices=2, model__micro_batch_size=8, trainer__accelerator="mps")
+    script = str(ROOT / "examples" / "mm" / "clip" / "train_reward_model.py")
+    done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert "PyTorch finds no Apple GPU here" in done.stderr
 
 
 def test_accumulation_is_the_larger_batch(folder: Path) -> None:

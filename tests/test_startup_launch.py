@@ -43,8 +43,12 @@ if word == "polite":
     signal.signal(signal.SIGTERM, stop); signal.signal(signal.SIGINT, stop)
 if word == "deaf" and rank == 0:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if word == "same":
+    from nemo_aligner_diffusion.parallel.health.launch import claim_first_word
+    for text in ("no such device", "no such file"):
+        if claim_first_word(text): print(text, file=sys.stderr)
 note("here", {{**{{name: os.environ[name] for name in names}}, "pid": os.getpid(), "argv": sys.argv[1:]}})
-if word == "exit": sys.exit(0)
+if word in ("exit", "same"): sys.exit(0)
 while not all(os.path.exists(f"{{folder}}/here_{{other}}") for other in range(count)): time.sleep(0.02)
 if word == "error" and rank == 1: sys.exit(2)
 if word == "error":
@@ -116,6 +120,15 @@ def test_when_one_dies_all_end_and_the_reason_is_told(tmp_path, word, code, says
     assert parent.returncode == code
     assert says in errors
     assert not any(map(alive, pids))
+
+
+def test_what_all_have_to_say_is_said_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    parent = start(tmp_path, "same")
+    _, errors = parent.communicate(timeout=PATIENCE)
+    assert parent.returncode == 0
+    assert sorted(errors.splitlines()) == ["no such device", "no such file"]
+    assert not list(tmp_path.glob("nad-*"))  # where they agreed on who says it
 
 
 def test_after_an_error_that_was_told_the_others_may_finish(tmp_path):

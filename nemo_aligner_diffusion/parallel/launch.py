@@ -18,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
@@ -25,6 +26,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from nemo_aligner_diffusion.errors import ConfigurationError
+from nemo_aligner_diffusion.parallel.health.launch import CLAIMS_VARIABLE
 from nemo_aligner_diffusion.parallel.health.messages import EXIT_CODE as RANK_LOST
 
 if TYPE_CHECKING:
@@ -86,7 +88,8 @@ def start_processes(
     }
     words = list(command) if command is not None else [sys.executable, *sys.orig_argv[1:]]
     processes: list[subprocess.Popen[bytes]] = []
-    with _forwarding(processes):
+    with tempfile.TemporaryDirectory(prefix="nad-") as claims, _forwarding(processes):
+        shared[CLAIMS_VARIABLE] = claims
         for local in range(devices):
             ranks = {"RANK": str(node * devices + local), "LOCAL_RANK": str(local)}
             processes.append(

@@ -125,6 +125,11 @@ class RunWatch:
         if self.progress is not None:
             self.progress.mark(name)
 
+    def joined(self) -> None:
+        """The process group is there."""
+        if self.client is not None:
+            self.client.settle()
+
     def callbacks(self) -> list[pl.Callback]:
         """For the Trainer, behind the callbacks that make collective calls."""
         return [] if self.progress is None else [HealthCallback(self, self.report_interval / 4)]
@@ -157,7 +162,8 @@ class RunWatch:
             lines += [f"  {frame.filename}:{frame.lineno} in {frame.name}: {frame.line}" for frame in frames]
             if self.directory is not None:
                 lines += [f"  the whole traceback: {self.directory.path / FAULT_FILE}"]
-        print("\n".join(lines), file=sys.stderr, flush=True)
+        if launching.claim_first_word(reason):  # ranks that could not ask rank 0 may have the same to say
+            print("\n".join(lines), file=sys.stderr, flush=True)
         launching.write_error_file("\n".join(lines))
         if self.launch.rank == 0:
             with contextlib.suppress(Exception):

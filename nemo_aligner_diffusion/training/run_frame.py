@@ -88,6 +88,7 @@ class RunFrame:
         watch.phase("joining the process group")
         trainer = cfg.trainer
         device = join(plain(trainer.devices), trainer.num_nodes, trainer.accelerator, process_group_timeout(cfg))
+        watch.joined()
         _agree_on_version(cfg, watch)
         _resume_after_restart(cfg, watch)
         enter("run directory")

@@ -27,6 +27,9 @@ _LINGER = 1.5  # seconds between verdict and end: the launcher must see the culp
 _LINGER_LATEST = 10.0  # that long where the culprit takes its time
 _CLOSING_TIME = 60.0  # seconds that rank 0 gets for export and report where every rank has raised
 _ANSWER_WITHIN = 30.0  # seconds; it takes milliseconds, but a busy machine's rank 0 may stand still for some
+_OWNER_WITHIN = 3.0  # seconds that the rank whose error this is gets to say so, before launchers end it for our end
+_SETTLED_WITHIN = 10.0  # seconds; a firewall may drop what is sent to rank 0
+_NOT_OVER_WITHIN = 3.0  # seconds; who cannot reach rank 0 may just have come to a run that is ending
 _STACK_LINES = 6
 
 
@@ -61,10 +64,12 @@ class HealthClient(threading.Thread):
         self._birth: dict[int, int | None] = {}  # processes of this machine: when each began
         self._rank0 = Position()
         self._connected = threading.Event()
+        self._settled = threading.Event()  # connected, or given up
         self._wake, self._woken = socket.socketpair()
         self._outbox: list[dict[str, Any]] = []
         self._closing = threading.Event()
         self._raised = threading.Event()
+        self._over = threading.Event()  # raised or closing
         self._first: bool | None = None
         self._answered = threading.Event()
         self._may_end = threading.Event()
@@ -72,6 +77,13 @@ class HealthClient(threading.Thread):
         self._screen = os.dup(2)
 
     # for the main thread
+
+    def settle(self) -> None:
+        """Wait until rank 0 knows this rank. Then errors find everybody in touch, and no rank ends unheard.
+
+        Call it once rank 0 can be found (see :func:`.launch.look_up`). After seconds it goes on without.
+        """
+        self._settled.wait(_SETTLED_WITHIN)
 
     def failed(self, reason: str, details: str, exit_code: int, communication: bool, said: bool = False) -> bool:
         """The main thread has met an error. True: this rank is the first, and should print it.
@@ -83,25 +95,28 @@ class HealthClient(threading.Thread):
             details: the traceback.
             exit_code: with which this process will end, and with it the others.
             communication: whether the error may come from another rank's end (a closed connection).
-            said: it is another rank's, who has handed it on, and prints it if there is nobody to ask.
+            said: it is another rank's, who has handed it on, and prints it.
         """
         if communication:
             _pause(10.0)  # the verdict that explains it comes within milliseconds and ends the process
         self._raised.set()
+        self._over.set()
+        if said:
+            self._mute()
         if not self._connected.wait(1.0):
             return self.verdict is None and not said
         position = vars(self.progress.position())
-        content = {"reason": reason, "details": details[-LONGEST_DETAILS:], "exit_code": exit_code}
+        content = {"reason": reason, "details": details[-LONGEST_DETAILS:], "exit_code": exit_code, "said": said}
         self._post(kind="error", position=position, **content)
-        self._answered.wait(_ANSWER_WITHIN)
-        first = self.verdict is None and not said if self._first is None else self._first
+        self._answered.wait(_OWNER_WITHIN if said else _ANSWER_WITHIN)
+        first = not said and (self.verdict is None if self._first is None else self._first)
         if not first:
             self._mute()
         return first
 
     def wait_for_rank_0(self) -> None:
         """After :meth:`failed`, before this process ends: all ranks may have raised, and rank 0 may be exporting."""
-        if self._raised.is_set() and self.launch.rank != 0:
+        if self._raised.is_set() and self.launch.rank != 0 and self._connected.is_set():
             self._may_end.wait(_CLOSING_TIME)
 
     def end_process(self, code: int, within: float) -> None:
@@ -122,6 +137,7 @@ class HealthClient(threading.Thread):
     def close(self) -> None:
         """Goodbye: from here on this process is not missed."""
         self._closing.set()
+        self._over.set()
         self._notify()
         self.join(timeout=5.0)
 
@@ -140,10 +156,13 @@ class HealthClient(threading.Thread):
         try:
             line = self._connect()
         except Exception as error:
-            log.warning("rank %d is not watched: %s", self.launch.rank, error)
+            self._settled.set()
+            if not self._over.wait(_NOT_OVER_WITHIN):
+                log.warning("rank %d is not watched: %s", self.launch.rank, error)
         try:
             if line is not None:
                 self._connected.set()
+                self._settled.set()
                 self._talk(line)
         except OSError:
             if line is None or not self._has_last_words(line):
@@ -249,6 +268,7 @@ class HealthClient(threading.Thread):
         end, latest = time.monotonic() + _LINGER, time.monotonic() + _LINGER_LATEST
         while time.monotonic() < end:
             if self._raised.is_set() and fault.kind == "error":
+                self._answered.set()
                 return  # the same error here: the main thread ends the process by itself
             if time.monotonic() < latest and self._is_closing(fault):
                 end = time.monotonic() + _LINGER / 3

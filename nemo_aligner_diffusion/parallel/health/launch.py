@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 ADDRESS_VARIABLE = "NAD_HEALTH_ADDRESS"
+CLAIMS_VARIABLE = "NAD_CLAIMS"  # a folder of the processes that one launcher of ours has started
 _KEY = "nemo_aligner_diffusion/health"
 
 
@@ -143,13 +144,16 @@ def write_error_file(message: str, local_rank: int | None = None) -> None:
 
 
 def claim_first_word(text: str) -> bool:
-    """True for one of the torchrun processes of this machine that have the same to say, and elsewhere always."""
+    """True for one of the processes of this machine that have the same to say.
+
+    Under torchrun and our own launcher; elsewhere (srun) always.
+    """
     own = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if not own:
+    folder = os.environ.get(CLAIMS_VARIABLE) if not own else Path(own).parent.parent
+    if not folder:
         return True
-    claim = Path(own).parent.parent / f"said-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     try:
-        claim.touch(exist_ok=False)
+        (Path(folder) / f"said-{hashlib.sha256(text.encode()).hexdigest()[:16]}").touch(exist_ok=False)
     except FileExistsError:
         return False
     except OSError:

@@ -74,6 +74,7 @@ class HealthServer(threading.Thread):
         self._lines: dict[int, Line] = {}  # rank -> its connection
         self._fault: Fault | None = None
         self._errors: dict[int, float] = {}  # rank that raised -> when
+        self._handed_on: set[int] = set()  # of these, who raised what another rank has met
         self._answered: set[int] = set()
         self._suspects: list[Any] = []
         self._stacks: dict[int, list[str]] = {}
@@ -181,6 +182,9 @@ class HealthServer(threading.Thread):
         elif kind == "error":
             self.watch.heard(line.rank, now, Position(**message["position"]))
             self._errors[line.rank] = now
+            if message.get("said"):  # whose error it is will say so, and be the one that is named
+                self._handed_on.add(line.rank)
+                return
             reason, details = str(message["reason"]), str(message["details"])[-LONGEST_DETAILS:]
             self._decide(self.watch.error(line.rank, reason, details, int(message["exit_code"]), now))
             fault = self._fault
@@ -213,6 +217,8 @@ class HealthServer(threading.Thread):
         """Tell a rank that raised whether to wait: rank 0 may have raised too, and be exporting what it has."""
         for rank, when in self._errors.items():
             everybody = len(self._errors) == len(self.watch.active)
+            if self._fault is None and rank in self._handed_on:
+                continue  # launchers end all at the first end: not before the reason has been told
             if rank not in self._answered and (everybody or now - when > _SAME_ERROR_WITHIN):
                 self._answered.add(rank)
                 self._send(rank, "end", wait=0 in self._errors)
