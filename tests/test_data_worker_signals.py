@@ -58,7 +58,7 @@ def test_a_worker_survives_all_signals_but_its_parents(taken: int) -> None:
                 process.stdin.write("next\n")
                 process.stdin.flush()
                 assert process.stdout.readline().split() == [str(expected), "True"]
-            out, _ = process.communicate(timeout=60)
+            out, _ = process.communicate(timeout=300)
         finally:
             process.kill()
     assert out.split() == ["ending", "0"]

@@ -243,6 +243,29 @@ def test_what_one_process_refuses_is_said_once_and_ends_all(folder: Path, traine
         assert done.stderr.startswith("error on rank 0 ("), "who met it, not who heard of it first"
 
 
+@pytest.mark.parametrize(
+    ("connect", "raising"),
+    [
+        pytest.param((3, 0), (0, 0), marks=pytest.mark.slow),
+        pytest.param((0, 0), (0, 4), marks=pytest.mark.nightly),
+        pytest.param((0, 3), (4, 0), marks=pytest.mark.nightly),
+        pytest.param((14, 0), (0, 0.3), marks=pytest.mark.nightly),  # longer than ranks wait for each other
+        pytest.param((0, 14), (0, 4), marks=pytest.mark.nightly),
+        pytest.param((14, 14), (0, 0), marks=pytest.mark.nightly),
+    ],
+)
+def test_ranks_that_come_late_change_nothing_about_it(
+    folder: Path, trained: Path, connect: tuple[float, float], raising: tuple[float, float]
+) -> None:
+    words = overrides(folder, trained.name, trainer__devices=2, model__micro_batch_size=8)
+    command = [sys.executable, str(ROOT / "tests" / "delayed_ranks.py")]
+    command += [json.dumps({"connect": connect, "raise": raising}), *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error on rank 0 ("), done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "darwin", reason="there such devices may exist")
 def test_what_every_process_refuses_before_it_has_joined_the_others_is_said_once(folder: Path) -> None:
@@ -346,7 +369,7 @@ def test_help_needs_no_torch(script: str) -> None:
         "except SystemExit as end: assert not end.code, end.code\n"
         "assert 'torch' not in sys.modules\n"
     )
-    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert shown.returncode == 0, shown.stderr
     assert f"usage: {script}.py" in shown.stdout
 

@@ -270,5 +270,5 @@ for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
     os.kill(os.getpid(), number)
 sys.exit(75)
 """
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
     assert (result.returncode, result.stderr) == (75, "")

@@ -190,7 +190,7 @@ def test_a_killed_run_goes_on_exactly(whole: Path, workplace: Path, tmp_path: Pa
             time.sleep(0.05)
     finally:
         process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=60)
+        process.communicate(timeout=300)
     assert process.returncode == -signal.SIGKILL
     for newer in sorted((directory / "checkpoints").glob("step_??????"))[1:]:
         shutil.rmtree(newer)  # go on from step 2, wherever the signal came

@@ -1,0 +1,44 @@
+"""The command of reward training, with ranks that come late, as on machines where others want the processor, too.
+
+    python tests/delayed_ranks.py '{"connect": [0, 3], "raise": [0, 0]}' key=value …
+
+Seconds by rank: ``connect``: before its health thread looks for rank 0; ``raise``: between an error that all processes
+have agreed on and what becomes of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+from nemo_aligner_diffusion.parallel import broadcast
+from nemo_aligner_diffusion.parallel.health import HealthClient
+from nemo_aligner_diffusion.reward_training.train_cli import main
+
+
+def delay_ranks(seconds: dict[str, list[float]], rank: int) -> None:
+    connect, agree = HealthClient._connect, broadcast._agree
+
+    def connect_late(client: HealthClient) -> Any:
+        time.sleep(seconds["connect"][rank])
+        return connect(client)
+
+    def raise_late(failure: Exception | None, node: Any) -> None:
+        try:
+            agree(failure, node)
+        except Exception:
+            time.sleep(seconds["raise"][rank])
+            raise
+
+    HealthClient._connect = connect_late  # type: ignore[method-assign]
+    broadcast._agree = raise_late
+
+
+if __name__ == "__main__":
+    delays = json.loads(sys.argv.pop(1))
+    if "RANK" in os.environ:  # not in the process that starts the others
+        delay_ranks(delays, int(os.environ["RANK"]))
+    sys.exit(main())
