@@ -73,7 +73,9 @@ def train(devices: int, words: list[str], folder: str, steps: int, resume_from: 
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-    data = PromptDataModule(embedded_prompts_path("train"), micro_batch_size=1, global_batch_size=4, seed=11)
+    data = PromptDataModule(
+        embedded_prompts_path("train"), micro_batch_size=cfg.model.micro_batch_size, global_batch_size=4, seed=11
+    )
     trainer.fit(module, datamodule=data, ckpt_path=str(resume.path) if resume is not None else None)
     return losses
 
@@ -133,7 +135,9 @@ PAIRS = [
 def _mark(before: str, after: str, what: str) -> tuple[pytest.MarkDecorator, ...]:
     if (after, what) == ("DP4", "LoRA"):
         return ()
-    return (pytest.mark.slow,) if "one" in (before, after) or after == "DP4" else (pytest.mark.nightly,)
+    in_ci = [("TP2", "DP4", "full"), ("TP2", "one", "LoRA"), ("TP2", "one", "full")]
+    in_ci += [("one", "FSDP2 TP2", "LoRA"), ("FSDP2 TP2", "one", "full")]
+    return (pytest.mark.slow,) if (before, after, what) in in_ci else (pytest.mark.nightly,)
 
 
 @pytest.mark.parametrize(
