@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -78,8 +79,16 @@ def figures(file: Path, *columns: str) -> list[float]:
         return [float(row[column]) for row in csv.DictReader(handle) for column in columns]
 
 
-@pytest.mark.parametrize("what", WHAT)
-@pytest.mark.parametrize("layout", LAYOUTS)
+def _mark(layout: str, what: str) -> tuple[pytest.MarkDecorator, ...]:
+    if what == "LoRA" or layout == "DP2":
+        return ()
+    return (pytest.mark.slow,) if layout == "FSDP2 TP2" else (pytest.mark.nightly,)
+
+
+@pytest.mark.parametrize(
+    ("layout", "what"),
+    [pytest.param(*case, marks=_mark(*case)) for case in itertools.product(LAYOUTS, WHAT)],
+)
 def test_the_run_directory_is_that_of_one_process(processes, inputs, alone, tmp_path, layout, what):
     size, more = LAYOUTS[layout]
     export, settings = WHAT[what]

@@ -279,11 +279,12 @@ def test_the_command_plans_a_layout_and_lists_those_that_fit(tiny, capsys):
             ["--layouts", "trainer.precision=bf16-true"],
             ["activation_checkpointing", "fewer pictures", "LoRA"],
         ),
-        (
+        pytest.param(
             ["--layouts", "--tensor-sizes=1", "trainer.precision=bf16-true", "trainer.devices=2",
              "model.micro_batch_size=1", "model.global_batch_size=2"],
             ["the smallest of 4 layouts", "a GPU with more memory"],
             ["another layout", "trainer.precision"],
+            marks=pytest.mark.slow,
         ),
     ],
 )  # fmt: skip
