@@ -199,6 +199,15 @@ def test_the_run_behind_an_adapter_gives_the_settings(pipeline_folder: Path, ada
         given = replace(request, steps=2, model=Path("elsewhere"), guidance=0.0)
         settings = resolve_settings(given, read_run(adapter.parent))
         assert (settings.model, settings.steps, settings.guidance) == (Path("elsewhere"), 2, 0.0)
+        (adapter.parent / "config.yaml").write_text(
+            "model: {from_pretrained: null, infer: {unconditional_guidance_scale: null}, "
+            "pipeline: {trained: null, stateless: null, arguments: {negative_prompt: blurry}}}\n"
+        )
+        settings = resolve_settings(request, read_run(adapter.parent))
+        assert settings.guidance is None  # the pipeline's default, not the shipped one
+        assert settings.pipeline == {"arguments": {"negative_prompt": "blurry"}}
+        (adapter.parent / "config.yaml").write_text("model: {from_pretrained: some/hub-id}\n")
+        assert resolve_settings(request, read_run(adapter.parent)).model == Path("some/hub-id")
         (adapter.parent / "config.yaml").write_text("model: {from_pretrained: /nowhere/model}\n")
         with pytest.raises(ConfigurationError, match=r"/nowhere/model is gone: .*config.yaml names it"):
             resolve_settings(request, read_run(adapter.parent))
@@ -212,7 +221,7 @@ def test_shipped_defaults_are_those_of_the_shipped_configuration() -> None:
     infer = load_config("draftp_sd", []).model.infer
     assert infer.inference_steps == generate_cli.DEFAULT_STEPS
     assert infer.unconditional_guidance_scale == generate_cli.DEFAULT_GUIDANCE
-    assert infer.sampler_type.lower() == generate_cli.DEFAULT_SAMPLER
+    assert infer.sampler_type is None  # the pipeline's own, as without --sampler
     assert infer.eta == generate_cli.DEFAULT_ETA
 
 

@@ -159,12 +159,16 @@ def test_the_export_gives_the_same_picture_in_plain_diffusers(targets, pipeline,
     assert (pictures - before).abs().max() > 1e-3
     theirs = StableDiffusionPipeline.from_pretrained(pipeline, safety_checker=None)
     theirs.load_lora_weights(directory / "export")
-    theirs.set_progress_bar_config(disable=True)
-    generators = [sample_generator(seed, 0, 0) for seed in (3, 4)]
-    expected = theirs(
-        ["p1", "p2"], generator=generators, num_inference_steps=6, guidance_scale=3.0, output_type="pt"
-    ).images
-    assert torch.equal(pictures, expected)
+
+    def plain(pipe):
+        generators = [sample_generator(seed, 0, 0) for seed in (3, 4)]
+        pipe.set_progress_bar_config(disable=True)
+        options = {"num_inference_steps": 6, "guidance_scale": 3.0, "output_type": "pt"}
+        return pipe(["p1", "p2"], generator=generators, **options).images
+
+    assert torch.equal(pictures, plain(ours.pipe))
+    # weights at other addresses: kernels for aligned memory round otherwise
+    torch.testing.assert_close(pictures, plain(theirs), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("scheme", ["sdlora", "none"])
