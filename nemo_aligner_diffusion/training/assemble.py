@@ -10,13 +10,8 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_aligner_diffusion.algorithms import AlignProp, DRaFT, DRaFTLV, DRaFTPlus, DRTune, ReFL, RewardTuning
-from nemo_aligner_diffusion.algorithms.alignprop import RandomTruncation
-from nemo_aligner_diffusion.algorithms.draft import LastSteps
-from nemo_aligner_diffusion.algorithms.draft_lv import RenoisedLastStep
-from nemo_aligner_diffusion.algorithms.drtune import SpacedSteps
-from nemo_aligner_diffusion.algorithms.refl import OneLateStep
-from nemo_aligner_diffusion.algorithms.reward_tuning import PlanRule
+from nemo_aligner_diffusion.algorithms.registry import method_of
+from nemo_aligner_diffusion.algorithms.reward_tuning import RewardTuning
 from nemo_aligner_diffusion.diffusion.checkpoints import component_config
 from nemo_aligner_diffusion.diffusion.families.stable_diffusion import StableDiffusion
 from nemo_aligner_diffusion.diffusion.lora import add_lora
@@ -28,27 +23,10 @@ from nemo_aligner_diffusion.parallel.module import NonFiniteGuard
 from nemo_aligner_diffusion.parallel.parallelism import Parallelism
 from nemo_aligner_diffusion.parallel.tensor_plans import check_tensor_parallel
 from nemo_aligner_diffusion.rewards.base import Reward
-from nemo_aligner_diffusion.training.config import derived, refl_window
+from nemo_aligner_diffusion.training.config import derived
 from nemo_aligner_diffusion.training.optimizers import build_optimizer
 from nemo_aligner_diffusion.training.schedules import build_schedule
 from nemo_aligner_diffusion.training.schema_checks import precision_name
-
-# model.algorithm -> (Lightning module, how its plan rule follows from the configuration)
-ALGORITHMS: dict[str, tuple[type[RewardTuning], Callable[[DictConfig], PlanRule]]] = {
-    "draft": (DRaFT, lambda cfg: LastSteps()),
-    "draft_k": (DRaFT, lambda cfg: LastSteps(cfg.model.truncation_steps)),
-    "draft_lv": (DRaFTLV, lambda cfg: RenoisedLastStep(cfg.model.draft_lv.samples)),
-    "draft+": (DRaFTPlus, lambda cfg: LastSteps(cfg.model.truncation_steps)),
-    "drtune": (DRTune, lambda cfg: SpacedSteps(cfg.model.drtune.train_steps, cfg.model.drtune.early_stop_steps)),
-    "refl": (ReFL, lambda cfg: OneLateStep(*refl_window(cfg))),
-    "alignprop": (
-        AlignProp,
-        lambda cfg: RandomTruncation(
-            cfg.model.alignprop.min_truncation_steps,
-            cfg.model.alignprop.max_truncation_steps or cfg.model.infer.inference_steps,
-        ),
-    ),
-}
 
 
 def build_model(
@@ -112,8 +90,7 @@ def build_sampler(cfg: DictConfig, model: StableDiffusion) -> Sampler:
 def build_module(
     cfg: DictConfig, model: StableDiffusion, reward: Reward, max_steps: int, guard: NonFiniteGuard | None = None
 ) -> RewardTuning:
-    """The Lightning module of ``model.algorithm``."""
-    module_class, plan_rule = ALGORITHMS[cfg.model.algorithm]
+    """The Lightning module, with the rule of ``model.algorithm``."""
     optim: dict[str, Any] = OmegaConf.to_container(cfg.model.optim, resolve=True)  # type: ignore[assignment]
 
     def optimizer_factory(parameters: list[tuple[str, torch.nn.Parameter]]) -> tuple[torch.optim.Optimizer, Any]:
@@ -121,11 +98,11 @@ def build_module(
         optimizer = build_optimizer(parameters, optim, allow_fused=precision_name(cfg) != "16-mixed")
         return optimizer, build_schedule(optimizer, optim.get("sched"), max_steps)
 
-    return module_class(
+    return RewardTuning(
         model,
         reward,
         build_sampler(cfg, model),
-        plan_rule(cfg),
+        method_of(cfg).plan,
         optimizer_factory,
         guidance_scale=cfg.model.infer.unconditional_guidance_scale,
         kl_coeff=cfg.model.kl_coeff,
