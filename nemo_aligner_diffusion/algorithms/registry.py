@@ -68,11 +68,12 @@ def defaults(algorithm: str) -> dict[str, Any]:
     if algorithm not in methods():
         return {}
     method = methods()[algorithm]
-    values = {entry.name: entry.default for entry in dataclasses.fields(method)}
-    return {
-        key: list(values[field]) if isinstance(values[field], tuple) else values[field]
-        for field, key in method.keys().items()
-    }
+    values: dict[str, Any] = {entry.name: entry.default for entry in dataclasses.fields(method)}
+    return {key: _plain(values[field]) for field, key in method.keys().items()}
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def title_of(algorithm: str) -> str:
