@@ -15,7 +15,7 @@ from nemo_aligner_diffusion.algorithms.custom import is_import_path, load_method
 from nemo_aligner_diffusion.training.schema_kinds import ANY, Kind
 
 _PACKAGE = "nemo_aligner_diffusion.algorithms"
-_OTHERS = {"base", "custom", "registry", "reward_tuning"}  # modules of the package that hold no method
+_OTHERS = {"base", "custom", "picture_validation", "registry", "reward_tuning"}  # modules of the package that hold no method
 
 
 @functools.cache
