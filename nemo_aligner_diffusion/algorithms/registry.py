@@ -15,7 +15,8 @@ from nemo_aligner_diffusion.algorithms.custom import is_import_path, load_method
 from nemo_aligner_diffusion.training.schema_kinds import ANY, Kind
 
 _PACKAGE = "nemo_aligner_diffusion.algorithms"
-_OTHERS = {"base", "custom", "picture_validation", "registry", "reward_tuning"}  # modules of the package that hold no method
+# Modules of the package that hold no method; importing them may be slow.
+_OTHERS = {"base", "custom", "picture_validation", "registry", "reward_tuning"}
 
 
 @functools.cache

@@ -107,6 +107,7 @@ def build_module(
         method_of(cfg).plan,
         optimizer_factory,
         kl_coeff=cfg.model.kl_coeff,
+        kl_space=cfg.model.kl_space,
         reward_scale=cfg.model.reward_scale,
         reward_margin=cfg.model.reward_margin,
         decode_micro_batch_size=cfg.model.decode_micro_batch_size,
