@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from . import main
+from . import dits, main, unets
 from .row import PROMPTS, TinyPipeline, randomise
 
 __all__ = ["MAIN", "PROMPTS", "ROWS", "TinyPipeline", "named", "randomise"]
 
 MAIN = main.ROWS
-ROWS = (*MAIN,)
+ROWS = (*MAIN, *unets.ROWS, *dits.ROWS)
 
 
 def named(name: str) -> TinyPipeline:

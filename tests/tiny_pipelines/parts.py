@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from tiny import tiny_tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
+from torch import Tensor
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -163,3 +165,15 @@ DYNAMIC_SHIFT = {
     "base_shift": 0.5,
     "max_shift": 1.15,
 }
+
+
+def pictures(batch: int) -> Tensor:
+    """``(B, 3, 16, 16)`` in [0, 1]: to begin from, to edit, or as a control."""
+    return torch.rand(batch, 3, 16, 16, generator=torch.Generator().manual_seed(7))
+
+
+def masks(batch: int) -> Tensor:
+    """``(B, 1, 16, 16)``: 1 (the left half) is painted anew."""
+    mask = torch.zeros(batch, 1, 16, 16)
+    mask[..., :8] = 1
+    return mask
