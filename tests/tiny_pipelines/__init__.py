@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from . import dits, main, unets
+from . import dits, flows, main, unets, videos
 from .row import PROMPTS, TinyPipeline, randomise
 
 __all__ = ["MAIN", "PROMPTS", "ROWS", "TinyPipeline", "named", "randomise"]
 
 MAIN = main.ROWS
-ROWS = (*MAIN, *unets.ROWS, *dits.ROWS)
+ROWS = (*MAIN, *unets.ROWS, *dits.ROWS, *flows.ROWS, *videos.ROWS)
 
 
 def named(name: str) -> TinyPipeline:
