@@ -17,6 +17,7 @@ from diffusers import (
     OvisImagePipeline,
     OvisImageTransformer2DModel,
     QwenImageImg2ImgPipeline,
+    SD3Transformer2DModel,
     StableDiffusion3Img2ImgPipeline,
     StableDiffusion3PAGPipeline,
     ZImageImg2ImgPipeline,
@@ -45,6 +46,13 @@ FLUX_LIKE: dict[str, Any] = {
 def flux_controlnet() -> dict[str, Any]:
     network = FluxControlNetModel(**FLUX_LIKE, pooled_projection_dim=WIDTH, guidance_embeds=True)
     return {**flux(), "controlnet": network}
+
+
+def stable_diffusion_3_for_pag() -> dict[str, Any]:
+    parts = stable_diffusion_3()
+    config = parts["transformer"].config
+    # PAG's attention knows neither the second attention of a dual block nor norms of queries and keys
+    return {**parts, "transformer": SD3Transformer2DModel.from_config(config, dual_attention_layers=(), qk_norm=None)}
 
 
 def chroma() -> dict[str, Any]:
@@ -89,8 +97,9 @@ ROWS = (
                                          for key, value in from_picture(batch).items()}),
     relative("sd3", "sd3-img2img", StableDiffusion3Img2ImgPipeline, stable_diffusion_3, conditioning=from_picture,
              arguments={**SHORT, **EDIT}),
-    relative("sd3", "sd3-pag", StableDiffusion3PAGPipeline, stable_diffusion_3, arguments={**SHORT, "pag_scale": 2.0},
-             options={"pag_applied_layers": "blocks.1"}),
+    relative("sd3", "sd3-pag", StableDiffusion3PAGPipeline, stable_diffusion_3_for_pag, arguments={**SHORT, "pag_scale": 2.0},
+             options={"pag_applied_layers": "blocks.1"}, unused=("transformer_blocks.1.attn.add_q_proj",),
+             notes="a pipeline folder does not keep pag_applied_layers: this is the default"),
     relative("qwen-image", "qwen-image-img2img", QwenImageImg2ImgPipeline, qwen_image, conditioning=from_picture,
              arguments={**SMALL, **EDIT, "negative_prompt": " "}),
     relative("z-image", "z-image-img2img", ZImageImg2ImgPipeline, z_image, conditioning=from_picture,

@@ -31,16 +31,16 @@ CHAT_TEMPLATE = """\
 {% endif %}"""
 
 
-def clip(projection: bool = False) -> tuple[Any, Any]:
+def clip(projection: bool = False, length: int = 8) -> tuple[Any, Any]:
     """CLIP's text encoder and tokenizer."""
-    tokenizer = tiny_tokenizer()
+    tokenizer = tiny_tokenizer(length)
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
         intermediate_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=8,
+        max_position_embeddings=length,
         projection_dim=WIDTH,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -35,6 +35,7 @@ class TinyPipeline:
         options: values that are no component, of the class's ``__init__``.
         stateless: class names of objects given to the denoiser that carry nothing from call to call.
         video: the output is ``(B, frames, 3, H, W)``.
+        pixels: the range of ``output_type="pt"``: diffusers rescales and clamps to [0, 1], but for a few.
         batch: samples that one call can make.
         dtype: float64 where the pipeline allows it; a note says why not.
         steps: a usual ``num_inference_steps`` for a test.
@@ -53,6 +54,7 @@ class TinyPipeline:
     options: Mapping[str, Any] = field(default_factory=dict)
     stateless: tuple[str, ...] = ()
     video: bool = False
+    pixels: tuple[float, float] = (0.0, 1.0)
     batch: int = 2
     dtype: torch.dtype = torch.float64
     steps: int = 3
@@ -89,6 +91,6 @@ def randomise(module: nn.Module, seed: int) -> None:
             elif parameter.ndim < 2:
                 parameter.copy_(0.1 * noise)
             else:
-                # a third at a decoder's end keeps pixels off the clamp at 0 and 1, where they have no gradient
-                share = 0.3 if "conv_out" in name else 1.0
+                # less at a decoder's end keeps pixels off the clamp at 0 and 1, where they have no gradient
+                share = 0.3 if "conv_out" in name else 0.1 if "decoder.proj_out" in name else 1.0
                 parameter.copy_(share * noise / max(1, parameter[0].numel()) ** 0.5)

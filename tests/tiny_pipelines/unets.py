@@ -179,7 +179,7 @@ ROWS = (
     sd_row("sdxl-controlnet", StableDiffusionXLControlNetPipeline, controlled_xl, conditioning=from_picture,
            arguments={}, **XL),
     sd_row("kandinsky-2.2", KandinskyV22Pipeline, kandinsky_2_2, conditioning=image_embeddings,
-           lora_targets=ADDED_KV_LORA, options={}, notes="conditioned on image embeddings, not on a prompt"),
+           lora_targets=ADDED_KV_LORA, options={}, pixels=(-1.0, 1.0), notes="conditioned on image embeddings, not on a prompt; pixels are not clamped"),
     sd_row("if", IFPipeline, deepfloyd, arguments={"height": 8, "width": 8, "clean_caption": False},
-           lora_targets=ADDED_KV_LORA, notes="pixel space, no decoder; output_type='pt' leaves pictures in [-1, 1]"),
+           lora_targets=ADDED_KV_LORA, pixels=(-1.0, 1.0), notes="pixel space, no decoder"),
 )  # fmt: skip

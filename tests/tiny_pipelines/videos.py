@@ -24,13 +24,14 @@ from diffusers import (
     MochiPipeline,
     MochiTransformer3DModel,
     MotionAdapter,
+    UNetMotionModel,
     UniPCMultistepScheduler,
     WanPipeline,
     WanTransformer3DModel,
 )
 from transformers import LlamaConfig, LlamaModel
 
-from .dits import ATTENTION, FEED_FORWARD, SHORT_PROMPTS, row, together, umt5
+from .dits import ATTENTION, FEED_FORWARD, row, together, umt5
 from .main import SMALL, UNET_LORA, stable_diffusion
 from .parts import WIDTH, clip, flow_euler, kl_vae, language_model_config, qwen_tokenizer, t5
 
@@ -150,7 +151,7 @@ def animatediff() -> dict[str, Any]:
     adapter = MotionAdapter(
         block_out_channels=(8, 16), motion_layers_per_block=1, motion_norm_num_groups=4, motion_num_attention_heads=2
     )
-    return {**parts, "motion_adapter": adapter}
+    return {**parts, "unet": UNetMotionModel.from_unet2d(parts["unet"], adapter), "motion_adapter": adapter}
 
 
 def hunyuan_video() -> dict[str, Any]:
@@ -172,7 +173,7 @@ def hunyuan_video() -> dict[str, Any]:
     vae = AutoencoderKLHunyuanVideo(
         latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4, scaling_factor=1.0
     )
-    text_encoder_2, tokenizer_2 = clip()
+    text_encoder_2, tokenizer_2 = clip(length=77)
     return together((llama, tokenizer), transformer=transformer, vae=vae, scheduler=flow_euler(),
                     text_encoder_2=text_encoder_2, tokenizer_2=tokenizer_2)  # fmt: skip
 
@@ -188,11 +189,14 @@ ROWS = (
         arguments={**SMALL, "num_frames": 5, "max_sequence_length": 8}),
     row("mochi", MochiPipeline, mochi, video=True,
         lora_targets=(*ATTENTION, *ADDED, *FEED_FORWARD, "ff_context.net.0.proj", "ff_context.net.2"),
-        arguments={**SMALL, "num_frames": 7, "max_sequence_length": 8}),
-    row("latte", LattePipeline, latte, video=True, arguments={**SMALL, **SHORT_PROMPTS, "video_length": 2}),
+        arguments={**SMALL, "num_frames": 7, "max_sequence_length": 8},
+        unused=("transformer_blocks.1.attn1.add_q_proj", "transformer_blocks.1.attn1.norm_added_q"),
+        notes="the last block's text tokens are keys and values only; the decoder's norms have 32 groups"),
+    row("latte", LattePipeline, latte, video=True, arguments={**SMALL, "clean_caption": False, "video_length": 2}),
     row("animatediff", AnimateDiffPipeline, animatediff, video=True, train="unet", lora_targets=UNET_LORA,
         arguments={**SMALL, "num_frames": 2}),
     row("hunyuan-video", HunyuanVideoPipeline, hunyuan_video, video=True,
-        lora_targets=(*ATTENTION, *ADDED, *FEED_FORWARD, "ff_context.net.0.proj", "ff_context.net.2"),
+        lora_targets=(*ATTENTION, *ADDED, *FEED_FORWARD, "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp",
+                      "single_transformer_blocks.0.proj_out"),
         arguments={**SMALL, "num_frames": 5, "prompt_template": HUNYUAN_TEMPLATE, "max_sequence_length": 16}),
 )  # fmt: skip
