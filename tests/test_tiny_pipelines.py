@@ -1,4 +1,4 @@
-"""The tiny pipelines that other tests train: deterministic, made of their seed, and the same after saving and loading."""
+"""The tiny pipelines that other tests train: made of their seed, and the same after saving and loading."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def wan() -> dict[str, Any]:
         num_layers=2,
         rope_max_seq_len=16,
     )
-    vae = AutoencoderKLWan(base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
+    vae = AutoencoderKLWan(base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
                            latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.0, 1.2, 0.9, 1.1])  # fmt: skip
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0,
                                         num_train_timesteps=1000)  # fmt: skip
