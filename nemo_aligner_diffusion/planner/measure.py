@@ -14,19 +14,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils.checkpoint import checkpoint
 
-from nemo_aligner_diffusion.diffusion.families.stable_diffusion import StableDiffusion
-from nemo_aligner_diffusion.diffusion.guidance import guided_predictor
 from nemo_aligner_diffusion.diffusion.lora import add_lora
-from nemo_aligner_diffusion.diffusion.sampler import Sampler
-from nemo_aligner_diffusion.diffusion.trajectory import Plan, reward_gradient, run_trajectory
+from nemo_aligner_diffusion.diffusion.plan import Plan
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.parallel.gradients import local_part
 from nemo_aligner_diffusion.parallel.parallelism import Parallelism
 from nemo_aligner_diffusion.parallel.simulated import simulated_mesh
 from nemo_aligner_diffusion.planner.kernels import gpu_kernels
 from nemo_aligner_diffusion.planner.ledger import Ledger, Record
-from nemo_aligner_diffusion.planner.networks import build_model, preset_reward, without_memory
+from nemo_aligner_diffusion.planner.networks import PlannedPipeline, build_pipeline, preset_reward, without_memory
+from nemo_aligner_diffusion.planner.schedule import active_calls
 from nemo_aligner_diffusion.planner.settings import PRECISIONS, Case, Settings
 from nemo_aligner_diffusion.rewards.base import Reward
 from nemo_aligner_diffusion.rewards.sample_keys import SampleKeys, scoring_samples
@@ -59,7 +59,7 @@ class Measurement:
 
 @dataclass
 class _Subject:
-    model: StableDiffusion
+    model: PlannedPipeline
     reward: Reward
     notes: list[str]
 
@@ -85,29 +85,26 @@ def measure(
     with torch.device("meta"):
         subject = _build(settings, case)
     model = subject.model
-    text_encoders = nn.ModuleList(part for name, part in model.named_children() if name.startswith("text_encoder"))
     parameters = sum(p.numel() for p in model.denoiser.parameters())
-    # their tables of coefficients need numbers: made before tensors lose theirs
-    samplers = {steps: Sampler(model.scheduler_config, "ddim", steps) for steps in (1, 2)}
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    without_memory(model, mode)
+    without_memory(model.networks, mode)
     without_memory(subject.reward, mode)
     layout = case.layout
     mesh_context = contextlib.nullcontext() if layout.is_single else simulated_mesh(layout)
     with mesh_context as mesh, mode:
         parallel = Parallelism(layout)
         if mesh is not None:
-            denoisers = [part for part in (model.denoiser, model.reference_denoiser) if part is not None]
-            frozen = {"text_encoder": text_encoders, "vae": model.vae, "reward": subject.reward}
+            denoisers = [part for part in (model.denoiser, model.reference) if part is not None]
+            frozen = {"text_encoder": model.encoders, "vae": model.vae, "reward": subject.reward}
             parallel.apply(mesh, denoisers, frozen)
-        phases = _Phases(settings, case, subject, parallel, samplers, prompts).run(plan, only)
+        phases = _Phases(settings, case, subject, parallel, prompts).run(plan, only)
         parallel.reshard()  # what is still gathered is in the phases already
         weights = {
             "denoiser": held_bytes(model.denoiser),
-            "reference": held_bytes(model.reference_denoiser),
-            "text_encoder": held_bytes(text_encoders),
+            "reference": held_bytes(model.reference),
+            "text_encoder": held_bytes(model.encoders),
             "vae": held_bytes(model.vae),
             "reward": held_bytes(subject.reward),
         }
@@ -124,101 +121,154 @@ def measure(
 
 class _Phases:
     def __init__(
-        self,
-        settings: Settings,
-        case: Case,
-        subject: _Subject,
-        parallel: Parallelism,
-        samplers: dict[int, Sampler],
-        prompts: Sequence[str] | None,
+        self, settings: Settings, case: Case, subject: _Subject, parallel: Parallelism, prompts: Sequence[str] | None
     ) -> None:
-        self.settings, self.case, self.parallel, self.samplers = settings, case, parallel, samplers
+        self.settings, self.case, self.parallel = settings, case, parallel
         self.model, self.reward = subject.model, subject.reward
         mesh = parallel.mesh
         groups = {mesh[f"{name}_parallel"].get_group().group_name: name for name in ("data", "tensor")} if mesh else {}
-        self.ledger = Ledger((local_part(tensor) for tensor in _tensors(self.model, self.reward)), groups)
+        known = (local_part(tensor) for tensor in _tensors(self.model.networks, self.reward))
+        self.ledger = Ledger(known, groups)
         self.prompts = list(prompts or (f"{TYPICAL_PROMPT}, {i}" for i in range(case.micro_batch_size)))
+        self.found: dict[str, Record] = {}
+        self._phase, self._running = contextlib.ExitStack(), ""
 
     def run(self, plan: Plan, only: Sequence[str]) -> dict[str, Record]:
         kernels = contextlib.nullcontext() if self.settings.attention == "cpu" else gpu_kernels(self.settings.attention)
         with kernels, self.ledger:
-            return self._run(plan, only)
+            self._run(plan, only)
+        return self.found
 
-    def _run(self, plan: Plan, only: Sequence[str]) -> dict[str, Record]:
-        model, ledger, settings = self.model, self.ledger, self.settings
-        found: dict[str, Record] = {}
-        model.unconditional(1)  # encoded once in a run
-        with ledger.phase() as found["text"], self._precision():
-            conditioning = model.encode_prompts(self.prompts)
-        predict = guided_predictor(model, conditioning, settings.guidance_scale)
-        noise = self._noise()
-        timestep = torch.tensor(500)
-        with torch.no_grad():
-            if self.case.layout.fsdp:
-                with self._precision():
-                    predict(noise, timestep)  # FSDP2 lays out its buffers at the first call
-            if "call" in only:
-                with ledger.phase() as found["call"], self._precision():
-                    predict(noise, timestep)
-            if "reference" in only and settings.kl_coeff:
-                with ledger.phase() as found["reference"], self._precision(), model.reference():
-                    predict(noise, timestep)
+    def _run(self, plan: Plan, only: Sequence[str]) -> None:
+        model, settings = self.model, self.settings
+        if self.case.layout.fsdp or set(only) - {"replay", "replay_next"}:
+            self._rollout(reference="reference" in only and bool(settings.kl_coeff))
         if "decode" in only:
-            with ledger.phase() as found["decode"], self._precision():
-                self._reward_gradient(noise)
+            self._reward_gradient()
         cut = plan.cut or bool(plan.renoise)
-        active = plan.renoise or len(plan.active)
         if "replay" in only:
-            found["replay"] = self._replay(1, cut, predict)
-            with ledger.phase() as found["average"]:
-                trained = [(name, p) for name, p in model.denoiser.named_parameters() if p.requires_grad]
-                self.parallel.average_gradients(trained)
+            self._replay("replay", 1, cut)
+            self._begin("average")
+            trained = [(name, p) for name, p in model.denoiser.named_parameters() if p.requires_grad]
+            self.parallel.average_gradients(trained)
+            self._end()
             self._drop_gradients()
-        if "replay_next" in only and active > 1:
-            two, one = self._replay(2, cut, predict), found.get("replay", Record())
-            found["replay_next"] = replace(two, ops=two.ops - one.ops, collectives=two.collectives - one.collectives)
+        if "replay_next" in only and active_calls(plan) > 1:
+            self._replay("replay_next", 2, cut)
+            two, one = self.found["replay_next"], self.found.get("replay", Record())
+            self.found["replay_next"] = replace(
+                two, ops=two.ops - one.ops, collectives=two.collectives - one.collectives
+            )
             self._drop_gradients()
         if "validation" in only and settings.validation_batch_size:
-            pictures = settings.validation_batch_size
-            pictures = min(self.case.decode_micro_batch_size or pictures, pictures)
-            with ledger.phase() as found["validation"], self._precision(), torch.no_grad():
-                model.decode(self._noise(pictures))
-        return found
+            self._validation()
 
-    def _replay(self, active: int, cut: bool, predict: Any) -> Record:
-        """The backward pass through the last ``active`` steps of a trajectory in which all are active."""
-        plan = Plan(active=tuple(range(active)), cut=cut)
-        frozen = self._frozen(predict) if self.settings.kl_coeff else None
+    def _begin(self, name: str) -> None:
+        self._phase.close()
+        self.found[name], self._running = self._phase.enter_context(self.ledger.phase()), name
+
+    def _end(self) -> None:
+        self._phase.close()
+        self._running = ""
+
+    def _pipeline(self, steps: int, network: Any, **taps: Any) -> Tensor:
+        settings = self.settings
+        inputs = {
+            "prompt": self.prompts,
+            "num_inference_steps": steps,
+            "guidance_scale": settings.guidance_scale,
+            "height": settings.height,
+            "width": settings.width,
+        }
+        with self._precision(), torch.no_grad():
+            return self.model(inputs, network, **taps)
+
+    def _rollout(self, reference: bool) -> None:
+        """Phases ``text``, ``call`` and ``reference``."""
+        calls: list[Any] = []  # of one step: two networks' calls, where a pipeline guides so
+
+        def network(*args: Any, **kwargs: Any) -> Any:
+            if self._running != "call":
+                self._begin("call")
+                calls.clear()
+            calls.append((args, kwargs))
+            self.output = self.model.denoiser(*args, **kwargs)
+            return self.output
+
+        self._begin("text")
+        # FSDP2 lays out its buffers at the first call
+        self._pipeline(2 if self.case.layout.fsdp else 1, network, stepped=lambda prediction: self._end())
+        if reference:
+            self._begin("reference")
+            with self._precision(), torch.no_grad(), self.model.frozen() as frozen:
+                for args, kwargs in calls:
+                    frozen(*args, **kwargs)
+            self._end()
+
+    def _reward_gradient(self) -> None:
+        """Phase ``decode``: rows of the batch are decoded under checkpoint, so that one's graph at a time lives."""
+        rows = self._rows(len(self.prompts))
+
+        def decode(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self._begin("decode")
+            torch.set_grad_enabled(True)
+            leaf = latents.detach().requires_grad_()
+            if len(rows) == 1:
+                return self.model.vae.decode(leaf, *args, **kwargs)
+
+            def pictures(part: Tensor) -> Tensor:
+                return self.model.vae.decode(part, *args, **{**kwargs, "return_dict": False})[0]  # type: ignore[no-any-return]
+
+            return (torch.cat([checkpoint(pictures, leaf[part], use_reentrant=False) for part in rows]),)
+
+        images = self._pipeline(1, lambda *_, **__: self.output, decode=decode)
         with self._precision():
-            trajectory = run_trajectory(predict, self.samplers[active], plan, self._noise, reference=frozen)
-            surrogate = (trajectory.reads[0] * torch.ones_like(trajectory.reads[0])).sum()
-            if trajectory.divergence is not None:
-                surrogate = surrogate + self.settings.kl_coeff * trajectory.divergence
-        with self.ledger.phase() as record:
-            surrogate.backward()
-        return record
+            gradients = []
+            for part in rows:
+                leaf = images[part].detach().to(torch.promote_types(images.dtype, torch.float32)).requires_grad_()
+                # as in training: pictures are augmented
+                with scoring_samples(SampleKeys(0, 0, tuple(range(len(self.prompts))[part]))):
+                    loss = -self.reward.scores(leaf, self.prompts[part])[0].sum() / len(self.prompts)
+                gradients.append(torch.autograd.grad(loss, leaf)[0].to(images.dtype))
+                del loss, leaf
+            images.backward(torch.cat(gradients))
+        self._end()
 
-    def _reward_gradient(self, read: Tensor) -> None:
-        prompts = self.prompts
+    def _validation(self) -> None:
+        def decode(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
+            rows = self._rows(self.settings.validation_batch_size)[0]
+            self._begin("validation")
+            return self.model.vae.decode(latents.new_zeros(rows.stop, *latents.shape[1:]), *args, **kwargs)
 
-        samples = tuple(range(len(prompts)))
+        self._pipeline(1, lambda *_, **__: self.output, decode=decode)
+        self._end()
 
-        def objective(images: Tensor, rows: slice) -> Tensor:
-            with scoring_samples(SampleKeys(0, 0, samples[rows])):  # as in training: pictures are augmented
-                return -self.reward.scores(images, prompts[rows])[0].sum() / len(prompts)
+    def _rows(self, pictures: int) -> list[slice]:
+        """Those that are decoded and scored at a time."""
+        size = min(self.case.decode_micro_batch_size or pictures, pictures)
+        return [slice(start, min(start + size, pictures)) for start in range(0, pictures, size)]
 
-        reward_gradient([read], self.model.decode, objective, self.case.decode_micro_batch_size)
+    def _replay(self, name: str, active: int, cut: bool) -> None:
+        """The backward pass of a trajectory of ``active`` steps, all of them active."""
+        handle = torch.empty(0, requires_grad=True)  # a reentrant checkpoint needs an input with a gradient
+        predictions: list[Tensor] = []
 
-    def _frozen(self, predict: Any) -> Any:
-        def frozen(latents: Tensor, timestep: Tensor) -> Tensor:
-            with self.model.reference():
-                return predict(latents, timestep)
+        def network(*args: Any, **kwargs: Any) -> Any:
+            torch.set_grad_enabled(True)
+            if cut:
+                args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
+            return _recomputed(self.model.denoiser, args, kwargs, handle)
 
-        return frozen
-
-    def _noise(self, batch_size: int | None = None) -> Tensor:
-        shape = self.model.latent_shape(self.settings.height, self.settings.width)
-        return torch.zeros(batch_size or self.case.micro_batch_size, *shape, dtype=self.model.latent_like.dtype)
+        latents = self._pipeline(active, network, stepped=predictions.append)
+        surrogate = (latents * torch.ones_like(latents)).sum()
+        if self.settings.kl_coeff:  # the distance to the reference's predictions, whatever they are
+            distances = [(e - torch.zeros_like(e)).square().mean() for e in predictions]
+            surrogate = surrogate + self.settings.kl_coeff * torch.stack(distances).mean()
+        del latents
+        predictions.clear()
+        self._begin(name)
+        surrogate.backward()
+        self._end()
 
     def _precision(self) -> Any:
         """What Lightning puts around a training step. Counted on the CPU's autocast; see :mod:`.kernels`."""
@@ -233,7 +283,7 @@ class _Phases:
 def _build(settings: Settings, case: Case) -> _Subject:
     """As ``training.assemble`` does, from an architecture instead of weights."""
     notes: list[str] = []
-    model = build_model(settings.spec)
+    model = build_pipeline(settings.spec)
     if settings.lora is not None:
         names = [name for name, _ in model.denoiser.named_modules()]
         asked = list(settings.lora["target_modules"])
@@ -256,8 +306,7 @@ def _build(settings: Settings, case: Case) -> _Subject:
     reward = _reward(settings)
     weights, _, autocast = PRECISIONS[settings.precision]
     if weights != "float32" and not autocast:  # the reward has a precision of its own
-        model.to(getattr(torch, weights))
-    model.eval()
+        model.networks.to(getattr(torch, weights))
     model.denoiser.train()
     return _Subject(model, reward, notes)
 
@@ -279,6 +328,19 @@ def _reward(settings: Settings) -> Reward:
         return augmented(reward.to(REWARD_PRECISIONS[precision]), settings.rm.get("augment", {}), "rm")
     with torch.device("cpu"):
         return build_reward(settings.rm)
+
+
+def _recomputed(network: Any, args: Any, kwargs: Any, handle: Tensor) -> Any:
+    """``network(*args, **kwargs)`` that keeps its inputs and its output, and has a backward pass of its own."""
+    leaves, structure = tree_flatten((args, kwargs))
+    tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+    def call(_: Tensor, *given: Tensor) -> Any:
+        at = dict(zip(tensors, given, strict=True))
+        args, kwargs = tree_unflatten([at.get(i, leaf) for i, leaf in enumerate(leaves)], structure)
+        return network(*args, **kwargs)
+
+    return checkpoint(call, handle, *(leaves[i] for i in tensors), use_reentrant=True)
 
 
 def held_bytes(module: nn.Module | None) -> int:

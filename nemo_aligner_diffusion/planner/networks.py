@@ -1,27 +1,27 @@
-"""The model and the reward of a plan, as modules whose tensors have shapes and no memory.
+"""The pipeline and the reward of a plan, as modules whose tensors have shapes and no memory.
 
 They are built on the meta device and turned into PyTorch's fake tensors at the end (:func:`without_memory`), with which
-the code that trains runs unchanged. The modules are those that train: ``StableDiffusion`` with
-``diffusers``' networks, peft's adapters, the reward that the configuration builds. SDXL and the FLUX-shaped transformer
-have no family in ``diffusion/families`` yet; what a family would do for them is written here, to plan ahead.
+a ``diffusers`` pipeline's own ``__call__`` runs unchanged (:meth:`PlannedPipeline.__call__`). Stand-ins are what only
+matters by its numbers: the tokenizers and the scheduler.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from diffusers import ConfigMixin, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from nemo_aligner_diffusion.diffusion.conditioning import Conditioning
-from nemo_aligner_diffusion.diffusion.families.stable_diffusion import StableDiffusion
+from nemo_aligner_diffusion.diffusion.lora import adapters_off, has_lora
 from nemo_aligner_diffusion.planner.presets import REWARDS, ModelSpec
 from nemo_aligner_diffusion.rewards.base import Reward
-
-# diffusers' defaults: a scheduler's arithmetic is elementwise on latents, and published models differ in numbers only
-SCHEDULER: dict[str, Any] = {}
 
 
 class FixedLengthTokenizer:
@@ -33,6 +33,8 @@ class FixedLengthTokenizer:
     def __call__(self, prompts: str | Sequence[str], **options: Any) -> Any:
         one = isinstance(prompts, str)
         length = min(self.model_max_length, int(options.get("max_length") or self.model_max_length))
+        if options.get("padding") == "longest":
+            length -= 1  # pipelines ask so whether a prompt was cut, and would compare the tokens: these have no values
         rows = 1 if one else len(prompts)
         if options.get("return_tensors") == "pt":
             ids: Any = torch.zeros(rows, length, dtype=torch.long)
@@ -40,95 +42,136 @@ class FixedLengthTokenizer:
         ids = [[0] * length for _ in range(rows)]
         return SimpleNamespace(input_ids=ids[0] if one else ids)
 
-
-class PlannedSDXL(StableDiffusion):
-    """Two text encoders side by side, and the pooled text and the picture's size as extra conditioning."""
-
-    def __init__(self, denoiser: Any, vae: Any, text_encoders: list[Any], length: int) -> None:
-        super().__init__(denoiser, vae, text_encoders[0], FixedLengthTokenizer(length), SCHEDULER)
-        self.text_encoder_2 = text_encoders[1].requires_grad_(False).eval()
-
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        tokens = self.tokenizer(list(prompts), return_tensors="pt").input_ids
-        first = self.text_encoder(tokens, output_hidden_states=True)
-        second = self.text_encoder_2(tokens, output_hidden_states=True)
-        states = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
-        sizes = torch.zeros(len(prompts), 6, dtype=states.dtype)
-        return Conditioning(states, {"text_embeds": second.text_embeds, "time_ids": sizes})
-
-    def predict(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
-        dtype = self.denoiser.dtype
-        return self.denoiser(
-            latents.to(dtype),
-            timestep,
-            encoder_hidden_states=conditioning.encoder_hidden_states.to(dtype),
-            added_cond_kwargs={name: value.to(dtype) for name, value in conditioning.extra.items()},
-            return_dict=False,
-        )[0].to(latents.dtype)
+    def tokenize(self, prompt: str) -> list[str]:
+        """None of a prompt's words is one that textual inversion added."""
+        return []
 
 
-class PlannedFlux(StableDiffusion):
-    """Latents packed 2×2 into tokens beside the text's tokens; CLIP's pooled state modulates every block."""
+class AnyScheduler(SchedulerMixin, ConfigMixin):
+    """A scheduler's arithmetic is elementwise on latents; which numbers it multiplies by is no matter here."""
 
-    def __init__(self, denoiser: Any, vae: Any, text_encoders: list[Any], length: int) -> None:
-        denoiser.register_to_config(sample_size=1)  # a transformer has no size of its own
-        super().__init__(denoiser, vae, text_encoders[0], FixedLengthTokenizer(length), SCHEDULER)
-        self.text_encoder_2 = text_encoders[1].requires_grad_(False).eval()
+    order, init_noise_sigma = 1, 1.0
 
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        tokens = self.tokenizer(list(prompts), return_tensors="pt").input_ids
-        pooled = self.text_encoder(tokens[:, :77]).pooler_output
-        return Conditioning(self.text_encoder_2(tokens)[0], {"pooled": pooled})
+    @register_to_config
+    def __init__(self) -> None:
+        self.stepped: Callable[[Tensor], None] = lambda prediction: None
 
-    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
-        height, width = height or self.default_height, width or self.default_width
-        return self.vae.config.latent_channels, height // self.vae_scale_factor, width // self.vae_scale_factor
+    def set_timesteps(
+        self, num_inference_steps: int | None = None, device: Any = None, sigmas: Any = None, mu: float | None = None
+    ) -> None:
+        steps = len(sigmas) if num_inference_steps is None else num_inference_steps
+        self.timesteps = torch.linspace(999, 1, steps)
 
-    def predict(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
-        dtype = self.denoiser.dtype
-        b, c, h, w = latents.shape
-        packed = latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, c * 4)
-        text = conditioning.encoder_hidden_states.to(dtype)
-        guidance = torch.ones(b, dtype=dtype) if self.denoiser.config.guidance_embeds else None
-        prediction = self.denoiser(
-            hidden_states=packed.to(dtype),
-            encoder_hidden_states=text,
-            pooled_projections=conditioning.extra["pooled"].to(dtype),
-            timestep=timestep.expand(b).to(dtype) / 1000,
-            img_ids=torch.zeros(packed.shape[1], 3),
-            txt_ids=torch.zeros(text.shape[1], 3),
-            guidance=guidance,
-            return_dict=False,
-        )[0]
-        rows = prediction.view(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5)
-        return rows.reshape(b, c, h, w).to(latents.dtype)
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        pass
+
+    def scale_model_input(self, sample: Tensor, *_: Any) -> Tensor:
+        return sample
+
+    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True) -> Any:
+        self.stepped(model_output)
+        after = torch.add(sample * 0.5, model_output, alpha=0.5)
+        return SimpleNamespace(prev_sample=after) if return_dict else (after,)
 
 
-def build_model(spec: ModelSpec) -> StableDiffusion:
-    """The model of ``spec`` in float32 on the meta device."""
-    from diffusers import AutoencoderKL, FluxTransformer2DModel, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+class _Tapped:
+    """A component whose ``__call__`` or ``decode`` is another's; everything else is its own."""
 
-    vae = AutoencoderKL(**spec.vae)
-    encoders: list[Any] = []
-    for position, (kind, config) in enumerate(spec.text_encoders):
-        if kind == "t5":
-            encoders.append(T5EncoderModel(T5Config(**config)))
+    def __init__(self, target: Any, call: Callable[..., Any] | None = None, decode: Callable[..., Any] | None = None):
+        self._target, self._call = target, call or target
+        self.decode = decode or getattr(target, "decode", None)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._target, name)
+
+
+class PlannedPipeline:
+    """A ``diffusers`` pipeline built from configurations, and the calls of its parts.
+
+    Attributes:
+        denoiser: the component that is trained.
+        reference: its frozen copy (full fine-tuning), if there is one.
+        vae: its decoder makes the pictures.
+        encoders: all other networks.
+    """
+
+    def __init__(self, spec: ModelSpec, pipe: Any) -> None:
+        self.pipe = pipe.set_progress_bar_config(disable=True) or pipe
+        # `Any`: diffusers' models have attributes that a plain nn.Module has not
+        self.denoiser: Any = pipe.components[spec.denoiser]
+        self.vae: Any = pipe.vae
+        self.encoders = nn.ModuleList(
+            part for part in pipe.components.values()
+            if isinstance(part, nn.Module) and part not in (self.denoiser, self.vae)
+        )  # fmt: skip
+        self.reference: Any = None
+        self._denoiser_name = spec.denoiser
+        # without torch.no_grad's wrapper
+        self._call: Any = inspect.unwrap(type(pipe).__call__)
+        for network in self.networks:
+            network.requires_grad_(False).eval()
+
+    @property
+    def networks(self) -> nn.ModuleList:
+        return nn.ModuleList(part for part in (self.denoiser, self.reference, self.vae, self.encoders) if part)
+
+    def keep_reference(self) -> None:
+        self.reference = copy.deepcopy(self.denoiser).requires_grad_(False).eval()
+
+    @contextmanager
+    def frozen(self) -> Iterator[Any]:
+        """Within, the denoiser before training: the copy, or the same with its adapters off."""
+        if has_lora(self.denoiser):
+            with adapters_off(self.denoiser):
+                yield self.denoiser
         else:
-            with_projection = spec.family == "sdxl" and position == 1
-            encoder_class = CLIPTextModelWithProjection if with_projection else CLIPTextModel
-            encoders.append(encoder_class(CLIPTextConfig(**config)))
-    if spec.family == "flux":
-        transformer = FluxTransformer2DModel(**spec.denoiser)
-        model: StableDiffusion = PlannedFlux(transformer, vae, encoders, spec.text_length)
-        model.default_height = model.default_width = spec.sample_size * model.vae_scale_factor
-        return model
-    unet = UNet2DConditionModel(**spec.denoiser)
-    if spec.family == "sdxl":
-        return PlannedSDXL(unet, vae, encoders, spec.text_length)
-    return StableDiffusion(unet, vae, encoders[0], FixedLengthTokenizer(spec.text_length), SCHEDULER)
+            yield self.reference
+
+    def __call__(
+        self,
+        inputs: dict[str, Any],
+        network: Callable[..., Any],
+        stepped: Callable[[Tensor], None] = lambda prediction: None,
+        decode: Callable[..., Any] | None = None,
+    ) -> Tensor:
+        """The pipeline's own ``__call__`` on ``inputs`` (those that it knows); latents, or pictures with ``decode``.
+
+        Args:
+            network: called in the denoiser's place.
+            stepped: called with the guided prediction of every step.
+            decode: called in the place of ``vae.decode``.
+        """
+        tapped, scheduler = copy.copy(self.pipe), AnyScheduler()
+        scheduler.stepped = stepped
+        denoiser, vae = _Tapped(self.denoiser, call=network), _Tapped(self.vae, decode=decode)
+        tapped.__dict__.update({self._denoiser_name: denoiser, "vae": vae, "scheduler": scheduler})
+        inputs = {**inputs, "output_type": "pt" if decode else "latent", "return_dict": False}
+        known = inspect.signature(self._call).parameters
+        return self._call(tapped, **{name: value for name, value in inputs.items() if name in known})[0]  # type: ignore[no-any-return]
+
+
+def build_pipeline(spec: ModelSpec) -> PlannedPipeline:
+    """The pipeline of ``spec`` in float32, on the default device."""
+    import diffusers
+    import transformers
+
+    parts: dict[str, Any] = {}
+    for name, (kind, config) in spec.components.items():
+        if hasattr(diffusers, kind):
+            parts[name] = getattr(diffusers, kind)(**config)
+        else:
+            network_class = getattr(transformers, kind)
+            parts[name] = network_class(network_class.config_class(**config))
+            length = int(config.get("max_position_embeddings") or 512)  # T5 has no limit; pipelines say what they want
+            parts[name.replace("text_encoder", "tokenizer")] = FixedLengthTokenizer(length)
+    pipeline_class = getattr(diffusers, spec.pipeline)
+    needed = [p.name for p in inspect.signature(pipeline_class).parameters.values() if p.default is p.empty]
+    pipe = pipeline_class(**{**dict.fromkeys(needed), **spec.options, **parts, "scheduler": AnyScheduler()})
+    pipe.vae.register_to_config(force_upcast=False)  # to float32 for the decoding: a conversion that fakes refuse
+    return PlannedPipeline(spec, pipe)
 
 
 def preset_reward(name: str, model_settings: dict[str, Any]) -> Reward:

@@ -97,8 +97,6 @@ def make_plan(cfg: DictConfig, spec: ModelSpec, options: Options, progress: Call
             plan.error = nothing_fits(plan.layouts, machines, settings, searched=True)
     elif not asked.fits:
         plan.error = nothing_fits([asked], machines, settings, searched=False)
-    if spec.family != "sd":
-        plan.notes.append(f"{spec.name} is no model family of the trainer yet: this plans ahead")
     return plan
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from statistics import fmean
+from typing import Any
 
 from omegaconf import DictConfig
+from torch import Tensor
 
-from nemo_aligner_diffusion.diffusion.sampler import Sampler
-from nemo_aligner_diffusion.diffusion.trajectory import Plan
-from nemo_aligner_diffusion.planner.networks import SCHEDULER
+from nemo_aligner_diffusion.diffusion.plan import Plan, PlanRule
 from nemo_aligner_diffusion.training.assemble import ALGORITHMS
 
 DRAWS = 400  # plans averaged over
@@ -42,24 +45,64 @@ def step_counts(cfg: DictConfig, draw: random.Random | None = None) -> StepCount
     Args:
         draw: what one plan is drawn from; ``None``: averages over :data:`DRAWS` of them.
     """
-    infer = cfg.model.infer
-    rule = ALGORITHMS[cfg.model.algorithm][1](cfg)
-    steps = len(Sampler(SCHEDULER, infer.sampler_type, infer.inference_steps, infer.eta))
-    plans = [rule(steps, each) for each in ([draw] if draw else map(random.Random, range(DRAWS)))]
-    active = fmean(map(_active, plans))
+    rule, path = plan_rule(cfg), DefaultPath(_steps(cfg))
+    plans = [rule(path, each) for each in ([draw] if draw else map(random.Random, range(DRAWS)))]
+    active = fmean(map(active_calls, plans))
     return StepCounts(
-        network_calls=fmean(calls_of(plan, steps) for plan in plans),
+        network_calls=fmean(calls_of(plan, path.steps) for plan in plans),
         references=active if cfg.model.kl_coeff else 0.0,
         replays=active,
-        reads=fmean(plan.renoise or 1 for plan in plans),
-        plan=max(plans, key=_active),
+        reads=fmean(plan.network_reads for plan in plans),
+        plan=max(plans, key=active_calls),
     )
 
 
+def plan_rule(cfg: DictConfig) -> PlanRule:
+    """Of ``model.algorithm``."""
+    rule = ALGORITHMS[cfg.model.algorithm][1](cfg)
+    return lambda path, rng: Plan(**vars(rule(path.steps, rng)))
+
+
 def calls_of(plan: Plan, steps: int) -> int:
-    """Network calls of a trajectory of ``steps`` steps under ``plan``: ``Trajectory.network_calls``."""
+    """Network calls of a trajectory of ``steps`` steps under ``plan``."""
     return (steps if plan.stop is None else plan.stop + 1) + plan.renoise
 
 
-def _active(plan: Plan) -> int:
-    return plan.renoise or len(plan.active)
+def active_calls(plan: Plan) -> int:
+    """Network calls that are replayed and differentiated."""
+    return plan.renoise + plan.own_step if plan.renoise else len(plan.active)
+
+
+def _steps(cfg: DictConfig) -> int:
+    """Calls of ``scheduler.step``: PNDM repeats its second one."""
+    infer = cfg.model.infer
+    return int(infer.inference_steps) + (str(infer.sampler_type).lower() in ("plms", "pndm"))
+
+
+@dataclass(frozen=True)
+class DefaultPath:
+    """The path of diffusers' default DDIM, for rules that look at its noise levels: a plan knows no model's own."""
+
+    steps: int
+    flow: bool = False
+
+    @cached_property
+    def levels(self) -> Sequence[tuple[float, float]]:
+        from diffusers import DDIMScheduler
+
+        scheduler: Any = DDIMScheduler()
+        scheduler.set_timesteps(self.steps)
+        signal = scheduler.alphas_cumprod[scheduler.timesteps].double()
+        return [*zip(signal.sqrt().tolist(), (1 - signal).sqrt().tolist(), strict=True), (1.0, 0.0)]
+
+    @cached_property
+    def weights(self) -> Sequence[float]:
+        ratios = [sigma / alpha for alpha, sigma in self.levels]
+        return [after - before for before, after in pairwise(ratios)]
+
+    def clean(self, step: int, latents: Tensor, prediction: Tensor) -> Tensor:
+        alpha, sigma = self.levels[step]
+        return (latents - sigma * prediction) / alpha
+
+    def noise(self, step: int, latents: Tensor, prediction: Tensor) -> Tensor:
+        return prediction
