@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.memory_vs_active_steps import peak_allocated_bytes
 from nemo_aligner_diffusion.diffusion.noise import plan_random
-from nemo_aligner_diffusion.diffusion.trajectory import Plan
+from nemo_aligner_diffusion.diffusion.plan import Plan
 from nemo_aligner_diffusion.embedded_assets import embedded_model_path
 from nemo_aligner_diffusion.parallel.layout import Layout
 from nemo_aligner_diffusion.planner.estimate import Assumptions, PhaseTime, _device_time, micro_batch

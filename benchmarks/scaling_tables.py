@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nemo_aligner_diffusion.diffusion.trajectory import Plan
+from nemo_aligner_diffusion.diffusion.plan import Plan
 from nemo_aligner_diffusion.parallel.layout import Layout
 from nemo_aligner_diffusion.planner.estimate import Assumptions, Memory, StepEstimate, estimate, memory
 from nemo_aligner_diffusion.planner.gpus import GPUS

@@ -179,6 +179,7 @@ class _Phases:
             "guidance_scale": settings.guidance_scale,
             "height": settings.height,
             "width": settings.width,
+            "use_resolution_binning": False,  # the size that was asked for
         }
         with self._precision(), torch.no_grad():
             return self.model(inputs, network, **taps)
@@ -217,9 +218,9 @@ class _Phases:
                 return self.model.vae.decode(leaf, *args, **kwargs)
 
             def pictures(part: Tensor) -> Tensor:
-                return self.model.vae.decode(part, *args, **{**kwargs, "return_dict": False})[0]  # type: ignore[no-any-return]
+                return self.model.vae.decode(part, *args, **{**kwargs, "return_dict": False})[0]
 
-            return (torch.cat([checkpoint(pictures, leaf[part], use_reentrant=False) for part in rows]),)
+            return (torch.cat([checkpoint(pictures, leaf[part], use_reentrant=True) for part in rows]),)
 
         images = self._pipeline(1, lambda *_, **__: self.output, decode=decode)
         with self._precision():

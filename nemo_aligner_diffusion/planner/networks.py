@@ -18,6 +18,7 @@ import torch
 from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
+from transformers import BatchEncoding
 
 from nemo_aligner_diffusion.diffusion.lora import adapters_off, has_lora
 from nemo_aligner_diffusion.planner.presets import REWARDS, ModelSpec
@@ -30,21 +31,24 @@ class FixedLengthTokenizer:
     def __init__(self, length: int) -> None:
         self.model_max_length = length
 
-    def __call__(self, prompts: str | Sequence[str], **options: Any) -> Any:
+    def __call__(self, prompts: str | Sequence[str], **options: Any) -> BatchEncoding:
         one = isinstance(prompts, str)
         length = min(self.model_max_length, int(options.get("max_length") or self.model_max_length))
-        if options.get("padding") == "longest":
-            length -= 1  # pipelines ask so whether a prompt was cut, and would compare the tokens: these have no values
+        if options.get("padding") == "longest" and not options.get("truncation"):
+            length = 1  # pipelines ask so whether a prompt was cut, and would compare the tokens: these have no values
         rows = 1 if one else len(prompts)
         if options.get("return_tensors") == "pt":
             ids: Any = torch.zeros(rows, length, dtype=torch.long)
-            return SimpleNamespace(input_ids=ids, attention_mask=torch.ones_like(ids))
+            return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
         ids = [[0] * length for _ in range(rows)]
-        return SimpleNamespace(input_ids=ids[0] if one else ids)
+        return BatchEncoding({"input_ids": ids[0] if one else ids})
 
     def tokenize(self, prompt: str) -> list[str]:
         """None of a prompt's words is one that textual inversion added."""
         return []
+
+    def apply_chat_template(self, messages: Any, **options: Any) -> str:
+        return "a chat"
 
 
 class AnyScheduler(SchedulerMixin, ConfigMixin):
@@ -57,7 +61,7 @@ class AnyScheduler(SchedulerMixin, ConfigMixin):
         self.stepped: Callable[[Tensor], None] = lambda prediction: None
 
     def set_timesteps(
-        self, num_inference_steps: int | None = None, device: Any = None, sigmas: Any = None, mu: float | None = None
+        self, num_inference_steps: int | None = None, device: Any = None, sigmas: Any = None, **others: Any
     ) -> None:
         steps = len(sigmas) if num_inference_steps is None else num_inference_steps
         self.timesteps = torch.linspace(999, 1, steps)
@@ -150,7 +154,7 @@ class PlannedPipeline:
         tapped.__dict__.update({self._denoiser_name: denoiser, "vae": vae, "scheduler": scheduler})
         inputs = {**inputs, "output_type": "pt" if decode else "latent", "return_dict": False}
         known = inspect.signature(self._call).parameters
-        return self._call(tapped, **{name: value for name, value in inputs.items() if name in known})[0]  # type: ignore[no-any-return]
+        return self._call(tapped, **{name: value for name, value in inputs.items() if name in known})[0]
 
 
 def build_pipeline(spec: ModelSpec) -> PlannedPipeline:
@@ -165,7 +169,8 @@ def build_pipeline(spec: ModelSpec) -> PlannedPipeline:
         else:
             network_class = getattr(transformers, kind)
             parts[name] = network_class(network_class.config_class(**config))
-            length = int(config.get("max_position_embeddings") or 512)  # T5 has no limit; pipelines say what they want
+            # T5 has no limit and language models a far one: pipelines say what they want
+            length = int(config.get("max_position_embeddings") or 512)
             parts[name.replace("text_encoder", "tokenizer")] = FixedLengthTokenizer(length)
     pipeline_class = getattr(diffusers, spec.pipeline)
     needed = [p.name for p in inspect.signature(pipeline_class).parameters.values() if p.default is p.empty]
