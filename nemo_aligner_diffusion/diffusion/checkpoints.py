@@ -12,7 +12,7 @@ import contextlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 from zipfile import is_zipfile
 
 import torch
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from nemo_aligner_diffusion.errors import CheckpointError, first_line
 
-Component = Literal["unet", "vae"]
 _Module = TypeVar("_Module", bound=nn.Module)
 
 # prefixes under which LDM-style files keep a component, the longest first
@@ -93,13 +92,13 @@ def empty_module(build: Callable[[], _Module], dtype: torch.dtype = torch.float3
         return build().to(dtype)
 
 
-def load_component(module: Any, component: Component, path: str | Path) -> None:
-    """Load a UNet's or VAE's weights into ``module`` (a ``diffusers`` model) in place.
+def load_component(module: Any, component: str, path: str | Path) -> None:
+    """Load a denoiser's or VAE's weights into ``module`` (a ``diffusers`` model) in place.
 
     Args:
-        module: ``UNet2DConditionModel`` or ``AutoencoderKL``, already built; from :func:`empty_module` it needs no
+        module: ``UNet2DConditionModel``, ``AutoencoderKL`` or the like, already built; from :func:`empty_module` it needs no
             memory before.
-        component: which of the two; decides the LDM prefix to look for.
+        component: its name in the pipeline; decides the LDM prefix to look for.
         path: folder or file, see the module's docstring. A pipeline folder is searched for ``unet/`` or ``vae/``.
 
     Raises:
@@ -132,7 +131,7 @@ def load_component(module: Any, component: Component, path: str | Path) -> None:
     module.load_state_dict(tensors, assign=empty)
 
 
-def component_config(path: str | Path, component: Component) -> dict[str, Any] | None:
+def component_config(path: str | Path, component: str) -> dict[str, Any] | None:
     """The architecture that a ``diffusers`` folder states for itself, ``None`` for a single file."""
     folder = Path(path).expanduser()
     for candidate in (folder / "config.json", folder / component / "config.json"):
@@ -147,7 +146,7 @@ def component_config(path: str | Path, component: Component) -> dict[str, Any] |
     return None
 
 
-def _resolve(path: Path, component: Component) -> Path:
+def _resolve(path: Path, component: str) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
@@ -163,13 +162,13 @@ def _resolve(path: Path, component: Component) -> Path:
 
 
 def _strip_and_convert(
-    tensors: dict[str, Tensor], component: Component, config: dict[str, Any], source: Path
+    tensors: dict[str, Tensor], component: str, config: dict[str, Any], source: Path
 ) -> dict[str, Tensor]:
-    for prefix in LDM_PREFIXES[component]:
+    for prefix in LDM_PREFIXES.get(component, ()):
         inner = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
         if inner:
             return _from_ldm(inner, component, config, source)
-    if any(name.startswith(("input_blocks.", "encoder.down.")) for name in tensors):
+    if component in LDM_PREFIXES and any(name.startswith(("input_blocks.", "encoder.down.")) for name in tensors):
         return _from_ldm(tensors, component, config, source)
     for prefix in (f"{component}.", "module.", "model."):
         if all(name.startswith(prefix) for name in tensors):
@@ -178,7 +177,7 @@ def _strip_and_convert(
 
 
 def _from_ldm(
-    tensors: dict[str, Tensor], component: Component, config: dict[str, Any], source: Path
+    tensors: dict[str, Tensor], component: str, config: dict[str, Any], source: Path
 ) -> dict[str, Tensor]:
     """LDM naming to ``diffusers`` naming, by diffusers' own tables."""
     from diffusers.loaders import single_file_utils

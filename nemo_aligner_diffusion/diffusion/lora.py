@@ -5,6 +5,7 @@ The exported file is what ``diffusers``' ``pipeline.load_lora_weights`` reads, r
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,11 +15,11 @@ from typing import Any
 
 from torch import Tensor
 
+from nemo_aligner_diffusion.diffusion.families import ATTENTION_LORA
 from nemo_aligner_diffusion.errors import CheckpointError, ConfigurationError, first_line
 
 ADAPTER = "default"
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
-ATTENTION_MODULES = ("to_q", "to_k", "to_v", "to_out.0")
 
 # What a LoRA file's metadata may set. PEFT would act on more of it: import a module that it names (megatron_core),
 # decompose every weight (init_lora_weights), repeat layers (layer_replication).
@@ -40,7 +41,7 @@ def add_lora(
     rank: int,
     alpha: float | None = None,
     dropout: float = 0.0,
-    target_modules: Sequence[str] = ATTENTION_MODULES,
+    target_modules: Sequence[str] = ATTENTION_LORA,
     adapter_name: str = ADAPTER,
 ) -> None:
     """Freeze ``denoiser`` and give it a trainable adapter that starts as the identity (B = 0).
@@ -61,7 +62,7 @@ def add_lora(
     if unmatched:
         raise ConfigurationError(
             f"model.peft.lora_tuning.target_modules: no module of {type(denoiser).__name__} is named "
-            f"{', '.join(unmatched)}; attention layers are named {', '.join(ATTENTION_MODULES)}"
+            f"{', '.join(unmatched)}; attention layers are named {', '.join(ATTENTION_LORA)}"
         )
     denoiser.requires_grad_(False)
     denoiser.add_adapter(
@@ -99,46 +100,66 @@ def lora_state_dict(
 
 
 def save_lora_weights(
-    denoiser: Any, directory: Path, state: Mapping[str, Tensor] | None = None, adapter_name: str = ADAPTER
+    denoiser: Any,
+    directory: Path,
+    state: Mapping[str, Tensor] | None = None,
+    adapter_name: str = ADAPTER,
+    pipeline_class: Any = None,
 ) -> Path:
-    """Write ``pytorch_lora_weights.safetensors`` atomically; ``state`` replaces the current weights (EMA)."""
-    from diffusers import StableDiffusionPipeline
+    """Write ``pytorch_lora_weights.safetensors`` atomically; ``state`` replaces the current weights (EMA).
 
+    Args:
+        pipeline_class: whose ``load_lora_weights`` will read it; ``None``: Stable Diffusion's.
+    """
     layers = {name: value.detach().cpu() for name, value in lora_state_dict(denoiser, adapter_name).items()}
     if state is not None:
         layers = {name: state[name].detach().to(value.dtype).cpu() for name, value in layers.items()}
     directory.mkdir(parents=True, exist_ok=True)
     temporary = f".{WEIGHT_NAME}.{os.getpid()}.tmp"  # which the next run removes if this one is killed
-    StableDiffusionPipeline.save_lora_weights(
+    writer, component = _lora_format(pipeline_class)
+    writer.save_lora_weights(
         directory,
-        unet_lora_layers={name: value.contiguous() for name, value in layers.items()},
         weight_name=temporary,
-        unet_lora_adapter_metadata=denoiser.peft_config[adapter_name].to_dict(),  # rank and alpha, for the loader
+        **{
+            f"{component}_lora_layers": {name: value.contiguous() for name, value in layers.items()},
+            # rank and alpha, for the loader
+            f"{component}_lora_adapter_metadata": denoiser.peft_config[adapter_name].to_dict(),
+        },
     )
     os.replace(directory / temporary, directory / WEIGHT_NAME)
     return directory / WEIGHT_NAME
 
 
-def load_lora_weights(denoiser: Any, path: Path, adapter_name: str) -> None:
+def load_lora_weights(denoiser: Any, path: Path, adapter_name: str, pipeline_class: Any = None) -> None:
     """Add the adapter of an ``export/`` folder or a ``.safetensors`` file to ``denoiser`` under ``adapter_name``.
 
     Raises:
         CheckpointError: missing, unreadable, or made for another architecture.
     """
-    from diffusers import StableDiffusionPipeline
-
     file = path / WEIGHT_NAME if path.is_dir() else path
     if not file.is_file():
         raise CheckpointError(f"{file}: no such LoRA file; expected an export folder or a .safetensors file")
+    reader, component = _lora_format(pipeline_class)
     try:
-        state, alphas, metadata = _lora_state(file)
-        StableDiffusionPipeline.load_lora_into_unet(
-            state, network_alphas=alphas, unet=denoiser, adapter_name=adapter_name, metadata=metadata
-        )
+        state, alphas, metadata = _lora_state(file, reader)
+        given = {} if alphas is None else {"network_alphas": alphas}
+        denoiser.load_lora_adapter(state, prefix=component, adapter_name=adapter_name, metadata=metadata, **given)
     except CheckpointError:
         raise
     except Exception as error:
         raise CheckpointError(f"{file}: this LoRA does not fit the denoiser: {first_line(error)}") from error
+
+
+def _lora_format(pipeline_class: Any) -> tuple[Any, str]:
+    """The class that writes and reads a pipeline's LoRA files, and the component's name in them."""
+    import diffusers
+
+    chosen = pipeline_class or diffusers.StableDiffusionPipeline
+    if not hasattr(chosen, "save_lora_weights"):  # a pipeline without a LoRA loader: names as most transformers'
+        chosen = diffusers.ZImagePipeline
+    return chosen, "unet" if "unet_lora_layers" in inspect.signature(chosen.save_lora_weights).parameters else (
+        "transformer"
+    )
 
 
 def mix(denoiser: Any, weights: Mapping[str, float]) -> None:
@@ -146,16 +167,16 @@ def mix(denoiser: Any, weights: Mapping[str, float]) -> None:
     denoiser.set_adapters(list(weights), [float(weight) for weight in weights.values()])
 
 
-def _lora_state(file: Path) -> tuple[dict[str, Tensor], Any, Any]:
-    from diffusers import StableDiffusionPipeline
-
+def _lora_state(file: Path, reader: Any) -> tuple[dict[str, Tensor], Any, Any]:
     from nemo_aligner_diffusion.diffusion.checkpoints import read_tensors
 
     read_tensors(file)  # a damaged or pickled file ends here, with a message of ours
-    state, alphas, metadata = StableDiffusionPipeline.lora_state_dict(
-        str(file.parent), weight_name=file.name, return_lora_metadata=True, local_files_only=True
+    # (state, metadata), with the alphas of other trainers' files in between where the pipeline knows such files
+    asked = {"return_alphas": True} if "return_alphas" in inspect.signature(reader.lora_state_dict).parameters else {}
+    state, *alphas, metadata = reader.lora_state_dict(
+        str(file.parent), weight_name=file.name, return_lora_metadata=True, local_files_only=True, **asked
     )
-    return state, alphas, _checked_metadata(file, state, metadata)
+    return state, alphas[0] if alphas else None, _checked_metadata(file, state, metadata)
 
 
 def _checked_metadata(file: Path, state: Mapping[str, Tensor], metadata: Mapping[str, Any] | None) -> Any:

@@ -1,177 +1,534 @@
-"""One sampled trajectory, and what of it carries gradient.
+"""A reward's gradient through a ``diffusers`` pipeline's own loop, from outside it.
 
-All direct-gradient methods (DRaFT, DRaFT-K, DRaFT-LV, DRaFT+, AlignProp, ReFL, DRTune) are a :class:`Plan` over the
-same trajectory. The trajectory holds latents, never network activations: an active step's network call is recomputed
-in its own backward pass, so activation memory does not grow with the number of active steps, and the forward pass
-runs without gradient throughout, at inference speed. The gradient is exactly that of the naive graph.
+The pipeline's ``__call__``, without its ``no_grad`` decorator, runs on a shallow copy whose components are proxies;
+nothing of the caller's pipeline changes. Tapped is the interface between a pipeline and its parts:
+
+* a network's call: without gradient, or recomputed in its backward pass at the plan's active steps, or skipped;
+* ``scheduler.step``: counts steps, sees the guided prediction, may put other latents in the place of its own;
+* ``decode`` of the VAE: begins a new graph at a leaf, so that the decoder's and the denoiser's never live together.
+
+Two devices make every method fit. *Skipping*: network calls return their last output and steps return given latents,
+so that the loop runs on, at no cost, to the pipeline's own decoding (early stop, DRaFT-LV). *Replay*: a second
+``__call__`` whose network calls return the frozen model's stored outputs and whose steps return the first call's
+latents; what then arrives at ``scheduler.step`` is the frozen model's guided prediction, whatever the guidance is.
+
+So a picture in training is, to the last bit, what ``pipeline(prompt, generator=[…])`` gives, the gradient is exactly
+that of the naive graph, and no family has code here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import contextlib
+import copy
+import functools
+import inspect
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
-from nemo_aligner_diffusion.diffusion.guidance import Predictor
-from nemo_aligner_diffusion.diffusion.sampler import Sampler
+from nemo_aligner_diffusion.diffusion.plan import Plan, PlanRule, check_plan
+from nemo_aligner_diffusion.diffusion.schedule import (
+    KeyedNoise,
+    SchedulerPath,
+    clean_estimate,
+    noise_level,
+    untapped,
+    without_global_noise,
+)
+from nemo_aligner_diffusion.diffusion.taps import (
+    Proxy,
+    connect,
+    detached,
+    in_place_of,
+    processors_of,
+    recomputed,
+    share,
+    shared,
+    undecorated,
+)
+from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError, first_line
 
-NoiseSource = Callable[[], Tensor]  # a fresh standard normal tensor, shaped like the latents
+if TYPE_CHECKING:
+    from nemo_aligner_diffusion.diffusion.model import DiffusionModel
+
+Mode = Literal["train", "sample", "replay", "last step"]
+# pictures (b, 3, H, W) or frames (b, F, 3, H, W) in [0, 1], rows of the batch, number of the read -> loss of each row
+Objective = Callable[[Tensor, slice, int], Tensor]
+
+_PLAIN = (type(None), Tensor, bool, int, float, str, torch.dtype, torch.device)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Which steps of a trajectory are supervised, and where the reward looks.
+class Rollout:
+    """What :func:`rollout` leaves to be differentiated; the rewards' and the decoder's graph is gone already.
 
     Attributes:
-        active: steps ``i`` (sampler order, 0 is pure noise) whose network call carries gradient to the parameters.
-        cut: call the network on ``sg[z_i]`` at active steps. The gradient then reaches earlier steps only through
-            the solver's own dependence on ``z_i``, never through the network's Jacobian (DRTune).
-        stop: the reward reads the clean estimate ``Ẑ_stop`` and the trajectory ends there; ``None``: it reads ``z_T``.
-        renoise: instead of the trajectory's own last step, noise the finished ``z_T`` this many times to the level of
-            the last step and supervise that one step from each (DRaFT-LV); 0: off.
+        ends: latents that were decoded, with the trajectory's graph.
+        gradients: of the mean loss with respect to them, same shapes.
+        divergence: mean over active steps, batch and elements of the squared distance of the guided predictions to the
+            frozen model's at the same latents (DRaFT+, design notes 3.3), with gradient; ``None`` without a reference.
+        plan: what was drawn.
+        steps: ``T``.
+        network_calls: of trained networks, those of the reference not counted.
     """
 
-    active: tuple[int, ...]
-    cut: bool = False
-    stop: int | None = None
-    renoise: int = 0
-
-
-@dataclass(frozen=True)
-class Trajectory:
-    """The outcome of :func:`run_trajectory`.
-
-    Attributes:
-        reads: the latents ``(B, C, h, w)`` that the reward looks at; one entry, or ``renoise`` of them.
-        divergence: mean squared distance of the active steps' predictions to the frozen model's at the same latents,
-            a scalar with gradient (DRaFT+ KL, design notes 3.3); ``None`` without a reference.
-        network_calls: guided network calls made (forward, the reference's not counted).
-    """
-
-    reads: list[Tensor]
+    ends: list[Tensor]
+    gradients: list[Tensor]
     divergence: Tensor | None
+    plan: Plan
+    steps: int
     network_calls: int
 
+    def surrogate(self, divergence_weight: float = 0.0) -> Tensor:
+        """A scalar whose gradient is that of the loss (its value is not); for ``backward()``, which
+        ``torch.autograd.grad`` cannot replace where calls are recomputed."""
+        pairs = zip(self.ends, self.gradients, strict=True)
+        total = torch.stack([(end.to(g.dtype) * g).sum() for end, g in pairs]).sum()
+        return total if self.divergence is None else total + divergence_weight * self.divergence
 
-def run_trajectory(
-    predict: Predictor,
-    sampler: Sampler,
-    plan: Plan,
-    noise: NoiseSource,
+
+def rollout(
+    model: DiffusionModel,
+    rule: PlanRule,
+    generators: Sequence[torch.Generator],
+    inputs: dict[str, Any],
+    objective: Objective,
     *,
-    reference: Predictor | None = None,
+    rng: random.Random | None = None,
+    reference: bool = False,
+    kl_space: str | None = None,
+    decode_rows: int | None = None,
+    gradient_scale: float = 1.0,
     recompute: bool = True,
-) -> Trajectory:
-    """Sample with the gradient that ``plan`` asks for.
+) -> Rollout:
+    """Run the pipeline with the gradient that a plan asks for, score its pictures, take the reward's gradient.
 
     Args:
-        predict: guided prediction ``e_i`` of the model being trained.
-        sampler: the solver; its ``len`` is the number of network calls ``T``.
-        plan: see :class:`Plan`.
-        noise: gives ``z_0 / initial_scale`` first, then whatever noise the solver and the plan need, in order.
-        reference: guided prediction of the frozen model; ``None`` costs no call.
+        rule: draws the plan when the number of steps is known.
+        generators: one CPU generator a sample; all noise of a sample comes from its own.
+        inputs: arguments of the pipeline's call (:meth:`.DiffusionModel.inputs`).
+        objective: the loss of each row; their mean over rows and reads is minimised.
+        rng: the rule's random source.
+        reference: measure the divergence from the frozen model.
+        kl_space: where: see :meth:`.SchedulerPath.prediction_scale`.
+        decode_rows: pictures decoded and scored at a time; ``None``: all. Fewer need less memory and one more forward
+            pass of the decoder.
+        gradient_scale: the objective is scaled by this, a power of two, and its gradient back, against underflow in
+            float16.
         recompute: hold latents only and recompute active calls in the backward pass. ``False`` keeps every active
-            step's activations (the naive graph: more memory, one forward pass per active step less).
+            step's activations (the naive graph).
 
-    Returns:
-        latents for the reward, and the divergence from the reference; to be differentiated by ``backward()``, which
-        ``torch.autograd.grad`` cannot replace where calls are recomputed.
+    Raises:
+        ConfigurationError: the pipeline refused its arguments, or cannot be trained so; by name.
     """
-    total = len(sampler)
-    last = total - 1 if plan.stop is None else plan.stop
-    _check(plan, total, last)
+    loop = _Loop(model, generators, inputs, rule, rng or random.Random(0), reference, recompute, decode_rows)
+    ends: list[Tensor] = []
+    gradients: list[Tensor] = []
     divergences: list[Tensor] = []
 
-    def supervised(latents: Tensor, i: int) -> Tensor:
-        network_input, timestep = sampler.network_input(i, latents), sampler.timesteps[i]
-        if recompute:
-            # Reentrant: each call has a backward pass of its own, which adds to the parameters' gradients. In one pass
-            # through all calls autograd would sum every parameter's gradient beside what `grad` holds already, and
-            # whole where FSDP2 shards it, until the earliest call has added its share.
-            prediction = checkpoint(_call, predict, network_input, timestep, handle, use_reentrant=True)
-        else:
-            prediction = predict(network_input, timestep)
-        if reference is not None:
-            with torch.no_grad():
-                frozen = reference(network_input.detach(), timestep)
-            divergences.append((prediction - frozen).square().mean())
-        return prediction
+    def supervise(mode: Mode) -> None:
+        images, end, leaf = loop.run(mode)
+        if leaf is not None:
+            reads = loop.plan.network_reads
+            gradients.append(
+                _score(images, leaf, objective, loop.sample_weights, len(ends), reads, decode_rows, gradient_scale)
+            )
+            ends.append(end)
+        if loop.guided:
+            loop.run("replay")
+            for i, prediction in loop.guided.items():
+                scale = loop.path.prediction_scale(i, kl_space)
+                divergences.append(scale**2 * (prediction - loop.frozen[i]).square().mean())
 
-    handle = torch.empty(0, requires_grad=True)  # for checkpoints: one input must have a gradient, and latents may not
-    active = frozenset(plan.active) if not plan.renoise else frozenset()
-    latents = [sampler.initial_scale * noise()]
-    predictions: list[Tensor] = []
-    for i in range(last + 1):
-        z = latents[i]
-        if i in active:
-            prediction = supervised(z.detach() if plan.cut else z, i)
-        else:
-            with torch.no_grad():
-                prediction = predict(sampler.network_input(i, z), sampler.timesteps[i])
-        predictions.append(prediction)
-        if i == plan.stop:
-            read = sampler.clean_estimate(i, z, prediction)
-        else:
-            read = sampler.step(i, latents, predictions, noise() if sampler.steps[i].noise else None)
-            latents.append(read)
-    reads = [read]
-
-    if plan.renoise:
-        reads = []
-        for _ in range(plan.renoise):
-            noised = sampler.renoise(read, noise())
-            injected = noise() if sampler.steps[-1].noise else None
-            reads.append(sampler.last_step_alone(noised, supervised(noised, total - 1), injected))
-
+    supervise("train")
+    if loop.plan.renoise:
+        for noise in loop.noises_after(loop.plan.renoise):
+            loop.redo = noise
+            supervise("last step")
     divergence = torch.stack(divergences).mean() if divergences else None
-    return Trajectory(reads, divergence, network_calls=last + 1 + plan.renoise)
+    return Rollout(ends, gradients, divergence, loop.plan, loop.total, loop.calls)
 
 
-def reward_gradient(
-    reads: Sequence[Tensor],
-    decode: Callable[[Tensor], Tensor],
-    objective: Callable[[Tensor, slice], Tensor],
-    micro_batch_size: int | None = None,
-) -> list[Tensor]:
-    """``∂/∂read`` of the sum of ``objective(decode(read))``, with the decoder's and reward's graph freed on return.
-
-    This is what keeps the decoder's activations and the denoiser's from ever being alive together.
+@torch.no_grad()
+def sample(
+    model: DiffusionModel,
+    generators: Sequence[torch.Generator],
+    inputs: dict[str, Any],
+    tuned_weights: Sequence[float] | None = None,
+    decode_rows: int | None = None,
+) -> Tensor:
+    """Pictures ``(B, 3, H, W)`` (or frames ``(B, F, 3, H, W)``) in [0, 1] without gradient.
 
     Args:
-        reads: latents ``(B, C, h, w)``; their own graphs are left alone.
-        decode: latents to images ``(b, 3, H, W)`` in [0, 1].
-        objective: ``(images, rows) -> scalar`` contribution to the loss of those rows of the batch.
-        micro_batch_size: rows decoded and scored at a time; ``None``: all.
-
-    Returns:
-        one gradient per read, same shape and dtype.
+        tuned_weights: annealed importance guidance (design notes 3.4): ``w_i`` for each step, its networks' outputs are
+            ``w_i·tuned + (1 − w_i)·base``. ``None``: the model as it stands.
     """
-    gradients = []
-    for read in reads:
-        size = micro_batch_size or read.shape[0]
+    loop = _Loop(model, generators, inputs, None, random.Random(0), False, True, decode_rows, tuned_weights)
+    return loop.run("sample")[0]
+
+
+def _score(
+    images: Tensor,
+    leaf: Tensor,
+    objective: Objective,
+    weights: Tensor | None,
+    read: int,
+    reads: int,
+    rows_at_a_time: int | None,
+    scale: float,
+) -> Tensor:
+    """``∂/∂leaf`` of the mean loss; at least float32."""
+    batch = images.shape[0]
+    size = rows_at_a_time or batch
+    share_of_mean = scale / (batch * reads)
+
+    def loss_of(part: Tensor, rows: slice) -> Tensor:
+        losses = objective(part, rows, read)
+        return (losses if weights is None else losses * weights[rows].to(losses)).sum() * share_of_mean
+
+    with torch.enable_grad():
+        if size >= batch:
+            gradient = torch.autograd.grad(loss_of(images, slice(0, batch)), leaf)[0]
+        else:  # the reward's graph of some rows at a time; the decoder's is recomputed by rows
+            upstream = []
+            for start in range(0, batch, size):
+                rows = slice(start, min(start + size, batch))
+                part = images[rows].detach().requires_grad_()
+                upstream.append(torch.autograd.grad(loss_of(part, rows), part)[0])
+            gradient = torch.autograd.grad(images, leaf, torch.cat(upstream))[0]
+    return gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / scale
+
+
+@dataclass
+class _Trace:
+    """See :class:`.plan.Trace`."""
+
+    path: SchedulerPath
+    latents: list[Tensor] = field(default_factory=list)
+    predictions: dict[int, Tensor] = field(default_factory=dict)
+
+    connect = staticmethod(connect)
+    share = staticmethod(share)
+
+
+class _Loop:
+    """The pipeline's call under taps; several of them for one batch."""
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        generators: Sequence[torch.Generator],
+        inputs: dict[str, Any],
+        rule: PlanRule | None,
+        rng: random.Random,
+        reference: bool,
+        recompute: bool,
+        decode_rows: int | None,
+        tuned_weights: Sequence[float] | None = None,
+    ) -> None:
+        self.model, self.pipe, self.inputs = model, model.pipe, inputs
+        self.rule, self.rng, self.reference, self.recompute = rule, rng, reference, recompute
+        self.decode_rows, self.tuned_weights = decode_rows, tuned_weights
+        self.seeds = [g.get_state() for g in generators]
+        self.handle = torch.empty(0, requires_grad=True)
+        self.calls = self.total = 0
+        self.plan = Plan(active=())
+        self.redo: Tensor | None = None  # the noise that "last step" adds to the finished latents
+        self.final: Tensor | None = None  # the finished latents
+        self.outputs: dict[str, Any] = {}  # last of each network, for skipped calls
+        self.encoded: dict[str, list[Any]] = {}  # outputs before the loop, for every later call
+        self.sample_weights: Tensor | None = None
+
+    def run(self, mode: Mode) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``(pictures, latents at the trajectory's end, the leaf that the decoder's graph begins with)``."""
+        self.mode, self.i, self.started, self.skipping = mode, 0, False, mode == "last step"
+        self.end: Tensor | None = None
+        self.leaf: Tensor | None = None
+        if mode != "replay":  # kept for it: by active step, guided predictions; latents of each step; raw outputs
+            self.latents: list[Tensor] = []
+            self.guided: dict[int, Tensor] = {}
+            self.frozen: dict[int, Tensor] = {}
+            self.frozen_outputs: dict[int, list[Any]] = {}
+        self.encoded_queue = {name: iter(outputs) for name, outputs in self.encoded.items()}
+        self.frozen_queue = {i: iter(outputs) for i, outputs in self.frozen_outputs.items()}
+        self.generators = [torch.Generator() for _ in self.seeds]
+        for generator, state in zip(self.generators, self.seeds, strict=True):
+            generator.set_state(state)
+        self.copied = self._tapped()
+        inputs = {"output_type": "latent" if mode == "replay" else "pt", **self.inputs}
+        # Gradient is off until the first active network call switches it on: everything before it runs exactly as at
+        # inference. Noise that a pipeline draws from no generator is at least the same in every call for these samples.
+        with torch.no_grad(), without_global_noise(self.generators[0].initial_seed()):
+            out = self._call(inputs)
+        if not self.started or self.i != self.total:
+            raise ConfigurationError(
+                f"{type(self.pipe).__name__} announced {self.total} steps and its scheduler made {self.i}: it steps "
+                f"another scheduler than `pipeline.scheduler`, or runs other pipelines inside, and cannot be trained "
+                f"as one; give the inner pipeline's folder"
+            )
+        if mode == "train" and self.rule is not None:
+            self.sample_weights = self.plan.sample_weights(self.trace)
+        if mode != "replay":
+            self.states = [g.get_state() for g in self.generators]  # where further noise goes on
+        out = torch.stack(list(out)) if isinstance(out, list) else out
+        if self.reads and self.leaf is None:  # in pixel space there is no decoder
+            self.end, self.leaf = out, out.detach().requires_grad_()
+            out = self.leaf
+        return out, self.end if self.end is not None else self.sample, self.leaf
+
+    @property
+    def reads(self) -> bool:
+        """Whether the reward looks at this run's picture."""
+        if self.rule is None or self.mode == "replay":
+            return False
+        return self.mode == "last step" or self.plan.own_step or not self.plan.renoise
+
+    def noises_after(self, count: int) -> list[Tensor]:
+        """Noise for ``count`` re-noised latents, drawn after that of the trajectory."""
+        self.final = self.sample.detach()
+        for generator, state in zip(self.generators, self.states, strict=True):
+            generator.set_state(state)
+        drawn = [KeyedNoise(self.generators).draw(self.final.shape, self.final) for _ in range(count)]
+        self.states = [g.get_state() for g in self.generators]
+        return drawn
+
+    def _tapped(self) -> Any:
+        copied = copy.copy(self.pipe)
+        copied.__dict__.pop("_num_timesteps", None)
+        for name, network in self.model.networks.items():
+            overrides: dict[str, Any] = {"__call__": functools.partial(self._network, name)}
+            if hasattr(network, "decode"):
+                overrides["decode"] = in_place_of(network.decode, functools.partial(self._decode, network.decode))
+            copied.__dict__[name] = Proxy(network, overrides)
+        self.scheduler = copied.__dict__["scheduler"] = copy.deepcopy(self.pipe.scheduler)
+        self.scheduler_step = self.scheduler.step  # a deep copy, no proxy: Bria compares `type(self.scheduler)`
+        self.step_signature = inspect.signature(self.scheduler_step)
+        self.scheduler.step = in_place_of(self.scheduler_step, self._step)
+        # LTX-2 deep-copies it, for sound
+        self.scheduler.__deepcopy__ = lambda memo: copy.deepcopy(untapped(self.scheduler), memo)
+        for name in ("safety_checker", "watermark"):  # numpy
+            if name in copied.__dict__:
+                copied.__dict__[name] = None
+        copied.set_progress_bar_config(disable=True)
+        return copied
+
+    def _call(self, inputs: dict[str, Any]) -> Any:
+        call = undecorated(type(self.pipe))
+        try:
+            return call(self.copied, generator=list(self.generators), return_dict=False, **inputs)[0]
+        except AlignerError:
+            raise
+        except (ValueError, TypeError) as error:
+            if self.started:
+                raise
+            raise ConfigurationError(
+                f"{type(self.pipe).__name__} refused what it was called with: {first_line(error)}"
+            ) from error
+
+    def _start(self) -> None:
+        """At the loop's first network call or step: only now is the number of steps known."""
+        self.started = True
+        self.total = getattr(self.copied, "_num_timesteps", None) or len(self.scheduler.timesteps)
+        if self.mode == "last step":
+            self.active = frozenset({self.total - 1})
+            return
+        if self.mode == "replay":
+            return
+        if self.tuned_weights is not None and len(self.tuned_weights) != self.total:
+            raise ConfigurationError(
+                f"{len(self.tuned_weights)} weights of annealed guidance for {self.total} sampling steps"
+            )
+        if self.rule is None:
+            self.active = frozenset()
+            return
+        self.path = SchedulerPath(self.scheduler, self.total)
+        self.plan = self.rule(self.path, self.rng)
+        try:
+            check_plan(self.plan, self.total)
+        except ValueError as error:
+            raise ConfigurationError(f"{type(self.plan).__name__} for {self.total} sampling steps: {error}") from error
+        self.active = frozenset(self.plan.active)
+        if self.plan.renoise:
+            self.active = frozenset({self.total - 1} if self.plan.own_step else ())
+        self.trace = _Trace(self.path)
+
+    # the three taps
+
+    def _network(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        trained = name == self.model.trained
+        if name in self.model.denoisers and not self.started:
+            self._start()
+        if not self.started:  # text and image encoders
+            if self.mode in ("replay", "last step"):
+                return next(self.encoded_queue[name])
+            self.encoded.setdefault(name, []).append(self.model.networks[name](*args, **kwargs))
+            return self.encoded[name][-1]
+        active = self.i in self.active and not self.skipping
+        if self.mode == "replay" and active:
+            return next(self.frozen_queue[self.i])
+        if self.mode == "replay" or self.skipping:
+            # a second denoiser may not have been called yet: any output of that shape does
+            return self.outputs.get(name, next(iter(self.outputs.values())))
+        network = self.model.network(name)
+        if trained and self.rule is not None:
+            self._refuse_state(name, (args, kwargs))
+        if active:
+            torch.set_grad_enabled(True)  # from here on
+        plan = self.plan
+        kept = plan.input_share.get(self.i, 0.0 if plan.cut else 1.0) if self.mode == "train" else 1.0
+        if active:
+            args, kwargs = shared((args, kwargs), kept)
+        self.calls += trained
+        if active and (trained or _any_gradient((args, kwargs))):
+            with _no_autocast_cache():
+                if self.recompute:
+                    out = recomputed(network, network, args, kwargs, self.handle)
+                else:
+                    out = network(*args, **kwargs)
+        else:
+            with torch.no_grad():
+                out = self._annealed(name, args, kwargs) if trained and self.tuned_weights else network(*args, **kwargs)
+        self.outputs[name] = plain = detached(out)
+        if active and self.reference:
+            if trained:
+                with torch.no_grad():
+                    plain = self._frozen_output(name, network, args, kwargs)
+            self.frozen_outputs.setdefault(self.i, []).append(plain)
+        return out
+
+    def _step(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.started:
+            self._start()
+        i, self.i = self.i, self.i + 1
+        bound = self.step_signature.bind(*args, **kwargs)
+        given = bound.arguments
+        prediction, timestep, latents = given["model_output"], given["timestep"], given["sample"]
+        if self.mode == "replay":
+            if i in self.active:
+                self.frozen[i] = prediction.detach()
+            return self._returned(self.latents[i])
+        if self.mode == "last step" and i == self.total - 2:
+            self.skipping = False
+            assert self.redo is not None
+            assert self.final is not None
+            for generator, state in zip(self.generators, self.states, strict=True):
+                generator.set_state(state)
+            timestep, index = self.last_level
+            if index is not None:  # a multistep solver has no history then: its last step is of first order
+                self.scheduler._step_index = index
+            alpha, sigma = noise_level(self.scheduler, timestep)
+            out = self._returned((alpha * self.final + sigma * self.redo).to(self.final.dtype))
+        elif self.skipping:
+            out = self._returned(latents)
+        else:
+            out = self._real_step(i, bound, prediction, timestep, latents)
+        self.sample = out[0]
+        if self.reference:
+            self.latents.append(self.sample.detach())
+        return out
+
+    def _real_step(self, i: int, bound: inspect.BoundArguments, prediction: Tensor, timestep: Any, z: Tensor) -> Any:
+        active = i in self.active
+        if active and self.reference:
+            self.guided[i] = prediction
+        if active and self.mode == "train" and (gain := self.plan.gain.get(i, 1.0)) != 1.0:
+            bound.arguments["model_output"] = prediction = share(prediction, gain)
+        if i == self.total - 1:
+            self.last_level = timestep, getattr(self.scheduler, "_step_index", None)
+        stop = self.rule is not None and self.mode == "train" and i == self.plan.stop
+        before = untapped(self.scheduler) if stop else None
+        in_form = bound.arguments.get("return_dict", True)
+        if stop:
+            bound.arguments["return_dict"] = True
+        with KeyedNoise(self.generators):
+            out = self.scheduler_step(*bound.args, **bound.kwargs)
+        if stop:
+            clean = clean_estimate(before, prediction, timestep, z, out).to(out[0].dtype)
+            self.skipping = True
+            self.step_output = out if in_form else (out[0],)
+            return self._returned(clean)
+        self.step_output = out
+        if self.rule is not None and self.mode == "train" and type(self.plan).carry is not Plan.carry:
+            if not self.trace.latents:
+                self.trace.latents.append(z)
+            self.trace.predictions[i] = prediction
+            carried = self.plan.carry(i + 1, out[0], self.trace)
+            self.trace.latents.append(carried)
+            out = self._returned(carried)
+        return out
+
+    def _decode(self, decode: Callable[..., Any], latents: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def call(z: Tensor) -> Any:
+            return decode(z, *args, **kwargs)
+
+        if self.reads:
+            torch.set_grad_enabled(True)
+            self.end, self.leaf = latents, latents.detach().requires_grad_()
+            latents = self.leaf
+        size = self.decode_rows or len(latents)
+        if size >= len(latents):
+            return call(latents)
         parts = []
-        for start in range(0, read.shape[0], size):
-            rows = slice(start, min(start + size, read.shape[0]))
-            leaf = read[rows].detach().requires_grad_()
-            with torch.enable_grad():
-                loss = objective(decode(leaf), rows)
-            parts.append(torch.autograd.grad(loss, leaf)[0])
-        gradients.append(torch.cat(parts))
-    return gradients
+        for rows in latents.split(size):
+            parts.append(checkpoint(call, rows, use_reentrant=False) if rows.requires_grad else call(rows))
+        return tree_map(lambda *rows: torch.cat(rows) if isinstance(rows[0], Tensor) else rows[0], *parts)
+
+    # what the taps need
+
+    def _returned(self, sample: Tensor) -> Any:
+        """``sample`` in the form in which the scheduler's ``step`` last returned."""
+        if isinstance(self.step_output, tuple):
+            return (sample, *self.step_output[1:])
+        out = copy.copy(self.step_output)
+        out["prev_sample"] = sample
+        return out
+
+    def _refuse_state(self, name: str, given: Any) -> None:
+        opaque = {type(x).__name__ for x in tree_leaves(given) if not isinstance(x, _PLAIN)} - self.model.stateless
+        if opaque:
+            raise ConfigurationError(
+                f"{type(self.pipe).__name__} hands its {name} a {', '.join(sorted(opaque))}: what it remembers between "
+                f"calls would be lost where a call is recomputed. If it carries nothing from step to step, declare it: "
+                f"model.pipeline.stateless=[{','.join(sorted(opaque))}]; else switch it off by model.pipeline.arguments"
+            )
+
+    def _frozen_output(self, name: str, network: Any, args: Any, kwargs: Any) -> Any:
+        with self.model.reference():
+            frozen = self.model.network(name)
+            with processors_of(frozen, getattr(network, "attn_processors", None)) if frozen is not network else (
+                contextlib.nullcontext()
+            ):
+                return frozen(*args, **kwargs)
+
+    def _annealed(self, name: str, args: Any, kwargs: Any) -> Any:
+        assert self.tuned_weights is not None
+        weight = self.tuned_weights[self.i]
+        if weight == 1.0:
+            return self.model.network(name)(*args, **kwargs)
+        with self.model.reference():
+            base = self.model.network(name)(*args, **kwargs)
+        if weight == 0.0:
+            return base
+        tuned = self.model.network(name)(*args, **kwargs)
+        return tree_map(lambda b, t: torch.lerp(b, t, weight) if isinstance(b, Tensor) else b, base, tuned)
 
 
-def _call(predict: Predictor, network_input: Tensor, timestep: Tensor, _: Tensor) -> Tensor:
-    return predict(network_input, timestep)
+def _any_gradient(tree: Iterable[Any]) -> bool:
+    return any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(tree))
 
 
-def _check(plan: Plan, total: int, last: int) -> None:
-    if not 0 <= last < total:
-        raise ValueError(f"plan stops at step {last}, but the sampler has steps 0…{total - 1}")
-    outside = [i for i in plan.active if not 0 <= i <= last]
-    if outside or not plan.active:
-        raise ValueError(f"active steps must lie in 0…{last} and be at least one, got {plan.active}")
-    if plan.renoise and plan.stop is not None:
-        raise ValueError("a plan that re-noises z_T cannot also stop early")
+@contextlib.contextmanager
+def _no_autocast_cache() -> Iterator[None]:
+    """Weights that autocast has converted without gradient, in an earlier call, would be taken again."""
+    enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)

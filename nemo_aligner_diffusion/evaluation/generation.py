@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from nemo_aligner_diffusion.diffusion.checkpoints import load_component
-from nemo_aligner_diffusion.diffusion.families.stable_diffusion import StableDiffusion
-from nemo_aligner_diffusion.diffusion.generate import generate
+from nemo_aligner_diffusion.diffusion.generate import Sampling, generate
+from nemo_aligner_diffusion.diffusion.loading import load_model
 from nemo_aligner_diffusion.diffusion.lora import load_lora_weights, mix
-from nemo_aligner_diffusion.diffusion.sampler import Sampler
+from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError
 from nemo_aligner_diffusion.evaluation.annealing import annealed_weights
 from nemo_aligner_diffusion.evaluation.generate_cli import (
@@ -97,8 +97,8 @@ def run_generation(request: Request) -> Result:
     settings = resolve_settings(request, run)
     device = _device(request.device)
     _quiet()
-    model = StableDiffusion.from_pretrained(settings.model, settings.unet, settings.vae, _DTYPES[request.precision])
-    sampler = _sampler(model, settings)
+    model = load_model(settings.model, settings.unet, settings.vae, _DTYPES[request.precision])
+    _set_sampler(model, settings)
     _check_size(model, settings)
     _load_tuned(model, request)
     model.to(device)
@@ -216,7 +216,7 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _sampler(model: StableDiffusion, settings: Settings) -> Sampler:
+def _sampler(model: DiffusionModel, settings: Settings) -> Sampler:
     try:
         return Sampler(model.scheduler_config, settings.sampler, settings.steps, settings.eta)
     except ConfigurationError as error:  # written for the training configuration; here the same things are options
@@ -236,7 +236,7 @@ def _quiet() -> None:
     diffusers_logging.disable_progress_bar()
 
 
-def _check_size(model: StableDiffusion, settings: Settings) -> None:
+def _check_size(model: DiffusionModel, settings: Settings) -> None:
     for option, value in (("--height", settings.height), ("--width", settings.width)):
         if value is not None and value % model.vae_scale_factor:
             near = max(1, round(value / model.vae_scale_factor)) * model.vae_scale_factor
@@ -246,7 +246,7 @@ def _check_size(model: StableDiffusion, settings: Settings) -> None:
             )
 
 
-def _load_tuned(model: StableDiffusion, request: Request) -> None:
+def _load_tuned(model: DiffusionModel, request: Request) -> None:
     with warnings.catch_warnings():  # peft warns of a second adapter; here that is what was asked for
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         for index, adapter in enumerate(request.adapters):
@@ -257,7 +257,7 @@ def _load_tuned(model: StableDiffusion, request: Request) -> None:
         load_component(model.denoiser, "unet", request.unet)
 
 
-def _as_variant(model: StableDiffusion, variant: Variant, request: Request) -> AbstractContextManager[None]:
+def _as_variant(model: DiffusionModel, variant: Variant, request: Request) -> AbstractContextManager[None]:
     """Within, the model is the row's: base, tuned, or tuned at a scale (θ = θ_pre + s·Σ_k α_k·θ_LoRA^k)."""
     if not variant.tuned:
         return model.reference() if request.adapters or request.unet else nullcontext()
@@ -318,7 +318,7 @@ def _scores(reward: Reward, images: Tensor, prompts: list[str], batch_size: int)
     return torch.cat(parts).tolist()
 
 
-def _warn_of_truncation(model: StableDiffusion, prompts: list[str]) -> None:
+def _warn_of_truncation(model: DiffusionModel, prompts: list[str]) -> None:
     before = model.truncated_prompts
     for start in range(0, len(prompts), 64):
         model.encode_prompts(prompts[start : start + 64])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,10 +16,10 @@ from nemo_aligner_diffusion.algorithms.draft_lv import RenoisedLastStep
 from nemo_aligner_diffusion.algorithms.drtune import SpacedSteps
 from nemo_aligner_diffusion.algorithms.refl import OneLateStep
 from nemo_aligner_diffusion.algorithms.reward_tuning import PlanRule
-from nemo_aligner_diffusion.diffusion.checkpoints import component_config
-from nemo_aligner_diffusion.diffusion.families.stable_diffusion import StableDiffusion
+from nemo_aligner_diffusion.diffusion.generate import Sampling
+from nemo_aligner_diffusion.diffusion.loading import load_model
 from nemo_aligner_diffusion.diffusion.lora import add_lora
-from nemo_aligner_diffusion.diffusion.sampler import Sampler
+from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.embedded_assets import embedded_model_path
 from nemo_aligner_diffusion.parallel.broadcast import load_once
 from nemo_aligner_diffusion.parallel.layout import Layout
@@ -55,41 +54,44 @@ def build_model(
     cfg: DictConfig,
     device: str | torch.device = "cpu",
     phase: Callable[[str], AbstractContextManager[Any]] | None = None,
-) -> StableDiffusion:
+) -> DiffusionModel:
     """The model on ``device`` with its trainable part marked: a LoRA (``sdlora``) or the whole denoiser (``none``).
 
     Its files are read once on each node, so this is a collective call where there is a process group; ``phase``: see
     :func:`.load_once`.
     """
-    _check_tensor_parallel(cfg)
     model = load_once(
-        lambda: StableDiffusion.from_pretrained(
+        lambda: load_model(
             cfg.model.from_pretrained or embedded_model_path(),
-            unet_path=cfg.model.unet_config.from_pretrained,
+            denoiser_path=cfg.model.unet_config.from_pretrained,
             vae_path=cfg.model.first_stage_config.from_pretrained,
+            trained=cfg.model.pipeline.trained,
+            stateless=list(cfg.model.pipeline.stateless or ()),
+            arguments=_plain(cfg.model.pipeline.arguments),
         ),
         device,
         phase,
     )
+    prepare_model(cfg, model)
+    return model
+
+
+def prepare_model(cfg: DictConfig, model: DiffusionModel) -> None:
+    """Mark the trainable part of a loaded model and give its pipeline the solver that is asked for."""
+    if cfg.model.tensor_model_parallel_size > 1:
+        config = {"_class_name": type(model.denoiser).__name__, **model.denoiser.config}
+        check_tensor_parallel(config, cfg.model.tensor_model_parallel_size)
+    model.set_scheduler(cfg.model.infer.sampler_type, cfg.model.infer.eta)
     if cfg.model.peft.peft_scheme == "sdlora":
         tuning = cfg.model.peft.lora_tuning
+        targets = list(tuning.target_modules or model.family.lora_targets)
         torch.manual_seed(cfg.model.seed)  # the adapter's start is part of the run
-        add_lora(model.denoiser, tuning.adapter_dim, tuning.alpha, tuning.dropout, list(tuning.target_modules))
+        add_lora(model.denoiser, tuning.adapter_dim, tuning.alpha, tuning.dropout, targets)
     else:
         model.denoiser.requires_grad_(True)
         model.keep_reference()  # validation shows the base model beside the tuned one, the KL term needs it
     if cfg.model.activation_checkpointing:
         model.denoiser.enable_gradient_checkpointing()
-    return model
-
-
-def _check_tensor_parallel(cfg: DictConfig) -> None:
-    size, weights = cfg.model.tensor_model_parallel_size, cfg.model.unet_config.from_pretrained
-    if size > 1:
-        pipeline = Path(cfg.model.from_pretrained or embedded_model_path()).expanduser()
-        config = (component_config(weights, "unet") if weights else None) or component_config(pipeline / "unet", "unet")
-        if config is not None:  # else loading says what is missing
-            check_tensor_parallel({"_class_name": "UNet2DConditionModel", **config}, size)
 
 
 def build_layout(cfg: DictConfig) -> Layout:
@@ -104,17 +106,17 @@ def build_layout(cfg: DictConfig) -> Layout:
     )
 
 
-def build_sampler(cfg: DictConfig, model: StableDiffusion) -> Sampler:
+def build_sampling(cfg: DictConfig) -> Sampling:
     infer = cfg.model.infer
-    return Sampler(model.scheduler_config, infer.sampler_type, infer.inference_steps, infer.eta)
+    return Sampling(infer.inference_steps, infer.unconditional_guidance_scale, infer.height, infer.width, infer.eta)
 
 
 def build_module(
-    cfg: DictConfig, model: StableDiffusion, reward: Reward, max_steps: int, guard: NonFiniteGuard | None = None
+    cfg: DictConfig, model: DiffusionModel, reward: Reward, max_steps: int, guard: NonFiniteGuard | None = None
 ) -> RewardTuning:
     """The Lightning module of ``model.algorithm``."""
     module_class, plan_rule = ALGORITHMS[cfg.model.algorithm]
-    optim: dict[str, Any] = OmegaConf.to_container(cfg.model.optim, resolve=True)  # type: ignore[assignment]
+    optim = _plain(cfg.model.optim)
 
     def optimizer_factory(parameters: list[tuple[str, torch.nn.Parameter]]) -> tuple[torch.optim.Optimizer, Any]:
         # under a loss scale Lightning leaves unscaling to a fused optimizer, after gradients are measured and clipped
@@ -124,17 +126,18 @@ def build_module(
     return module_class(
         model,
         reward,
-        build_sampler(cfg, model),
+        build_sampling(cfg),
         plan_rule(cfg),
         optimizer_factory,
-        guidance_scale=cfg.model.infer.unconditional_guidance_scale,
         kl_coeff=cfg.model.kl_coeff,
         reward_scale=cfg.model.reward_scale,
         reward_margin=cfg.model.reward_margin,
-        height=cfg.model.infer.height,
-        width=cfg.model.infer.width,
         decode_micro_batch_size=cfg.model.decode_micro_batch_size,
         seed=cfg.model.seed,
         guard=guard,
         parallel=Parallelism(build_layout(cfg)),
     )
+
+
+def _plain(section: Any) -> dict[str, Any]:
+    return OmegaConf.to_container(section, resolve=True)  # type: ignore[return-value]

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_aligner_diffusion.diffusion.families.stable_diffusion import StableDiffusion
 from nemo_aligner_diffusion.diffusion.lora import has_lora, lora_state_dict, save_lora_weights
+from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.parallel.parallelism import Parallelism
 from nemo_aligner_diffusion.training.run_directory import UNFINISHED, remove_leftovers
 
 
 def export_weights(
-    model: StableDiffusion, directory: Path, parallel: Parallelism | None = None, write: bool = True
+    model: DiffusionModel, directory: Path, parallel: Parallelism | None = None, write: bool = True
 ) -> Path | None:
     """Write what was trained; an export that is already there is replaced only once the new one is complete.
 
@@ -27,8 +27,8 @@ def export_weights(
         write: whether this process writes. The others help to gather.
 
     Returns:
-        ``pytorch_lora_weights.safetensors`` (LoRA, for ``pipeline.load_lora_weights``) or the folder ``unet/`` (full
-        fine-tuning, for ``UNet2DConditionModel.from_pretrained``); ``None`` where nothing was written.
+        ``pytorch_lora_weights.safetensors`` (LoRA, for ``pipeline.load_lora_weights``) or a folder such as ``unet/``
+        (full fine-tuning, for ``UNet2DConditionModel.from_pretrained``); ``None`` where nothing was written.
     """
     parallel = parallel or Parallelism()
     denoiser = model.denoiser
@@ -36,13 +36,15 @@ def export_weights(
         return None
     if has_lora(denoiser):
         adapter = whole_adapter(denoiser, parallel)
-        return save_lora_weights(denoiser, directory, adapter) if write else None
+        return (
+            save_lora_weights(denoiser, directory, adapter, pipeline_class=type(model.pipe)) if write else None
+        )
     weights = {}
     for name, parameter in denoiser.state_dict().items():
         whole = parallel.placement(name).full(parameter)  # on all processes, one after the other
         if write:
             weights[name] = whole.cpu()
-    return _write_denoiser(denoiser, weights, directory) if write else None
+    return _write_denoiser(denoiser, weights, directory, model.trained) if write else None
 
 
 def whole_adapter(denoiser: Any, parallel: Parallelism) -> dict[str, Tensor]:
@@ -51,8 +53,9 @@ def whole_adapter(denoiser: Any, parallel: Parallelism) -> dict[str, Tensor]:
     return lora_state_dict(denoiser, state={name: parallel.placement(name).full(value) for name, value in adapted})
 
 
-def _write_denoiser(denoiser: Any, weights: dict[str, Tensor], directory: Path) -> Path:
-    target, fresh, old = (directory / name for name in ("unet", f".unet{UNFINISHED}", f".unet.old{UNFINISHED}"))
+def _write_denoiser(denoiser: Any, weights: dict[str, Tensor], directory: Path, component: str) -> Path:
+    names = (component, f".{component}{UNFINISHED}", f".{component}.old{UNFINISHED}")
+    target, fresh, old = (directory / name for name in names)
     directory.mkdir(parents=True, exist_ok=True)
     remove_leftovers(directory)
     import diffusers

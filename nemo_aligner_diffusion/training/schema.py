@@ -35,7 +35,7 @@ LOOP = "<loop>"
 
 
 ALGORITHMS = ("draft", "draft_k", "draft_lv", "draft+", "drtune", "refl", "alignprop")
-# The names that diffusion/sampler.py, training/optimizers.py, training/schedules.py and rewards/ know (a test holds
+# The names that diffusion/schedule.py, training/optimizers.py, training/schedules.py and rewards/ know (a test holds
 # them together: this file may not import torch).
 SAMPLERS = ("DDIM", "PLMS", "Euler", "DPM++2M", "DPM++2M_SDE", "UniPC", "DPM", "DPMSolver++", "PARA_DDIM")
 OPTIMIZERS = ("fused_adam", "adamw", "adam", "sgd")
@@ -89,6 +89,9 @@ KEYS: dict[str, Kind] = {
     "model.from_pretrained": PATH,
     "model.unet_config.from_pretrained": PATH,
     "model.first_stage_config.from_pretrained": PATH,
+    "model.pipeline.trained": Kind("text", nullable=True),
+    "model.pipeline.stateless": Kind("texts", nullable=True),
+    "model.pipeline.arguments.*": ANY,
     "model.seed": Kind("int", low=0, high=2**63 - 1),
     "model.micro_batch_size": integer(1),
     "model.global_batch_size": integer(1),
@@ -99,9 +102,9 @@ KEYS: dict[str, Kind] = {
     "model.fsdp_sharding_strategy": choice(*SHARDING_STRATEGIES),
     "model.fsdp_frozen": Kind("texts", nullable=True),
     "model.activation_checkpointing": BOOL,
-    "model.infer.unconditional_guidance_scale": number(0),
+    "model.infer.unconditional_guidance_scale": number(0, nullable=True),
     "model.infer.inference_steps": Kind("int", low=1, high=1000),
-    "model.infer.sampler_type": choice(*SAMPLERS),
+    "model.infer.sampler_type": choice(*SAMPLERS, nullable=True),
     "model.infer.eta": Kind("float", low=0, high=1),
     "model.infer.height": integer(8, nullable=True),
     "model.infer.width": integer(8, nullable=True),
@@ -121,7 +124,7 @@ KEYS: dict[str, Kind] = {
     "model.peft.lora_tuning.adapter_dim": integer(1),
     "model.peft.lora_tuning.alpha": number(above=0, nullable=True),
     "model.peft.lora_tuning.dropout": FRACTION,
-    "model.peft.lora_tuning.target_modules": Kind("texts"),
+    "model.peft.lora_tuning.target_modules": Kind("texts", nullable=True),
     "model.optim.name": choice(*OPTIMIZERS),
     "model.optim.lr": number(above=0),
     "model.optim.weight_decay": number(0),

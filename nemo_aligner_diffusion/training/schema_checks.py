@@ -166,7 +166,7 @@ def check(cfg: DictConfig) -> None:
 
 def _check_sampler(cfg: DictConfig) -> None:
     infer = cfg.model.infer
-    if infer.eta and infer.sampler_type not in ("DDIM", "PARA_DDIM"):
+    if infer.eta and infer.sampler_type not in (None, "DDIM", "PARA_DDIM"):
         raise ConfigurationError(
             f"model.infer.eta = {infer.eta} with model.infer.sampler_type = {infer.sampler_type}: eta is DDIM's own; "
             "expected 0, or sampler_type=DDIM"

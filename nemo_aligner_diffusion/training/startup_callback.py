@@ -58,7 +58,7 @@ class StartupCallback(pl.Callback):
             return
         self._enter("first batch")
         self._at_first = trainer.global_step
-        decoder = getattr(pl_module.model.vae, "decoder", None)  # what the rollout ends with
+        decoder = getattr(pl_module.model.networks.get("vae"), "decoder", None)  # what the rollout ends with
         if isinstance(decoder, torch.nn.Module):
             self._hook = decoder.register_forward_pre_hook(lambda *_: self._enter("first decoding and reward"))
 

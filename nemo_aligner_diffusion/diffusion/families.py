@@ -1,0 +1,68 @@
+"""What a pipeline class declares beyond what can be read off it: one row each, found by the class's name.
+
+A family is facts, no code: which network is trained and where LoRA goes, what the guidance argument is called, which
+arguments are always given, how its makers sample. A class without a row is read off its signature and components.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+UNET_LORA = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
+             "conv_shortcut")  # fmt: skip
+ATTENTION_LORA = ("to_q", "to_k", "to_v", "to_out.0")
+_JOINT = (*ATTENTION_LORA, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+_FLUX2_LORA = (*_JOINT, "to_qkv_mlp_proj", "attn.to_out")
+
+# networks that predict in a pipeline's loop; the first that there is is the trained one
+DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder")
+
+
+@dataclass(frozen=True)
+class Family:
+    """Facts about a pipeline class.
+
+    Attributes:
+        trained: name of the component that is trained; ``None``: the first of :data:`DENOISERS` there is.
+        lora_targets: ends of the names of modules that get an adapter by default.
+        guidance: the argument that guidance goes to.
+        steps, scale, size: as its makers sample; ``None``: the pipeline's own default.
+        arguments: given in every call.
+        stateless: class names of objects handed to networks that carry nothing from call to call.
+    """
+
+    trained: str | None = None
+    lora_targets: tuple[str, ...] = ATTENTION_LORA
+    guidance: str | None = None
+    steps: int | None = None
+    scale: float | None = None
+    size: int | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    stateless: tuple[str, ...] = ()
+
+
+# by the class's name without "Pipeline"
+FAMILIES: dict[str, Family] = {
+    "StableDiffusion": Family(lora_targets=UNET_LORA, steps=50, scale=7.5),
+    "StableDiffusionXL": Family(lora_targets=UNET_LORA, steps=40, scale=5.0, size=1024),
+    "StableDiffusion3": Family(lora_targets=_JOINT, steps=28, scale=4.5, size=1024),
+    "Flux": Family(lora_targets=_JOINT, steps=28, scale=3.5, size=1024),
+    "Flux2": Family(lora_targets=_FLUX2_LORA, steps=50, scale=4.0, size=1024),
+    "Flux2Klein": Family(lora_targets=_FLUX2_LORA, steps=4, scale=1.0, size=1024),
+    # true guidance is off without a negative prompt
+    "QwenImage": Family(lora_targets=_JOINT, guidance="true_cfg_scale", steps=50, scale=4.0, size=1328,
+                        arguments={"negative_prompt": " "}),
+    "ZImage": Family(steps=50, scale=4.0, size=1024),
+    "PixArtAlpha": Family(arguments={"use_resolution_binning": False}),
+    "PixArtSigma": Family(arguments={"use_resolution_binning": False}),
+    "Sana": Family(arguments={"use_resolution_binning": False}),
+    "SanaSprint": Family(arguments={"use_resolution_binning": False}),
+    "GlmImage": Family(stateless=("GlmImageKVCache",)),
+}  # fmt: skip
+
+
+def family_of(pipeline_class: type) -> Family:
+    """The row of a pipeline class; an empty one where there is none."""
+    return FAMILIES.get(pipeline_class.__name__.removesuffix("Pipeline"), Family())

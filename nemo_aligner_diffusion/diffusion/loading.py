@@ -1,0 +1,127 @@
+"""From a ``diffusers`` folder (or hub id) to a :class:`.DiffusionModel`, with nothing in the folder naming code."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_aligner_diffusion.diffusion.checkpoints import component_config, empty_module, load_component
+from nemo_aligner_diffusion.diffusion.families import DENOISERS, family_of
+from nemo_aligner_diffusion.diffusion.model import DiffusionModel
+from nemo_aligner_diffusion.errors import CheckpointError, ConfigurationError, first_line
+
+_LIBRARIES = ("diffusers", "transformers")  # whose classes a folder may name
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# numpy and PIL parts that make no picture, and what only an image prompt needs
+_LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder", "watermark")
+
+
+def load_model(
+    folder: str | Path,
+    denoiser_path: str | Path | None = None,
+    vae_path: str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    trained: str | None = None,
+    stateless: Sequence[str] = (),
+    arguments: Mapping[str, Any] | None = None,
+) -> DiffusionModel:
+    """Load the pipeline that ``folder``'s ``model_index.json`` names.
+
+    Args:
+        folder: a ``diffusers`` pipeline folder, or a hub id (``org/name``), fetched by ``huggingface_hub``.
+        denoiser_path: ``model.unet_config.from_pretrained``: a folder or single file whose weights the denoiser gets.
+        vae_path: ``model.first_stage_config.from_pretrained``, the same for the VAE.
+        dtype: of all weights.
+        trained, stateless, arguments: see :class:`.DiffusionModel`.
+
+    Raises:
+        CheckpointError: a part is missing, unreadable, does not fit, or names code that is not of diffusers or
+            transformers.
+        ConfigurationError: the pipeline makes no pictures from prompts, or has no such component or argument.
+    """
+    import diffusers
+
+    folder = _local(folder)
+    index = _read_index(folder)
+    pipeline_class = _pipeline_class(folder, index)
+    parts: dict[str, Any] = {name: None for name in _LEFT_OUT if name in index}
+    if "requires_safety_checker" in index:
+        parts["requires_safety_checker"] = False
+    denoiser = trained or family_of(pipeline_class).trained or next((n for n in DENOISERS if n in index), None)
+    try:
+        for name, path in ((denoiser, denoiser_path), ("vae", vae_path)):
+            if path is None or name is None:
+                continue
+            if name not in index:
+                raise CheckpointError(f"{folder}: has no {name} whose weights could come from {path}")
+            part_class = getattr(diffusers, index[name][1])
+            # architecture: what the weights' own folder says, else the pipeline folder's
+            config = component_config(path, name) or component_config(folder / name, name)
+            parts[name] = empty_module(partial(part_class.from_config, config), dtype)
+            load_component(parts[name], name, path)
+        pipe = pipeline_class.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, **parts)
+    except (CheckpointError, ConfigurationError):
+        raise
+    except Exception as error:  # diffusers and transformers raise a dozen types for what is damaged or missing
+        raise CheckpointError(
+            f"{folder}: not a complete {pipeline_class.__name__} folder: {first_line(error)}"
+        ) from error
+    return DiffusionModel(pipe, trained, stateless, arguments)
+
+
+def _local(folder: str | Path) -> Path:
+    path = Path(folder).expanduser()
+    if path.is_dir() or not _HUB_ID.fullmatch(str(folder)):
+        return path
+    import diffusers
+
+    try:
+        return Path(diffusers.DiffusionPipeline.download(str(folder)))
+    except Exception as error:  # of the hub's client: offline, gated, unknown, no such name
+        raise CheckpointError(
+            f"{folder}: neither a folder here nor a model that the hub gives: {first_line(error)}"
+        ) from error
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    file = folder / "model_index.json"
+    if not file.is_file():
+        raise CheckpointError(
+            f"{folder}: no model_index.json there; model.from_pretrained must name a diffusers pipeline folder"
+        )
+    try:
+        index = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: not readable as JSON ({first_line(error)})") from error
+    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
+        raise CheckpointError(f"{file}: names no pipeline class of diffusers as _class_name")
+    return index
+
+
+def _pipeline_class(folder: Path, index: Mapping[str, Any]) -> type:
+    """The class that the index names; only what diffusers and transformers ship may be named."""
+    import diffusers
+
+    found = getattr(diffusers, index["_class_name"], None)
+    if not (isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)):
+        raise CheckpointError(
+            f"{folder}: model_index.json names {index['_class_name'][:80]!r}, which is no pipeline of the installed "
+            f"diffusers {diffusers.__version__}"
+        )
+    for name, value in index.items():
+        if not isinstance(value, list) or len(value) != 2 or value == [None, None] or name in _LEFT_OUT:
+            continue
+        library, kind = value
+        known = library in _LIBRARIES or (isinstance(library, str) and hasattr(diffusers.pipelines, library))
+        if not known or not isinstance(kind, str) or (folder / name / f"{library}.py").exists():
+            raise CheckpointError(
+                f"{folder}: model_index.json says that {name} is {str(value)[:120]}; only classes of "
+                f"{' and '.join(_LIBRARIES)} are loaded, and no code that a folder brings"
+            )
+    return found
