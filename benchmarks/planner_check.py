@@ -74,7 +74,6 @@ class RealStep:
         self.module.on_train_start()
         own = cfg.model.micro_batch_size
         self.index = torch.arange(own) + own * self.module.parallel.data_rank
-        model.unconditional(1)  # encoded once in a run
 
     def __call__(self) -> None:
         """Forward, backward and the averaging of gradients, as in a run: its prompts are new in every step."""

@@ -14,18 +14,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from nemo_aligner_diffusion.diffusion.lora import add_lora
+from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.diffusion.plan import Plan
+from nemo_aligner_diffusion.diffusion.taps import detached
+from nemo_aligner_diffusion.diffusion.trajectory import _score
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.parallel.gradients import local_part
 from nemo_aligner_diffusion.parallel.parallelism import Parallelism
 from nemo_aligner_diffusion.parallel.simulated import simulated_mesh
 from nemo_aligner_diffusion.planner.kernels import gpu_kernels
 from nemo_aligner_diffusion.planner.ledger import Ledger, Record
-from nemo_aligner_diffusion.planner.networks import PlannedPipeline, build_pipeline, preset_reward, without_memory
+from nemo_aligner_diffusion.planner.networks import build_model, call_pipeline, preset_reward, without_memory
 from nemo_aligner_diffusion.planner.schedule import active_calls
 from nemo_aligner_diffusion.planner.settings import PRECISIONS, Case, Settings
 from nemo_aligner_diffusion.rewards.base import Reward
@@ -59,7 +62,7 @@ class Measurement:
 
 @dataclass
 class _Subject:
-    model: PlannedPipeline
+    model: DiffusionModel
     reward: Reward
     notes: list[str]
 
@@ -85,27 +88,26 @@ def measure(
     with torch.device("meta"):
         subject = _build(settings, case)
     model = subject.model
+    frozen = model.frozen_parts()
     parameters = sum(p.numel() for p in model.denoiser.parameters())
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    without_memory(model.networks, mode)
+    without_memory(model, mode)
     without_memory(subject.reward, mode)
     layout = case.layout
     mesh_context = contextlib.nullcontext() if layout.is_single else simulated_mesh(layout)
     with mesh_context as mesh, mode:
         parallel = Parallelism(layout)
         if mesh is not None:
-            denoisers = [part for part in (model.denoiser, model.reference) if part is not None]
-            frozen = {"text_encoder": model.encoders, "vae": model.vae, "reward": subject.reward}
-            parallel.apply(mesh, denoisers, frozen)
+            denoisers = [part for part in (model.denoiser, model.reference_denoiser) if part is not None]
+            parallel.apply(mesh, denoisers, {**frozen, "reward": subject.reward})
         phases = _Phases(settings, case, subject, parallel, prompts).run(plan, only)
         parallel.reshard()  # what is still gathered is in the phases already
         weights = {
             "denoiser": held_bytes(model.denoiser),
-            "reference": held_bytes(model.reference),
-            "text_encoder": held_bytes(model.encoders),
-            "vae": held_bytes(model.vae),
+            "reference": held_bytes(model.reference_denoiser),
+            **{name: held_bytes(part) for name, part in frozen.items()},
             "reward": held_bytes(subject.reward),
         }
         trained = [local_part(p) for p in model.denoiser.parameters() if p.requires_grad]
@@ -127,7 +129,7 @@ class _Phases:
         self.model, self.reward = subject.model, subject.reward
         mesh = parallel.mesh
         groups = {mesh[f"{name}_parallel"].get_group().group_name: name for name in ("data", "tensor")} if mesh else {}
-        known = (local_part(tensor) for tensor in _tensors(self.model.networks, self.reward))
+        known = (local_part(tensor) for tensor in _tensors(self.model, self.reward))
         self.ledger = Ledger(known, groups)
         self.prompts = list(prompts or (f"{TYPICAL_PROMPT}, {i}" for i in range(case.micro_batch_size)))
         self.found: dict[str, Record] = {}
@@ -173,16 +175,9 @@ class _Phases:
 
     def _pipeline(self, steps: int, network: Any, **taps: Any) -> Tensor:
         settings = self.settings
-        inputs = {
-            "prompt": self.prompts,
-            "num_inference_steps": steps,
-            "guidance_scale": settings.guidance_scale,
-            "height": settings.height,
-            "width": settings.width,
-            "use_resolution_binning": False,  # the size that was asked for
-        }
+        inputs = self.model.inputs(self.prompts, steps, settings.guidance_scale, settings.height, settings.width)
         with self._precision(), torch.no_grad():
-            return self.model(inputs, network, **taps)
+            return call_pipeline(self.model, inputs, network, **taps)
 
     def _rollout(self, reference: bool) -> None:
         """Phases ``text``, ``call`` and ``reference``."""
@@ -201,45 +196,44 @@ class _Phases:
         self._pipeline(2 if self.case.layout.fsdp else 1, network, stepped=lambda prediction: self._end())
         if reference:
             self._begin("reference")
-            with self._precision(), torch.no_grad(), self.model.frozen() as frozen:
+            with self._precision(), torch.no_grad(), self.model.reference():
                 for args, kwargs in calls:
-                    frozen(*args, **kwargs)
+                    self.model.network(self.model.trained)(*args, **kwargs)
             self._end()
 
     def _reward_gradient(self) -> None:
-        """Phase ``decode``: rows of the batch are decoded under checkpoint, so that one's graph at a time lives."""
-        rows = self._rows(len(self.prompts))
+        """Phase ``decode``."""
+        rows, vae, leaves = self._rows(len(self.prompts)), self.model.pipe.vae, []
 
         def decode(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
             self._begin("decode")
             torch.set_grad_enabled(True)
-            leaf = latents.detach().requires_grad_()
+            leaves.append(latents.detach().requires_grad_())
             if len(rows) == 1:
-                return self.model.vae.decode(leaf, *args, **kwargs)
+                return vae.decode(leaves[0], *args, **kwargs)
 
-            def pictures(part: Tensor) -> Tensor:
-                return self.model.vae.decode(part, *args, **{**kwargs, "return_dict": False})[0]
+            def some(part: Tensor) -> Tensor:
+                return vae.decode(part, *args, **{**kwargs, "return_dict": False})[0]
 
-            return (torch.cat([checkpoint(pictures, leaf[part], use_reentrant=True) for part in rows]),)
+            # one graph at a time: the others are made again in the backward pass
+            return (torch.cat([checkpoint(some, leaves[0][part], use_reentrant=False) for part in rows]),)
+
+        def objective(images: Tensor, part: slice, _: int) -> Tensor:
+            # as in training: pictures are augmented
+            with scoring_samples(SampleKeys(0, 0, tuple(range(len(self.prompts))[part]))):
+                images = images.to(torch.promote_types(images.dtype, torch.float32))
+                return -self.reward.scores(images, self.prompts[part])[0]
 
         images = self._pipeline(1, lambda *_, **__: self.output, decode=decode)
         with self._precision():
-            gradients = []
-            for part in rows:
-                leaf = images[part].detach().to(torch.promote_types(images.dtype, torch.float32)).requires_grad_()
-                # as in training: pictures are augmented
-                with scoring_samples(SampleKeys(0, 0, tuple(range(len(self.prompts))[part]))):
-                    loss = -self.reward.scores(leaf, self.prompts[part])[0].sum() / len(self.prompts)
-                gradients.append(torch.autograd.grad(loss, leaf)[0].to(images.dtype))
-                del loss, leaf
-            images.backward(torch.cat(gradients))
+            _score(images, leaves[0], objective, None, 0, 1, rows[0].stop, 1.0)
         self._end()
 
     def _validation(self) -> None:
         def decode(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
             rows = self._rows(self.settings.validation_batch_size)[0]
             self._begin("validation")
-            return self.model.vae.decode(latents.new_zeros(rows.stop, *latents.shape[1:]), *args, **kwargs)
+            return self.model.pipe.vae.decode(latents.new_zeros(rows.stop, *latents.shape[1:]), *args, **kwargs)
 
         self._pipeline(1, lambda *_, **__: self.output, decode=decode)
         self._end()
@@ -257,8 +251,9 @@ class _Phases:
         def network(*args: Any, **kwargs: Any) -> Any:
             torch.set_grad_enabled(True)
             if cut:
-                args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
-            return _recomputed(self.model.denoiser, args, kwargs, handle)
+                args, kwargs = detached((args, kwargs))
+            with self._precision(cache=False):
+                return _recomputed(self.model.denoiser, args, kwargs, handle)
 
         latents = self._pipeline(active, network, stepped=predictions.append)
         surrogate = (latents * torch.ones_like(latents)).sum()
@@ -271,10 +266,12 @@ class _Phases:
         surrogate.backward()
         self._end()
 
-    def _precision(self) -> Any:
+    def _precision(self, cache: bool = True) -> Any:
         """What Lightning puts around a training step. Counted on the CPU's autocast; see :mod:`.kernels`."""
         _, compute, autocast = PRECISIONS[self.settings.precision]
-        return torch.autocast("cpu", getattr(torch, compute)) if autocast else contextlib.nullcontext()
+        if not autocast:
+            return contextlib.nullcontext()
+        return torch.autocast("cpu", getattr(torch, compute), cache_enabled=cache)
 
     def _drop_gradients(self) -> None:
         for parameter in self.model.denoiser.parameters():
@@ -284,10 +281,10 @@ class _Phases:
 def _build(settings: Settings, case: Case) -> _Subject:
     """As ``training.assemble`` does, from an architecture instead of weights."""
     notes: list[str] = []
-    model = build_pipeline(settings.spec)
+    model = build_model(settings.spec, **settings.pipeline)
     if settings.lora is not None:
         names = [name for name, _ in model.denoiser.named_modules()]
-        asked = list(settings.lora["target_modules"])
+        asked = list(settings.lora["target_modules"] or model.family.lora_targets)
         targets = [t for t in asked if any(name == t or name.endswith(f".{t}") for name in names)]
         if not targets:
             raise ConfigurationError(
@@ -307,7 +304,7 @@ def _build(settings: Settings, case: Case) -> _Subject:
     reward = _reward(settings)
     weights, _, autocast = PRECISIONS[settings.precision]
     if weights != "float32" and not autocast:  # the reward has a precision of its own
-        model.networks.to(getattr(torch, weights))
+        model.to(getattr(torch, weights))
     model.denoiser.train()
     return _Subject(model, reward, notes)
 

@@ -1,16 +1,15 @@
 """The pipeline and the reward of a plan, as modules whose tensors have shapes and no memory.
 
 They are built on the meta device and turned into PyTorch's fake tensors at the end (:func:`without_memory`), with which
-a ``diffusers`` pipeline's own ``__call__`` runs unchanged (:meth:`PlannedPipeline.__call__`). Stand-ins are what only
-matters by its numbers: the tokenizers and the scheduler.
+a ``diffusers`` pipeline's own ``__call__`` runs unchanged (:func:`call_pipeline`). Stand-ins are what matters by its
+numbers only: the tokenizers and the scheduler.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,9 +17,12 @@ import torch
 from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from transformers import BatchEncoding
 
-from nemo_aligner_diffusion.diffusion.lora import adapters_off, has_lora
+from nemo_aligner_diffusion.diffusion.model import DiffusionModel
+from nemo_aligner_diffusion.diffusion.taps import Proxy, in_place_of, undecorated
+from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.planner.presets import REWARDS, ModelSpec
 from nemo_aligner_diffusion.rewards.base import Reward
 
@@ -43,6 +45,9 @@ class FixedLengthTokenizer:
         ids = [[0] * length for _ in range(rows)]
         return BatchEncoding({"input_ids": ids[0] if one else ids})
 
+    def encode(self, prompt: str) -> list[int]:
+        return [0] * 8
+
     def tokenize(self, prompt: str) -> list[str]:
         """None of a prompt's words is one that textual inversion added."""
         return []
@@ -57,7 +62,7 @@ class AnyScheduler(SchedulerMixin, ConfigMixin):
     order, init_noise_sigma = 1, 1.0
 
     @register_to_config
-    def __init__(self) -> None:
+    def __init__(self, num_train_timesteps: int = 1000) -> None:
         self.stepped: Callable[[Tensor], None] = lambda prediction: None
 
     def set_timesteps(
@@ -78,87 +83,8 @@ class AnyScheduler(SchedulerMixin, ConfigMixin):
         return SimpleNamespace(prev_sample=after) if return_dict else (after,)
 
 
-class _Tapped:
-    """A component whose ``__call__`` or ``decode`` is another's; everything else is its own."""
-
-    def __init__(self, target: Any, call: Callable[..., Any] | None = None, decode: Callable[..., Any] | None = None):
-        self._target, self._call = target, call or target
-        self.decode = decode or getattr(target, "decode", None)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._call(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._target, name)
-
-
-class PlannedPipeline:
-    """A ``diffusers`` pipeline built from configurations, and the calls of its parts.
-
-    Attributes:
-        denoiser: the component that is trained.
-        reference: its frozen copy (full fine-tuning), if there is one.
-        vae: its decoder makes the pictures.
-        encoders: all other networks.
-    """
-
-    def __init__(self, spec: ModelSpec, pipe: Any) -> None:
-        self.pipe = pipe.set_progress_bar_config(disable=True) or pipe
-        # `Any`: diffusers' models have attributes that a plain nn.Module has not
-        self.denoiser: Any = pipe.components[spec.denoiser]
-        self.vae: Any = pipe.vae
-        self.encoders = nn.ModuleList(
-            part for part in pipe.components.values()
-            if isinstance(part, nn.Module) and part not in (self.denoiser, self.vae)
-        )  # fmt: skip
-        self.reference: Any = None
-        self._denoiser_name = spec.denoiser
-        # without torch.no_grad's wrapper
-        self._call: Any = inspect.unwrap(type(pipe).__call__)
-        for network in self.networks:
-            network.requires_grad_(False).eval()
-
-    @property
-    def networks(self) -> nn.ModuleList:
-        return nn.ModuleList(part for part in (self.denoiser, self.reference, self.vae, self.encoders) if part)
-
-    def keep_reference(self) -> None:
-        self.reference = copy.deepcopy(self.denoiser).requires_grad_(False).eval()
-
-    @contextmanager
-    def frozen(self) -> Iterator[Any]:
-        """Within, the denoiser before training: the copy, or the same with its adapters off."""
-        if has_lora(self.denoiser):
-            with adapters_off(self.denoiser):
-                yield self.denoiser
-        else:
-            yield self.reference
-
-    def __call__(
-        self,
-        inputs: dict[str, Any],
-        network: Callable[..., Any],
-        stepped: Callable[[Tensor], None] = lambda prediction: None,
-        decode: Callable[..., Any] | None = None,
-    ) -> Tensor:
-        """The pipeline's own ``__call__`` on ``inputs`` (those that it knows); latents, or pictures with ``decode``.
-
-        Args:
-            network: called in the denoiser's place.
-            stepped: called with the guided prediction of every step.
-            decode: called in the place of ``vae.decode``.
-        """
-        tapped, scheduler = copy.copy(self.pipe), AnyScheduler()
-        scheduler.stepped = stepped
-        denoiser, vae = _Tapped(self.denoiser, call=network), _Tapped(self.vae, decode=decode)
-        tapped.__dict__.update({self._denoiser_name: denoiser, "vae": vae, "scheduler": scheduler})
-        inputs = {**inputs, "output_type": "pt" if decode else "latent", "return_dict": False}
-        known = inspect.signature(self._call).parameters
-        return self._call(tapped, **{name: value for name, value in inputs.items() if name in known})[0]
-
-
-def build_pipeline(spec: ModelSpec) -> PlannedPipeline:
-    """The pipeline of ``spec`` in float32, on the default device."""
+def build_model(spec: ModelSpec, **declared: Any) -> DiffusionModel:
+    """The pipeline of ``spec`` in float32, on the default device; ``declared``: the ``model.pipeline`` section."""
     import diffusers
     import transformers
 
@@ -176,7 +102,42 @@ def build_pipeline(spec: ModelSpec) -> PlannedPipeline:
     needed = [p.name for p in inspect.signature(pipeline_class).parameters.values() if p.default is p.empty]
     pipe = pipeline_class(**{**dict.fromkeys(needed), **spec.options, **parts, "scheduler": AnyScheduler()})
     pipe.vae.register_to_config(force_upcast=False)  # to float32 for the decoding: a conversion that fakes refuse
-    return PlannedPipeline(spec, pipe)
+    return DiffusionModel(pipe, **declared)
+
+
+def call_pipeline(
+    model: DiffusionModel,
+    inputs: dict[str, Any],
+    network: Callable[..., Any],
+    stepped: Callable[[Tensor], None] = lambda prediction: None,
+    decode: Callable[..., Any] | None = None,
+) -> Tensor:
+    """The pipeline's own ``__call__`` on ``inputs``; latents, or pictures with ``decode``.
+
+    Args:
+        network: called in the trained network's place.
+        stepped: called with the guided prediction of every step.
+        decode: called in the place of the VAE's.
+
+    Raises:
+        ConfigurationError: the pipeline looks at values, and there are none.
+    """
+    tapped, scheduler, vae = copy.copy(model.pipe), AnyScheduler(), model.pipe.vae
+    scheduler.stepped = stepped
+    parts = {model.trained: Proxy(model.denoiser, {"__call__": network}), "scheduler": scheduler}
+    if decode is not None:
+        parts["vae"] = Proxy(vae, {"decode": in_place_of(vae.decode, decode)})
+    tapped.__dict__.update(parts)
+    tapped.set_progress_bar_config(disable=True)
+    try:
+        return undecorated(type(model.pipe))(
+            tapped, **inputs, output_type="latent" if decode is None else "pt", return_dict=False
+        )[0]
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise ConfigurationError(
+            f"{type(model.pipe).__name__} cannot be planned: it looks at the values of a tensor ({error}), and a plan "
+            f"has shapes only"
+        ) from error
 
 
 def preset_reward(name: str, model_settings: dict[str, Any]) -> Reward:

@@ -12,8 +12,6 @@ from typing import Any
 
 from nemo_aligner_diffusion.errors import ConfigurationError
 
-DENOISERS = ("unet", "transformer", "prior")
-
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -33,11 +31,6 @@ class ModelSpec:
     components: dict[str, tuple[str, dict[str, Any]]]
     reward: str | None
     options: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def denoiser(self) -> str:
-        """Name of the component that is trained."""
-        return next(name for name in DENOISERS if name in self.components)
 
 
 _SD_VAE = {
@@ -217,10 +210,9 @@ def _from_folder(folder: Path) -> ModelSpec:
         if is_network and name not in _LEFT_OUT:
             config = _read(folder / name / "config.json")
             components[name] = (value[1], {key: v for key, v in config.items() if not key.startswith("_")})
-    if "vae" not in components or not any(name in components for name in DENOISERS):
+    if "vae" not in components:
         raise ConfigurationError(
-            f"{folder}: a plan needs a vae and a {' or '.join(DENOISERS)} with their config.json; "
-            f"it has {', '.join(components) or 'no networks'}"
+            f"{folder}: a plan needs a vae/config.json; there are networks in {', '.join(components) or 'no folder'}"
         )
     options = {key: v for key, v in index.items() if not key.startswith("_") and not isinstance(v, list)}
     return ModelSpec(folder.name, str(index["_class_name"]), components, reward=None, options=options)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import pairwise
 from statistics import fmean
-from typing import Any
 
+from diffusers import DDIMScheduler
 from omegaconf import DictConfig
-from torch import Tensor
 
 from nemo_aligner_diffusion.diffusion.plan import Plan, PlanRule
+from nemo_aligner_diffusion.diffusion.schedule import SchedulerPath, build_scheduler
 from nemo_aligner_diffusion.training.assemble import ALGORITHMS
 
 DRAWS = 400  # plans averaged over
@@ -45,7 +42,10 @@ def step_counts(cfg: DictConfig, draw: random.Random | None = None) -> StepCount
     Args:
         draw: what one plan is drawn from; ``None``: averages over :data:`DRAWS` of them.
     """
-    rule, path = plan_rule(cfg), DefaultPath(_steps(cfg))
+    # noise levels of diffusers' default: published models differ in numbers only
+    scheduler = build_scheduler(DDIMScheduler(clip_sample=False), cfg.model.infer.sampler_type)
+    scheduler.set_timesteps(cfg.model.infer.inference_steps)
+    rule, path = plan_rule(cfg), SchedulerPath(scheduler)
     plans = [rule(path, each) for each in ([draw] if draw else map(random.Random, range(DRAWS)))]
     active = fmean(map(active_calls, plans))
     return StepCounts(
@@ -60,7 +60,7 @@ def step_counts(cfg: DictConfig, draw: random.Random | None = None) -> StepCount
 def plan_rule(cfg: DictConfig) -> PlanRule:
     """Of ``model.algorithm``."""
     rule = ALGORITHMS[cfg.model.algorithm][1](cfg)
-    return lambda path, rng: Plan(**vars(rule(path.steps, rng)))
+    return lambda path, rng: rule(path.steps, rng)
 
 
 def calls_of(plan: Plan, steps: int) -> int:
@@ -71,38 +71,3 @@ def calls_of(plan: Plan, steps: int) -> int:
 def active_calls(plan: Plan) -> int:
     """Network calls that are replayed and differentiated."""
     return plan.renoise + plan.own_step if plan.renoise else len(plan.active)
-
-
-def _steps(cfg: DictConfig) -> int:
-    """Calls of ``scheduler.step``: PNDM repeats its second one."""
-    infer = cfg.model.infer
-    return int(infer.inference_steps) + (str(infer.sampler_type).lower() in ("plms", "pndm"))
-
-
-@dataclass(frozen=True)
-class DefaultPath:
-    """The path of diffusers' default DDIM, for rules that look at its noise levels: a plan knows no model's own."""
-
-    steps: int
-    flow: bool = False
-
-    @cached_property
-    def levels(self) -> Sequence[tuple[float, float]]:
-        from diffusers import DDIMScheduler
-
-        scheduler: Any = DDIMScheduler()
-        scheduler.set_timesteps(self.steps)
-        signal = scheduler.alphas_cumprod[scheduler.timesteps].double()
-        return [*zip(signal.sqrt().tolist(), (1 - signal).sqrt().tolist(), strict=True), (1.0, 0.0)]
-
-    @cached_property
-    def weights(self) -> Sequence[float]:
-        ratios = [sigma / alpha for alpha, sigma in self.levels]
-        return [after - before for before, after in pairwise(ratios)]
-
-    def clean(self, step: int, latents: Tensor, prediction: Tensor) -> Tensor:
-        alpha, sigma = self.levels[step]
-        return (latents - sigma * prediction) / alpha
-
-    def noise(self, step: int, latents: Tensor, prediction: Tensor) -> Tensor:
-        return prediction
