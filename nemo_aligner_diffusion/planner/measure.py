@@ -44,7 +44,8 @@ class Measurement:
 
     Attributes:
         phases: ``text``, ``call`` (one guided network call without gradient), ``reference`` (one of the frozen model),
-            ``decode`` (one read: decoder, reward and their backward pass), ``replay`` (recompute and backward pass of
+            ``decode`` (one read: decoder, reward and their backward pass), ``unread`` (the decoding without gradient
+            that ends a trajectory which is re-noised), ``replay`` (recompute and backward pass of
             the first active step), ``replay_next`` (of each further one; ``peak`` and ``held`` are those of both),
             ``average`` (of gradients, once a step) and ``validation`` (decoding without gradient).
         weights: of ``denoiser``, ``reference``, ``text_encoder``, ``vae``, ``reward``: what this process holds.
@@ -147,6 +148,8 @@ class _Phases:
             self._rollout(reference="reference" in only and bool(settings.kl_coeff))
         if "decode" in only:
             self._reward_gradient()
+            if plan.renoise and not plan.own_step:
+                self._decoding("unread", len(self.prompts))
         cut = plan.cut or bool(plan.renoise)
         if "replay" in only:
             self._replay("replay", 1, cut)
@@ -163,7 +166,7 @@ class _Phases:
             )
             self._drop_gradients()
         if "validation" in only and settings.validation_batch_size:
-            self._validation()
+            self._decoding("validation", self._rows(settings.validation_batch_size)[0].stop)
 
     def _begin(self, name: str) -> None:
         self._phase.close()
@@ -229,14 +232,21 @@ class _Phases:
             _score(images, leaves[0], objective, None, 0, 1, rows[0].stop, 1.0)
         self._end()
 
-    def _validation(self) -> None:
+    def _decoding(self, name: str, pictures: int) -> None:
+        """Phase ``name``: as many pictures without gradient."""
+
         def decode(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
-            rows = self._rows(self.settings.validation_batch_size)[0]
-            self._begin("validation")
-            return self.model.pipe.vae.decode(latents.new_zeros(rows.stop, *latents.shape[1:]), *args, **kwargs)
+            self._begin(name)
+            parts = [
+                self.model.pipe.vae.decode(
+                    latents.new_zeros(part.stop - part.start, *latents.shape[1:]), *args, **kwargs
+                )
+                for part in self._rows(pictures)
+            ]
+            self._end()
+            return parts[0]
 
         self._pipeline(1, lambda *_, **__: self.output, decode=decode)
-        self._end()
 
     def _rows(self, pictures: int) -> list[slice]:
         """Those that are decoded and scored at a time."""
