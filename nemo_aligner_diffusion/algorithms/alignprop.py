@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 
 from nemo_aligner_diffusion.algorithms.reward_tuning import RewardTuning
-from nemo_aligner_diffusion.diffusion.trajectory import Plan
+from nemo_aligner_diffusion.diffusion.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class RandomTruncation:
     min_truncation_steps: int
     max_truncation_steps: int
 
-    def __call__(self, steps: int, rng: random.Random) -> Plan:
+    def __call__(self, path, rng: random.Random) -> Plan:
+        steps = path.steps
         k = rng.randint(self.min_truncation_steps, self.max_truncation_steps)
         return Plan(active=tuple(range(steps - k, steps)))
 

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 
 from nemo_aligner_diffusion.algorithms.reward_tuning import RewardTuning
-from nemo_aligner_diffusion.diffusion.trajectory import Plan
+from nemo_aligner_diffusion.diffusion.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,8 @@ class RenoisedLastStep:
 
     samples: int = 2
 
-    def __call__(self, steps: int, rng: random.Random) -> Plan:
+    def __call__(self, path, rng: random.Random) -> Plan:
+        steps = path.steps
         return Plan(active=(steps - 1,), renoise=self.samples)
 
 

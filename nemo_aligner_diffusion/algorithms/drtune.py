@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 
 from nemo_aligner_diffusion.algorithms.reward_tuning import RewardTuning
-from nemo_aligner_diffusion.diffusion.trajectory import Plan
+from nemo_aligner_diffusion.diffusion.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class SpacedSteps:
     train_steps: int
     early_stop_steps: int
 
-    def __call__(self, steps: int, rng: random.Random) -> Plan:
+    def __call__(self, path, rng: random.Random) -> Plan:
+        steps = path.steps
         stop = steps - rng.randint(1, self.early_stop_steps) if self.early_stop_steps else None
         last = steps - 1 if stop is None else stop
         stride = (last + 1) // self.train_steps

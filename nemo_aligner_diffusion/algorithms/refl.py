@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 
 from nemo_aligner_diffusion.algorithms.reward_tuning import RewardTuning
-from nemo_aligner_diffusion.diffusion.trajectory import Plan
+from nemo_aligner_diffusion.diffusion.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class OneLateStep:
     min_step: int
     max_step: int
 
-    def __call__(self, steps: int, rng: random.Random) -> Plan:
+    def __call__(self, path, rng: random.Random) -> Plan:
         stop = rng.randint(self.min_step, self.max_step)
         return Plan(active=(stop,), stop=stop)
 

@@ -43,8 +43,8 @@ class RewardTuning(PictureValidation):
         plan_rule: which steps are supervised, drawn once per optimizer step and equal on every rank.
         optimizer_factory, guard, parallel: see :class:`.ParallelModule`.
         kl_coeff: weight of the distance to the frozen model (DRaFT+); 0 makes no reference call.
-        kl_space: in which it is measured: ``epsilon``, ``prediction`` or ``velocity``; ``None``: velocity for flows, else
-            epsilon (as NeMo-Aligner's).
+        kl_space: in which it is measured: ``epsilon``, ``prediction`` or ``velocity``; ``None``: velocity for flows,
+            else epsilon (as NeMo-Aligner's).
         reward_scale: ``λ``.
         reward_margin: see above; ``None`` for the plain reward.
         decode_micro_batch_size: pictures decoded and scored at a time; ``None``: the micro-batch.

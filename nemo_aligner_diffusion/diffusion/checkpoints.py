@@ -96,7 +96,7 @@ def load_component(module: Any, component: str, path: str | Path) -> None:
     """Load a denoiser's or VAE's weights into ``module`` (a ``diffusers`` model) in place.
 
     Args:
-        module: ``UNet2DConditionModel``, ``AutoencoderKL`` or the like, already built; from :func:`empty_module` it needs no
+        module: ``UNet2DConditionModel``, ``AutoencoderKL`` or the like, built; from :func:`empty_module` it needs no
             memory before.
         component: its name in the pipeline; decides the LDM prefix to look for.
         path: folder or file, see the module's docstring. A pipeline folder is searched for ``unet/`` or ``vae/``.
@@ -176,9 +176,7 @@ def _strip_and_convert(
     return tensors
 
 
-def _from_ldm(
-    tensors: dict[str, Tensor], component: str, config: dict[str, Any], source: Path
-) -> dict[str, Tensor]:
+def _from_ldm(tensors: dict[str, Tensor], component: str, config: dict[str, Any], source: Path) -> dict[str, Tensor]:
     """LDM naming to ``diffusers`` naming, by diffusers' own tables."""
     from diffusers.loaders import single_file_utils
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +38,7 @@ def generate(
     sampling: Sampling,
     batch_size: int = 16,
     decode_batch_size: int | None = None,
-    tuned_weights: Sequence[float] | None = None,
+    tuned_weights: Callable[[int], Sequence[float]] | None = None,
 ) -> Tensor:
     """One picture for each (prompt, seed) pair.
 

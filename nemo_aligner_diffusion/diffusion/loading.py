@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,8 @@ def load_model(
             config = component_config(path, name) or component_config(folder / name, name)
             parts[name] = empty_module(partial(part_class.from_config, config), dtype)
             load_component(parts[name], name, path)
-        pipe = pipeline_class.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, **parts)
+        with _no_progress_bar():
+            pipe = pipeline_class.from_pretrained(folder, dtype=dtype, local_files_only=True, **parts)
     except (CheckpointError, ConfigurationError):
         raise
     except Exception as error:  # diffusers and transformers raise a dozen types for what is damaged or missing
@@ -73,6 +75,19 @@ def load_model(
             f"{folder}: not a complete {pipeline_class.__name__} folder: {first_line(error)}"
         ) from error
     return DiffusionModel(pipe, trained, stateless, arguments)
+
+
+@contextlib.contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    from diffusers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _local(folder: str | Path) -> Path:
@@ -104,7 +119,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def _pipeline_class(folder: Path, index: Mapping[str, Any]) -> type:
+def _pipeline_class(folder: Path, index: Mapping[str, Any]) -> Any:
     """The class that the index names; only what diffusers and transformers ship may be named."""
     import diffusers
 

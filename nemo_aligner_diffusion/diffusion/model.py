@@ -162,10 +162,19 @@ class DiffusionModel(nn.Module):
                 given[name] = [value] * len(prompts)
         return {name: value for name, value in given.items() if value is not None}
 
+    @property
+    def prompt_limit(self) -> int | None:
+        """Tokens of a prompt that the pipeline reads, as far as it says."""
+        said = self._signature.get("max_sequence_length")
+        limit = self.arguments.get("max_sequence_length") or (said.default if said is not None else None)
+        limit = limit or getattr(self.tokenizer, "model_max_length", None)
+        known = self.tokenizer is not None and isinstance(limit, int) and limit < 100_000  # transformers' "no limit"
+        return limit if known else None
+
     def count_truncated(self, prompts: Sequence[str]) -> int:
         """How many prompts are longer than the tokenizer takes; added to ``truncated_prompts``."""
-        limit = self.arguments.get("max_sequence_length") or getattr(self.tokenizer, "model_max_length", None)
-        if self.tokenizer is None or limit is None or limit > 100_000:  # transformers' "no limit"
+        limit = self.prompt_limit
+        if limit is None:
             return 0
         tokens = self.tokenizer(list(prompts), padding=False, truncation=False, verbose=False).input_ids
         longer = sum(len(ids) > limit for ids in tokens)
@@ -208,4 +217,3 @@ class DiffusionModel(nn.Module):
         hint = f"; did you mean {near[0]!r}?" if near and near[0] != name else ""
         what = "is set by model.infer and data" if name in self._signature else "is no argument"
         raise ConfigurationError(f"model.pipeline.arguments: {name!r} {what} of {type(self.pipe).__name__}{hint}")
-

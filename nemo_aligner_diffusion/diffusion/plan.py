@@ -22,7 +22,8 @@ class SamplingPath(Protocol):
         steps: ``T``, the number of ``scheduler.step`` calls.
         levels: ``(α_i, σ_i)`` of ``z_i = α_i x + σ_i n`` for ``i = 0 … T``, in the scheduler's own variable; the last
             is ``(1, 0)``.
-        weights: ``a_i``, the factor of ``e_i`` in ``z_T`` through the solver alone (Euler on a flow: ``σ_{i+1} − σ_i``).
+        weights: ``a_i``, the factor of ``e_i`` in ``z_T`` through the solver alone (Euler on a flow:
+            ``σ_{i+1} − σ_i``).
         flow: whether ``z = (1 − σ) x + σ n`` and the network predicts ``n − x``.
     """
 

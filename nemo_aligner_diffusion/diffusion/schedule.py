@@ -1,4 +1,4 @@
-"""What has to be known of a ``diffusers`` scheduler beyond its ``step``: noise levels, the clean estimate, its weights."""
+"""What has to be known of a ``diffusers`` scheduler beyond its ``step``: noise levels, clean estimates, weights."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ class SchedulerPath:
             return z.flatten()
 
         with torch.no_grad(), _NoNoise():
-            return (end(basis) - end(torch.zeros_like(basis))).tolist()  # type: ignore[no-any-return]
+            return (end(basis) - end(torch.zeros_like(basis))).tolist()
 
     def clean(self, step: int, latents: Tensor, prediction: Tensor) -> Tensor:
         return self._solved(step, latents, prediction)[0]
@@ -216,11 +216,11 @@ def clean_estimate(scheduler: Any, prediction: Tensor, timestep: Any, sample: Te
     """
     own = getattr(output, "pred_original_sample", None)
     if own is not None:
-        return own  # type: ignore[no-any-return]
+        return own
     level = noise_level(scheduler, timestep)
     if hasattr(scheduler, "precondition_outputs"):  # EDM
         sigma = torch.tensor(level[1], dtype=torch.float64)
-        return scheduler.precondition_outputs(sample, prediction, sigma)  # type: ignore[no-any-return]
+        return scheduler.precondition_outputs(sample, prediction, sigma)
     return solve(scheduler, level, sample, prediction)[0]
 
 

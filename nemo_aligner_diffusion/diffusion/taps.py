@@ -41,10 +41,10 @@ def in_place_of(original: Callable[..., Any], function: Callable[..., Any]) -> C
 
 def undecorated(cls: type) -> Callable[..., Any]:
     """A pipeline's ``__call__`` without torch's ``no_grad`` wrapper (others stay)."""
-    call: Any = cls.__call__  # type: ignore[operator]
+    call: Any = cls.__call__
     while getattr(getattr(call, "__code__", None), "co_name", "") == "decorate_context":
         call = call.__wrapped__
-    return call  # type: ignore[no-any-return]
+    return call
 
 
 def detached(tree: Any) -> Any:
@@ -62,12 +62,12 @@ def shared(tree: Any, factor: float) -> Any:
 
 def share(tensor: Tensor, factor: float) -> Tensor:
     """``α x + (1 − α) sg[x]`` whose value is that of ``x`` to the bit."""
-    return _Share.apply(tensor, factor)  # type: ignore[no-any-return]
+    return _Share.apply(tensor, factor)
 
 
 def connect(estimate: Tensor, value: Tensor) -> Tensor:
     """``ẑ + sg[z − ẑ]`` whose value is that of ``z`` to the bit."""
-    return _Connect.apply(estimate, value.detach())  # type: ignore[no-any-return]
+    return _Connect.apply(estimate, value.detach())
 
 
 class _Share(torch.autograd.Function):
@@ -77,7 +77,7 @@ class _Share(torch.autograd.Function):
         return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient * ctx.factor, None
 
 
@@ -88,7 +88,7 @@ class _Connect(torch.autograd.Function):
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient.to(ctx.dtype), None
 
 
@@ -133,7 +133,9 @@ def recomputed(network: nn.Module, call: Callable[..., Any], args: Any, kwargs: 
 
 def _close(again: Tensor, first: Tensor) -> bool:
     # generous: other kernels may be chosen the second time; a lost cache or another mode is far beyond
-    return torch.allclose(again, first, rtol=0.05, atol=0.01 * float(first.nan_to_num(0, 0, 0).abs().max()), equal_nan=True)
+    return torch.allclose(
+        again, first, rtol=0.05, atol=0.01 * float(first.nan_to_num(0, 0, 0).abs().max()), equal_nan=True
+    )
 
 
 @contextlib.contextmanager

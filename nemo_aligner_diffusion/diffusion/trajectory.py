@@ -160,14 +160,14 @@ def sample(
     model: DiffusionModel,
     generators: Sequence[torch.Generator],
     inputs: dict[str, Any],
-    tuned_weights: Sequence[float] | None = None,
+    tuned_weights: Callable[[int], Sequence[float]] | None = None,
     decode_rows: int | None = None,
 ) -> Tensor:
     """Pictures ``(B, 3, H, W)`` (or frames ``(B, F, 3, H, W)``) in [0, 1] without gradient.
 
     Args:
-        tuned_weights: annealed importance guidance (design notes 3.4): ``w_i`` for each step, its networks' outputs are
-            ``w_i·tuned + (1 − w_i)·base``. ``None``: the model as it stands.
+        tuned_weights: annealed importance guidance (design notes 3.4): ``T`` → ``w_0 … w_{T−1}``; the denoiser's
+            outputs are ``w_i·tuned + (1 − w_i)·base``. ``None``: the model as it stands.
     """
     loop = _Loop(model, generators, inputs, None, random.Random(0), False, True, decode_rows, tuned_weights)
     return loop.run("sample")[0]
@@ -230,7 +230,7 @@ class _Loop:
         reference: bool,
         recompute: bool,
         decode_rows: int | None,
-        tuned_weights: Sequence[float] | None = None,
+        tuned_weights: Callable[[int], Sequence[float]] | None = None,
     ) -> None:
         self.model, self.pipe, self.inputs = model, model.pipe, inputs
         self.rule, self.rng, self.reference, self.recompute = rule, rng, reference, recompute
@@ -301,6 +301,7 @@ class _Loop:
     def _tapped(self) -> Any:
         copied = copy.copy(self.pipe)
         copied.__dict__.pop("_num_timesteps", None)
+        network: Any
         for name, network in self.model.networks.items():
             overrides: dict[str, Any] = {"__call__": functools.partial(self._network, name)}
             if hasattr(network, "decode"):
@@ -340,10 +341,8 @@ class _Loop:
             return
         if self.mode == "replay":
             return
-        if self.tuned_weights is not None and len(self.tuned_weights) != self.total:
-            raise ConfigurationError(
-                f"{len(self.tuned_weights)} weights of annealed guidance for {self.total} sampling steps"
-            )
+        if self.tuned_weights is not None:
+            self.weights_of_steps = self.tuned_weights(self.total)
         if self.rule is None:
             self.active = frozenset()
             return
@@ -501,14 +500,15 @@ class _Loop:
     def _frozen_output(self, name: str, network: Any, args: Any, kwargs: Any) -> Any:
         with self.model.reference():
             frozen = self.model.network(name)
-            with processors_of(frozen, getattr(network, "attn_processors", None)) if frozen is not network else (
-                contextlib.nullcontext()
+            with (
+                processors_of(frozen, getattr(network, "attn_processors", None))
+                if frozen is not network
+                else (contextlib.nullcontext())
             ):
                 return frozen(*args, **kwargs)
 
     def _annealed(self, name: str, args: Any, kwargs: Any) -> Any:
-        assert self.tuned_weights is not None
-        weight = self.tuned_weights[self.i]
+        weight = self.weights_of_steps[self.i]
         if weight == 1.0:
             return self.model.network(name)(*args, **kwargs)
         with self.model.reference():

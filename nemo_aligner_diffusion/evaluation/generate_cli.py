@@ -16,7 +16,7 @@ from nemo_aligner_diffusion.command_line import command
 from nemo_aligner_diffusion.errors import ConfigurationError, DataError
 
 # As in conf/model/stable_diffusion.yaml; an adapter made by a run brings that run's settings instead.
-DEFAULT_STEPS, DEFAULT_GUIDANCE, DEFAULT_SAMPLER, DEFAULT_ETA = 20, 2.0, "ddim", 0.0
+DEFAULT_STEPS, DEFAULT_GUIDANCE, DEFAULT_ETA = 20, 2.0, 0.0
 
 EXAMPLES = """\
 examples:
@@ -130,7 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
     sampling = parser.add_argument_group("sampling (default: as the adapter's run, else as shipped)")
     sampling.add_argument("--steps", type=int, metavar="N", help=f"sampling steps (shipped: {DEFAULT_STEPS})")
     sampling.add_argument("--guidance", type=float, metavar="G", help=f"guidance scale (shipped: {DEFAULT_GUIDANCE:g})")
-    sampling.add_argument("--sampler", metavar="NAME", help="ddim, euler, dpm++2m, … (shipped: ddim)")
+    sampling.add_argument("--sampler", metavar="NAME", help="ddim, euler, dpm++2m, … (shipped: the pipeline's own)")
     sampling.add_argument("--eta", type=float, metavar="ETA", help="DDIM's noise, 0 to 1 (shipped: 0)")
     sampling.add_argument("--height", type=int, metavar="PX", help="default: the model's own")
     sampling.add_argument("--width", type=int, metavar="PX", help="default: the model's own")

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,6 @@ from nemo_aligner_diffusion.evaluation.annealing import annealed_weights
 from nemo_aligner_diffusion.evaluation.generate_cli import (
     DEFAULT_ETA,
     DEFAULT_GUIDANCE,
-    DEFAULT_SAMPLER,
     DEFAULT_STEPS,
     Request,
 )
@@ -50,14 +50,19 @@ class Settings:
     vae: Path | None
     steps: int
     guidance: float
-    sampler: str
+    sampler: str | None  # None: the pipeline's own
     eta: float
     height: int | None
     width: int | None
 
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.steps, self.guidance, self.height, self.width, self.eta)
+
     def describe(self) -> str:
         eta = f", eta {self.eta:g}" if self.eta else ""
-        return f"{self.steps} steps, guidance {self.guidance:g}, {self.sampler.lower()}{eta}"
+        sampler = "the pipeline's own sampler" if self.sampler is None else self.sampler.lower()
+        return f"{self.steps} steps, guidance {self.guidance:g}, {sampler}{eta}"
 
 
 @dataclass(frozen=True)
@@ -110,16 +115,13 @@ def run_generation(request: Request) -> Result:
     result = Result(claim_folder(request.output, request.overwrite))
     for variant in variants:
         started = time.perf_counter()
-        annealing = None if variant.annealing is None else annealed_weights(variant.annealing, len(sampler))
+        annealing = None if variant.annealing is None else partial(annealed_weights, variant.annealing)
         with _as_variant(model, variant, request):
             images = generate(
                 model,
-                sampler,
                 prompts,
                 seeds,
-                settings.guidance,
-                settings.height,
-                settings.width,
+                settings.sampling,
                 request.batch_size,
                 tuned_weights=annealing,
             )
@@ -188,7 +190,7 @@ def resolve_settings(request: Request, run: RunFiles | None) -> Settings:
         vae=request.vae or base_path("model.first_stage_config.from_pretrained"),
         steps=int(first(request.steps, setting("model.infer.inference_steps", DEFAULT_STEPS))),
         guidance=float(first(request.guidance, setting("model.infer.unconditional_guidance_scale", DEFAULT_GUIDANCE))),
-        sampler=str(first(request.sampler, setting("model.infer.sampler_type", DEFAULT_SAMPLER))),
+        sampler=first(request.sampler, setting("model.infer.sampler_type", None)),
         eta=float(first(request.eta, setting("model.infer.eta", DEFAULT_ETA))),
         height=first(request.height, setting("model.infer.height", None)),
         width=first(request.width, setting("model.infer.width", None)),
@@ -216,12 +218,12 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _sampler(model: DiffusionModel, settings: Settings) -> Sampler:
+def _set_sampler(model: DiffusionModel, settings: Settings) -> None:
     try:
-        return Sampler(model.scheduler_config, settings.sampler, settings.steps, settings.eta)
+        model.set_scheduler(settings.sampler, settings.eta)
     except ConfigurationError as error:  # written for the training configuration; here the same things are options
         text = str(error)
-        for key, option in (("sampler_type", "--sampler"), ("inference_steps", "--steps"), ("eta", "--eta")):
+        for key, option in (("sampler_type", "--sampler"), ("eta", "--eta")):
             text = text.replace(f"model.infer.{key}", option)
         raise ConfigurationError(text) from error
 
@@ -237,11 +239,12 @@ def _quiet() -> None:
 
 
 def _check_size(model: DiffusionModel, settings: Settings) -> None:
+    multiple = getattr(model.pipe, "vae_scale_factor", 1)
     for option, value in (("--height", settings.height), ("--width", settings.width)):
-        if value is not None and value % model.vae_scale_factor:
-            near = max(1, round(value / model.vae_scale_factor)) * model.vae_scale_factor
+        if value is not None and value % multiple:
+            near = max(1, round(value / multiple)) * multiple
             raise ConfigurationError(
-                f"{option} {value}: this model makes pictures whose sides are multiples of {model.vae_scale_factor}; "
+                f"{option} {value}: this model makes pictures whose sides are multiples of {multiple}; "
                 f"the nearest is {near}"
             )
 
@@ -250,11 +253,11 @@ def _load_tuned(model: DiffusionModel, request: Request) -> None:
     with warnings.catch_warnings():  # peft warns of a second adapter; here that is what was asked for
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         for index, adapter in enumerate(request.adapters):
-            load_lora_weights(model.denoiser, adapter.path, f"adapter_{index}")
+            load_lora_weights(model.denoiser, adapter.path, f"adapter_{index}", type(model.pipe))
     if request.unet is not None:
         if request.compare or request.weights:
             model.keep_reference()
-        load_component(model.denoiser, "unet", request.unet)
+        load_component(model.denoiser, model.trained, request.unet)
 
 
 def _as_variant(model: DiffusionModel, variant: Variant, request: Request) -> AbstractContextManager[None]:
@@ -319,12 +322,9 @@ def _scores(reward: Reward, images: Tensor, prompts: list[str], batch_size: int)
 
 
 def _warn_of_truncation(model: DiffusionModel, prompts: list[str]) -> None:
-    before = model.truncated_prompts
-    for start in range(0, len(prompts), 64):
-        model.encode_prompts(prompts[start : start + 64])
-    cut = model.truncated_prompts - before
+    cut = model.count_truncated(prompts)
     if cut:
-        limit = model.tokenizer.model_max_length
+        limit = model.prompt_limit
         print(
             f"warning: {cut} prompt(s) are longer than {limit} tokens; what lies beyond has no effect", file=sys.stderr
         )

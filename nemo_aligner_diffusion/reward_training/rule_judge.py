@@ -43,31 +43,30 @@ def judge(rule: str, lora: Path, output: Path, seeds: int = 2) -> dict[str, Any]
     import torch
 
     from nemo_aligner_diffusion.data.prompts import read_prompts
-    from nemo_aligner_diffusion.diffusion.families.stable_diffusion import StableDiffusion
     from nemo_aligner_diffusion.diffusion.generate import generate
+    from nemo_aligner_diffusion.diffusion.loading import load_model
     from nemo_aligner_diffusion.diffusion.lora import load_lora_weights
-    from nemo_aligner_diffusion.diffusion.sampler import Sampler
     from nemo_aligner_diffusion.embedded_assets import embedded_model_path, embedded_prompts_path, embedded_reward_path
     from nemo_aligner_diffusion.evaluation.diversity import recognisability
     from nemo_aligner_diffusion.evaluation.figures import sample_grid, save_image
     from nemo_aligner_diffusion.evaluation.files import write_atomic
     from nemo_aligner_diffusion.reward_training.rules import RULES
     from nemo_aligner_diffusion.rewards import restore_reward
+    from nemo_aligner_diffusion.training.assemble import build_sampling
     from nemo_aligner_diffusion.training.config import load_config
 
-    infer = load_config("draftp_sd").model.infer
+    sampling = build_sampling(load_config("draftp_sd"))
     prompts = read_prompts(str(embedded_prompts_path("validation")))
     names = [prompt for prompt in prompts for _ in range(seeds)]
     numbers = [100 + seed for _ in prompts for seed in range(seeds)]
-    model = StableDiffusion.from_pretrained(embedded_model_path())
-    sampler = Sampler(model.scheduler_config, infer.sampler_type, infer.inference_steps)
+    model = load_model(embedded_model_path())
     clip: Any = restore_reward(embedded_reward_path())
     candidates = read_prompts(str(embedded_prompts_path("train")))
     values, pictures, figures = [], [], dict[str, Any]()
     for which in ("base", "tuned"):
         if which == "tuned":
             load_lora_weights(model.denoiser, lora, "judged")
-        images = generate(model, sampler, names, numbers, infer.unconditional_guidance_scale)
+        images = generate(model, names, numbers, sampling)
         found = recognisability(clip, images, names, candidates)
         with torch.no_grad():
             fit = float(clip(images, names).mean())

@@ -18,9 +18,8 @@ from torch import Tensor
 
 from nemo_aligner_diffusion.data.prompts import read_prompts
 from nemo_aligner_diffusion.data.shards import WrittenShards
-from nemo_aligner_diffusion.diffusion.families.stable_diffusion import StableDiffusion
-from nemo_aligner_diffusion.diffusion.generate import generate
-from nemo_aligner_diffusion.diffusion.sampler import Sampler
+from nemo_aligner_diffusion.diffusion.generate import Sampling, generate
+from nemo_aligner_diffusion.diffusion.loading import load_model
 from nemo_aligner_diffusion.embedded_assets import embedded_model_path, embedded_prompts_path
 from nemo_aligner_diffusion.errors import DataError
 from nemo_aligner_diffusion.evaluation.figures import to_pictures
@@ -114,15 +113,14 @@ def _pictures(
     prompts: Iterable[str], count: int, seed: int, steps: int, guidance: float
 ) -> Iterator[tuple[str, Tensor]]:
     """(prompt, pictures ``(count, 3, H, W)`` in [0, 1]) of each prompt."""
-    model = StableDiffusion.from_pretrained(embedded_model_path())
-    sampler = Sampler(model.scheduler_config, "DDIM", steps)
+    model = load_model(embedded_model_path())
     rest = list(prompts)
     while rest:
         some, rest = rest[:PROMPTS_AT_ONCE], rest[PROMPTS_AT_ONCE:]
         names = [prompt for prompt in some for _ in range(count)]
         # Seeds from the prompt itself: what is made of it depends on no other prompt. Away from the judges' 0…199.
         seeds = [random.Random(f"{seed}/{prompt}/{k}").randrange(1_000, 2**31) for prompt in some for k in range(count)]
-        images = generate(model, sampler, names, seeds, guidance, batch_size=len(names))
+        images = generate(model, names, seeds, Sampling(steps, guidance), batch_size=len(names))
         yield from zip(some, images.split(count), strict=True)
 
 

@@ -36,9 +36,7 @@ def export_weights(
         return None
     if has_lora(denoiser):
         adapter = whole_adapter(denoiser, parallel)
-        return (
-            save_lora_weights(denoiser, directory, adapter, pipeline_class=type(model.pipe)) if write else None
-        )
+        return save_lora_weights(denoiser, directory, adapter, pipeline_class=type(model.pipe)) if write else None
     weights = {}
     for name, parameter in denoiser.state_dict().items():
         whole = parallel.placement(name).full(parameter)  # on all processes, one after the other

@@ -135,7 +135,7 @@ def _run(cfg: DictConfig, watch: RunWatch, interruption: Interruption) -> int:
                 "%d prompt%s longer than the text encoder's limit of %d tokens, and truncated",
                 model.truncated_prompts,
                 " was" if model.truncated_prompts == 1 else "s were",
-                model.tokenizer.model_max_length,
+                model.prompt_limit,
             )
         frame.record(
             trainer,

@@ -10,7 +10,8 @@ from typing import Any
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
-from nemo_aligner_diffusion.algorithms.reward_tuning import RewardTuning, ValidationPictures
+from nemo_aligner_diffusion.algorithms.picture_validation import ValidationPictures
+from nemo_aligner_diffusion.algorithms.reward_tuning import RewardTuning
 from nemo_aligner_diffusion.evaluation.diversity import Embedder, seed_diversity
 from nemo_aligner_diffusion.evaluation.figures import sample_grid, save_image
 from nemo_aligner_diffusion.training.run_directory import write_text_atomically
