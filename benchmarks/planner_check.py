@@ -34,7 +34,7 @@ from nemo_aligner_diffusion.planner.estimate import Assumptions, PhaseTime, _dev
 from nemo_aligner_diffusion.planner.gpus import GPUS
 from nemo_aligner_diffusion.planner.ledger import CPU_ATTENTION
 from nemo_aligner_diffusion.planner.measure import Measurement, measure
-from nemo_aligner_diffusion.planner.presets import model_spec
+from nemo_aligner_diffusion.planner.presets import ModelSpec, model_spec
 from nemo_aligner_diffusion.planner.schedule import StepCounts, step_counts
 from nemo_aligner_diffusion.planner.settings import Case, settings_from
 from nemo_aligner_diffusion.rewards import build_reward
@@ -110,7 +110,7 @@ def measured(cfg: Any) -> Figures:
 
 def planned(cfg: Any, layout: Layout | None = None) -> tuple[Figures, Measurement]:
     """The same step by the planner, for the plan that the run draws."""
-    settings = settings_from(cfg, model_spec(cfg.model.from_pretrained or str(embedded_model_path())), attention="cpu")
+    settings = settings_from(cfg, spec_of(cfg), attention="cpu")
     model = cfg.model
     counts = drawn_counts(cfg)
     case = Case(
@@ -125,8 +125,12 @@ def planned(cfg: Any, layout: Layout | None = None) -> tuple[Figures, Measuremen
     return Figures(round(flops), max(record.peak for record in result.phases.values())), result
 
 
+def spec_of(cfg: Any) -> ModelSpec:
+    return model_spec(cfg.model.from_pretrained or str(embedded_model_path()))
+
+
 def drawn_counts(cfg: Any) -> StepCounts:
-    return step_counts(cfg, plan_random(cfg.model.seed, 0))
+    return step_counts(cfg, spec_of(cfg), plan_random(cfg.model.seed, 0))
 
 
 def compare(title: str, recipe: str, overrides: Sequence[str], batch: int) -> None:

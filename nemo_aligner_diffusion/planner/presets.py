@@ -12,6 +12,8 @@ from typing import Any
 
 from nemo_aligner_diffusion.errors import ConfigurationError
 
+DEFAULT_SCHEDULER: tuple[str, dict[str, Any]] = ("DDIMScheduler", {"clip_sample": False})
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -23,6 +25,7 @@ class ModelSpec:
         components: its networks by the pipeline's names: (class of ``diffusers`` or ``transformers``, what its
             constructor or its configuration is given).
         reward: the reward preset a plan takes when the recipe names no reward file; ``None``: the embedded one.
+        scheduler: class of ``diffusers`` and its configuration: how many steps it makes, on which noise levels.
         options: further arguments of the pipeline's constructor.
     """
 
@@ -30,6 +33,7 @@ class ModelSpec:
     pipeline: str
     components: dict[str, tuple[str, dict[str, Any]]]
     reward: str | None
+    scheduler: tuple[str, dict[str, Any]] = DEFAULT_SCHEDULER
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -165,6 +169,7 @@ MODELS: dict[str, ModelSpec] = {
             "text_encoder_2": ("T5EncoderModel", _T5_XXL),
         },
         reward="clip-h",
+        scheduler=("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
     ),
 }
 
@@ -215,7 +220,10 @@ def _from_folder(folder: Path) -> ModelSpec:
             f"{folder}: a plan needs a vae/config.json; there are networks in {', '.join(components) or 'no folder'}"
         )
     options = {key: v for key, v in index.items() if not key.startswith("_") and not isinstance(v, list)}
-    return ModelSpec(folder.name, str(index["_class_name"]), components, reward=None, options=options)
+    scheduler = DEFAULT_SCHEDULER
+    if "scheduler" in index:
+        scheduler = index["scheduler"][1], _read(folder / "scheduler" / "scheduler_config.json")
+    return ModelSpec(folder.name, str(index["_class_name"]), components, None, scheduler, options)
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -6,11 +6,12 @@ import random
 from dataclasses import dataclass
 from statistics import fmean
 
-from diffusers import DDIMScheduler
+import diffusers
 from omegaconf import DictConfig
 
-from nemo_aligner_diffusion.diffusion.plan import Plan, PlanRule
+from nemo_aligner_diffusion.diffusion.plan import Plan
 from nemo_aligner_diffusion.diffusion.schedule import SchedulerPath, build_scheduler
+from nemo_aligner_diffusion.planner.presets import DEFAULT_SCHEDULER, ModelSpec
 from nemo_aligner_diffusion.training.assemble import ALGORITHMS
 
 DRAWS = 400  # plans averaged over
@@ -36,16 +37,19 @@ class StepCounts:
     plan: Plan
 
 
-def step_counts(cfg: DictConfig, draw: random.Random | None = None) -> StepCounts:
+def step_counts(cfg: DictConfig, spec: ModelSpec | None = None, draw: random.Random | None = None) -> StepCounts:
     """Of ``model.algorithm`` with its settings.
 
     Args:
+        spec: whose scheduler makes the steps, where ``model.infer.sampler_type`` names none; ``None``: DDIM.
         draw: what one plan is drawn from; ``None``: averages over :data:`DRAWS` of them.
     """
-    # noise levels of diffusers' default: published models differ in numbers only
-    scheduler = build_scheduler(DDIMScheduler(clip_sample=False), cfg.model.infer.sampler_type)
+    kind, config = DEFAULT_SCHEDULER if spec is None else spec.scheduler
+    # a shift that depends on the picture's size needs the pipeline
+    own = getattr(diffusers, kind).from_config({**config, "use_dynamic_shifting": False})
+    scheduler = build_scheduler(own, cfg.model.infer.sampler_type)
     scheduler.set_timesteps(cfg.model.infer.inference_steps)
-    rule, path = plan_rule(cfg), SchedulerPath(scheduler)
+    rule, path = ALGORITHMS[cfg.model.algorithm][1](cfg), SchedulerPath(scheduler)
     plans = [rule(path, each) for each in ([draw] if draw else map(random.Random, range(DRAWS)))]
     active = fmean(map(active_calls, plans))
     return StepCounts(
@@ -55,12 +59,6 @@ def step_counts(cfg: DictConfig, draw: random.Random | None = None) -> StepCount
         reads=fmean(plan.network_reads for plan in plans),
         plan=max(plans, key=active_calls),
     )
-
-
-def plan_rule(cfg: DictConfig) -> PlanRule:
-    """Of ``model.algorithm``."""
-    rule = ALGORITHMS[cfg.model.algorithm][1](cfg)
-    return lambda path, rng: rule(path.steps, rng)
 
 
 def calls_of(plan: Plan, steps: int) -> int:
