@@ -22,6 +22,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -344,7 +345,8 @@ class _Loop:
     def _call(self, inputs: dict[str, Any]) -> Any:
         call = undecorated(type(self.pipe))
         try:
-            return call(self.copied, generator=list(self.generators), return_dict=False, **inputs)[0]
+            with _quiet_pipeline():
+                return call(self.copied, generator=list(self.generators), return_dict=False, **inputs)[0]
         except AlignerError:
             raise
         except (ValueError, TypeError) as error:
@@ -543,6 +545,18 @@ class _Loop:
 
 def _any_gradient(tree: Iterable[Any]) -> bool:
     return any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(tree))
+
+
+@contextlib.contextmanager
+def _quiet_pipeline() -> Iterator[None]:
+    """Pipelines warn of each truncated prompt in each call; they are counted, and said once at the end."""
+    logger = logging.getLogger("diffusers")
+    level = logger.level
+    logger.setLevel(max(level, logging.ERROR))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextlib.contextmanager
