@@ -284,7 +284,9 @@ class _Loop:
         for generator, state in zip(self.generators, self.seeds, strict=True):
             generator.set_state(state)
         self.copied = self._tapped()
-        inputs = {"output_type": "latent" if mode == "replay" else "pt", **self.inputs}
+        # lists of its own for each call: Z-Image writes into that of the prompts
+        given = {name: list(value) if isinstance(value, list) else value for name, value in self.inputs.items()}
+        inputs = {"output_type": "latent" if mode == "replay" else "pt", **given}
         # Gradient is off until the first active network call switches it on: everything before it runs exactly as at
         # inference. Noise that a pipeline draws from no generator is at least the same in every call for these samples.
         with torch.no_grad(), without_global_noise(self.generators[0].initial_seed()):
@@ -349,7 +351,7 @@ class _Loop:
                 return call(self.copied, generator=list(self.generators), return_dict=False, **inputs)[0]
         except AlignerError:
             raise
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
             if self.started:
                 raise
             raise ConfigurationError(
