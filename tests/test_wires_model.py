@@ -116,6 +116,15 @@ def test_the_pipeline_is_as_configured(pipeline: Path) -> None:
             build_model(configured(pipeline, *words))
 
 
+def test_a_denoiser_that_takes_no_adapter_is_refused_by_name(tmp_path: Path) -> None:
+    from tiny_pipelines import named
+
+    named("hunyuan-dit").build().save_pretrained(tmp_path)
+    with pytest.raises(ConfigurationError, match=r"HunyuanDiT2DModel takes no LoRA .*peft_scheme=none"):
+        build_model(configured(tmp_path))
+    assert build_model(configured(tmp_path, "peft.peft_scheme=none")).trainable_parameters()
+
+
 def test_an_adapter_goes_where_the_family_has_it_or_where_it_is_asked_for(pipeline: Path) -> None:
     def adapted(*words: str) -> set[str]:
         names = [name for name, _ in build_model(configured(pipeline, *words)).trainable_parameters()]
@@ -223,8 +232,9 @@ def test_the_pictures_and_the_report_are_as_configured(pipeline: Path, tmp_path:
     finally:
         hook.remove()
     assert set(decoded) == {1}
-    # a micro-batch, decoded again in its backward pass; base and tuned pictures of three prompts, two seeds each
-    assert len(decoded) == 2 * 2 + 2 * 6
+    # the check at the start, that a picture can be made again; a micro-batch, decoded again in its backward pass; base
+    # and tuned pictures of three prompts, two seeds each
+    assert len(decoded) == 2 + 2 * 2 + 2 * 6
     (sample,) = read_run(tmp_path / "run").samples
     grid = load_grid(*sample)
     assert grid is not None
@@ -297,13 +307,9 @@ def test_a_plan_is_drawn_anew_for_every_step(pipeline: Path, tmp_path: Path) -> 
     loop.max_steps, loop.val_check_interval, cfg.report.enable, cfg.trainer.accelerator = 4, 0, False, "cpu"
     cfg.exp_manager.explicit_log_dir = str(tmp_path / "run")
     assert run_training(cfg) == 0
-<<<<<<< HEAD
     model = load_model(pipeline)
     model.pipe.scheduler.set_timesteps(4)
     path = SchedulerPath(model.pipe.scheduler)
-    drawn = [len(RandomTruncation(1, 4)(path, plan_random(3, step)).active) for step in range(4)]
-=======
-    drawn = [len(AlignProp(1, 4).plan(SimpleNamespace(steps=4), plan_random(3, step)).active) for step in range(4)]
->>>>>>> rebuild
+    drawn = [len(AlignProp().plan(path, plan_random(3, step)).active) for step in range(4)]
     assert len(set(drawn)) > 1
     assert column(read_run(tmp_path / "run").metrics, "active_steps") == drawn
