@@ -476,8 +476,8 @@ class _Loop:
         if stop:
             clean = clean_estimate(before, prediction, timestep, z, out).to(out[0].dtype)
             self.skipping = True
-            self.step_output = out if in_form else (out[0],)
-            return self._returned(clean)
+            self.step_output = out if in_form else out.to_tuple()
+            return self._returned(clean, everywhere=True)
         self.step_output = out
         if self.rule is not None and self.mode == "train" and type(self.plan).carry is not Plan.carry:
             if not self.trace.latents:
@@ -485,7 +485,7 @@ class _Loop:
             self.trace.predictions[i] = prediction
             carried = self.plan.carry(i + 1, out[0], self.trace)
             self.trace.latents.append(carried)
-            out = self._returned(carried)
+            out = self._returned(carried, everywhere=i == self.total - 1)
         return out
 
     def _decode(self, decode: Callable[..., Any], latents: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -506,12 +506,20 @@ class _Loop:
 
     # what the taps need
 
-    def _returned(self, sample: Tensor) -> Any:
-        """``sample`` in the form in which the scheduler's ``step`` last returned."""
+    def _returned(self, sample: Tensor, everywhere: bool = False) -> Any:
+        """``sample`` in the form in which the scheduler's ``step`` last returned.
+
+        ``everywhere``: from now on in place of the clean estimate too, which is what LCM decodes at the end.
+        """
         if isinstance(self.step_output, tuple):
+            if everywhere:
+                self.step_output = tuple(sample if isinstance(x, Tensor) else x for x in self.step_output)
             return (sample, *self.step_output[1:])
         out = copy.copy(self.step_output)
-        out["prev_sample"] = sample
+        for name in [*out] if everywhere else ["prev_sample"]:
+            if isinstance(out.get(name), Tensor):
+                out[name] = sample
+        self.step_output = out
         return out
 
     def _refuse_state(self, name: str, given: Any) -> None:
