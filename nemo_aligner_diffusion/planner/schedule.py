@@ -9,10 +9,10 @@ from statistics import fmean
 import diffusers
 from omegaconf import DictConfig
 
+from nemo_aligner_diffusion.algorithms.registry import method_of
 from nemo_aligner_diffusion.diffusion.plan import Plan
 from nemo_aligner_diffusion.diffusion.schedule import SchedulerPath, build_scheduler
 from nemo_aligner_diffusion.planner.presets import DEFAULT_SCHEDULER, ModelSpec
-from nemo_aligner_diffusion.training.assemble import ALGORITHMS
 
 DRAWS = 400  # plans averaged over
 
@@ -49,7 +49,7 @@ def step_counts(cfg: DictConfig, spec: ModelSpec | None = None, draw: random.Ran
     own = getattr(diffusers, kind).from_config({**config, "use_dynamic_shifting": False})
     scheduler = build_scheduler(own, cfg.model.infer.sampler_type)
     scheduler.set_timesteps(cfg.model.infer.inference_steps)
-    rule, path = ALGORITHMS[cfg.model.algorithm][1](cfg), SchedulerPath(scheduler)
+    rule, path = method_of(cfg).plan, SchedulerPath(scheduler)
     plans = [rule(path, each) for each in ([draw] if draw else map(random.Random, range(DRAWS)))]
     active = fmean(map(active_calls, plans))
     return StepCounts(
