@@ -141,6 +141,7 @@ def rollout(
                 _score(images, leaf, objective, loop.sample_weights, len(ends), reads, decode_rows, gradient_scale)
             )
             ends.append(end)
+        loop.convert_back()
         if loop.guided:
             loop.run("replay")
             for i, prediction in loop.guided.items():
@@ -267,10 +268,12 @@ class _Loop:
         self.outputs: dict[str, Any] = {}  # last of each network, for skipped calls
         self.encoded: dict[str, list[Any]] = {}  # outputs before the loop, for every later call
         self.sample_weights: Tensor | None = None
+        self.conversions: list[Callable[[], Any]] = []
 
     def run(self, mode: Mode) -> tuple[Tensor, Tensor, Tensor | None]:
         """``(pictures, latents at the trajectory's end, the leaf that the decoder's graph begins with)``."""
         self.mode, self.i, self.started, self.skipping = mode, 0, False, mode == "last step"
+        self.decoded = False
         self.end: Tensor | None = None
         self.leaf: Tensor | None = None
         if mode != "replay":  # kept for it: by active step, guided predictions; latents of each step; raw outputs
@@ -331,6 +334,7 @@ class _Loop:
             overrides: dict[str, Any] = {"__call__": functools.partial(self._network, name)}
             if hasattr(network, "decode"):
                 overrides["decode"] = in_place_of(network.decode, functools.partial(self._decode, network.decode))
+                overrides["to"] = functools.partial(self._convert, network)
             copied.__dict__[name] = Proxy(network, overrides)
         self.scheduler = copied.__dict__["scheduler"] = copy.deepcopy(self.pipe.scheduler)
         self.scheduler_step = self.scheduler.step  # a deep copy, no proxy: Bria compares `type(self.scheduler)`
@@ -492,6 +496,7 @@ class _Loop:
         def call(z: Tensor) -> Any:
             return decode(z, *args, **kwargs)
 
+        self.decoded = True
         if self.reads:
             torch.set_grad_enabled(True)
             self.end, self.leaf = latents, latents.detach().requires_grad_()
@@ -503,6 +508,20 @@ class _Loop:
         for rows in latents.split(size):
             parts.append(checkpoint(call, rows, use_reentrant=False) if rows.requires_grad else call(rows))
         return tree_map(lambda *rows: torch.cat(rows) if isinstance(rows[0], Tensor) else rows[0], *parts)
+
+    def _convert(self, network: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """SDXL's VAE is float32 while it decodes, and would be float16 again before the decoder's backward pass."""
+        if self.decoded and self.reads:
+            self.conversions.append(functools.partial(network.to, *args, **kwargs))
+        else:
+            network.to(*args, **kwargs)
+        return network
+
+    def convert_back(self) -> None:
+        """Do what was put off until the decoder's graph is gone."""
+        for conversion in self.conversions:
+            conversion()
+        self.conversions = []
 
     # what the taps need
 
