@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tiny_pipelines import MAIN, ROWS, TinyPipeline
 
-from nemo_aligner_diffusion.diffusion.families import family_of
+from nemo_aligner_diffusion.diffusion.families import family_of, lora_targets
 
 BEGIN, END = "<!-- table: tests/models_page.py -->", "<!-- end of table -->"
 
@@ -29,6 +29,12 @@ def kind(row: TinyPipeline) -> str:
     return f"{what}, needs {' and '.join(further)}" if further else what
 
 
+def tested(row: TinyPipeline) -> str:
+    if "prompt" not in row.conditioning(1):
+        return "refused by name"
+    return "every method, exact" if row in MAIN else "a DRTune step"
+
+
 def table() -> str:
     lines = [
         "| pipeline | makes | trained | guidance | LoRA layers by default | given or declared | tested |",
@@ -38,11 +44,11 @@ def table() -> str:
         family = family_of(row.pipeline)
         declared = [f"`{name}={value!r}`" for name, value in family.arguments.items()]
         declared += [f"stateless: `{name}`" for name in sorted({*family.stateless, *row.stateless})]
-        layers = ", ".join(family.lora_targets)
+        layers = ", ".join(lora_targets(family, row.train))
         lines.append(
             f"| `{row.pipeline.__name__}` ({row.name}) | {kind(row)} | `{row.train}` | "
             f"{f'`{row.guidance[0]}`' if row.guidance else '–'} | {layers} | {', '.join(declared) or '–'} | "
-            f"{'every method, exact' if row in MAIN else 'a DRTune step'} |"
+            f"{tested(row)} |"
         )
     return "\n".join([BEGIN, *lines, END])
 
