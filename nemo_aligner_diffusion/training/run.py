@@ -95,6 +95,8 @@ def _run(cfg: DictConfig, watch: RunWatch, interruption: Interruption) -> int:
     startup.enter("building")
     module = build_module(cfg, model, reward, loop.max_steps, policy)
     module.validation_prompts = [prompt for prompt in data.validation_prompts for _ in data.validation_seeds]
+    startup.enter("checking the pipeline")
+    on_every_process(module.check_pipeline)
 
     startup.enter("run directory")
     frame.begin()
