@@ -80,7 +80,9 @@ def test_an_unknown_class_is_named(folder: Path, name: str) -> None:
     assert len(message) < 600
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"unet": 3}', "[" * 100_000, "\xff"], ids=lambda text: text[:8])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", '{"unet": 3}', "[" * 100_000, "\xff"], ids=lambda text: text[:8]
+)
 def test_a_damaged_index_is_named(folder: Path, text: str) -> None:
     (folder / "model_index.json").write_bytes(text.encode("latin-1"))
     assert "model_index.json" in refusal(folder)

@@ -131,7 +131,7 @@ def _check_folders(folder: Path, index: Mapping[str, Any], given: Mapping[str, A
     named = [name for name, value in index.items() if isinstance(value, list) and value != [None, None]]
     missing = [name for name in named if name not in given and not (folder / name).is_dir()]
     if missing:
-        raise CheckpointError(f"{folder}: model_index.json names {', '.join(missing)}, but there is no such folder in it")
+        raise CheckpointError(f"{folder}: model_index.json names {', '.join(missing)}, but there is no such folder")
 
 
 def _check_tokenizers(folder: Path, pipe: Any) -> None:

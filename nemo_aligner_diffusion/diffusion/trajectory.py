@@ -359,8 +359,8 @@ class _Loop:
             if self.started:
                 raise
             raise ConfigurationError(
-                f"{type(self.pipe).__name__} refused what it was called with: {first_line(error)}; if it needs more than "
-                f"a prompt, it is no text-to-image pipeline, or wants it in model.pipeline.arguments"
+                f"{type(self.pipe).__name__} refused what it was called with: {first_line(error)}; if it needs more "
+                f"than a prompt, it is no text-to-image pipeline, or wants it in model.pipeline.arguments"
             ) from error
 
     def _start(self) -> None:
