@@ -44,7 +44,8 @@ def table() -> str:
         family = family_of(row.pipeline)
         declared = [f"`{name}={value!r}`" for name, value in family.arguments.items()]
         declared += [f"stateless: `{name}`" for name in sorted({*family.stateless, *row.stateless})]
-        layers = ", ".join(lora_targets(family, row.train))
+        has_lora = hasattr(type(row.build().components[row.train]), "add_adapter")
+        layers = ", ".join(lora_targets(family, row.train)) if has_lora else "none: `peft=none`"
         lines.append(
             f"| `{row.pipeline.__name__}` ({row.name}) | {kind(row)} | `{row.train}` | "
             f"{f'`{row.guidance[0]}`' if row.guidance else '–'} | {layers} | {', '.join(declared) or '–'} | "

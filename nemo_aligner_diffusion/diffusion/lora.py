@@ -57,6 +57,10 @@ def add_lora(
     """
     from peft import LoraConfig
 
+    if not hasattr(denoiser, "add_adapter"):
+        raise ConfigurationError(
+            f"diffusers neither adds nor loads LoRA on a {type(denoiser).__name__}; train every weight: peft=none"
+        )
     names = [name for name, _ in denoiser.named_modules()]
     unmatched = [t for t in target_modules if not any(n == t or n.endswith(f".{t}") for n in names)]
     if unmatched:

@@ -189,6 +189,11 @@ def check_repeatable(model: DiffusionModel, inputs: dict[str, Any]) -> None:
             f"{type(model.pipe).__name__} gives {tuple(first.shape)}; expected pictures (B, 3, H, W), or frames of a "
             f"video (B, F, 3, H, W)"
         )
+    if not (-0.01 <= float(first.nan_to_num().min()) and float(first.nan_to_num().max()) <= 1.01):
+        raise ConfigurationError(
+            f"{type(model.pipe).__name__} gives pictures in [{float(first.min()):.2g}, {float(first.max()):.2g}] as "
+            f"output_type='pt'; expected [0, 1]"
+        )
     if not torch.allclose(first, again, rtol=0, atol=1e-2, equal_nan=True):
         raise ConfigurationError(
             f"{type(model.pipe).__name__} makes two pictures from the same seeds that differ by "
@@ -308,6 +313,8 @@ class _Loop:
         if self.reads and self.leaf is None:  # in pixel space there is no decoder
             self.end, self.leaf = out, out.detach().requires_grad_()
             out = self.leaf
+        if self.model.family.signed:
+            out = (out / 2 + 0.5).clamp(0, 1)
         return out, self.end if self.end is not None else self.sample, self.leaf
 
     @property
