@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nemo_aligner_diffusion.diffusion.plan import Plan
 
-PROMPTS = ["red", "blue sky"]
+PROMPTS = ["red", "sky"]
 sg = torch.Tensor.detach
 
 
@@ -143,7 +143,9 @@ def naive_run(
         e = predict(solver, part(z, kept), t)
         if kl_coeff:
             with model.reference(), torch.no_grad():
+                trained, parts.network = parts.network, model.reference_denoiser or parts.network
                 frozen = predict(solver, sg(z), t)
+                parts.network = trained
             divergences.append(kl_factor(solver, i, kl_space) ** 2 * (e - frozen).square().mean())
         return part(e, gain)
 
