@@ -261,7 +261,9 @@ class _Loop:
         for generator, state in zip(self.generators, self.seeds, strict=True):
             generator.set_state(state)
         self.copied = self._tapped()
-        inputs = {"output_type": "latent" if mode == "replay" else "pt", **self.inputs}
+        # Z-Image writes its chat template into the list of prompts that it is given
+        inputs = {name: list(value) if isinstance(value, list) else value for name, value in self.inputs.items()}
+        inputs = {"output_type": "latent" if mode == "replay" else "pt", **inputs}
         # Gradient is off until the first active network call switches it on: everything before it runs exactly as at
         # inference. Noise that a pipeline draws from no generator is at least the same in every call for these samples.
         with torch.no_grad(), without_global_noise(self.generators[0].initial_seed()):
