@@ -27,7 +27,9 @@ def reward(images: Tensor) -> Tensor:
 
 def with_adapters(model: DiffusionModel, targets: Sequence[str], seed: int = 5) -> DiffusionModel:
     """LoRA whose B is not zero."""
-    add_lora(model.denoiser, rank=2, target_modules=tuple(targets))
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        add_lora(model.denoiser, rank=2, target_modules=tuple(targets))
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.denoiser.named_parameters():
         if "lora_B" in name:

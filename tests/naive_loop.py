@@ -22,7 +22,8 @@ sg = torch.Tensor.detach
 
 
 def part(tensor: Tensor, factor: float) -> Tensor:
-    return factor * tensor + (1 - factor) * sg(tensor)
+    """``α x + (1 − α) sg[x]``, summed so that rounding leaves the value: solvers that step in float32 magnify it."""
+    return sg(tensor) + factor * (tensor - sg(tensor))
 
 
 class StableDiffusionParts:

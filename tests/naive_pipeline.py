@@ -107,7 +107,7 @@ def naive_loss(
         if isinstance(plan, Leaps) and i + 1 in (plan.j, len(scheduler.timesteps)):
             leapt = leap(plan, scheduler, z, e, plan.k if i + 1 == plan.j else plan.j, i + 1)
             misses.append((sg(leapt) - sg(result)).abs().flatten(1).mean(1).clamp(min=plan.tau))
-            result = leapt + sg(result - leapt)
+            result = sg(result) + (leapt - sg(leapt))
         z.append(result)
         return result
 

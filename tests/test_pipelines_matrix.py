@@ -11,6 +11,7 @@ from gradient_toy import flat, generators, gradients, relative, reward, run, wit
 from naive_pipeline import naive_loss
 from tiny_pipelines import MAIN, PROMPTS, named
 
+from nemo_aligner_diffusion.algorithms.leapalign import Leaps
 from nemo_aligner_diffusion.algorithms.registry import methods
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 
@@ -32,7 +33,7 @@ def row_model(row, seed=0):
     return DiffusionModel(row.build(row.dtype, seed), row.train, row.stateless, mine)
 
 
-@functools.cache  # the rows' order is the outer one: two models at a time would do
+@functools.cache
 def adapted(name):
     row = named(name)
     return with_adapters(row_model(row), row.lora_targets)
@@ -53,9 +54,9 @@ def test_gradient_of_every_method_is_that_of_the_naive_graph(name, method):
     got = flat(model, result.surrogate(kl_coeff))
     loss, pictures = naive_loss(model, result.plan, lambda: inputs_of(model, name), kl_coeff)
     expected = flat(model, loss)
-    print("ERR", name, method, relative(got, expected), float(expected.norm()))
     assert expected.norm() > 0
-    assert relative(got, expected) < 1e-9
+    # Z-Image hands its scheduler float32: a leap, written in other words, rounds otherwise
+    assert relative(got, expected) < (1e-6 if name == "z-image" and isinstance(result.plan, Leaps) else 1e-9)
     if method in READS_THE_END:
         plain = model.pipe(**inputs_of(model, name), generator=generators(), output_type="pt").images
         assert torch.equal(seen.pictures(), plain)
@@ -70,9 +71,9 @@ def test_finite_differences_and_no_parameter_without_gradient(name):
     result, _ = run(model, methods()["draft"]().plan, inputs_of(model, name))
     found = gradients(model, result.surrogate())
     without = [n for n, g in found.items() if g is None or not g.any()]
-    print("WITHOUT", name, without)
-    assert all(any(n.startswith(part) for part in row.unused) for n in without), without
-    parameters = [p for n, p in model.trainable_parameters() if n not in without]
+    assert without == [n for n in found if n.startswith(row.unused)]
+    names = [n for n in found if n not in without]
+    parameters = [dict(model.trainable_parameters())[n] for n in names]
     generator = torch.Generator().manual_seed(0)
     direction = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
 
@@ -87,7 +88,5 @@ def test_finite_differences_and_no_parameter_without_gradient(name):
 
     step = 1e-3
     wide, narrow = ((loss_at(h) - loss_at(-h)) / (2 * h) for h in (step, step / 2))
-    analytic = sum(float((found[n] * d).sum()) for (n, _), d in
-                   zip([x for x in model.trainable_parameters() if x[0] not in without], direction, strict=True))  # fmt: skip
-    print("FD", name, analytic, wide, narrow, (4 * narrow - wide) / 3)
-    assert analytic == pytest.approx((4 * narrow - wide) / 3, rel=1e-3)
+    analytic = sum(float((found[n] * d).sum()) for n, d in zip(names, direction, strict=True))
+    assert analytic == pytest.approx((4 * narrow - wide) / 3, rel=1e-4)  # schedulers compute in float32
