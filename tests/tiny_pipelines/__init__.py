@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from . import dits, flows, main, unets, videos
+from . import dits, flows, main, others, unets, videos
 from .row import PROMPTS, TinyPipeline, randomise
 
 __all__ = ["MAIN", "PROMPTS", "ROWS", "TinyPipeline", "named", "randomise"]
 
 MAIN = main.ROWS
-ROWS = (*MAIN, *unets.ROWS, *dits.ROWS, *flows.ROWS, *videos.ROWS)
+ROWS = (*MAIN, *unets.ROWS, *dits.ROWS, *flows.ROWS, *videos.ROWS, *others.ROWS)
 
 
 def named(name: str) -> TinyPipeline:

@@ -305,7 +305,7 @@ ROWS = (
         arguments={**LARGER, **NO_BINNING, "max_sequence_length": 8, "complex_human_instruction": None}),
     row("lumina", LuminaPipeline, lumina, arguments={**LARGER, **SHORT_PROMPTS}, lora_targets=LUMINA_LORA,
         unused=("pad_token",), notes="its VAE has the factor 8 whatever the configuration; no forward reads pad_token"),
-    row("lumina2", Lumina2Pipeline, lumina_2, arguments={**LARGER, "max_sequence_length": 16, "system_prompt": "x"},
+    row("lumina2", Lumina2Pipeline, lumina_2, arguments={**LARGER, "max_sequence_length": 48, "system_prompt": "x"},
         lora_targets=LUMINA_LORA, notes="its VAE has the factor 8 whatever the configuration"),
     row("hunyuan-dit", HunyuanDiTPipeline, hunyuan_dit, arguments={**SMALL, **NO_BINNING},
         options={"requires_safety_checker": False}),

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import nn
 
 PROMPTS = ("a red cube", "two blue balls")
@@ -44,7 +43,7 @@ class TinyPipeline:
     """
 
     name: str
-    pipeline: type[DiffusionPipeline]
+    pipeline: type[Any]  # of DiffusionPipeline: mypy does not see through its lazy import
     components: Callable[[], dict[str, Any]]
     train: str
     lora_targets: tuple[str, ...]
@@ -66,8 +65,10 @@ class TinyPipeline:
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
             components = self.components()
-        for index, module in enumerate(part for part in components.values() if isinstance(part, nn.Module)):
-            randomise(module, 1000 * seed + index)
+        modules = {name: part for name, part in components.items() if isinstance(part, nn.Module)}
+        for index, (name, module) in enumerate(modules.items()):
+            # A denoiser below 1/√fan_in is smooth enough for finite differences through all steps.
+            randomise(module, 1000 * seed + index, gain=0.6 if name == self.train else 1.0)
             module.to(dtype).eval()
         pipe = self.pipeline(**components, **self.options)
         pipe.set_progress_bar_config(disable=True)
@@ -79,7 +80,7 @@ class TinyPipeline:
         return {**self.conditioning(batch or self.batch), **self.arguments, **guidance}
 
 
-def randomise(module: nn.Module, seed: int) -> None:
+def randomise(module: nn.Module, seed: int, gain: float = 1.0) -> None:
     """Random values for every parameter: none stays zero (adaLN-zero, zero convolutions) or uninitialised."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -92,5 +93,5 @@ def randomise(module: nn.Module, seed: int) -> None:
                 parameter.copy_(0.1 * noise)
             else:
                 # less at a decoder's end keeps pixels off the clamp at 0 and 1, where they have no gradient
-                share = 0.3 if "conv_out" in name else 0.1 if "decoder.proj_out" in name else 1.0
+                share = 0.3 if "conv_out" in name else 0.1 if "decoder.proj_out" in name else gain
                 parameter.copy_(share * noise / max(1, parameter[0].numel()) ** 0.5)

@@ -179,7 +179,9 @@ ROWS = (
     sd_row("sdxl-controlnet", StableDiffusionXLControlNetPipeline, controlled_xl, conditioning=from_picture,
            arguments={}, **XL),
     sd_row("kandinsky-2.2", KandinskyV22Pipeline, kandinsky_2_2, conditioning=image_embeddings,
-           lora_targets=ADDED_KV_LORA, options={}, pixels=(-1.0, 1.0), notes="conditioned on image embeddings, not on a prompt; pixels are not clamped"),
+           lora_targets=ADDED_KV_LORA, options={}, pixels=(-1.0, 1.0),
+           notes="conditioned on image embeddings, not on a prompt; pixels are not clamped"),
     sd_row("if", IFPipeline, deepfloyd, arguments={"height": 8, "width": 8, "clean_caption": False},
-           lora_targets=ADDED_KV_LORA, pixels=(-1.0, 1.0), notes="pixel space, no decoder"),
+           lora_targets=ADDED_KV_LORA, pixels=(-1.0, 1.0),
+           notes="pixel space, no decoder"),
 )  # fmt: skip
