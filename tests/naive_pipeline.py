@@ -6,10 +6,10 @@ made, nothing is recomputed, skipped or stored. Surrogates (LeapAlign, FlowBP) a
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,7 @@ def picture(pipe: Any, network: Any, inputs: dict[str, Any], noise: list[torch.G
         take = functools.partial(plain_step, **{**kwargs, "return_dict": True})
         result = step(steps[0], scheduler, take, e, t, z)
         steps[0] += 1
-        return (result,)
+        return SimpleNamespace(prev_sample=result) if kwargs.get("return_dict", True) else (result,)
 
     network.forward, scheduler.step = hooked_forward, hooked_step
     call = type(pipe).__call__.__wrapped__

@@ -90,3 +90,23 @@ def test_finite_differences_and_no_parameter_without_gradient(name):
     wide, narrow = ((loss_at(h) - loss_at(-h)) / (2 * h) for h in (step, step / 2))
     analytic = sum(float((found[n] * d).sum()) for n, d in zip(names, direction, strict=True))
     assert analytic == pytest.approx((4 * narrow - wide) / 3, rel=1e-4)  # schedulers compute in float32
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_a_video_that_is_decoded_by_parts_has_the_whole_gradient(chunk):
+    """AnimateDiff and Latte call ``decode`` for some frames of the batch at a time."""
+    row = named("animatediff")
+    model = DiffusionModel(row.build(row.dtype), row.train, arguments={"num_frames": 2, "decode_chunk_size": chunk})
+    with_adapters(model, row.lora_targets)
+    found = {}
+    for recompute, rows in ((True, None), (False, None), (True, 1)):
+        result, seen = run(
+            model, methods()["draft_k"](truncation_steps=2).plan, inputs_of(model, "animatediff"),
+            recompute=recompute, decode_rows=rows,
+        )  # fmt: skip
+        found[recompute, rows] = flat(model, result.surrogate())
+        assert seen.pictures().shape == (2, 2, 3, 16, 16)
+    loss, _ = naive_loss(model, result.plan, lambda: inputs_of(model, "animatediff"))
+    expected = flat(model, loss)
+    for got in found.values():
+        assert relative(got, expected) < 1e-9
