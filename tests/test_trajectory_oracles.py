@@ -49,7 +49,9 @@ def build(sampler="ddim", eta=0.0, guidance=2.5, lora=True, **scheduler):
     """``(model, its parts for the naive loop, arguments of the pipeline's call)``."""
     if sampler == "flow":
         row = named("sd3")
-        model = with_adapters(DiffusionModel(row.build(torch.float64), arguments={"max_sequence_length": 8}), TARGETS[:4])
+        model = with_adapters(
+            DiffusionModel(row.build(torch.float64), arguments={"max_sequence_length": 8}), TARGETS[:4]
+        )
         parts = StableDiffusion3Parts(model.pipe, guidance)
     else:
         model = tiny_stable_diffusion(torch.float64, **scheduler)
@@ -86,7 +88,9 @@ def test_the_divergence_of_the_definition_in_every_space(sampler, space):
     plan = Plan((1, 3, 4), cut=True)
     result, _ = run(model, plan, inputs, reference=True, kl_space=space)
     without, with_it = (naive_run(model, parts, plan, STEPS, 0.0, kl, space).loss for kl in (0.0, 1.0))
-    assert float(result.divergence.detach()) == pytest.approx(float((with_it - without).detach()), rel=1e-6)  # float32 tables
+    assert float(result.divergence.detach()) == pytest.approx(
+        float((with_it - without).detach()), rel=1e-6
+    )  # float32 tables
 
 
 @pytest.mark.parametrize("lora", [True, False])
