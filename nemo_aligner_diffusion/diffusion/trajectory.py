@@ -22,6 +22,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import itertools
 import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -70,7 +71,7 @@ class Rollout:
     """What :func:`rollout` leaves to be differentiated; the rewards' and the decoder's graph is gone already.
 
     Attributes:
-        ends: latents that were decoded, with the trajectory's graph.
+        ends: latents that were decoded, with the trajectory's graph, one for each call of ``decode``.
         gradients: of the mean loss with respect to them, same shapes.
         divergence: mean over active steps, batch and elements of the squared distance of the guided predictions to the
             frozen model's at the same latents (DRaFT+, design notes 3.3), with gradient; ``None`` without a reference.
@@ -132,15 +133,16 @@ def rollout(
     ends: list[Tensor] = []
     gradients: list[Tensor] = []
     divergences: list[Tensor] = []
+    reads = itertools.count()
 
     def supervise(mode: Mode) -> None:
-        images, end, leaf = loop.run(mode)
-        if leaf is not None:
-            reads = loop.plan.network_reads
-            gradients.append(
-                _score(images, leaf, objective, loop.sample_weights, len(ends), reads, decode_rows, gradient_scale)
+        images = loop.run(mode)
+        if loop.leaves:
+            of, weights = loop.plan.network_reads, loop.sample_weights
+            gradients.extend(
+                _score(images, loop.leaves, objective, weights, next(reads), of, decode_rows, gradient_scale)
             )
-            ends.append(end)
+            ends.extend(loop.ends)
         loop.convert_back()
         if loop.guided:
             loop.run("replay")
@@ -172,7 +174,7 @@ def sample(
             outputs are ``w_i·tuned + (1 − w_i)·base``. ``None``: the model as it stands.
     """
     loop = _Loop(model, generators, inputs, None, random.Random(0), False, True, decode_rows, tuned_weights)
-    return loop.run("sample")[0]
+    return loop.run("sample")
 
 
 def check_repeatable(model: DiffusionModel, inputs: dict[str, Any]) -> None:
@@ -189,10 +191,11 @@ def check_repeatable(model: DiffusionModel, inputs: dict[str, Any]) -> None:
             f"{type(model.pipe).__name__} gives {tuple(first.shape)}; expected pictures (B, 3, H, W), or frames of a "
             f"video (B, F, 3, H, W)"
         )
-    if not (-0.01 <= float(first.nan_to_num().min()) and float(first.nan_to_num().max()) <= 1.01):
+    least, most = (float(x) for x in first.nan_to_num().aminmax())
+    if least < -0.01 or most > 1.01:
         raise ConfigurationError(
-            f"{type(model.pipe).__name__} gives pictures in [{float(first.min()):.2g}, {float(first.max()):.2g}] as "
-            f"output_type='pt'; expected [0, 1]"
+            f"{type(model.pipe).__name__} gives pictures in [{least:.2g}, {most:.2g}] as output_type='pt'; "
+            f"expected [0, 1]"
         )
     if not torch.allclose(first, again, rtol=0, atol=1e-2, equal_nan=True):
         raise ConfigurationError(
@@ -204,15 +207,15 @@ def check_repeatable(model: DiffusionModel, inputs: dict[str, Any]) -> None:
 
 def _score(
     images: Tensor,
-    leaf: Tensor,
+    leaves: list[Tensor],
     objective: Objective,
     weights: Tensor | None,
     read: int,
     reads: int,
     rows_at_a_time: int | None,
     scale: float,
-) -> Tensor:
-    """``∂/∂leaf`` of the mean loss; at least float32."""
+) -> list[Tensor]:
+    """``∂/∂leaf`` of the mean loss for each leaf; at least float32."""
     batch = images.shape[0]
     size = rows_at_a_time or batch
     share_of_mean = scale / (batch * reads)
@@ -223,15 +226,17 @@ def _score(
 
     with torch.enable_grad():
         if size >= batch:
-            gradient = torch.autograd.grad(loss_of(images, slice(0, batch)), leaf)[0]
+            outputs, upstream = loss_of(images, slice(0, batch)), None
         else:  # the reward's graph of some rows at a time; the decoder's is recomputed by rows
-            upstream = []
+            parts = []
             for start in range(0, batch, size):
                 rows = slice(start, min(start + size, batch))
                 part = images[rows].detach().requires_grad_()
-                upstream.append(torch.autograd.grad(loss_of(part, rows), part)[0])
-            gradient = torch.autograd.grad(images, leaf, torch.cat(upstream))[0]
-    return gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / scale
+                parts.append(torch.autograd.grad(loss_of(part, rows), part)[0])
+            outputs, upstream = images, torch.cat(parts)
+        # what else was decoded, such as sound, is no part of the picture
+        found = torch.autograd.grad(outputs, leaves, upstream, allow_unused=True, materialize_grads=True)
+    return [gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / scale for gradient in found]
 
 
 @dataclass
@@ -275,12 +280,12 @@ class _Loop:
         self.sample_weights: Tensor | None = None
         self.conversions: list[Callable[[], Any]] = []
 
-    def run(self, mode: Mode) -> tuple[Tensor, Tensor, Tensor | None]:
-        """``(pictures, latents at the trajectory's end, the leaf that the decoder's graph begins with)``."""
+    def run(self, mode: Mode) -> Tensor:
+        """Pictures; ``ends``: the latents that were decoded, ``leaves``: what the decoder's graph begins with."""
         self.mode, self.i, self.started, self.skipping = mode, 0, False, mode == "last step"
         self.decoded = False
-        self.end: Tensor | None = None
-        self.leaf: Tensor | None = None
+        self.ends: list[Tensor] = []
+        self.leaves: list[Tensor] = []
         if mode != "replay":  # kept for it: by active step, guided predictions; latents of each step; raw outputs
             self.latents: list[Tensor] = []
             self.guided: dict[int, Tensor] = {}
@@ -310,12 +315,11 @@ class _Loop:
         if mode != "replay":
             self.states = [g.get_state() for g in self.generators]  # where further noise goes on
         out = torch.stack(list(out)) if isinstance(out, list) else out
-        if self.reads and self.leaf is None:  # in pixel space there is no decoder
-            self.end, self.leaf = out, out.detach().requires_grad_()
-            out = self.leaf
+        if self.reads and not self.leaves:  # in pixel space there is no decoder
+            out = self._leaf(out)
         if self.model.family.signed:
             out = (out / 2 + 0.5).clamp(0, 1)
-        return out, self.end if self.end is not None else self.sample, self.leaf
+        return out
 
     @property
     def reads(self) -> bool:
@@ -506,8 +510,7 @@ class _Loop:
         self.decoded = True
         if self.reads:
             torch.set_grad_enabled(True)
-            self.end, self.leaf = latents, latents.detach().requires_grad_()
-            latents = self.leaf
+            latents = self._leaf(latents)
         size = self.decode_rows or len(latents)
         if size >= len(latents):
             return call(latents)
@@ -531,6 +534,12 @@ class _Loop:
         self.conversions = []
 
     # what the taps need
+
+    def _leaf(self, end: Tensor) -> Tensor:
+        """Where the decoder's graph begins; some pipelines decode a video by parts, each of which has its own."""
+        self.ends.append(end)
+        self.leaves.append(end.detach().requires_grad_())
+        return self.leaves[-1]
 
     def _returned(self, sample: Tensor, everywhere: bool = False) -> Any:
         """``sample`` in the form in which the scheduler's ``step`` last returned.
