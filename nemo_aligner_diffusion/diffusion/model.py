@@ -169,6 +169,16 @@ class DiffusionModel(nn.Module):
                 given[name] = [value] * len(prompts)
         return {name: value for name, value in given.items() if value is not None}
 
+    def described(self) -> dict[str, Any]:
+        """What ``run.json`` says of the pipeline: how plain ``diffusers`` is to be called."""
+        return {
+            "class": type(self.pipe).__name__,
+            "trained": self.trained,
+            "guidance_argument": self.guidance_argument,
+            "loads_lora": hasattr(self.pipe, "load_lora_weights"),
+            "arguments": self.arguments,
+        }
+
     @property
     def prompt_limit(self) -> int | None:
         """Tokens of a prompt that the pipeline reads, as far as it says."""

@@ -142,6 +142,7 @@ def _run(cfg: DictConfig, watch: RunWatch, interruption: Interruption) -> int:
             )
         frame.record(
             trainer,
+            pipeline=model.described(),
             truncated_prompts=model.truncated_prompts,
             skipped_steps=policy.skipped,
             non_finite_events=policy.events,
