@@ -1,25 +1,21 @@
-"""DRaFT and DRaFT-K: Clark et al., "Directly Fine-Tuning Diffusion Models on Differentiable Rewards", ICLR 2024."""
+"""DRaFT: Clark et al., "Directly Fine-Tuning Diffusion Models on Differentiable Rewards", ICLR 2024, section 4."""
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass
 
-from nemo_aligner_diffusion.algorithms.reward_tuning import RewardTuning
-from nemo_aligner_diffusion.diffusion.plan import Plan
+from nemo_aligner_diffusion.algorithms.base import Method
+from nemo_aligner_diffusion.diffusion.plan import Plan, SamplingPath
 
 
 @dataclass(frozen=True)
-class LastSteps:
-    """Supervise the last ``K`` steps (section 4, DRaFT-K); ``None``: all of them (DRaFT)."""
+class DRaFT(Method):
+    """Every step is supervised; the reward reads the finished picture."""
 
-    truncation_steps: int | None = None
+    name = "draft"
+    title = "DRaFT"
+    source = "arXiv 2309.17400"
 
-    def __call__(self, path, rng: random.Random) -> Plan:
-        steps = path.steps
-        k = steps if self.truncation_steps is None else self.truncation_steps
-        return Plan(active=tuple(range(steps - k, steps)))
-
-
-class DRaFT(RewardTuning):
-    """Backpropagate the reward of the finished picture through sampling; ``truncation_steps`` makes it DRaFT-K."""
+    def plan(self, path: SamplingPath, rng: random.Random) -> Plan:
+        return Plan(active=tuple(range(path.steps)))

@@ -1,24 +1,34 @@
-"""DRaFT-LV: Clark et al., ICLR 2024, section 4 ("low variance"): ``n`` reward gradients from one trajectory."""
+"""DRaFT-LV: Clark et al., ICLR 2024, section 4.2 ("low variance"): ``n`` reward gradients from one trajectory."""
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass
 
-from nemo_aligner_diffusion.algorithms.reward_tuning import RewardTuning
-from nemo_aligner_diffusion.diffusion.plan import Plan
+from nemo_aligner_diffusion.algorithms.base import Method, setting
+from nemo_aligner_diffusion.diffusion.plan import Plan, SamplingPath
+from nemo_aligner_diffusion.training.schema_kinds import BOOL, integer
 
 
 @dataclass(frozen=True)
-class RenoisedLastStep:
-    """Noise the finished latent ``samples`` times to the last step's level; supervise that step from each."""
+class DRaFTLV(Method):
+    """The last step is supervised, from n re-noised latents; the reward reads each of the n pictures.
 
-    samples: int = 2
+    DRaFT-1 with the variance of its gradient lowered. FlowBP's reproduction scores the trajectory's own last step
+    besides the n: ``include_own_step``.
+    """
 
-    def __call__(self, path, rng: random.Random) -> Plan:
-        steps = path.steps
-        return Plan(active=(steps - 1,), renoise=self.samples)
+    name = "draft_lv"
+    title = "DRaFT-LV"
+    source = "arXiv 2309.17400"
 
+    samples: int = setting(
+        2, integer(1), "n, times the finished latent is noised again and supervised; integer >= 1; published: 2"
+    )
+    include_own_step: bool = setting(False, BOOL, "supervise the trajectory's own last step too, as one picture more")
 
-class DRaFTLV(RewardTuning):
-    """DRaFT-1 with the variance of its gradient lowered by re-noising (the paper uses two samples)."""
+    def check(self, steps: int) -> None:
+        self.check_at_least_two(steps)
+
+    def plan(self, path: SamplingPath, rng: random.Random) -> Plan:
+        return Plan(active=(path.steps - 1,), renoise=self.samples, own_step=self.include_own_step)

@@ -5,32 +5,51 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from nemo_aligner_diffusion.algorithms.reward_tuning import RewardTuning
-from nemo_aligner_diffusion.diffusion.plan import Plan
+from nemo_aligner_diffusion.algorithms.base import Method, setting
+from nemo_aligner_diffusion.diffusion.plan import Plan, SamplingPath
+from nemo_aligner_diffusion.errors import ConfigurationError
+from nemo_aligner_diffusion.training.schema_kinds import integer
 
 
 @dataclass(frozen=True)
-class SpacedSteps:
-    """``K`` evenly spaced train steps of a trajectory that stops early, the network's input cut off.
+class DRTune(Method):
+    """K evenly spaced steps, the network's input cut from the gradient; the reward reads Ẑ at a random late step.
 
-    Attributes:
-        train_steps: ``K``, at least 1 and at most the number of executed steps.
-        early_stop_steps: ``m``: the stop is ``r = T − u``, ``u`` uniform in ``{1, …, m}``; 0: no early stop, the reward
-            reads ``z_T``.
+    Deep supervision: the network's Jacobian is what makes deep backpropagation explode; the solver's own path is well
+    conditioned, so early steps get a clean signal. The stop is ``r = T − u``, ``u`` uniform in ``{1, …, m}``; without
+    early stop (``m = 0``) the reward reads ``z_T``. FlowBP's code (arXiv 2606.11075) reads ``Ẑ_{T−1}`` there; the rest
+    is the same, and in both the stop step is among the supervised ones in some draws.
     """
 
-    train_steps: int
-    early_stop_steps: int
+    name = "drtune"
+    title = "DRTune"
+    source = "arXiv 2405.00760"
 
-    def __call__(self, path, rng: random.Random) -> Plan:
-        steps = path.steps
-        stop = steps - rng.randint(1, self.early_stop_steps) if self.early_stop_steps else None
-        last = steps - 1 if stop is None else stop
+    train_steps: int = setting(
+        4, integer(1), "K, evenly spaced steps that get a gradient; 1 … executed steps; published: 3 to 5"
+    )
+    early_stop_steps: int = setting(
+        8,
+        integer(0),
+        "m: sampling ends u steps early, u uniform in 1 … m; 0: never; published: about 40 % of the steps",
+    )
+
+    def check(self, steps: int) -> None:
+        within = f"model.infer.inference_steps = {steps}"
+        if self.early_stop_steps > steps:
+            raise ConfigurationError(
+                f"{self.given('early_stop_steps')} is beyond {within}: expected 0 … {steps} "
+                f"(about {round(0.4 * steps)} is usual)"
+            )
+        shortest = steps - self.early_stop_steps + 1 if self.early_stop_steps else steps
+        if self.train_steps > shortest:
+            early = f", of which early stopping may leave {shortest}" if self.early_stop_steps else ""
+            raise ConfigurationError(f"{self.given('train_steps')} is beyond {within}{early}: expected 1 … {shortest}")
+
+    def plan(self, path: SamplingPath, rng: random.Random) -> Plan:
+        stop = path.steps - rng.randint(1, self.early_stop_steps) if self.early_stop_steps else None
+        last = path.steps - 1 if stop is None else stop
         stride = (last + 1) // self.train_steps
         offset = rng.randint(0, last - (self.train_steps - 1) * stride)
         active = tuple(offset + j * stride for j in range(self.train_steps))
         return Plan(active=active, cut=True, stop=stop)
-
-
-class DRTune(RewardTuning):
-    """Deep supervision by stopping the gradient of the denoiser's *input*: early steps get a clean signal."""

@@ -5,26 +5,39 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from nemo_aligner_diffusion.algorithms.reward_tuning import RewardTuning
-from nemo_aligner_diffusion.diffusion.plan import Plan
+from nemo_aligner_diffusion.algorithms.base import Method, setting
+from nemo_aligner_diffusion.diffusion.plan import Plan, SamplingPath
+from nemo_aligner_diffusion.errors import ConfigurationError
+from nemo_aligner_diffusion.training.schema_kinds import Kind
 
 
 @dataclass(frozen=True)
-class OneLateStep:
-    """Algorithm 1: stop at a random late step ``r`` and supervise that step alone, through ``Ẑ_r``.
+class ReFL(Method):
+    """One random late step r is supervised (Algorithm 1); the reward reads its clean estimate Ẑ_r.
 
-    Attributes:
-        min_step, max_step: the window of ``r``, both included, in steps of the sampler counted from pure noise
-            (the paper: 30 to 39 of 40).
+    Its loss is ``λ·mean(relu(margin − R))`` (``model.reward_margin``). The authors' settings, margin 2 and scale 1e-3
+    without guidance, are the recipe ``refl_imagereward_sd``; their denoising loss on real pictures is not built.
     """
 
-    min_step: int
-    max_step: int
+    name = "refl"
+    title = "ReFL"
+    source = "arXiv 2304.05977"
 
-    def __call__(self, path, rng: random.Random) -> Plan:
-        stop = rng.randint(self.min_step, self.max_step)
+    window: tuple[int, int] | None = setting(
+        None,
+        Kind("ints", low=0, length=2, nullable=True),
+        "[first, last] step the reward may read, counted from 0; null: the last quarter of the steps (30 … 39 of 40)",
+    )
+
+    def check(self, steps: int) -> None:
+        if self.window is not None and not self.window[0] <= self.window[1] < steps:
+            first, last = self.window
+            raise ConfigurationError(
+                f"{self.keys()['window']} = [{first}, {last}] does not fit model.infer.inference_steps = {steps}: "
+                f"expected [first, last] with 0 <= first <= last <= {steps - 1}"
+            )
+
+    def plan(self, path: SamplingPath, rng: random.Random) -> Plan:
+        late = (min(-(-3 * path.steps // 4), path.steps - 1), path.steps - 1)
+        stop = rng.randint(*(self.window or late))
         return Plan(active=(stop,), stop=stop)
-
-
-class ReFL(RewardTuning):
-    """One-step reward feedback; its loss is ``λ·mean(relu(margin − R))`` (``model.reward_margin``)."""

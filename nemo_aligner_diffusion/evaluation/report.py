@@ -22,6 +22,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from nemo_aligner_diffusion.algorithms.registry import title_of
 from nemo_aligner_diffusion.command_line import command
 from nemo_aligner_diffusion.errors import OutputError
 from nemo_aligner_diffusion.evaluation.figures import format_gain, format_number
@@ -33,15 +34,6 @@ from nemo_aligner_diffusion.evaluation.report_pictures import before_after, over
 from nemo_aligner_diffusion.evaluation.report_usage import usage
 from nemo_aligner_diffusion.evaluation.run_files import RunFiles, column, last, read_run
 
-ALGORITHM_NAMES = {
-    "draft": "DRaFT",
-    "draft_k": "DRaFT-K",
-    "draft_lv": "DRaFT-LV",
-    "draft+": "DRaFT+",
-    "drtune": "DRTune",
-    "refl": "ReFL",
-    "alignprop": "AlignProp",
-}
 _TOLD_ELSEWHERE = {"skipped_steps", "truncated_prompts", "pid"}
 
 
@@ -89,8 +81,7 @@ def render_report(run: RunFiles) -> str:
 
 
 def _algorithm(run: RunFiles) -> str:
-    key = str(run.setting("model.algorithm", "Reward tuning"))
-    return ALGORITHM_NAMES.get(key, key)
+    return title_of(str(run.setting("model.algorithm", "Reward tuning")))
 
 
 def _reward_name(run: RunFiles) -> str:

@@ -6,24 +6,16 @@ not from the ``config.yaml`` of a run directory, which may be somebody else's.
 
 from __future__ import annotations
 
-import difflib
-import functools
-import importlib
-import inspect
-import os
-import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nemo_aligner_diffusion.errors import RewardError, first_line
+from nemo_aligner_diffusion.errors import RewardError
+from nemo_aligner_diffusion.import_path import load_callable
 from nemo_aligner_diffusion.rewards.base import Reward, check_images
 from nemo_aligner_diffusion.rewards.micro_batches import own_precision
-
-_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
 class CustomReward(Reward):
@@ -107,65 +99,6 @@ def load_custom(import_path: str, kwargs: Mapping[str, Any] | None = None, where
         RewardError: the path cannot be imported, or what stands there cannot be a reward.
     """
     origin = f"{where}.import_path = {import_path!r}"
-    found = _import(import_path, origin)
-    settings = dict(kwargs or {})
-    if inspect.isclass(found):
-        try:
-            judge: Any = found(**settings)
-        except Exception as error:
-            given = ", ".join(settings) or "no kwargs"
-            raise RewardError(
-                f"{origin}: {found.__name__}({given}) failed with {type(error).__name__}: {first_line(error)}. Its "
-                f"arguments are {where}.kwargs."
-            ) from error
-    elif inspect.isroutine(found):
-        _check_call(found, settings, origin, where)
-        judge = functools.partial(found, **settings) if settings else found
-    elif settings:
-        raise RewardError(f"{origin} is an object already made; {where}.kwargs go to a class or a function only.")
-    else:
-        judge = found
+    arguments = ("images", "prompts")
+    judge = load_callable(import_path, dict(kwargs or {}), origin, f"{where}.kwargs", arguments, RewardError)
     return CustomReward(judge, origin)
-
-
-def _import(import_path: str, origin: str) -> Any:
-    if not _PATH.fullmatch(import_path):
-        raise RewardError(f"{origin}: expected package.module:name, such as my_rewards:Redness.")
-    module_name, _, name = import_path.partition(":")
-    here = os.getcwd()
-    if here not in sys.path and "" not in sys.path:
-        sys.path.append(here)  # last: a file of the user's never hides an installed package
-    try:
-        found: Any = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (module_name == error.name or module_name.startswith(f"{error.name}.")):
-            raise RewardError(f"{origin}: importing it needs {error.name!r}, which is not installed.") from error
-        raise RewardError(
-            f"{origin}: there is no module {error.name!r}. It must be installed, or lie in the current directory "
-            f"({here}) or in one of PYTHONPATH."
-        ) from error
-    except Exception as error:  # the module is the user's: anything may happen
-        raise RewardError(
-            f"{origin}: importing {module_name} failed with {type(error).__name__}: {first_line(error)}"
-        ) from error
-    for step in name.split("."):
-        if not hasattr(found, step):
-            near = difflib.get_close_matches(step, [entry for entry in dir(found) if not entry.startswith("_")], n=3)
-            hint = f"; did you mean {' or '.join(near)}?" if near else ""
-            raise RewardError(f"{origin}: {module_name} has no {name!r}{hint}")
-        found = getattr(found, step)
-    return found
-
-
-def _check_call(function: Callable[..., Any], settings: Mapping[str, Any], origin: str, where: str) -> None:
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):
-        return  # a builtin that does not tell
-    try:
-        signature.bind(None, None, **settings)
-    except TypeError as error:
-        raise RewardError(
-            f"{origin} cannot be called as (images, prompts{''.join(f', {key}=…' for key in settings)}): {error}. Its "
-            f"signature is {signature}; keyword arguments are {where}.kwargs."
-        ) from error

@@ -9,13 +9,8 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_aligner_diffusion.algorithms import AlignProp, DRaFT, DRaFTLV, DRaFTPlus, DRTune, ReFL, RewardTuning
-from nemo_aligner_diffusion.algorithms.alignprop import RandomTruncation
-from nemo_aligner_diffusion.algorithms.draft import LastSteps
-from nemo_aligner_diffusion.algorithms.draft_lv import RenoisedLastStep
-from nemo_aligner_diffusion.algorithms.drtune import SpacedSteps
-from nemo_aligner_diffusion.algorithms.refl import OneLateStep
-from nemo_aligner_diffusion.algorithms.reward_tuning import PlanRule
+from nemo_aligner_diffusion.algorithms.registry import method_of
+from nemo_aligner_diffusion.algorithms.reward_tuning import RewardTuning
 from nemo_aligner_diffusion.diffusion.generate import Sampling
 from nemo_aligner_diffusion.diffusion.loading import load_model
 from nemo_aligner_diffusion.diffusion.lora import add_lora
@@ -27,27 +22,10 @@ from nemo_aligner_diffusion.parallel.module import NonFiniteGuard
 from nemo_aligner_diffusion.parallel.parallelism import Parallelism
 from nemo_aligner_diffusion.parallel.tensor_plans import check_tensor_parallel
 from nemo_aligner_diffusion.rewards.base import Reward
-from nemo_aligner_diffusion.training.config import derived, refl_window
+from nemo_aligner_diffusion.training.config import derived
 from nemo_aligner_diffusion.training.optimizers import build_optimizer
 from nemo_aligner_diffusion.training.schedules import build_schedule
 from nemo_aligner_diffusion.training.schema_checks import precision_name
-
-# model.algorithm -> (Lightning module, how its plan rule follows from the configuration)
-ALGORITHMS: dict[str, tuple[type[RewardTuning], Callable[[DictConfig], PlanRule]]] = {
-    "draft": (DRaFT, lambda cfg: LastSteps()),
-    "draft_k": (DRaFT, lambda cfg: LastSteps(cfg.model.truncation_steps)),
-    "draft_lv": (DRaFTLV, lambda cfg: RenoisedLastStep(cfg.model.draft_lv.samples)),
-    "draft+": (DRaFTPlus, lambda cfg: LastSteps(cfg.model.truncation_steps)),
-    "drtune": (DRTune, lambda cfg: SpacedSteps(cfg.model.drtune.train_steps, cfg.model.drtune.early_stop_steps)),
-    "refl": (ReFL, lambda cfg: OneLateStep(*refl_window(cfg))),
-    "alignprop": (
-        AlignProp,
-        lambda cfg: RandomTruncation(
-            cfg.model.alignprop.min_truncation_steps,
-            cfg.model.alignprop.max_truncation_steps or cfg.model.infer.inference_steps,
-        ),
-    ),
-}
 
 
 def build_model(
@@ -114,8 +92,7 @@ def build_sampling(cfg: DictConfig) -> Sampling:
 def build_module(
     cfg: DictConfig, model: DiffusionModel, reward: Reward, max_steps: int, guard: NonFiniteGuard | None = None
 ) -> RewardTuning:
-    """The Lightning module of ``model.algorithm``."""
-    module_class, plan_rule = ALGORITHMS[cfg.model.algorithm]
+    """The Lightning module, with the rule of ``model.algorithm``."""
     optim = _plain(cfg.model.optim)
 
     def optimizer_factory(parameters: list[tuple[str, torch.nn.Parameter]]) -> tuple[torch.optim.Optimizer, Any]:
@@ -123,13 +100,14 @@ def build_module(
         optimizer = build_optimizer(parameters, optim, allow_fused=precision_name(cfg) != "16-mixed")
         return optimizer, build_schedule(optimizer, optim.get("sched"), max_steps)
 
-    return module_class(
+    return RewardTuning(
         model,
         reward,
         build_sampling(cfg),
-        plan_rule(cfg),
+        method_of(cfg).plan,
         optimizer_factory,
         kl_coeff=cfg.model.kl_coeff,
+        kl_space=cfg.model.kl_space,
         reward_scale=cfg.model.reward_scale,
         reward_margin=cfg.model.reward_margin,
         decode_micro_batch_size=cfg.model.decode_micro_batch_size,

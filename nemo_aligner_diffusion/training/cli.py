@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _TOO_EARLY = "interrupted before training began"
 
 USED_MOST = """\
+  algorithm=leapalign                         the method; model.algorithm=my_module:MyRule: your own
   model.kl_coeff=0.1                          weight of the KL penalty; 0: none
   model.truncation_steps=1                    last sampling steps that get a gradient (draft_k, draft+)
   model.drtune.train_steps=4                  sampling steps that get a gradient (drtune)

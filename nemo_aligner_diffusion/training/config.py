@@ -23,6 +23,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nemo_aligner_diffusion.algorithms.registry import defaults, reads
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.training import schema
 from nemo_aligner_diffusion.training.config_layers import (
@@ -35,7 +36,7 @@ from nemo_aligner_diffusion.training.config_layers import (
     parse_override,
     unflatten,
 )
-from nemo_aligner_diffusion.training.schema_checks import READ_BY, Derived, check, check_launcher, derived, refl_window
+from nemo_aligner_diffusion.training.schema_checks import Derived, check, check_launcher, derived
 
 __all__ = [
     "Derived",
@@ -46,7 +47,6 @@ __all__ = [
     "load_config",
     "loop_section",
     "recipes",
-    "refl_window",
 ]
 
 logger = logging.getLogger(__name__)
@@ -146,7 +146,7 @@ def load_config(
 
     leaves = _resolve(tree)
     leaves = {key: value for key, value in leaves.items() if schema.kind_of(key, loop) is not None}
-    cfg = OmegaConf.create(unflatten(schema.read_values(leaves, loop)))
+    cfg = OmegaConf.create(unflatten(_methods_own(schema.read_values(leaves, loop))))
     check(cfg)
     notes.extend(_unread(command_line.leaves, cfg))
     for section in [entry for entry in cfg.rm if entry not in ("name", *schema.REWARDS[cfg.rm.name])]:
@@ -282,13 +282,21 @@ def _resolve(tree: Mapping[str, Any]) -> dict[str, Any]:
     return flatten({str(key): value for key, value in container.items()})
 
 
+def _methods_own(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` with every setting of the chosen method, and none of the others'."""
+    algorithm = values["model.algorithm"]
+    return {
+        **{key: value for key, value in values.items() if reads(algorithm, key)},
+        **{key: value for key, value in defaults(algorithm).items() if key not in values},
+    }
+
+
 def _unread(given: Mapping[str, Any], cfg: DictConfig) -> list[Note]:
     """Settings of the command line that the chosen method does not read."""
     notes = []
     for key in given:
-        for prefix, methods in READ_BY.items():
-            if key.startswith(prefix) and cfg.model.algorithm not in methods:
-                notes.append(Note(key, f"model.algorithm={cfg.model.algorithm} does not read it"))
+        if not reads(cfg.model.algorithm, key):
+            notes.append(Note(key, f"model.algorithm={cfg.model.algorithm} does not read it"))
         if key.startswith("rm.") and key.split(".")[1] not in ("name", *schema.REWARDS[cfg.rm.name]):
             notes.append(Note(key, f"rm.name={cfg.rm.name} does not read it"))
         if key.startswith("model.peft.lora_tuning.") and cfg.model.peft.peft_scheme == "none":

@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig
 
+from nemo_aligner_diffusion.algorithms.registry import method_of
 from nemo_aligner_diffusion.data.datamodule import PromptDataModule
 from nemo_aligner_diffusion.data.prompts import read_prompts
 from nemo_aligner_diffusion.embedded_assets import embedded_prompts_path, embedded_reward_path
@@ -78,6 +79,8 @@ def _run(cfg: DictConfig, watch: RunWatch, interruption: Interruption) -> int:
     startup = take()
     frame = RunFrame.open(cfg, watch, interruption, startup.enter)
     directory, device, resume = frame.directory, frame.device, frame.resume
+    steps = int(cfg.model.infer.inference_steps)
+    on_every_process(lambda: method_of(cfg).check(steps))  # a user's own is imported before anything is loaded
     data = _build_data(cfg)
     watch.phase("opening the data")
     startup.enter("data index")

@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from nemo_aligner_diffusion.algorithms.registry import method_keys, methods
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.parallel.layout import SHARDING_STRATEGIES
 from nemo_aligner_diffusion.training.schema_kinds import (
@@ -34,7 +35,7 @@ __all__ = ["ANY", "KEYS", "LOOP", "PRECISIONS", "REWARDS", "Kind", "kind_of", "k
 LOOP = "<loop>"
 
 
-ALGORITHMS = ("draft", "draft_k", "draft_lv", "draft+", "drtune", "refl", "alignprop")
+ALGORITHMS = tuple(methods())
 # The names that diffusion/schedule.py, training/optimizers.py, training/schedules.py and rewards/ know (a test holds
 # them together: this file may not import torch).
 SAMPLERS = ("DDIM", "PLMS", "Euler", "DPM++2M", "DPM++2M_SDE", "UniPC", "DPM", "DPMSolver++", "PARA_DDIM")
@@ -109,17 +110,12 @@ KEYS: dict[str, Kind] = {
     "model.infer.height": integer(8, nullable=True),
     "model.infer.width": integer(8, nullable=True),
     "model.nan_policy.max_consecutive": integer(0),
-    "model.algorithm": choice(*ALGORITHMS),
+    "model.algorithm": Kind("text", choices=ALGORITHMS, or_import_path=True),
     "model.reward_scale": number(above=0),
     "model.reward_margin": number(nullable=True),
     "model.kl_coeff": number(0),
-    "model.truncation_steps": integer(1),
-    "model.drtune.train_steps": integer(1),
-    "model.drtune.early_stop_steps": integer(0),
-    "model.draft_lv.samples": integer(1),
-    "model.refl.window": Kind("ints", low=0, length=2, nullable=True),
-    "model.alignprop.min_truncation_steps": integer(1),
-    "model.alignprop.max_truncation_steps": integer(1, nullable=True),
+    "model.kl_space": choice("epsilon", "prediction", "velocity", nullable=True),
+    **method_keys(),
     "model.peft.peft_scheme": choice("sdlora", "none"),
     "model.peft.lora_tuning.adapter_dim": integer(1),
     "model.peft.lora_tuning.alpha": number(above=0, nullable=True),

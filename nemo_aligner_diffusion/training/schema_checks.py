@@ -7,18 +7,11 @@ from dataclasses import dataclass
 
 from omegaconf import DictConfig, ListConfig
 
+from nemo_aligner_diffusion.algorithms.custom import is_import_path
+from nemo_aligner_diffusion.algorithms.registry import method_of
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.parallel.layout import FROZEN_PARTS
 from nemo_aligner_diffusion.training.schema_reward_checks import check_reward
-
-# Settings that only some methods read: what is set on the command line for another method gets a warning.
-READ_BY: dict[str, tuple[str, ...]] = {
-    "model.truncation_steps": ("draft_k", "draft+"),
-    "model.drtune.": ("drtune",),
-    "model.draft_lv.": ("draft_lv",),
-    "model.refl.": ("refl",),
-    "model.alignprop.": ("alignprop",),
-}
 
 
 @dataclass(frozen=True)
@@ -151,7 +144,8 @@ def check(cfg: DictConfig) -> None:
     """
     check_precision(cfg)
     _check_parallel(cfg)
-    _check_steps(cfg)
+    if not is_import_path(cfg.model.algorithm):  # a user's own module is imported when training begins
+        method_of(cfg).check(int(cfg.model.infer.inference_steps))
     for side in ("height", "width"):
         pixels = cfg.model.infer[side]
         if pixels is not None and pixels % 8:
@@ -173,44 +167,6 @@ def _check_sampler(cfg: DictConfig) -> None:
         )
 
 
-def _check_steps(cfg: DictConfig) -> None:
-    model, steps = cfg.model, int(cfg.model.infer.inference_steps)
-    within = f"model.infer.inference_steps = {steps}"
-    algorithm = model.algorithm
-    if algorithm in ("draft_k", "draft+") and model.truncation_steps > steps:
-        raise ConfigurationError(
-            f"model.truncation_steps = {model.truncation_steps} is beyond {within}: expected 1 … {steps}"
-        )
-    if algorithm == "drtune":
-        stop, train = int(model.drtune.early_stop_steps), int(model.drtune.train_steps)
-        if stop > steps:
-            raise ConfigurationError(
-                f"model.drtune.early_stop_steps = {stop} is beyond {within}: expected 0 … {steps} "
-                f"(about {round(0.4 * steps)} is usual)"
-            )
-        shortest = steps - stop + 1 if stop else steps
-        if train > shortest:
-            early = f", of which early stopping may leave {shortest}" if stop else ""
-            raise ConfigurationError(
-                f"model.drtune.train_steps = {train} is beyond {within}{early}: expected 1 … {shortest}"
-            )
-    if algorithm == "refl" and model.refl.window is not None:
-        first, last = model.refl.window
-        if not first <= last < steps:
-            raise ConfigurationError(
-                f"model.refl.window = [{first}, {last}] does not fit {within}: expected [first, last] with "
-                f"0 <= first <= last <= {steps - 1}"
-            )
-    if algorithm == "alignprop":
-        least = int(model.alignprop.min_truncation_steps)
-        most = steps if model.alignprop.max_truncation_steps is None else int(model.alignprop.max_truncation_steps)
-        if not least <= most <= steps:
-            raise ConfigurationError(
-                f"model.alignprop.min_truncation_steps = {least}, max_truncation_steps = {most} do not fit {within}: "
-                f"expected 1 <= min <= max <= {steps}"
-            )
-
-
 def _check_loop(cfg: DictConfig) -> None:
     for name, section in cfg.trainer.items():
         if isinstance(section, DictConfig):
@@ -223,15 +179,6 @@ def _check_loop(cfg: DictConfig) -> None:
                         f"trainer.{name}.limit_val_batches = {limit}: expected a whole number of batches, or a "
                         "fraction up to 1.0"
                     )
-
-
-def refl_window(cfg: DictConfig) -> tuple[int, int]:
-    """``model.refl.window`` as ``(first, last)`` step, both included; by default the last quarter (30 … 39 of 40)."""
-    steps = int(cfg.model.infer.inference_steps)
-    if cfg.model.refl.window is None:
-        return min(-(-3 * steps // 4), steps - 1), steps - 1
-    first, last = cfg.model.refl.window
-    return int(first), int(last)
 
 
 def check_launcher(cfg: DictConfig, environment: Mapping[str, str]) -> None:

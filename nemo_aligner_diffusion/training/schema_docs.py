@@ -1,6 +1,6 @@
-"""The tables of ``docs/configuration.md``, made from the comments in ``conf/`` and the schema.
+"""The tables of ``docs/configuration.md``, of comments in ``conf/`` and the schema, and of ``docs/algorithms.md``.
 
-python -m nemo_aligner_diffusion.training.schema_docs docs/configuration.md
+python -m nemo_aligner_diffusion.training.schema_docs docs
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import re
 import sys
 from pathlib import Path
 
+from nemo_aligner_diffusion.algorithms.registry import methods
 from nemo_aligner_diffusion.training.config import conf_directory
 from nemo_aligner_diffusion.training.schema import LOOP, kind_of
 
@@ -22,7 +23,11 @@ SECTIONS: dict[str, list[str]] = {
     "Training loop": ["loop/default.yaml"],
     "Results, logging, resuming": ["exp_manager/default.yaml"],
     "Model and sampling": ["model/stable_diffusion.yaml"],
-    "Method": ["algorithm/draft_plus.yaml", "algorithm/base.yaml"],
+    "Method": [
+        "algorithm/draft_plus.yaml",
+        "algorithm/base.yaml",
+        *(f"algorithm/{method.section}.yaml" for method in methods().values()),
+    ],
     "What is trained": ["peft/sdlora.yaml"],
     "Optimizer": ["optim/fused_adam.yaml", "optim/sgd.yaml"],
     "Learning-rate schedule": ["sched/warmup_hold.yaml", "sched/cosine.yaml"],
@@ -88,11 +93,24 @@ def tables() -> str:
     return "\n".join(parts)
 
 
-def main(path: str) -> None:
-    page = Path(path)
-    text = page.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    page.write_text(before + BEGIN + tables() + END + rest.split(END)[1], encoding="utf-8")
+def method_table() -> str:
+    """Markdown: a row for each method, from the first line of its docstring and the keys of its settings."""
+    lines = ["| `algorithm=` | method | what it does | its keys |", "| --- | --- | --- | --- |"]
+    for method in methods().values():
+        what = (method.__doc__ or "").strip().splitlines()[0]
+        source = re.sub(r"arXiv (\S+)", r"[\1](https://arxiv.org/abs/\1)", method.source)
+        own = f"model.{method.section}."
+        short = dict.fromkeys(f"{own}*" if key.startswith(own) else key for key in method.keys().values())
+        keys = ", ".join(f"`{key}`" for key in short) or "–"
+        lines.append(f"| `{method.section}` | {method.title} ({source}) | {what} | {keys} |")
+    return "\n".join([*lines, ""])
+
+
+def main(folder: str) -> None:
+    for name, table in (("configuration.md", tables()), ("algorithms.md", method_table())):
+        page = Path(folder) / name
+        before, rest = page.read_text(encoding="utf-8").split(BEGIN)
+        page.write_text(before + BEGIN + table + END + rest.split(END)[1], encoding="utf-8")
 
 
 if __name__ == "__main__":

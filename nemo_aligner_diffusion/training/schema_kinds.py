@@ -22,6 +22,7 @@ class Kind:
             ``paths`` (one path or a list), ``devices``, ``any``.
         low, high: bounds, both included unless ``open_low``/``open_high``; of each entry for lists.
         choices: the only values, compared without regard to case; the spelling given here is what is kept.
+        or_import_path: beside the choices, a ``module:name`` is a value.
         length: number of entries of a list.
         nullable: whether ``null`` is a value.
     """
@@ -34,11 +35,12 @@ class Kind:
     choices: tuple[str, ...] = ()
     length: int | None = None
     nullable: bool = False
+    or_import_path: bool = False
 
     def describe(self) -> str:
         """The expectation in words, as error messages and the documentation show it."""
         if self.choices:
-            text = "one of " + ", ".join(self.choices)
+            text = "one of " + ", ".join(self.choices) + (", or your own module:name" if self.or_import_path else "")
         else:
             text = {
                 "bool": "true or false",
@@ -115,7 +117,7 @@ class Kind:
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             return None
         text = str(value)
-        if not self.choices:
+        if not self.choices or (self.or_import_path and ":" in text):
             return text
         return next((choice for choice in self.choices if choice.lower() == text.lower()), None)
 
@@ -173,6 +175,7 @@ PATH = Kind("path", nullable=True)
 PATHS = Kind("paths", nullable=True)
 ANY = Kind("any")
 FRACTION = Kind("float", low=0, high=1, open_high=True)
+PART = Kind("float", low=0, high=1)
 SHARE = Kind("float", low=0, high=1, nullable=True)
 
 

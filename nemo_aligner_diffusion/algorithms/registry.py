@@ -1,0 +1,84 @@
+"""Finds the methods: every module of this package is looked through, so that a new one is a new file. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import pkgutil
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_aligner_diffusion.algorithms.base import CUSTOM_SECTION, Method
+from nemo_aligner_diffusion.algorithms.custom import is_import_path, load_method
+from nemo_aligner_diffusion.training.schema_kinds import ANY, Kind
+
+_PACKAGE = "nemo_aligner_diffusion.algorithms"
+# Modules of the package that hold no method; importing them may be slow.
+_OTHERS = {"base", "custom", "picture_validation", "registry", "reward_tuning"}
+
+
+@functools.cache
+def methods() -> dict[str, type[Method]]:
+    """``model.algorithm`` -> the class of its settings, in the order of the files' names."""
+    found: dict[str, type[Method]] = {}
+    for module in pkgutil.iter_modules(importlib.import_module(_PACKAGE).__path__):
+        if module.name not in _OTHERS:
+            path = f"{_PACKAGE}.{module.name}"
+            for entry in vars(importlib.import_module(path)).values():
+                if isinstance(entry, type) and issubclass(entry, Method) and entry.__module__ == path:
+                    found[entry.name] = entry
+    return found
+
+
+def method_of(cfg: DictConfig) -> Method:
+    """The method of ``model.algorithm`` with its settings; a user's own module is imported for it.
+
+    Raises:
+        ConfigurationError: a user's own cannot be imported or made, or refuses its settings.
+    """
+    name = cfg.model.algorithm
+    if is_import_path(name):
+        settings: Any = OmegaConf.to_container(cfg.model.get(CUSTOM_SECTION) or OmegaConf.create({}), resolve=True)
+        return load_method(name, settings)
+    values = {field: OmegaConf.select(cfg, key) for field, key in methods()[name].keys().items()}
+    plain = OmegaConf.to_container(OmegaConf.create(values))
+    assert isinstance(plain, dict)
+    return methods()[name](**{str(field): value for field, value in plain.items()})
+
+
+def method_keys() -> dict[str, Kind]:
+    """Dotted key -> kind, of every method."""
+    keys: dict[str, Kind] = {}
+    for method in methods().values():
+        kinds = {entry.name: entry.metadata["kind"] for entry in dataclasses.fields(method) if entry.metadata}
+        keys |= {key: kinds[field] for field, key in method.keys().items()}
+    return {**keys, f"model.{CUSTOM_SECTION}.*": ANY}
+
+
+def reads(algorithm: str, key: str) -> bool:
+    """Whether ``algorithm`` reads ``key``; true of every key that is no method's own."""
+    if key.startswith(f"model.{CUSTOM_SECTION}."):
+        return is_import_path(algorithm)
+    return key not in method_keys() or (algorithm in methods() and key in methods()[algorithm].keys().values())
+
+
+def defaults(algorithm: str) -> dict[str, Any]:
+    """Dotted key -> default, of one method's own settings; empty for a user's own method."""
+    if algorithm not in methods():
+        return {}
+    method = methods()[algorithm]
+    values: dict[str, Any] = {entry.name: entry.default for entry in dataclasses.fields(method)}
+    return {key: _plain(values[field]) for field, key in method.keys().items()}
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def title_of(algorithm: str) -> str:
+    """The name people use; of a user's own method its name, without the module."""
+    if algorithm in methods():
+        return methods()[algorithm].title
+    return algorithm.rpartition(":")[2]
