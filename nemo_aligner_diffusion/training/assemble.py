@@ -15,6 +15,7 @@ from nemo_aligner_diffusion.diffusion.generate import Sampling
 from nemo_aligner_diffusion.diffusion.loading import load_model
 from nemo_aligner_diffusion.diffusion.lora import add_lora
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
+from nemo_aligner_diffusion.diffusion.plan import PlanRule
 from nemo_aligner_diffusion.embedded_assets import embedded_model_path
 from nemo_aligner_diffusion.parallel.broadcast import load_once
 from nemo_aligner_diffusion.parallel.layout import Layout
@@ -32,24 +33,31 @@ def build_model(
     cfg: DictConfig,
     device: str | torch.device = "cpu",
     phase: Callable[[str], AbstractContextManager[Any]] | None = None,
+    pipe: Any = None,
 ) -> DiffusionModel:
     """The model on ``device`` with its trainable part marked: a LoRA (``sdlora``) or the whole denoiser (``none``).
 
     Its files are read once on each node, so this is a collective call where there is a process group; ``phase``: see
-    :func:`.load_once`.
+    :func:`.load_once`. ``pipe``: a pipeline that is tuned itself, in place of files.
     """
-    model = load_once(
-        lambda: load_model(
-            cfg.model.from_pretrained or embedded_model_path(),
-            denoiser_path=cfg.model.unet_config.from_pretrained,
-            vae_path=cfg.model.first_stage_config.from_pretrained,
-            trained=cfg.model.pipeline.trained,
-            stateless=list(cfg.model.pipeline.stateless or ()),
-            arguments=_plain(cfg.model.pipeline.arguments),
-        ),
-        device,
-        phase,
-    )
+    declared: dict[str, Any] = {
+        "trained": cfg.model.pipeline.trained,
+        "stateless": list(cfg.model.pipeline.stateless or ()),
+        "arguments": _plain(cfg.model.pipeline.arguments),
+    }
+    if pipe is not None:
+        model = DiffusionModel(pipe, **declared).to(device)
+    else:
+        model = load_once(
+            lambda: load_model(
+                cfg.model.from_pretrained or embedded_model_path(),
+                denoiser_path=cfg.model.unet_config.from_pretrained,
+                vae_path=cfg.model.first_stage_config.from_pretrained,
+                **declared,
+            ),
+            device,
+            phase,
+        )
     prepare_model(cfg, model)
     return model
 
@@ -90,9 +98,14 @@ def build_sampling(cfg: DictConfig) -> Sampling:
 
 
 def build_module(
-    cfg: DictConfig, model: DiffusionModel, reward: Reward, max_steps: int, guard: NonFiniteGuard | None = None
+    cfg: DictConfig,
+    model: DiffusionModel,
+    reward: Reward,
+    max_steps: int,
+    guard: NonFiniteGuard | None = None,
+    rule: PlanRule | None = None,
 ) -> RewardTuning:
-    """The Lightning module, with the rule of ``model.algorithm``."""
+    """The Lightning module, with ``rule``, or that of ``model.algorithm``."""
     optim = _plain(cfg.model.optim)
 
     def optimizer_factory(parameters: list[tuple[str, torch.nn.Parameter]]) -> tuple[torch.optim.Optimizer, Any]:
@@ -104,7 +117,7 @@ def build_module(
         model,
         reward,
         build_sampling(cfg),
-        method_of(cfg).plan,
+        rule or method_of(cfg).plan,
         optimizer_factory,
         kl_coeff=cfg.model.kl_coeff,
         kl_space=cfg.model.kl_space,
