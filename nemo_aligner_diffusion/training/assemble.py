@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_aligner_diffusion.algorithms.base import Method
 from nemo_aligner_diffusion.algorithms.registry import method_of
 from nemo_aligner_diffusion.algorithms.reward_tuning import RewardTuning
 from nemo_aligner_diffusion.diffusion.generate import Sampling
 from nemo_aligner_diffusion.diffusion.loading import load_model
 from nemo_aligner_diffusion.diffusion.lora import add_lora
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
-from nemo_aligner_diffusion.diffusion.plan import PlanRule
 from nemo_aligner_diffusion.embedded_assets import embedded_model_path
 from nemo_aligner_diffusion.parallel.broadcast import load_once
 from nemo_aligner_diffusion.parallel.layout import Layout
@@ -103,9 +103,9 @@ def build_module(
     reward: Reward,
     max_steps: int,
     guard: NonFiniteGuard | None = None,
-    rule: PlanRule | None = None,
+    method: Method | None = None,
 ) -> RewardTuning:
-    """The Lightning module, with ``rule``, or that of ``model.algorithm``."""
+    """The Lightning module, with the rule of ``method``, or of ``model.algorithm``."""
     optim = _plain(cfg.model.optim)
 
     def optimizer_factory(parameters: list[tuple[str, torch.nn.Parameter]]) -> tuple[torch.optim.Optimizer, Any]:
@@ -117,7 +117,7 @@ def build_module(
         model,
         reward,
         build_sampling(cfg),
-        rule or method_of(cfg).plan,
+        (method or method_of(cfg)).plan,
         optimizer_factory,
         kl_coeff=cfg.model.kl_coeff,
         kl_space=cfg.model.kl_space,
