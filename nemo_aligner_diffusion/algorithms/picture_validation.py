@@ -62,9 +62,9 @@ class PictureValidation(ParallelModule):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         prompts, seeds, rows = batch["prompts"], batch["seeds"], batch["rows"]
         if any(row not in self._base_rewards for row in rows):
-            self._base_rewards |= dict(zip(rows, self._score(self.base_images(batch), prompts), strict=True))
+            self._base_rewards |= dict(zip(rows, self.score(self.base_images(batch), prompts), strict=True))
         tuned = self._generate(prompts, seeds)
-        self._validated += list(zip(rows, prompts, seeds, tuned, self._score(tuned, prompts), strict=True))
+        self._validated += list(zip(rows, prompts, seeds, tuned, self.score(tuned, prompts), strict=True))
 
     def base_images(self, batch: dict[str, Any]) -> Tensor:
         """The base model's pictures ``(B, 3, H, W)`` of a batch of the validation set, on the CPU; made once."""
@@ -120,7 +120,7 @@ class PictureValidation(ParallelModule):
         self.parallel.reshard()
         return images
 
-    def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Rewards ``(B,)`` on the CPU, of the pictures as they are."""
         with torch.no_grad():
             return self.scores(images.to(self.device), prompts)[0].cpu()

@@ -59,6 +59,9 @@ def build_model(
             phase,
         )
     prepare_model(cfg, model)
+    for _, parameter in model.trainable_parameters():  # of a pipeline in half precision; peft computes either way
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.float()
     return model
 
 

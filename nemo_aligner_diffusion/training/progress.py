@@ -15,8 +15,9 @@ from tqdm.auto import tqdm
 class TrainingProgress(ProgressBar):
     """Step, reward, KL, images/s and time left.
 
-    On a terminal: one line that is redrawn; in a notebook, tqdm's bar. Elsewhere (a file, a pipe, ``nohup``, Slurm): whole lines without carriage
-    returns or colours; every step if the run is short, else the first, the last, and one per ``seconds_between_lines``.
+    On a terminal: one line that is redrawn; in a notebook, tqdm's bar. Elsewhere (a file, a pipe, ``nohup``, Slurm):
+    whole lines without carriage returns or colours; every step if the run is short, else the first, the last, and one
+    per ``seconds_between_lines``.
     Results of validations are lines of their own in both.
 
     Reads ``module.last_metrics`` and ``module.last_validation`` as :class:`MetricsCSV` does. Being Lightning's

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -83,10 +84,11 @@ class Given:
 
 @dataclass(frozen=True)
 class Ended:
-    """A run that has ended: its exit code, what it tuned, and how far it came."""
+    """A run that has ended: its exit code, what it tuned, on which device, and how far it came."""
 
     code: int
     module: RewardTuning
+    device: torch.device
     directory: Path
     step: int
 
@@ -120,7 +122,9 @@ def train(cfg: DictConfig, watch: RunWatch, interruption: Interruption, given: G
     frame = RunFrame.open(cfg, watch, interruption, startup.enter)
     directory, device, resume = frame.directory, frame.device, frame.resume
     steps = int(cfg.model.infer.inference_steps)
-    on_every_process(lambda: (given.method or method_of(cfg)).check(steps))  # a user's own is imported before anything is loaded
+    on_every_process(
+        lambda: (given.method or method_of(cfg)).check(steps)
+    )  # a user's own is imported before anything is loaded
     for name, prompts in given.prompts.items():
         write_text_atomically(directory.path / name, "".join(f"{prompt}\n" for prompt in prompts))
     data = _build_data(cfg)
@@ -139,7 +143,9 @@ def train(cfg: DictConfig, watch: RunWatch, interruption: Interruption, given: G
     module.validation_prompts = [prompt for prompt in data.validation_prompts for _ in data.validation_seeds]
 
     if given.reward is not None:
-        try_out(module, next(iter(data.train_dataloader()))["prompts"])
+        section, size = cfg.model.data, cfg.model.micro_batch_size
+        prompts = read_prompts(data.train, size, section.on_bad_sample, section.on_bad_shard)
+        try_out(module, list(itertools.islice(itertools.cycle(prompts), size)))
     startup.enter("run directory")
     frame.begin()
     ema = EMACallback.from_config(cfg.exp_manager.ema)
@@ -204,7 +210,7 @@ def train(cfg: DictConfig, watch: RunWatch, interruption: Interruption, given: G
     code = frame.carry_out(trainer, loop.max_steps, fit, closing, salvage if given.keep else lambda: None)
     if ema is not None:
         ema.settle(module)
-    return Ended(code, module, directory.path, trainer.global_step)
+    return Ended(code, module, device, directory.path, trainer.global_step)
 
 
 def _build_reward(cfg: DictConfig, device: torch.device, startup: Startup) -> Reward:

@@ -60,9 +60,7 @@ class Interruption:
 
     again_after = 1.0  # seconds
 
-    def __init__(
-        self, signals: Sequence[signal.Signals] = SIGNALS, then: str = ", then export and report"
-    ) -> None:
+    def __init__(self, signals: Sequence[signal.Signals] = SIGNALS, then: str = ", then export and report") -> None:
         self._signals = tuple(signals)
         self._then = then
         self.requested: signal.Signals | None = None
