@@ -216,10 +216,8 @@ def _model(model: Any) -> tuple[Any, list[str]]:
         raise ConfigurationError(
             f"model is a {type(model).__name__}; expected a diffusers pipeline, its folder or hub id, or None"
         )
-    words = []
-    if model.device.type == "cuda" and model.device.index:
-        words.append(f"trainer.devices=[{model.device.index}]")
-    return model, words
+    device: torch.device = model.device  # type: ignore[attr-defined]
+    return model, [f"trainer.devices=[{device.index}]"] if device.type == "cuda" and device.index else []
 
 
 def _check_pipeline(pipe: Any, cfg: DictConfig) -> None:
@@ -236,7 +234,7 @@ def _check_pipeline(pipe: Any, cfg: DictConfig) -> None:
                 f"the pipeline's {name} is off-loaded or spread by accelerate; call pipeline.remove_all_hooks(), or "
                 "load it without enable_model_cpu_offload and device_map"
             )
-        adapters: dict[str, Any] = getattr(part, "peft_config", {})  # type: ignore[assignment]
+        adapters: dict[str, Any] = getattr(part, "peft_config", {})
         if adapters:
             raise ConfigurationError(
                 f"the pipeline's {name} has the adapter {next(iter(adapters))!r} already: a base model to tune "
