@@ -235,29 +235,3 @@ def test_impossible_plans_are_refused():
     for plan in (Plan(active=()), Plan(active=(STEPS,)), Plan(active=(4,), stop=3), Plan(active=(0,), stop=STEPS)):
         with pytest.raises(ValueError, match=r"step|active"):
             run_trajectory(predict, solver, plan, noise_source())
-
-
-def test_drtune_plans_follow_the_paper():
-    rng = random.Random(0)
-    drawn = [SpacedSteps(train_steps=4, early_stop_steps=8)(20, rng) for _ in range(300)]
-    assert {plan.stop for plan in drawn} == set(range(12, 20))
-    for plan in drawn:
-        stride = (plan.stop + 1) // 4
-        assert len(plan.active) == 4
-        assert plan.cut
-        assert {b - a for a, b in zip(plan.active, plan.active[1:], strict=False)} == {stride}
-        assert plan.active[0] >= 0
-        assert plan.active[-1] <= plan.stop
-    assert {plan.active[0] for plan in drawn} >= {0, 1, 2, 3}
-    no_stop = SpacedSteps(train_steps=20, early_stop_steps=0)(20, rng)
-    assert no_stop.stop is None
-    assert no_stop.active == tuple(range(20))
-
-
-def test_alignprop_and_refl_draw_within_their_windows():
-    rng = random.Random(0)
-    starts = {RandomTruncation(2, 6)(10, rng).active[0] for _ in range(200)}
-    assert starts == set(range(4, 9))
-    plans = [OneLateStep(5, 8)(10, rng) for _ in range(200)]
-    assert {plan.stop for plan in plans} == {5, 6, 7, 8}
-    assert all(plan.active == (plan.stop,) for plan in plans)

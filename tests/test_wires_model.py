@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,11 +13,7 @@ from omegaconf import DictConfig
 from tiny import save_tiny_pipeline
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from nemo_aligner_diffusion.algorithms.alignprop import RandomTruncation
-from nemo_aligner_diffusion.algorithms.draft import LastSteps
-from nemo_aligner_diffusion.algorithms.draft_lv import RenoisedLastStep
-from nemo_aligner_diffusion.algorithms.drtune import SpacedSteps
-from nemo_aligner_diffusion.algorithms.refl import OneLateStep
+from nemo_aligner_diffusion.algorithms import AlignProp, DRaFT, DRaFTK, DRaFTLV, DRaFTPlus, DRTune, ReFL
 from nemo_aligner_diffusion.algorithms.reward_tuning import RewardTuning
 from nemo_aligner_diffusion.diffusion.families.stable_diffusion import StableDiffusion
 from nemo_aligner_diffusion.diffusion.guidance import guided_predictor
@@ -82,7 +79,7 @@ def test_the_module_is_as_configured(pipeline: Path) -> None:
     assert (module.guidance_scale, module.decode_micro_batch_size) == (1.7, 1)
     assert model.latent_shape(module.height, module.width) == (4, 6, 8)
     assert (module.sampler.sampler_type, len(module.sampler), module.sampler.eta) == ("ddim", 3, 0.8)
-    assert module.plan_rule == LastSteps(2)
+    assert module.plan_rule.__self__ == DRaFTPlus(2)
     adapted = [part for name, part in model.denoiser.named_modules() if hasattr(part, "lora_A")]
     assert adapted
     for part in adapted:
@@ -96,19 +93,19 @@ def test_the_module_is_as_configured(pipeline: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "words", "rule"),
+    ("recipe", "words", "method"),
     [
-        ("draft_sd", [], LastSteps()),
-        ("draft_k_sd", ["truncation_steps=3"], LastSteps(3)),
-        ("draft_lv_sd", ["draft_lv.samples=5"], RenoisedLastStep(5)),
-        ("drtune_sd", ["drtune.train_steps=3", "drtune.early_stop_steps=6"], SpacedSteps(3, 6)),
-        ("refl_sd", ["refl.window=[4,7]"], OneLateStep(4, 7)),
-        ("alignprop_sd", ["alignprop.min_truncation_steps=2"], RandomTruncation(2, 20)),
-        ("alignprop_sd", ["alignprop.max_truncation_steps=3"], RandomTruncation(1, 3)),
+        ("draft_sd", [], DRaFT()),
+        ("draft_k_sd", ["truncation_steps=3"], DRaFTK(3)),
+        ("draft_lv_sd", ["draft_lv.samples=5"], DRaFTLV(5)),
+        ("drtune_sd", ["drtune.train_steps=3", "drtune.early_stop_steps=6"], DRTune(3, 6)),
+        ("refl_sd", ["refl.window=[4,7]"], ReFL((4, 7))),
+        ("alignprop_sd", ["alignprop.min_truncation_steps=2"], AlignProp(2)),
+        ("alignprop_sd", ["alignprop.max_truncation_steps=3"], AlignProp(1, 3)),
     ],
 )
-def test_the_method_is_as_configured(pipeline: Path, recipe: str, words: list[str], rule: Any) -> None:
-    assert assembled(configured(pipeline, *words, recipe=recipe))[1].plan_rule == rule
+def test_the_method_is_as_configured(pipeline: Path, recipe: str, words: list[str], method: Any) -> None:
+    assert assembled(configured(pipeline, *words, recipe=recipe))[1].plan_rule.__self__ == method
 
 
 def test_the_adapters_start_follows_from_the_seed(pipeline: Path) -> None:
@@ -264,7 +261,7 @@ def test_a_plan_is_drawn_anew_for_every_step(pipeline: Path, tmp_path: Path) -> 
     loop.max_steps, loop.val_check_interval, cfg.report.enable, cfg.trainer.accelerator = 4, 0, False, "cpu"
     cfg.exp_manager.explicit_log_dir = str(tmp_path / "run")
     assert run_training(cfg) == 0
-    drawn = [len(RandomTruncation(1, 4)(4, plan_random(3, step)).active) for step in range(4)]
+    drawn = [len(AlignProp(1, 4).plan(SimpleNamespace(steps=4), plan_random(3, step)).active) for step in range(4)]
     assert len(set(drawn)) > 1
     assert column(read_run(tmp_path / "run").metrics, "active_steps") == drawn
 

@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from nemo_aligner_diffusion.diffusion.families.stable_diffusion import StableDiffusion
+from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 
 SCHEDULER = {
     "_class_name": "DDIMScheduler",
@@ -72,27 +72,26 @@ def tiny_parts(seed: int = 0, channels: tuple[int, int] = (8, 16)) -> dict:
     return {"unet": unet, "vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
 
 
+def tiny_pipeline(
+    dtype: torch.dtype = torch.float32, seed: int = 0, channels: tuple[int, int] = (8, 16), **scheduler: object
+) -> StableDiffusionPipeline:
+    """The tiny parts as a ``diffusers`` pipeline; ``scheduler`` overrides entries of :data:`SCHEDULER`."""
+    return StableDiffusionPipeline(
+        **tiny_parts(seed, channels),
+        scheduler=DDIMScheduler.from_config({**SCHEDULER, **scheduler}),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).to(dtype=dtype)
+
+
 def tiny_stable_diffusion(
     dtype: torch.dtype = torch.float32, seed: int = 0, channels: tuple[int, int] = (8, 16), **scheduler: object
-) -> StableDiffusion:
-    parts = tiny_parts(seed, channels)
-    return StableDiffusion(
-        parts["unet"].to(dtype),
-        parts["vae"].to(dtype),
-        parts["text_encoder"].to(dtype),
-        parts["tokenizer"],
-        {**SCHEDULER, **scheduler},
-    )
+) -> DiffusionModel:
+    return DiffusionModel(tiny_pipeline(dtype, seed, channels, **scheduler))
 
 
 def save_tiny_pipeline(folder: Path, seed: int = 0, channels: tuple[int, int] = (8, 16)) -> Path:
     """The same model as a ``diffusers`` pipeline folder."""
-    config = {key: value for key, value in SCHEDULER.items() if not key.startswith("_")}
-    StableDiffusionPipeline(
-        **tiny_parts(seed, channels),
-        scheduler=DDIMScheduler(**config),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder)
+    tiny_pipeline(seed=seed, channels=channels).save_pretrained(folder)
     return folder

@@ -22,6 +22,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -173,6 +174,28 @@ def sample(
     return loop.run("sample")[0]
 
 
+def check_repeatable(model: DiffusionModel, inputs: dict[str, Any]) -> None:
+    """Make a picture twice from the same seeds, in two steps.
+
+    Raises:
+        ConfigurationError: they differ: the gradient of a step that is made again would be another picture's.
+    """
+    inputs = {**inputs, "num_inference_steps": 2}
+    generators = [torch.Generator().manual_seed(i) for i in range(len(inputs["prompt"]))]
+    first, again = (sample(model, generators, inputs).float() for _ in range(2))
+    if first.ndim not in (4, 5) or first.shape[-3] != 3:
+        raise ConfigurationError(
+            f"{type(model.pipe).__name__} gives {tuple(first.shape)}; expected pictures (B, 3, H, W), or frames of a "
+            f"video (B, F, 3, H, W)"
+        )
+    if not torch.allclose(first, again, rtol=0, atol=1e-2, equal_nan=True):
+        raise ConfigurationError(
+            f"{type(model.pipe).__name__} makes two pictures from the same seeds that differ by "
+            f"{float((first - again).abs().max()):.2g}: it keeps something from call to call, or draws noise of its "
+            f"own; switch that off by model.pipeline.arguments"
+        )
+
+
 def _score(
     images: Tensor,
     leaf: Tensor,
@@ -322,7 +345,8 @@ class _Loop:
     def _call(self, inputs: dict[str, Any]) -> Any:
         call = undecorated(type(self.pipe))
         try:
-            return call(self.copied, generator=list(self.generators), return_dict=False, **inputs)[0]
+            with _quiet_pipeline():
+                return call(self.copied, generator=list(self.generators), return_dict=False, **inputs)[0]
         except AlignerError:
             raise
         except (ValueError, TypeError) as error:
@@ -521,6 +545,18 @@ class _Loop:
 
 def _any_gradient(tree: Iterable[Any]) -> bool:
     return any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(tree))
+
+
+@contextlib.contextmanager
+def _quiet_pipeline() -> Iterator[None]:
+    """Pipelines warn of each truncated prompt in each call; they are counted, and said once at the end."""
+    logger = logging.getLogger("diffusers")
+    level = logger.level
+    logger.setLevel(max(level, logging.ERROR))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,15 @@
+"""Tiny pipelines: real diffusers and transformers classes, random weights, tokenizers built in code."""
+
+from __future__ import annotations
+
+from . import dits, flows, main, others, unets, videos
+from .row import PROMPTS, TinyPipeline, randomise
+
+__all__ = ["MAIN", "PROMPTS", "ROWS", "TinyPipeline", "named", "randomise"]
+
+MAIN = main.ROWS
+ROWS = (*MAIN, *unets.ROWS, *dits.ROWS, *flows.ROWS, *videos.ROWS, *others.ROWS)
+
+
+def named(name: str) -> TinyPipeline:
+    return next(row for row in ROWS if row.name == name)
