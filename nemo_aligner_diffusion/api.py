@@ -35,6 +35,9 @@ from nemo_aligner_diffusion.training.schema_checks import world_size
 from nemo_aligner_diffusion.training.signals import Interrupted, Interruption
 from nemo_aligner_diffusion.tuned import Tuned
 
+# arguments of tune that set one key each, in the order of the keys there
+_ARGUMENTS = ("steps", "batch_size", "lr", "kl_coeff", "guidance_scale", "inference_steps", "seed", "lora_rank",
+              "validation_seeds")  # fmt: skip
 RewardFunction = Callable[[torch.Tensor, Sequence[str]], torch.Tensor]
 
 
@@ -69,7 +72,7 @@ def tune(
     Args:
         model: a ``diffusers`` folder or hub id; a pipeline, *which is itself tuned* (its networks are frozen, its
             denoiser gets a LoRA adapter in float32, or with ``every_weight`` new weights; its scheduler stays; it moves
-            to the GPU if there is one); ``None``: the embedded 64×64 model.
+            to the GPU if there is one; an error takes the adapter off again); ``None``: the embedded 64×64 model.
         reward: a function ``(images (B, 3, H, W) in [0, 1], prompts) -> scores (B,)``, differentiable in the images,
             higher is better; lambdas will do. Or a :class:`.Reward` or ``nn.Module``, which is frozen; a ``.nemo``
             file; the name of one of ours (``"symmetry"``, ``"clip"``, …), its settings in ``overrides``.
@@ -142,14 +145,21 @@ def tune(
         "model.peft.lora_tuning.adapter_dim": lora_rank,
         "model.data.validation.seeds": None if validation_seeds is None else list(validation_seeds),
     }
-    words += [f"{key}={_written(value)}" for key, value in settings.items() if value is not None]
+    given_settings = {key: value for key, value in settings.items() if value is not None}
+    words += [f"{key}={_written(value)}" for key, value in given_settings.items()]
     if every_weight:
         if lora_rank is not None:
             raise ConfigurationError(f"every_weight=True with lora_rank={lora_rank}: expected one of them")
         words.append("peft=none")
     if isinstance(overrides, str):
         raise ConfigurationError(f"overrides={overrides!r} is one text; expected a list of them: [{overrides!r}]")
-    cfg = _load(recipe, words, overrides, batch_size)
+    try:
+        cfg = _load(recipe, words, overrides, batch_size)
+    except ConfigurationError as error:
+        told = str(error)
+        for key, argument in zip(settings, _ARGUMENTS, strict=True):
+            told = told.replace(f"{key} = ", f"{argument} ({key}) = ") if key in given_settings else told
+        raise ConfigurationError(told) from None
     if world_size(cfg) > 1:
         raise ConfigurationError(
             f"tune works in one process, but trainer.devices × trainer.num_nodes = {world_size(cfg)}; for several use "
@@ -164,8 +174,13 @@ def tune(
     try:
         with _callers_state(), hushed(), watched(cfg) as watch:
             ended = train(cfg, watch, interruption, given)
-    except Interrupted:
-        raise KeyboardInterrupt("interrupted before the first step: nothing was learnt") from None
+    except BaseException as error:
+        for part in pipe.components.values() if pipe is not None else ():
+            if getattr(part, "peft_config", None):  # what failed can be tried again
+                part.unload_lora()
+        if isinstance(error, Interrupted):
+            raise KeyboardInterrupt("interrupted before the first step: nothing was learnt") from None
+        raise
     return Tuned(ended, interrupted=interruption.requested is not None, temporary=directory)
 
 
@@ -266,10 +281,16 @@ def _reward(reward: Any) -> tuple[Reward | None, list[str]]:
         return None, [f"rm={reward}"]
     if inspect.isclass(reward):
         raise RewardError(f"reward={reward.__name__} is a class; expected an object of it: {reward.__name__}(…)")
+    if not callable(reward):
+        raise RewardError(
+            f"reward={reward!r:.80}: expected a function (images, prompts) -> one score for each picture, a Reward, a "
+            ".nemo file or a name"
+        )
     name = _name(reward)
+    origin = f"reward={name.rpartition('.')[2] if '<locals>' in name else name.partition(':')[2]}"
     if inspect.isroutine(reward):
-        check_call(reward, {}, f"reward={name}", "", ("images", "prompts"), RewardError)
-    return CustomReward(reward, f"reward={name}"), ["rm=custom", f"rm.import_path={_quoted(name)}"]
+        check_call(reward, {}, origin, "", ("images", "prompts"), RewardError)
+    return CustomReward(reward, origin), ["rm=custom", f"rm.import_path={_quoted(name)}"]
 
 
 def _prompts(prompts: Any, argument: str) -> list[str] | str:

@@ -104,5 +104,5 @@ def check_call(
     except TypeError as failure:
         raise error(
             f"{origin} cannot be called as ({', '.join([*arguments, *(f'{key}=…' for key in settings)])}): {failure}. "
-            f"Its signature is {signature}; keyword arguments are {settings_key}."
+            f"Its signature is {signature}{f'; keyword arguments are {settings_key}' if settings_key else ''}."
         ) from failure

@@ -122,9 +122,8 @@ def train(cfg: DictConfig, watch: RunWatch, interruption: Interruption, given: G
     frame = RunFrame.open(cfg, watch, interruption, startup.enter)
     directory, device, resume = frame.directory, frame.device, frame.resume
     steps = int(cfg.model.infer.inference_steps)
-    on_every_process(
-        lambda: (given.method or method_of(cfg)).check(steps)
-    )  # a user's own is imported before anything is loaded
+    # a user's own is imported before anything is loaded
+    on_every_process(lambda: (given.method or method_of(cfg)).check(steps))
     for name, prompts in given.prompts.items():
         write_text_atomically(directory.path / name, "".join(f"{prompt}\n" for prompt in prompts))
     data = _build_data(cfg)
