@@ -21,6 +21,7 @@ from nemo_aligner_diffusion.algorithms.custom import CustomMethod
 from nemo_aligner_diffusion.algorithms.registry import methods
 from nemo_aligner_diffusion.data.paths import expand_paths
 from nemo_aligner_diffusion.data.prompt_files import clean_prompt
+from nemo_aligner_diffusion.diffusion.families import DENOISERS
 from nemo_aligner_diffusion.errors import ConfigurationError, DataError, RewardError
 from nemo_aligner_diffusion.import_path import check_call
 from nemo_aligner_diffusion.rewards.base import Reward
@@ -257,12 +258,12 @@ def _check_pipeline(pipe: Any, cfg: DictConfig) -> None:
                 "pipeline.unload_lora_weights()"
             )
     if cfg.model.peft.peft_scheme == "none":
-        half = {name: part.dtype for name, part in networks.items() if part.dtype in (torch.float16, torch.bfloat16)}
-        for name in half:
-            raise ConfigurationError(
-                f"every_weight=True with a pipeline whose {name} is in {half[name]}, too coarse for an optimizer's "
-                "steps: load it with torch_dtype=torch.float32, or train an adapter"
-            )
+        for name in (name for name in DENOISERS if name in networks):
+            if networks[name].dtype in (torch.float16, torch.bfloat16):
+                raise ConfigurationError(
+                    f"every_weight=True with a pipeline whose {name} is in {networks[name].dtype}, too coarse for an "
+                    "optimizer's steps: load it with torch_dtype=torch.float32, or train an adapter"
+                )
 
 
 def _reward(reward: Any) -> tuple[Reward | None, list[str]]:
