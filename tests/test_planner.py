@@ -6,6 +6,7 @@ import gc
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,26 @@ def test_presets_have_the_published_numbers_of_parameters(name, denoiser, vae):
         model = build_model(MODELS[name])
     millions = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.denoiser, model.pipe.vae)]
     assert millions == pytest.approx([denoiser, vae], abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "component", "smaller", "times"),
+    [
+        ("sdxl", "unet", {"transformer_layers_per_block": 1}, 2),
+        ("dit-12b", "transformer", {"num_layers": 1, "num_single_layers": 1}, 1),  # guidance is an input of the network
+    ],
+)
+def test_guidance_costs_what_it_costs_in_the_pipeline(name, component, smaller, times):
+    kind, config = MODELS[name].components[component]
+    spec = replace(MODELS[name], components={**MODELS[name].components, component: (kind, {**config, **smaller})})
+    flops = []
+    for scale in (1, 5):
+        cfg = load("draftp_sd", [f"model.infer.unconditional_guidance_scale={scale}", "rm=symmetry", "peft=none",
+                                 "model.kl_coeff=0", "model.infer.height=64", "model.infer.width=64"], 1)  # fmt: skip
+        settings = settings_from(cfg, spec, reward="recipe")
+        found = measure(settings, Case(Layout(), 1, False, None), step_counts(cfg, spec).plan, only=("call",))
+        flops.append(found.phases["call"].flops)
+    assert flops[1] == times * flops[0] > 0
 
 
 def test_step_counts_average_the_draws_of_the_method(tiny):

@@ -141,6 +141,7 @@ def rollout(
                 _score(images, leaf, objective, loop.sample_weights, len(ends), reads, decode_rows, gradient_scale)
             )
             ends.append(end)
+        loop.convert_back()
         if loop.guided:
             loop.run("replay")
             for i, prediction in loop.guided.items():
@@ -267,10 +268,12 @@ class _Loop:
         self.outputs: dict[str, Any] = {}  # last of each network, for skipped calls
         self.encoded: dict[str, list[Any]] = {}  # outputs before the loop, for every later call
         self.sample_weights: Tensor | None = None
+        self.conversions: list[Callable[[], Any]] = []
 
     def run(self, mode: Mode) -> tuple[Tensor, Tensor, Tensor | None]:
         """``(pictures, latents at the trajectory's end, the leaf that the decoder's graph begins with)``."""
         self.mode, self.i, self.started, self.skipping = mode, 0, False, mode == "last step"
+        self.decoded = False
         self.end: Tensor | None = None
         self.leaf: Tensor | None = None
         if mode != "replay":  # kept for it: by active step, guided predictions; latents of each step; raw outputs
@@ -284,7 +287,9 @@ class _Loop:
         for generator, state in zip(self.generators, self.seeds, strict=True):
             generator.set_state(state)
         self.copied = self._tapped()
-        inputs = {"output_type": "latent" if mode == "replay" else "pt", **self.inputs}
+        # lists of its own for each call: Z-Image writes into that of the prompts
+        given = {name: list(value) if isinstance(value, list) else value for name, value in self.inputs.items()}
+        inputs = {"output_type": "latent" if mode == "replay" else "pt", **given}
         # Gradient is off until the first active network call switches it on: everything before it runs exactly as at
         # inference. Noise that a pipeline draws from no generator is at least the same in every call for these samples.
         with torch.no_grad(), without_global_noise(self.generators[0].initial_seed()):
@@ -329,6 +334,7 @@ class _Loop:
             overrides: dict[str, Any] = {"__call__": functools.partial(self._network, name)}
             if hasattr(network, "decode"):
                 overrides["decode"] = in_place_of(network.decode, functools.partial(self._decode, network.decode))
+                overrides["to"] = functools.partial(self._convert, network)
             copied.__dict__[name] = Proxy(network, overrides)
         self.scheduler = copied.__dict__["scheduler"] = copy.deepcopy(self.pipe.scheduler)
         self.scheduler_step = self.scheduler.step  # a deep copy, no proxy: Bria compares `type(self.scheduler)`
@@ -349,7 +355,7 @@ class _Loop:
                 return call(self.copied, generator=list(self.generators), return_dict=False, **inputs)[0]
         except AlignerError:
             raise
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
             if self.started:
                 raise
             raise ConfigurationError(
@@ -474,8 +480,8 @@ class _Loop:
         if stop:
             clean = clean_estimate(before, prediction, timestep, z, out).to(out[0].dtype)
             self.skipping = True
-            self.step_output = out if in_form else (out[0],)
-            return self._returned(clean)
+            self.step_output = out if in_form else out.to_tuple()
+            return self._returned(clean, everywhere=True)
         self.step_output = out
         if self.rule is not None and self.mode == "train" and type(self.plan).carry is not Plan.carry:
             if not self.trace.latents:
@@ -483,13 +489,14 @@ class _Loop:
             self.trace.predictions[i] = prediction
             carried = self.plan.carry(i + 1, out[0], self.trace)
             self.trace.latents.append(carried)
-            out = self._returned(carried)
+            out = self._returned(carried, everywhere=i == self.total - 1)
         return out
 
     def _decode(self, decode: Callable[..., Any], latents: Tensor, *args: Any, **kwargs: Any) -> Any:
         def call(z: Tensor) -> Any:
             return decode(z, *args, **kwargs)
 
+        self.decoded = True
         if self.reads:
             torch.set_grad_enabled(True)
             self.end, self.leaf = latents, latents.detach().requires_grad_()
@@ -502,14 +509,36 @@ class _Loop:
             parts.append(checkpoint(call, rows, use_reentrant=False) if rows.requires_grad else call(rows))
         return tree_map(lambda *rows: torch.cat(rows) if isinstance(rows[0], Tensor) else rows[0], *parts)
 
+    def _convert(self, network: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """SDXL's VAE is float32 while it decodes, and would be float16 again before the decoder's backward pass."""
+        if self.decoded and self.reads:
+            self.conversions.append(functools.partial(network.to, *args, **kwargs))
+        else:
+            network.to(*args, **kwargs)
+        return network
+
+    def convert_back(self) -> None:
+        """Do what was put off until the decoder's graph is gone."""
+        for conversion in self.conversions:
+            conversion()
+        self.conversions = []
+
     # what the taps need
 
-    def _returned(self, sample: Tensor) -> Any:
-        """``sample`` in the form in which the scheduler's ``step`` last returned."""
+    def _returned(self, sample: Tensor, everywhere: bool = False) -> Any:
+        """``sample`` in the form in which the scheduler's ``step`` last returned.
+
+        ``everywhere``: from now on in place of the clean estimate too, which is what LCM decodes at the end.
+        """
         if isinstance(self.step_output, tuple):
+            if everywhere:
+                self.step_output = tuple(sample if isinstance(x, Tensor) else x for x in self.step_output)
             return (sample, *self.step_output[1:])
         out = copy.copy(self.step_output)
-        out["prev_sample"] = sample
+        for name in [*out] if everywhere else ["prev_sample"]:
+            if isinstance(out.get(name), Tensor):
+                out[name] = sample
+        self.step_output = out
         return out
 
     def _refuse_state(self, name: str, given: Any) -> None:

@@ -118,7 +118,7 @@ def longcat() -> dict[str, Any]:
         **{**FLUX_LIKE, "in_channels": 64, "axes_dims_rope": [2, 2, 4]}, pooled_projection_dim=WIDTH
     )
     return together((text_encoder, tokenizer), transformer=transformer, vae=kl_vae(16, shift_factor=0.1),
-                    scheduler=flow_euler(**DYNAMIC_SHIFT), text_processor=None)  # fmt: skip
+                    scheduler=flow_euler(**DYNAMIC_SHIFT), text_processor=tokenizer)  # fmt: skip
 
 
 def hunyuan_image() -> dict[str, Any]:
@@ -213,12 +213,14 @@ ROWS: tuple[TinyPipeline, ...] = (
     row("ernie", ErnieImagePipeline, ernie, lora_targets=(*ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.linear_fc2"),
         arguments={**SMALL, "use_pe": False}),
     row("krea2", Krea2Pipeline, krea_2, lora_targets=(*ATTENTION, "ff.gate", "ff.up", "ff.down"),
-        options={"text_encoder_select_layers": (1, 2)}, arguments={**SMALL, "max_sequence_length": 192}),
+        options={"text_encoder_select_layers": (1, 2)}, arguments={**SMALL, "max_sequence_length": 192},
+        notes="from_pretrained keeps some of its weights in float32, so that float64 does not survive saving"),
     row("longcat", LongCatImagePipeline, longcat, lora_targets=FLUX_LORA,
         arguments={**SMALL, "enable_prompt_rewrite": False},
-        notes="text_processor rewrites prompts; building it needs torchvision"),
+        notes="512 text tokens whatever the prompt; text_processor, for rewriting prompts, is the tokenizer here: the "
+              "real one needs torchvision"),
     row("hunyuan-image", HunyuanImagePipeline, hunyuan_image, lora_targets=HUNYUAN_LORA, guidance=None,
-        notes="guidance is an object of the pipeline, guider"),
+        notes="guidance is an object of the pipeline, guider; 1000 text tokens whatever the prompt: slow"),
     row("kandinsky3", Kandinsky3Pipeline, kandinsky_3, train="unet", lora_targets=("to_q", "to_k", "to_v", "to_out.0")),
     row("cascade-prior", StableCascadePriorPipeline, cascade_prior, train="prior",
         lora_targets=("to_q", "to_k", "to_v", "to_out.0"), arguments={"height": 128, "width": 128},

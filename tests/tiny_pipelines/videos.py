@@ -182,7 +182,8 @@ HUNYUAN_TEMPLATE = {"template": "<|im_start|>{}<|im_end|>", "crop_start": 1}
 ADDED = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 ROWS = (
     row("wan", WanPipeline, wan, video=True, lora_targets=(*ATTENTION, "ffn.net.0.proj", "ffn.net.2"),
-        arguments={**SMALL, "num_frames": 5, "max_sequence_length": 8}),
+        arguments={**SMALL, "num_frames": 5, "max_sequence_length": 8},
+        notes="from_pretrained keeps some of its weights in float32, so that float64 does not survive saving"),
     row("ltx", LTXPipeline, ltx, video=True, arguments={"height": 32, "width": 32, "num_frames": 9,
                                                         "max_sequence_length": 8}),
     row("cogvideox", CogVideoXPipeline, cogvideox, video=True,
@@ -192,9 +193,11 @@ ROWS = (
         arguments={**SMALL, "num_frames": 7, "max_sequence_length": 8},
         unused=("transformer_blocks.1.attn1.add_q_proj", "transformer_blocks.1.attn1.norm_added_q"),
         notes="the last block's text tokens are keys and values only; the decoder's norms have 32 groups"),
-    row("latte", LattePipeline, latte, video=True, arguments={**SMALL, "clean_caption": False, "video_length": 2}),
+    row("latte", LattePipeline, latte, video=True, arguments={**SMALL, "clean_caption": False, "video_length": 2},
+        notes="pictures come out in float32 in any case"),
     row("animatediff", AnimateDiffPipeline, animatediff, video=True, train="unet", lora_targets=UNET_LORA,
-        arguments={**SMALL, "num_frames": 2}),
+        arguments={**SMALL, "num_frames": 2},
+        notes="pictures come out in float32 in any case"),
     row("hunyuan-video", HunyuanVideoPipeline, hunyuan_video, video=True,
         lora_targets=(*ATTENTION, *ADDED, *FEED_FORWARD, "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp",
                       "single_transformer_blocks.0.proj_out"),
