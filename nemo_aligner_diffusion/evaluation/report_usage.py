@@ -9,6 +9,7 @@ from typing import Any
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.evaluation.run_files import RunFiles
 
+
 def usage(run: RunFiles) -> str:
     """HTML: how to generate with the export, in this project and in plain diffusers."""
     folder = str(run.setting("exp_manager.explicit_log_dir", run.folder))
@@ -35,7 +36,8 @@ def usage(run: RunFiles) -> str:
     else:
         return (
             '<p class="quiet">Nothing has been exported yet: export/ holds neither pytorch_lora_weights.safetensors '
-            "nor a network's folder such as unet/ or transformer/. It is written at the end of a run and when a run is interrupted.</p>"
+            "nor a network's folder such as unet/ or transformer/. It is written at the end of a run and when a run is "
+            "interrupted.</p>"
         )
     return (
         f"<h3>With this project</h3><pre>{escape(chr(10).join(commands))}</pre>"
