@@ -35,19 +35,26 @@ def tested(row: TinyPipeline) -> str:
     return "every method, exact" if row in MAIN else "a DRTune step"
 
 
+def makers(row: TinyPipeline) -> str:
+    family = family_of(row.pipeline)
+    said = {"{} steps": family.steps, "guidance {:g}": family.scale, "{0} × {0}": family.size}
+    return ", ".join(text.format(value) for text, value in said.items() if value is not None) or "–"
+
+
 def table() -> str:
     lines = [
-        "| pipeline | makes | trained | guidance | LoRA layers by default | given or declared | tested |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| pipeline | makes | trained | guidance | as its makers sample | LoRA layers by default | given or declared | tested |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in ROWS:
         family = family_of(row.pipeline)
         declared = [f"`{name}={value!r}`" for name, value in family.arguments.items()]
         declared += [f"stateless: `{name}`" for name in sorted({*family.stateless, *row.stateless})]
-        layers = ", ".join(lora_targets(family, row.train))
+        has_lora = hasattr(type(row.build().components[row.train]), "add_adapter")
+        layers = ", ".join(lora_targets(family, row.train)) if has_lora else "none: `peft=none`"
         lines.append(
             f"| `{row.pipeline.__name__}` ({row.name}) | {kind(row)} | `{row.train}` | "
-            f"{f'`{row.guidance[0]}`' if row.guidance else '–'} | {layers} | {', '.join(declared) or '–'} | "
+            f"{f'`{row.guidance[0]}`' if row.guidance else '–'} | {makers(row)} | {layers} | {', '.join(declared) or '–'} | "
             f"{tested(row)} |"
         )
     return "\n".join([BEGIN, *lines, END])

@@ -33,6 +33,7 @@ class Family:
         guidance: the argument that guidance goes to.
         steps, scale, size: as its makers sample; ``None``: the pipeline's own default.
         arguments: given in every call.
+        signed: pictures come out in [-1, 1]; rewards get them in [0, 1].
         stateless: class names of objects handed to networks that carry nothing from call to call.
     """
 
@@ -44,6 +45,7 @@ class Family:
     size: int | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     stateless: tuple[str, ...] = ()
+    signed: bool = False
 
 
 # by the class's name without "Pipeline"
@@ -64,6 +66,7 @@ FAMILIES: dict[str, Family] = {
     "PixArtSigma": Family(arguments={"use_resolution_binning": False}),
     "Sana": Family(arguments={"use_resolution_binning": False}),
     "SanaSprint": Family(arguments={"use_resolution_binning": False}),
+    "IF": Family(signed=True),
     "GlmImage": Family(stateless=("GlmImageKVCache",)),
 }  # fmt: skip
 

@@ -128,7 +128,8 @@ def _read_index(folder: Path) -> dict[str, Any]:
 
 def _check_folders(folder: Path, index: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Every part that the index names has a folder: transformers makes an empty tokenizer of a missing one."""
-    named = [name for name, value in index.items() if isinstance(value, list) and value != [None, None]]
+    pairs = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2}
+    named = [name for name, value in pairs.items() if value != [None, None]]
     missing = [name for name in named if name not in given and not (folder / name).is_dir()]
     if missing:
         raise CheckpointError(f"{folder}: model_index.json names {', '.join(missing)}, but there is no such folder")
