@@ -71,7 +71,7 @@ def load_pipeline(folder: str, dtype: torch.dtype, readers: tuple[int, ...]) -> 
 def test_every_process_gets_the_leaders_model_and_opens_nothing(processes, tmp_path, dtype):
     folder = save_tiny_pipeline(tmp_path / "pipeline")
     alone = load_model(folder, dtype=dtype)
-    assert {name.split(".")[0] for name in fingerprint(alone)} == {"unet", "vae", "text_encoder"}
+    assert {name.split(".")[0] for name in fingerprint(alone)} == {"denoiser", "vae", "text_encoder"}
     expected = generate(alone, ["red apple"], [0], Sampling(2, 3.0)).numpy()
     results = processes.run(3, load_pipeline, str(folder), dtype, (0,))
     for found, tokens, scheduler, picture, _ in results:

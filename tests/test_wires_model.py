@@ -87,6 +87,8 @@ def test_the_module_is_as_configured(pipeline: Path) -> None:
     for part in adapted:
         assert (part.r["default"], part.scaling["default"], part.lora_dropout["default"].p) == (3, 4.0, 0.9)
     assert {name.split(".")[-4] for name, _ in module.trainable_parameters()} == {"to_v"}
+    # what checkpoints call it, those of earlier versions too
+    assert all(name.startswith("model.denoiser.") for name, p in module.named_parameters() if p.requires_grad)
     assert model.denoiser.is_gradient_checkpointing
     module.on_train_start()
     still = (model.networks["vae"], model.networks["text_encoder"], module.reward)

@@ -42,6 +42,8 @@ class DiffusionModel(nn.Module):
         pictures = generate(model, ["red apple"], [0], Sampling(steps=20, guidance_scale=4.0))
     """
 
+    denoiser: Any  # the trained network
+
     def __init__(
         self,
         pipe: Any,
@@ -57,9 +59,6 @@ class DiffusionModel(nn.Module):
         self.reference_denoiser: Any = None  # frozen copy, full fine-tuning only
         self._as_reference = False
         names = [name for name, part in pipe.components.items() if isinstance(part, nn.Module)]
-        self._networks = tuple(names)
-        for name in names:
-            self.add_module(name, pipe.components[name])
         self._check_kind()
         self.denoisers = frozenset(name for name in DENOISERS if name in names)
         self.trained = trained or self.family.trained or next(name for name in DENOISERS if name in names)
@@ -68,6 +67,10 @@ class DiffusionModel(nn.Module):
                 f"{type(pipe).__name__} has no denoiser {self.trained!r} (it has {', '.join(sorted(self.denoisers))}): "
                 f"name what is to be trained in model.pipeline.trained"
             )
+        # whatever the component is called: in the checkpoints of a run its weights are model.denoiser.…
+        self._names = {name: "denoiser" if name == self.trained else name for name in names}
+        for name in names:
+            self.add_module(self._names[name], pipe.components[name])
         self.requires_grad_(False).eval()
         self.arguments = {**self.family.arguments, **(arguments or {})}
         for name in self.arguments:
@@ -78,12 +81,7 @@ class DiffusionModel(nn.Module):
     @property
     def networks(self) -> dict[str, nn.Module]:
         """The pipeline's networks by component name."""
-        return {name: self._modules[name] for name in self._networks}  # type: ignore[misc]
-
-    @property
-    def denoiser(self) -> Any:
-        """The trained network."""
-        return self._modules[self.trained]
+        return {name: self._modules[own] for name, own in self._names.items()}  # type: ignore[misc]
 
     @property
     def lora_targets(self) -> list[str]:
@@ -114,7 +112,7 @@ class DiffusionModel(nn.Module):
         """What is called for component ``name`` now: within :meth:`reference`, the frozen copy if there is one."""
         if self._as_reference and name == self.trained and self.reference_denoiser is not None:
             return self.reference_denoiser
-        return self._modules[name]
+        return self._modules[self._names[name]]
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
