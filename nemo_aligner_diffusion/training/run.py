@@ -140,13 +140,12 @@ def train(cfg: DictConfig, watch: RunWatch, interruption: Interruption, given: G
     startup.enter("building")
     module = build_module(cfg, model, reward, loop.max_steps, policy, given.method)
     module.validation_prompts = [prompt for prompt in data.validation_prompts for _ in data.validation_seeds]
-    startup.enter("checking the pipeline")
-    on_every_process(module.check_pipeline)
-
     if given.reward is not None:
         section, size = cfg.model.data, cfg.model.micro_batch_size
         prompts = read_prompts(data.train, size, section.on_bad_sample, section.on_bad_shard)
         try_out(module, list(itertools.islice(itertools.cycle(prompts), size)))
+    startup.enter("checking the pipeline")
+    on_every_process(module.check_pipeline)
     startup.enter("run directory")
     frame.begin()
     ema = EMACallback.from_config(cfg.exp_manager.ema)
