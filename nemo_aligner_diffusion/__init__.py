@@ -1,20 +1,25 @@
 """Reward fine-tuning of text-to-image diffusion models: DRaFT+, DRTune and their siblings, on PyTorch Lightning.
 
-The methods are importable from here, and are looked for when first asked for; ``import nemo_aligner_diffusion`` (and
-with it ``--help`` and every configuration error) costs no import of torch:
+:func:`tune` and the methods are importable from here, and are looked for when first asked for; ``import
+nemo_aligner_diffusion`` (and with it ``--help`` and every configuration error) costs no import of torch:
 
-    from nemo_aligner_diffusion import DRTune
+    from nemo_aligner_diffusion import DRTune, tune
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nemo_aligner_diffusion.api import tune as tune
 
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
+    if name == "tune":
+        return importlib.import_module(".api", __name__).tune
     if name[0].isupper():
         methods = importlib.import_module(".algorithms", __name__)
         if hasattr(methods, name):
@@ -24,4 +29,4 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     methods = dir(importlib.import_module(".algorithms", __name__))
-    return sorted({*globals(), *(name for name in methods if name[0].isupper())})
+    return sorted({*globals(), "tune", *(name for name in methods if name[0].isupper())})

@@ -50,7 +50,7 @@ def load_callable(
                 f"arguments are {settings_key}."
             ) from failure
     if inspect.isroutine(found):
-        _check_call(found, settings, origin, settings_key, arguments, error)
+        check_call(found, settings, origin, settings_key, arguments, error)
         return functools.partial(found, **settings) if settings else found
     if settings:
         raise error(f"{origin} is an object already made; {settings_key} go to a class or a function only.")
@@ -86,7 +86,7 @@ def _import(import_path: str, origin: str, error: type[AlignerError]) -> Any:
     return found
 
 
-def _check_call(
+def check_call(
     function: Callable[..., Any],
     settings: Mapping[str, Any],
     origin: str,
@@ -94,6 +94,7 @@ def _check_call(
     arguments: Sequence[str],
     error: type[AlignerError],
 ) -> None:
+    """Raise ``error`` where ``function`` cannot be called with ``arguments`` and ``settings``."""
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
@@ -103,5 +104,5 @@ def _check_call(
     except TypeError as failure:
         raise error(
             f"{origin} cannot be called as ({', '.join([*arguments, *(f'{key}=…' for key in settings)])}): {failure}. "
-            f"Its signature is {signature}; keyword arguments are {settings_key}."
+            f"Its signature is {signature}{f'; keyword arguments are {settings_key}' if settings_key else ''}."
         ) from failure

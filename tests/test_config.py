@@ -17,8 +17,10 @@ ALGORITHM_OF = {
     "draft_k_sd": "draft_k",
     "draft_lv_sd": "draft_lv",
     "refl_sd": "refl",
+    "refl_imagereward_sd": "refl",
     "alignprop_sd": "alignprop",
 }
+NEEDED = {"refl_imagereward_sd": ["rm.model.restore_from_path=r.nemo"]}
 
 
 def message(*overrides: str, name: str = "draftp_sd") -> str:
@@ -31,14 +33,20 @@ def message(*overrides: str, name: str = "draftp_sd") -> str:
 
 @pytest.mark.parametrize("name", sorted(ALGORITHM_OF))
 def test_every_recipe_composes_and_validates(name: str) -> None:
-    cfg = load_config(name)
+    cfg = load_config(name, NEEDED.get(name, []))
     assert cfg.name == name
     assert cfg.exp_manager.name == name
     assert cfg.model.algorithm == ALGORITHM_OF[name]
     assert loop_section(cfg) is cfg.trainer[name]
     assert cfg.rm.name == "clip"
-    assert cfg.rm.model.restore_from_path is None
+    assert cfg.rm.model.restore_from_path == ("r.nemo" if name in NEEDED else None)
     assert derived(cfg).accumulation == 2
+
+
+def test_refls_recipe_is_its_authors() -> None:
+    model = load_config("refl_imagereward_sd", NEEDED["refl_imagereward_sd"]).model
+    assert (model.reward_scale, model.reward_margin, model.infer.unconditional_guidance_scale) == (1e-3, 2, 1)
+    assert (model.infer.inference_steps, list(model.refl.window)) == (40, [30, 39])
 
 
 def test_the_recipes_are_the_ones_named_here() -> None:
@@ -175,7 +183,9 @@ def test_no_invented_key_of_the_model_passes(name: str) -> None:
         ("model.micro_batch_size=0", "expected an integer >= 1"),
         ("model.micro_batch_size=1.5", "expected an integer >= 1"),
         ("model.activation_checkpointing=1", "expected true or false"),
-        ("model.algorithm=dpok", "expected one of draft, draft_k"),
+        ("model.algorithm=dpok", "expected one of alignprop, draft, draft_k"),
+        ("model.kl_space=v", "expected one of epsilon, prediction, velocity, or null"),
+        ("algorithm=leapaling", "did you mean leapalign"),
         ("model.infer.eta=1.5", "expected a number >= 0 and <= 1"),
         ("model.infer.sampler_type=heun", "expected one of DDIM"),
         ("model.decode_micro_batch_size=0", "expected an integer >= 1, or null"),

@@ -49,6 +49,7 @@ def test_every_key_of_the_schema_is_in_conf_or_explained_here() -> None:
     # Keys that only some choice needs and that therefore no file of conf/ sets.
     unset = {f"model.optim.sched.{name}" for name in ("warmup_ratio", "hold_ratio", "constant_ratio")}
     unset |= {"exp_manager.wandb_logger_kwargs.*", "rm.parts.*", "rm.kwargs.*"}
+    unset |= {"model.custom_algorithm.*", "model.pipeline.arguments.*"}
     assert set(schema.known_keys("<loop>")) - set(documented_keys()) == unset
 
 
@@ -56,7 +57,7 @@ def test_every_key_of_the_schema_is_in_conf_or_explained_here() -> None:
 def test_every_key_that_composes_is_in_the_schema(recipe: str) -> None:
     from omegaconf import OmegaConf
 
-    container = OmegaConf.to_container(load_config(recipe))
+    container = OmegaConf.to_container(load_config(recipe, ["rm=clip"]))
     assert isinstance(container, dict)
     for key in flatten({str(name): value for name, value in container.items()}):
         assert schema.kind_of(key, recipe) is not None, key
@@ -65,20 +66,18 @@ def test_every_key_that_composes_is_in_the_schema(recipe: str) -> None:
 def test_the_documentations_tables_are_current() -> None:
     text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     current = text.split("<!-- keys: begin -->\n")[1].split("<!-- keys: end -->")[0]
-    assert current == tables(), "run: python -m nemo_aligner_diffusion.training.schema_docs docs/configuration.md"
+    assert current == tables(), "run: python -m nemo_aligner_diffusion.training.schema_docs docs"
 
 
 def test_the_schema_knows_the_names_the_code_knows() -> None:
-    from nemo_aligner_diffusion.diffusion.sampler import SAMPLER_ALIASES, SAMPLERS, sampler_name
+    from nemo_aligner_diffusion.diffusion.schedule import SAMPLER_ALIASES, SAMPLERS, sampler_name
     from nemo_aligner_diffusion.rewards import build, classifier, clip, ensemble, feature_symmetry, jpeg, parts
-    from nemo_aligner_diffusion.training.assemble import ALGORITHMS
     from nemo_aligner_diffusion.training.optimizers import OPTIMIZER_NAMES
     from nemo_aligner_diffusion.training.schedules import SCHEDULE_NAMES
 
     assert {name.lower() for name in schema.SAMPLERS} == {*SAMPLERS, *SAMPLER_ALIASES}
     for name in schema.SAMPLERS:  # the spelling that the configuration keeps
         sampler_name(name)
-    assert set(schema.ALGORITHMS) == set(ALGORITHMS)
     assert schema.OPTIMIZERS == OPTIMIZER_NAMES
     assert schema.SCHEDULES == SCHEDULE_NAMES
     assert schema_rewards.SCORES == clip.SCORES

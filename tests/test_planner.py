@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
-import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ def recipe(tiny: Path, name: str, batch: int, *more: str) -> Any:
         ("draftp_sd", ("model.kl_coeff=0", "model.infer.unconditional_guidance_scale=1")),
         ("drtune_sd", ("peft=none",)),
         ("draft_lv_sd", ("model.decode_micro_batch_size=1",)),
+        ("refl_sd", ()),
         ("draftp_sd", ("rm=clip", "rm.augment.noise_std=0.1", "rm.augment.views=3")),
     ],
 )
@@ -204,8 +205,28 @@ def test_presets_have_the_published_numbers_of_parameters(name, denoiser, vae):
 
     with torch.device("meta"):
         model = build_model(MODELS[name])
-    millions = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.denoiser, model.vae)]
+    millions = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.denoiser, model.pipe.vae)]
     assert millions == pytest.approx([denoiser, vae], abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "component", "smaller", "times"),
+    [
+        ("sdxl", "unet", {"transformer_layers_per_block": 1}, 2),
+        ("dit-12b", "transformer", {"num_layers": 1, "num_single_layers": 1}, 1),  # guidance is an input of the network
+    ],
+)
+def test_guidance_costs_what_it_costs_in_the_pipeline(name, component, smaller, times):
+    kind, config = MODELS[name].components[component]
+    spec = replace(MODELS[name], components={**MODELS[name].components, component: (kind, {**config, **smaller})})
+    flops = []
+    for scale in (1, 5):
+        cfg = load("draftp_sd", [f"model.infer.unconditional_guidance_scale={scale}", "rm=symmetry", "peft=none",
+                                 "model.kl_coeff=0", "model.infer.height=64", "model.infer.width=64"], 1)  # fmt: skip
+        settings = settings_from(cfg, spec, reward="recipe")
+        found = measure(settings, Case(Layout(), 1, False, None), step_counts(cfg, spec).plan, only=("call",))
+        flops.append(found.phases["call"].flops)
+    assert flops[1] == times * flops[0] > 0
 
 
 def test_step_counts_average_the_draws_of_the_method(tiny):
@@ -217,22 +238,6 @@ def test_step_counts_average_the_draws_of_the_method(tiny):
     assert counts.network_calls == pytest.approx(8.5, abs=0.25)
     counts = step_counts(recipe(tiny, "draft_lv_sd", 2, "model.infer.inference_steps=10"))
     assert (counts.network_calls, counts.replays, counts.reads) == (12, 2, 2)
-
-
-@pytest.mark.parametrize("name", ["draftp_sd", "drtune_sd", "draft_lv_sd", "refl_sd"])
-def test_planned_network_calls_are_those_of_the_trajectory(tiny, name):
-    from nemo_aligner_diffusion.diffusion.sampler import Sampler
-    from nemo_aligner_diffusion.diffusion.trajectory import run_trajectory
-    from nemo_aligner_diffusion.planner.networks import SCHEDULER
-    from nemo_aligner_diffusion.planner.schedule import calls_of
-    from nemo_aligner_diffusion.training.assemble import ALGORITHMS
-
-    cfg = recipe(tiny, name, 1, "model.infer.inference_steps=6", "model.drtune.early_stop_steps=3")
-    sampler = Sampler(SCHEDULER, "ddim", 6)
-    for seed in range(4):
-        plan = ALGORITHMS[cfg.model.algorithm][1](cfg)(6, random.Random(seed))
-        made = run_trajectory(lambda z, t: z * 0.5, sampler, plan, lambda: torch.zeros(1, 4, 2, 2))
-        assert calls_of(plan, 6) == made.network_calls
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, Any]:

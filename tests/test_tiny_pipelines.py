@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from tiny_pipelines import MAIN, TinyPipeline
+from tiny_pipelines import MAIN, TinyPipeline, double_precision, named
 from torch import Tensor, nn
 
 
@@ -51,3 +51,31 @@ def test_lora_targets_are_linear_layers_of_the_network(row: TinyPipeline) -> Non
         matched = [module for name, module in network.named_modules() if f".{name}".endswith(f".{target}")]
         assert matched, f"{row.name} has no layer named {target}"
         assert all(isinstance(module, nn.Linear) for module in matched), f"{target} of {row.name} is no linear layer"
+
+
+def slope(row: TinyPipeline, pipe: Any, step: float) -> float:
+    """Of the mean pixel along the weights of the network, by a central difference."""
+    network = getattr(pipe, row.train)
+    means = []
+    for scale in (1 + step, (1 - step) / (1 + step)):
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.mul_(scale)
+        means.append(float(picture(row, pipe).double().mean()))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.div_(1 - step)
+    return (means[0] - means[1]) / (2 * step)
+
+
+def test_double_precision_makes_finite_differences_exact() -> None:
+    row = named("flux")  # casts to float32 in its scheduler, its norms and its rotary embedding
+    pipe = row.build(torch.float64)
+
+    def disagreement() -> float:
+        return abs(slope(row, pipe, 1e-5) / slope(row, pipe, 1e-6) - 1)
+
+    assert disagreement() > 1e-4
+    with double_precision():
+        assert disagreement() < 1e-6
+    assert torch.get_default_dtype() == torch.float32

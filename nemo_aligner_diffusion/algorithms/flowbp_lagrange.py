@@ -65,8 +65,6 @@ class FlowBPLagrange(LeapAlign):
         steps, parts = path.steps, [rng.gammavariate(parameter, 1.0) for parameter in self.spread]
         after, between = (round(steps * part / sum(parts)) for part in parts[:2])
         j = steps - 1 - min(after, round(self.most_after * steps), steps - 2)
-        k = j - min(max(between, 1), j)
+        k, share = j - min(max(between, 1), j), {j: self.share}
         on = (*supports(k, j, self.order)[:2], *supports(j, steps, self.order)[:2])
-        return QuadratureLeaps(
-            on, True, {j: self.share}, k=k, j=j, tau=self.tau, order=self.order, second=self.support_gain
-        )
+        return QuadratureLeaps(on, True, share, k=k, j=j, tau=self.tau, order=self.order, second=self.support_gain)

@@ -12,6 +12,7 @@ from nemo_aligner_diffusion.diffusion.generate import Sampling, generate
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.parallel.module import ParallelModule
 from nemo_aligner_diffusion.rewards.base import Reward
+from nemo_aligner_diffusion.training.signals import Interrupted
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,9 @@ class PictureValidation(ParallelModule):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         prompts, seeds, rows = batch["prompts"], batch["seeds"], batch["rows"]
         if any(row not in self._base_rewards for row in rows):
-            self._base_rewards |= dict(zip(rows, self._score(self.base_images(batch), prompts), strict=True))
+            self._base_rewards |= dict(zip(rows, self.score(self.base_images(batch), prompts), strict=True))
         tuned = self._generate(prompts, seeds)
-        self._validated += list(zip(rows, prompts, seeds, tuned, self._score(tuned, prompts), strict=True))
+        self._validated += list(zip(rows, prompts, seeds, tuned, self.score(tuned, prompts), strict=True))
 
     def base_images(self, batch: dict[str, Any]) -> Tensor:
         """The base model's pictures ``(B, 3, H, W)`` of a batch of the validation set, on the CPU; made once."""
@@ -119,17 +120,20 @@ class PictureValidation(ParallelModule):
         self.parallel.reshard()
         return images
 
-    def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Rewards ``(B,)`` on the CPU, of the pictures as they are."""
         with torch.no_grad():
             return self.scores(images.to(self.device), prompts)[0].cpu()
 
     def scores(self, images: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """``(B,)`` and the reward's parts; of frames ``(B, F, 3, H, W)`` the mean over ``F``."""
-        if images.ndim == 4:
-            return self.reward.scores(images, prompts)
-        frames = images.shape[1]
-        score, parts = self.reward.scores(images.flatten(0, 1), [p for p in prompts for _ in range(frames)])
+        try:
+            if images.ndim == 4:
+                return self.reward.scores(images, prompts)
+            frames = images.shape[1]
+            score, parts = self.reward.scores(images.flatten(0, 1), [p for p in prompts for _ in range(frames)])
+        except KeyboardInterrupt as stop:  # Lightning would end the program over it
+            raise Interrupted from stop
         return score.unflatten(0, (-1, frames)).mean(1), {
             name: part.unflatten(0, (-1, frames)).mean(1) for name, part in parts.items()
         }

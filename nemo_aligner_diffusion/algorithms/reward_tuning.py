@@ -6,6 +6,7 @@ picture → reward → ``∂R/∂latent`` → active calls replayed in their bac
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -19,12 +20,14 @@ from nemo_aligner_diffusion.diffusion.generate import Sampling
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.diffusion.noise import plan_random, sample_generator
 from nemo_aligner_diffusion.diffusion.plan import PlanRule
-from nemo_aligner_diffusion.diffusion.trajectory import Rollout, rollout
-from nemo_aligner_diffusion.errors import AlignerError
+from nemo_aligner_diffusion.diffusion.trajectory import Rollout, check_repeatable, rollout
+from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError
 from nemo_aligner_diffusion.parallel.module import NonFiniteGuard, OptimizerFactory
 from nemo_aligner_diffusion.parallel.parallelism import Parallelism
 from nemo_aligner_diffusion.rewards.base import Reward
 from nemo_aligner_diffusion.rewards.sample_keys import SampleKeys, scoring_samples
+
+log = logging.getLogger(__name__)
 
 _Self = TypeVar("_Self", bound="RewardTuning")
 _FLOAT16_SCALE = 256.0  # of the objective: decoders' gradients of some rewards are under float16's least number
@@ -79,6 +82,7 @@ class RewardTuning(PictureValidation):
         self._micro_batches: list[dict[str, Tensor]] = []  # figures of the micro-batches of the running optimizer step
         self._rewards: list[Tensor] = []
         self._step_started = 0.0
+        self._gradients_checked = False
         if kl_coeff:
             model.keep_reference()
 
@@ -180,7 +184,34 @@ class RewardTuning(PictureValidation):
 
     def on_train_start(self) -> None:
         self.eval()  # frozen parts stay as they are; only the denoiser may have dropout
+        prompt = next(iter(self.validation_prompts), "a picture")
+        check_repeatable(self.model, self.model.inputs([prompt], **vars(self.sampling)))
+        self.parallel.reshard()
         self.model.denoiser.train()
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if not self._gradients_checked:
+            self._check_gradients()
+        super().on_before_optimizer_step(optimizer)
+
+    def _check_gradients(self) -> None:
+        """Once: parameters that no gradient reaches stay as they are for ever, and nobody would be told."""
+        self._gradients_checked = True
+        parameters = self.trainable_parameters()
+        without = [name for name, parameter in parameters if parameter.grad is None]
+        if len(without) == len(parameters):
+            raise ConfigurationError(
+                f"no trained parameter of {self.model.trained} gets a gradient: the pipeline runs it where gradients "
+                f"are off, or the reward does not depend on the picture"
+            )
+        if without:
+            log.warning(
+                "%d of %d trained tensors get no gradient and stay as they are: %s%s",
+                len(without),
+                len(parameters),
+                ", ".join(without[:5]),
+                ", …" if len(without) > 5 else "",
+            )
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)

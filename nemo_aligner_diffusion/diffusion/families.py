@@ -13,8 +13,10 @@ from typing import Any
 UNET_LORA = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
              "conv_shortcut")  # fmt: skip
 ATTENTION_LORA = ("to_q", "to_k", "to_v", "to_out.0")
+_FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
+# both streams of an MM-DiT; the text's of its last block may have no effect on the picture
 _JOINT = (*ATTENTION_LORA, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-_FLUX2_LORA = (*_JOINT, "to_qkv_mlp_proj", "attn.to_out")
+_FLUX2_LORA = (*_JOINT, "to_qkv_mlp_proj", "ff.linear_in", "ff.linear_out")
 
 # networks that predict in a pipeline's loop; the first that there is is the trained one
 DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder")
@@ -26,41 +28,52 @@ class Family:
 
     Attributes:
         trained: name of the component that is trained; ``None``: the first of :data:`DENOISERS` there is.
-        lora_targets: ends of the names of modules that get an adapter by default.
+        lora_targets: ends of the names of modules that get an adapter by default, as far as there are such modules;
+            ``None``: :data:`UNET_LORA` or :data:`ATTENTION_LORA`.
         guidance: the argument that guidance goes to.
         steps, scale, size: as its makers sample; ``None``: the pipeline's own default.
         arguments: given in every call.
+        signed: pictures come out in [-1, 1]; rewards get them in [0, 1].
         stateless: class names of objects handed to networks that carry nothing from call to call.
     """
 
     trained: str | None = None
-    lora_targets: tuple[str, ...] = ATTENTION_LORA
+    lora_targets: tuple[str, ...] | None = None
     guidance: str | None = None
     steps: int | None = None
     scale: float | None = None
     size: int | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     stateless: tuple[str, ...] = ()
+    signed: bool = False
 
 
 # by the class's name without "Pipeline"
 FAMILIES: dict[str, Family] = {
-    "StableDiffusion": Family(lora_targets=UNET_LORA, steps=50, scale=7.5),
-    "StableDiffusionXL": Family(lora_targets=UNET_LORA, steps=40, scale=5.0, size=1024),
-    "StableDiffusion3": Family(lora_targets=_JOINT, steps=28, scale=4.5, size=1024),
-    "Flux": Family(lora_targets=_JOINT, steps=28, scale=3.5, size=1024),
+    "StableDiffusion": Family(steps=50, scale=7.5),
+    "StableDiffusionXL": Family(steps=40, scale=5.0, size=1024),
+    "StableDiffusion3": Family(lora_targets=(*_JOINT, *_FEED_FORWARD), steps=28, scale=4.5, size=1024),
+    "Flux": Family(lora_targets=(*_JOINT, *_FEED_FORWARD, "proj_mlp"), steps=28, scale=3.5, size=1024),
     "Flux2": Family(lora_targets=_FLUX2_LORA, steps=50, scale=4.0, size=1024),
     "Flux2Klein": Family(lora_targets=_FLUX2_LORA, steps=4, scale=1.0, size=1024),
     # true guidance is off without a negative prompt
-    "QwenImage": Family(lora_targets=_JOINT, guidance="true_cfg_scale", steps=50, scale=4.0, size=1328,
+    "QwenImage": Family(lora_targets=(*_JOINT, "img_mlp.net.0.proj", "img_mlp.net.2"), guidance="true_cfg_scale",
+                        steps=50, scale=4.0, size=1328,
                         arguments={"negative_prompt": " "}),
-    "ZImage": Family(steps=50, scale=4.0, size=1024),
+    "ZImage": Family(lora_targets=(*ATTENTION_LORA, "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
+                     steps=50, scale=4.0, size=1024),
     "PixArtAlpha": Family(arguments={"use_resolution_binning": False}),
     "PixArtSigma": Family(arguments={"use_resolution_binning": False}),
     "Sana": Family(arguments={"use_resolution_binning": False}),
     "SanaSprint": Family(arguments={"use_resolution_binning": False}),
+    "IF": Family(signed=True),
     "GlmImage": Family(stateless=("GlmImageKVCache",)),
 }  # fmt: skip
+
+
+def lora_targets(family: Family, trained: str) -> tuple[str, ...]:
+    """Of the network that is the component ``trained``, for ``model.peft.lora_tuning.target_modules=null``."""
+    return family.lora_targets or (UNET_LORA if trained == "unet" else ATTENTION_LORA)
 
 
 def family_of(pipeline_class: type) -> Family:

@@ -209,14 +209,15 @@ def solve(scheduler: Any, level: tuple[float, float], z: Tensor, e: Tensor) -> t
 
 
 def clean_estimate(scheduler: Any, prediction: Tensor, timestep: Any, sample: Tensor, output: Any) -> Tensor:
-    """``Ẑ``: the scheduler's own ``pred_original_sample`` where its ``output`` has one, else from the noise level.
+    """``Ẑ``: the scheduler's own estimate where its ``output`` has one, else from the noise level.
 
     Args:
         scheduler: as it was before the step that gave ``output``.
     """
-    own = getattr(output, "pred_original_sample", None)
-    if own is not None:
-        return own
+    for name in ("pred_original_sample", "denoised"):  # LCM's is the latter
+        own = getattr(output, name, None)
+        if own is not None:
+            return own
     level = noise_level(scheduler, timestep)
     if hasattr(scheduler, "precondition_outputs"):  # EDM
         sigma = torch.tensor(level[1], dtype=torch.float64)

@@ -185,7 +185,7 @@ def micro_batch(measured: Measurement, counts: StepCounts) -> dict[str, list[tup
         "text": [(1, phases["text"])],
         "rollout": [(counts.network_calls, phases["call"])],
         "reference": [(counts.references, phases["reference"])] if "reference" in phases else [],
-        "decode and reward": [(counts.reads, phases["decode"])],
+        "decode and reward": [(counts.reads, phases["decode"]), (1, phases.get("unread", Record()))],
         "replay": [(1, phases["replay"]), (counts.replays - 1, phases.get("replay_next", phases["replay"]))],
     }
 

@@ -14,19 +14,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.checkpoint import checkpoint
 
-from nemo_aligner_diffusion.diffusion.families.stable_diffusion import StableDiffusion
-from nemo_aligner_diffusion.diffusion.guidance import guided_predictor
 from nemo_aligner_diffusion.diffusion.lora import add_lora
-from nemo_aligner_diffusion.diffusion.sampler import Sampler
-from nemo_aligner_diffusion.diffusion.trajectory import Plan, reward_gradient, run_trajectory
+from nemo_aligner_diffusion.diffusion.model import DiffusionModel
+from nemo_aligner_diffusion.diffusion.plan import Plan
+from nemo_aligner_diffusion.diffusion.taps import detached
+from nemo_aligner_diffusion.diffusion.trajectory import reward_gradient
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.parallel.gradients import local_part
 from nemo_aligner_diffusion.parallel.parallelism import Parallelism
 from nemo_aligner_diffusion.parallel.simulated import simulated_mesh
 from nemo_aligner_diffusion.planner.kernels import gpu_kernels
 from nemo_aligner_diffusion.planner.ledger import Ledger, Record
-from nemo_aligner_diffusion.planner.networks import build_model, preset_reward, without_memory
+from nemo_aligner_diffusion.planner.networks import build_model, call_pipeline, preset_reward, without_memory
+from nemo_aligner_diffusion.planner.schedule import active_calls
 from nemo_aligner_diffusion.planner.settings import PRECISIONS, Case, Settings
 from nemo_aligner_diffusion.rewards.base import Reward
 from nemo_aligner_diffusion.rewards.sample_keys import SampleKeys, scoring_samples
@@ -41,7 +44,8 @@ class Measurement:
 
     Attributes:
         phases: ``text``, ``call`` (one guided network call without gradient), ``reference`` (one of the frozen model),
-            ``decode`` (one read: decoder, reward and their backward pass), ``replay`` (recompute and backward pass of
+            ``decode`` (one read: decoder, reward and their backward pass), ``unread`` (the decoding without gradient
+            that ends a trajectory which is re-noised), ``replay`` (recompute and backward pass of
             the first active step), ``replay_next`` (of each further one; ``peak`` and ``held`` are those of both),
             ``average`` (of gradients, once a step) and ``validation`` (decoding without gradient).
         weights: of ``denoiser``, ``reference``, ``text_encoder``, ``vae``, ``reward``: what this process holds.
@@ -59,7 +63,7 @@ class Measurement:
 
 @dataclass
 class _Subject:
-    model: StableDiffusion
+    model: DiffusionModel
     reward: Reward
     notes: list[str]
 
@@ -85,10 +89,8 @@ def measure(
     with torch.device("meta"):
         subject = _build(settings, case)
     model = subject.model
-    text_encoders = nn.ModuleList(part for name, part in model.named_children() if name.startswith("text_encoder"))
+    frozen = model.frozen_parts()
     parameters = sum(p.numel() for p in model.denoiser.parameters())
-    # their tables of coefficients need numbers: made before tensors lose theirs
-    samplers = {steps: Sampler(model.scheduler_config, "ddim", steps) for steps in (1, 2)}
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -100,15 +102,13 @@ def measure(
         parallel = Parallelism(layout)
         if mesh is not None:
             denoisers = [part for part in (model.denoiser, model.reference_denoiser) if part is not None]
-            frozen = {"text_encoder": text_encoders, "vae": model.vae, "reward": subject.reward}
-            parallel.apply(mesh, denoisers, frozen)
-        phases = _Phases(settings, case, subject, parallel, samplers, prompts).run(plan, only)
+            parallel.apply(mesh, denoisers, {**frozen, "reward": subject.reward})
+        phases = _Phases(settings, case, subject, parallel, prompts).run(plan, only)
         parallel.reshard()  # what is still gathered is in the phases already
         weights = {
             "denoiser": held_bytes(model.denoiser),
             "reference": held_bytes(model.reference_denoiser),
-            "text_encoder": held_bytes(text_encoders),
-            "vae": held_bytes(model.vae),
+            **{name: held_bytes(part) for name, part in frozen.items()},
             "reward": held_bytes(subject.reward),
         }
         trained = [local_part(p) for p in model.denoiser.parameters() if p.requires_grad]
@@ -124,106 +124,164 @@ def measure(
 
 class _Phases:
     def __init__(
-        self,
-        settings: Settings,
-        case: Case,
-        subject: _Subject,
-        parallel: Parallelism,
-        samplers: dict[int, Sampler],
-        prompts: Sequence[str] | None,
+        self, settings: Settings, case: Case, subject: _Subject, parallel: Parallelism, prompts: Sequence[str] | None
     ) -> None:
-        self.settings, self.case, self.parallel, self.samplers = settings, case, parallel, samplers
+        self.settings, self.case, self.parallel = settings, case, parallel
         self.model, self.reward = subject.model, subject.reward
         mesh = parallel.mesh
         groups = {mesh[f"{name}_parallel"].get_group().group_name: name for name in ("data", "tensor")} if mesh else {}
-        self.ledger = Ledger((local_part(tensor) for tensor in _tensors(self.model, self.reward)), groups)
+        known = (local_part(tensor) for tensor in _tensors(self.model, self.reward))
+        self.ledger = Ledger(known, groups)
         self.prompts = list(prompts or (f"{TYPICAL_PROMPT}, {i}" for i in range(case.micro_batch_size)))
+        self.found: dict[str, Record] = {}
+        self._phase, self._running = contextlib.ExitStack(), ""
 
     def run(self, plan: Plan, only: Sequence[str]) -> dict[str, Record]:
         kernels = contextlib.nullcontext() if self.settings.attention == "cpu" else gpu_kernels(self.settings.attention)
         with kernels, self.ledger:
-            return self._run(plan, only)
+            self._run(plan, only)
+        return self.found
 
-    def _run(self, plan: Plan, only: Sequence[str]) -> dict[str, Record]:
-        model, ledger, settings = self.model, self.ledger, self.settings
-        found: dict[str, Record] = {}
-        model.unconditional(1)  # encoded once in a run
-        with ledger.phase() as found["text"], self._precision():
-            conditioning = model.encode_prompts(self.prompts)
-        predict = guided_predictor(model, conditioning, settings.guidance_scale)
-        noise = self._noise()
-        timestep = torch.tensor(500)
-        with torch.no_grad():
-            if self.case.layout.fsdp:
-                with self._precision():
-                    predict(noise, timestep)  # FSDP2 lays out its buffers at the first call
-            if "call" in only:
-                with ledger.phase() as found["call"], self._precision():
-                    predict(noise, timestep)
-            if "reference" in only and settings.kl_coeff:
-                with ledger.phase() as found["reference"], self._precision(), model.reference():
-                    predict(noise, timestep)
+    def _run(self, plan: Plan, only: Sequence[str]) -> None:
+        model, settings = self.model, self.settings
+        if self.case.layout.fsdp or set(only) - {"replay", "replay_next"}:
+            self._rollout(reference="reference" in only and bool(settings.kl_coeff))
         if "decode" in only:
-            with ledger.phase() as found["decode"], self._precision():
-                self._reward_gradient(noise)
+            self._reward_gradient()
+            if plan.renoise and not plan.own_step:
+                self._decoding("unread", len(self.prompts))
         cut = plan.cut or bool(plan.renoise)
-        active = plan.renoise or len(plan.active)
         if "replay" in only:
-            found["replay"] = self._replay(1, cut, predict)
-            with ledger.phase() as found["average"]:
-                trained = [(name, p) for name, p in model.denoiser.named_parameters() if p.requires_grad]
-                self.parallel.average_gradients(trained)
+            self._replay("replay", 1, cut)
+            self._begin("average")
+            trained = [(name, p) for name, p in model.denoiser.named_parameters() if p.requires_grad]
+            self.parallel.average_gradients(trained)
+            self._end()
             self._drop_gradients()
-        if "replay_next" in only and active > 1:
-            two, one = self._replay(2, cut, predict), found.get("replay", Record())
-            found["replay_next"] = replace(two, ops=two.ops - one.ops, collectives=two.collectives - one.collectives)
+        if "replay_next" in only and active_calls(plan) > 1:
+            self._replay("replay_next", 2, cut)
+            two, one = self.found["replay_next"], self.found.get("replay", Record())
+            self.found["replay_next"] = replace(
+                two, ops=two.ops - one.ops, collectives=two.collectives - one.collectives
+            )
             self._drop_gradients()
         if "validation" in only and settings.validation_batch_size:
-            pictures = settings.validation_batch_size
-            pictures = min(self.case.decode_micro_batch_size or pictures, pictures)
-            with ledger.phase() as found["validation"], self._precision(), torch.no_grad():
-                model.decode(self._noise(pictures))
-        return found
+            self._decoding("validation", self._rows(settings.validation_batch_size)[0].stop)
 
-    def _replay(self, active: int, cut: bool, predict: Any) -> Record:
-        """The backward pass through the last ``active`` steps of a trajectory in which all are active."""
-        plan = Plan(active=tuple(range(active)), cut=cut)
-        frozen = self._frozen(predict) if self.settings.kl_coeff else None
+    def _begin(self, name: str) -> None:
+        self._phase.close()
+        self.found[name], self._running = self._phase.enter_context(self.ledger.phase()), name
+
+    def _end(self) -> None:
+        self._phase.close()
+        self._running = ""
+
+    def _pipeline(self, steps: int, network: Any, **taps: Any) -> Tensor:
+        settings = self.settings
+        inputs = self.model.inputs(self.prompts, steps, settings.guidance_scale, settings.height, settings.width)
+        with self._precision(), torch.no_grad():
+            return call_pipeline(self.model, inputs, network, **taps)
+
+    def _rollout(self, reference: bool) -> None:
+        """Phases ``text``, ``call`` and ``reference``."""
+        calls: list[Any] = []  # of one step: two networks' calls, where a pipeline guides so
+
+        def network(*args: Any, **kwargs: Any) -> Any:
+            if self._running != "call":
+                self._begin("call")
+                calls.clear()
+            calls.append((args, kwargs))
+            self.output = self.model.denoiser(*args, **kwargs)
+            return self.output
+
+        self._begin("text")
+        # FSDP2 lays out its buffers at the first call
+        self._pipeline(2 if self.case.layout.fsdp else 1, network, stepped=lambda prediction: self._end())
+        if reference:
+            self._begin("reference")
+            with self._precision(), torch.no_grad(), self.model.reference():
+                for args, kwargs in calls:
+                    self.model.network(self.model.trained)(*args, **kwargs)
+            self._end()
+
+    def _reward_gradient(self) -> None:
+        """Phase ``decode``."""
+        rows, vae, leaves = self._rows(len(self.prompts)), self.model.pipe.vae, []
+
+        def decode(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self._begin("decode")
+            torch.set_grad_enabled(True)
+            leaves.append(latents.detach().requires_grad_())
+            if len(rows) == 1:
+                return vae.decode(leaves[0], *args, **kwargs)
+
+            def some(part: Tensor) -> Tensor:
+                return vae.decode(part, *args, **{**kwargs, "return_dict": False})[0]
+
+            # one graph at a time: the others are made again in the backward pass
+            return (torch.cat([checkpoint(some, leaves[0][part], use_reentrant=False) for part in rows]),)
+
+        def objective(images: Tensor, part: slice, _: int) -> Tensor:
+            # as in training: pictures are augmented
+            with scoring_samples(SampleKeys(0, 0, tuple(range(len(self.prompts))[part]))):
+                images = images.to(torch.promote_types(images.dtype, torch.float32))
+                return -self.reward.scores(images, self.prompts[part])[0]
+
+        images = self._pipeline(1, lambda *_, **__: self.output, decode=decode)
         with self._precision():
-            trajectory = run_trajectory(predict, self.samplers[active], plan, self._noise, reference=frozen)
-            surrogate = (trajectory.reads[0] * torch.ones_like(trajectory.reads[0])).sum()
-            if trajectory.divergence is not None:
-                surrogate = surrogate + self.settings.kl_coeff * trajectory.divergence
-        with self.ledger.phase() as record:
-            surrogate.backward()
-        return record
+            reward_gradient(images, leaves[:1], objective, None, 0, 1, rows[0].stop, 1.0)
+        self._end()
 
-    def _reward_gradient(self, read: Tensor) -> None:
-        prompts = self.prompts
+    def _decoding(self, name: str, pictures: int) -> None:
+        """Phase ``name``: as many pictures without gradient."""
 
-        samples = tuple(range(len(prompts)))
+        def decode(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self._begin(name)
+            parts = [
+                self.model.pipe.vae.decode(
+                    latents.new_zeros(part.stop - part.start, *latents.shape[1:]), *args, **kwargs
+                )
+                for part in self._rows(pictures)
+            ]
+            self._end()
+            return parts[0]
 
-        def objective(images: Tensor, rows: slice) -> Tensor:
-            with scoring_samples(SampleKeys(0, 0, samples[rows])):  # as in training: pictures are augmented
-                return -self.reward.scores(images, prompts[rows])[0].sum() / len(prompts)
+        self._pipeline(1, lambda *_, **__: self.output, decode=decode)
 
-        reward_gradient([read], self.model.decode, objective, self.case.decode_micro_batch_size)
+    def _rows(self, pictures: int) -> list[slice]:
+        """Those that are decoded and scored at a time."""
+        size = min(self.case.decode_micro_batch_size or pictures, pictures)
+        return [slice(start, min(start + size, pictures)) for start in range(0, pictures, size)]
 
-    def _frozen(self, predict: Any) -> Any:
-        def frozen(latents: Tensor, timestep: Tensor) -> Tensor:
-            with self.model.reference():
-                return predict(latents, timestep)
+    def _replay(self, name: str, active: int, cut: bool) -> None:
+        """The backward pass of a trajectory of ``active`` steps, all of them active."""
+        handle = torch.empty(0, requires_grad=True)  # a reentrant checkpoint needs an input with a gradient
+        predictions: list[Tensor] = []
 
-        return frozen
+        def network(*args: Any, **kwargs: Any) -> Any:
+            torch.set_grad_enabled(True)
+            if cut:
+                args, kwargs = detached((args, kwargs))
+            with self._precision(cache=False):
+                return _recomputed(self.model.denoiser, args, kwargs, handle)
 
-    def _noise(self, batch_size: int | None = None) -> Tensor:
-        shape = self.model.latent_shape(self.settings.height, self.settings.width)
-        return torch.zeros(batch_size or self.case.micro_batch_size, *shape, dtype=self.model.latent_like.dtype)
+        latents = self._pipeline(active, network, stepped=predictions.append)
+        surrogate = (latents * torch.ones_like(latents)).sum()
+        if self.settings.kl_coeff:  # the distance to the reference's predictions, whatever they are
+            distances = [(e - torch.zeros_like(e)).square().mean() for e in predictions]
+            surrogate = surrogate + self.settings.kl_coeff * torch.stack(distances).mean()
+        del latents
+        predictions.clear()
+        self._begin(name)
+        surrogate.backward()
+        self._end()
 
-    def _precision(self) -> Any:
+    def _precision(self, cache: bool = True) -> Any:
         """What Lightning puts around a training step. Counted on the CPU's autocast; see :mod:`.kernels`."""
         _, compute, autocast = PRECISIONS[self.settings.precision]
-        return torch.autocast("cpu", getattr(torch, compute)) if autocast else contextlib.nullcontext()
+        if not autocast:
+            return contextlib.nullcontext()
+        return torch.autocast("cpu", getattr(torch, compute), cache_enabled=cache)
 
     def _drop_gradients(self) -> None:
         for parameter in self.model.denoiser.parameters():
@@ -233,10 +291,10 @@ class _Phases:
 def _build(settings: Settings, case: Case) -> _Subject:
     """As ``training.assemble`` does, from an architecture instead of weights."""
     notes: list[str] = []
-    model = build_model(settings.spec)
+    model = build_model(settings.spec, **settings.pipeline)
     if settings.lora is not None:
         names = [name for name, _ in model.denoiser.named_modules()]
-        asked = list(settings.lora["target_modules"])
+        asked = list(settings.lora["target_modules"] or model.lora_targets)
         targets = [t for t in asked if any(name == t or name.endswith(f".{t}") for name in names)]
         if not targets:
             raise ConfigurationError(
@@ -257,7 +315,6 @@ def _build(settings: Settings, case: Case) -> _Subject:
     weights, _, autocast = PRECISIONS[settings.precision]
     if weights != "float32" and not autocast:  # the reward has a precision of its own
         model.to(getattr(torch, weights))
-    model.eval()
     model.denoiser.train()
     return _Subject(model, reward, notes)
 
@@ -279,6 +336,19 @@ def _reward(settings: Settings) -> Reward:
         return augmented(reward.to(REWARD_PRECISIONS[precision]), settings.rm.get("augment", {}), "rm")
     with torch.device("cpu"):
         return build_reward(settings.rm)
+
+
+def _recomputed(network: Any, args: Any, kwargs: Any, handle: Tensor) -> Any:
+    """``network(*args, **kwargs)`` that keeps its inputs and its output, and has a backward pass of its own."""
+    leaves, structure = tree_flatten((args, kwargs))
+    tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+    def call(_: Tensor, *given: Tensor) -> Any:
+        at = dict(zip(tensors, given, strict=True))
+        args, kwargs = tree_unflatten([at.get(i, leaf) for i, leaf in enumerate(leaves)], structure)
+        return network(*args, **kwargs)
+
+    return checkpoint(call, handle, *(leaves[i] for i in tensors), use_reentrant=True)
 
 
 def held_bytes(module: nn.Module | None) -> int:

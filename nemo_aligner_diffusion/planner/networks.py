@@ -1,27 +1,30 @@
-"""The model and the reward of a plan, as modules whose tensors have shapes and no memory.
+"""The pipeline and the reward of a plan, as modules whose tensors have shapes and no memory.
 
 They are built on the meta device and turned into PyTorch's fake tensors at the end (:func:`without_memory`), with which
-the code that trains runs unchanged. The modules are those that train: ``StableDiffusion`` with
-``diffusers``' networks, peft's adapters, the reward that the configuration builds. SDXL and the FLUX-shaped transformer
-have no family in ``diffusion/families`` yet; what a family would do for them is written here, to plan ahead.
+a ``diffusers`` pipeline's own ``__call__`` runs unchanged (:func:`call_pipeline`). Stand-ins are what matters by its
+numbers only: the tokenizers and the scheduler.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import inspect
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from diffusers import ConfigMixin, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from transformers import BatchEncoding
 
-from nemo_aligner_diffusion.diffusion.conditioning import Conditioning
-from nemo_aligner_diffusion.diffusion.families.stable_diffusion import StableDiffusion
+from nemo_aligner_diffusion.diffusion.model import DiffusionModel
+from nemo_aligner_diffusion.diffusion.taps import Proxy, in_place_of, undecorated
+from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.planner.presets import REWARDS, ModelSpec
 from nemo_aligner_diffusion.rewards.base import Reward
-
-# diffusers' defaults: a scheduler's arithmetic is elementwise on latents, and published models differ in numbers only
-SCHEDULER: dict[str, Any] = {}
 
 
 class FixedLengthTokenizer:
@@ -30,105 +33,111 @@ class FixedLengthTokenizer:
     def __init__(self, length: int) -> None:
         self.model_max_length = length
 
-    def __call__(self, prompts: str | Sequence[str], **options: Any) -> Any:
+    def __call__(self, prompts: str | Sequence[str], **options: Any) -> BatchEncoding:
         one = isinstance(prompts, str)
         length = min(self.model_max_length, int(options.get("max_length") or self.model_max_length))
+        if options.get("padding") == "longest" and not options.get("truncation"):
+            length = 1  # pipelines ask so whether a prompt was cut, and would compare the tokens: these have no values
         rows = 1 if one else len(prompts)
         if options.get("return_tensors") == "pt":
             ids: Any = torch.zeros(rows, length, dtype=torch.long)
-            return SimpleNamespace(input_ids=ids, attention_mask=torch.ones_like(ids))
+            return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
         ids = [[0] * length for _ in range(rows)]
-        return SimpleNamespace(input_ids=ids[0] if one else ids)
+        return BatchEncoding({"input_ids": ids[0] if one else ids})
+
+    def encode(self, prompt: str) -> list[int]:
+        return [0] * 8
+
+    def tokenize(self, prompt: str) -> list[str]:
+        """None of a prompt's words is one that textual inversion added."""
+        return []
+
+    def apply_chat_template(self, messages: Any, **options: Any) -> str:
+        return "a chat"
 
 
-class PlannedSDXL(StableDiffusion):
-    """Two text encoders side by side, and the pooled text and the picture's size as extra conditioning."""
+class AnyScheduler(SchedulerMixin, ConfigMixin):
+    """A scheduler's arithmetic is elementwise on latents; which numbers it multiplies by is no matter here."""
 
-    def __init__(self, denoiser: Any, vae: Any, text_encoders: list[Any], length: int) -> None:
-        super().__init__(denoiser, vae, text_encoders[0], FixedLengthTokenizer(length), SCHEDULER)
-        self.text_encoder_2 = text_encoders[1].requires_grad_(False).eval()
+    order, init_noise_sigma = 1, 1.0
 
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        tokens = self.tokenizer(list(prompts), return_tensors="pt").input_ids
-        first = self.text_encoder(tokens, output_hidden_states=True)
-        second = self.text_encoder_2(tokens, output_hidden_states=True)
-        states = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
-        sizes = torch.zeros(len(prompts), 6, dtype=states.dtype)
-        return Conditioning(states, {"text_embeds": second.text_embeds, "time_ids": sizes})
+    @register_to_config
+    def __init__(self, num_train_timesteps: int = 1000) -> None:
+        self.stepped: Callable[[Tensor], None] = lambda prediction: None
 
-    def predict(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
-        dtype = self.denoiser.dtype
-        return self.denoiser(
-            latents.to(dtype),
-            timestep,
-            encoder_hidden_states=conditioning.encoder_hidden_states.to(dtype),
-            added_cond_kwargs={name: value.to(dtype) for name, value in conditioning.extra.items()},
-            return_dict=False,
-        )[0].to(latents.dtype)
+    def set_timesteps(
+        self, num_inference_steps: int | None = None, device: Any = None, sigmas: Any = None, **others: Any
+    ) -> None:
+        steps = len(sigmas) if num_inference_steps is None else num_inference_steps
+        self.timesteps = torch.linspace(999, 1, steps)
 
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        pass
 
-class PlannedFlux(StableDiffusion):
-    """Latents packed 2×2 into tokens beside the text's tokens; CLIP's pooled state modulates every block."""
+    def scale_model_input(self, sample: Tensor, *_: Any) -> Tensor:
+        return sample
 
-    def __init__(self, denoiser: Any, vae: Any, text_encoders: list[Any], length: int) -> None:
-        denoiser.register_to_config(sample_size=1)  # a transformer has no size of its own
-        super().__init__(denoiser, vae, text_encoders[0], FixedLengthTokenizer(length), SCHEDULER)
-        self.text_encoder_2 = text_encoders[1].requires_grad_(False).eval()
-
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        tokens = self.tokenizer(list(prompts), return_tensors="pt").input_ids
-        pooled = self.text_encoder(tokens[:, :77]).pooler_output
-        return Conditioning(self.text_encoder_2(tokens)[0], {"pooled": pooled})
-
-    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
-        height, width = height or self.default_height, width or self.default_width
-        return self.vae.config.latent_channels, height // self.vae_scale_factor, width // self.vae_scale_factor
-
-    def predict(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
-        dtype = self.denoiser.dtype
-        b, c, h, w = latents.shape
-        packed = latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, c * 4)
-        text = conditioning.encoder_hidden_states.to(dtype)
-        guidance = torch.ones(b, dtype=dtype) if self.denoiser.config.guidance_embeds else None
-        prediction = self.denoiser(
-            hidden_states=packed.to(dtype),
-            encoder_hidden_states=text,
-            pooled_projections=conditioning.extra["pooled"].to(dtype),
-            timestep=timestep.expand(b).to(dtype) / 1000,
-            img_ids=torch.zeros(packed.shape[1], 3),
-            txt_ids=torch.zeros(text.shape[1], 3),
-            guidance=guidance,
-            return_dict=False,
-        )[0]
-        rows = prediction.view(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5)
-        return rows.reshape(b, c, h, w).to(latents.dtype)
+    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True) -> Any:
+        self.stepped(model_output)
+        after = torch.add(sample * 0.5, model_output, alpha=0.5)
+        return SimpleNamespace(prev_sample=after) if return_dict else (after,)
 
 
-def build_model(spec: ModelSpec) -> StableDiffusion:
-    """The model of ``spec`` in float32 on the meta device."""
-    from diffusers import AutoencoderKL, FluxTransformer2DModel, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+def build_model(spec: ModelSpec, **declared: Any) -> DiffusionModel:
+    """The pipeline of ``spec`` in float32, on the default device; ``declared``: the ``model.pipeline`` section."""
+    import diffusers
+    import transformers
 
-    vae = AutoencoderKL(**spec.vae)
-    encoders: list[Any] = []
-    for position, (kind, config) in enumerate(spec.text_encoders):
-        if kind == "t5":
-            encoders.append(T5EncoderModel(T5Config(**config)))
+    parts: dict[str, Any] = {}
+    for name, (kind, config) in spec.components.items():
+        if hasattr(diffusers, kind):
+            parts[name] = getattr(diffusers, kind)(**config)
         else:
-            with_projection = spec.family == "sdxl" and position == 1
-            encoder_class = CLIPTextModelWithProjection if with_projection else CLIPTextModel
-            encoders.append(encoder_class(CLIPTextConfig(**config)))
-    if spec.family == "flux":
-        transformer = FluxTransformer2DModel(**spec.denoiser)
-        model: StableDiffusion = PlannedFlux(transformer, vae, encoders, spec.text_length)
-        model.default_height = model.default_width = spec.sample_size * model.vae_scale_factor
-        return model
-    unet = UNet2DConditionModel(**spec.denoiser)
-    if spec.family == "sdxl":
-        return PlannedSDXL(unet, vae, encoders, spec.text_length)
-    return StableDiffusion(unet, vae, encoders[0], FixedLengthTokenizer(spec.text_length), SCHEDULER)
+            network_class = getattr(transformers, kind)
+            parts[name] = network_class(network_class.config_class(**config))
+            # T5 has no limit and language models a far one: pipelines say what they want
+            length = int(config.get("max_position_embeddings") or 512)
+            parts[name.replace("text_encoder", "tokenizer")] = FixedLengthTokenizer(length)
+    pipeline_class = getattr(diffusers, spec.pipeline)
+    needed = [p.name for p in inspect.signature(pipeline_class).parameters.values() if p.default is p.empty]
+    pipe = pipeline_class(**{**dict.fromkeys(needed), **spec.options, **parts, "scheduler": AnyScheduler()})
+    pipe.vae.register_to_config(force_upcast=False)  # to float32 for the decoding: a conversion that fakes refuse
+    return DiffusionModel(pipe, **declared)
+
+
+def call_pipeline(
+    model: DiffusionModel,
+    inputs: dict[str, Any],
+    network: Callable[..., Any],
+    stepped: Callable[[Tensor], None] = lambda prediction: None,
+    decode: Callable[..., Any] | None = None,
+) -> Tensor:
+    """The pipeline's own ``__call__`` on ``inputs``; latents, or pictures with ``decode``.
+
+    Args:
+        network: called in the trained network's place.
+        stepped: called with the guided prediction of every step.
+        decode: called in the place of the VAE's.
+
+    Raises:
+        ConfigurationError: the pipeline looks at values, and there are none.
+    """
+    tapped, scheduler, vae = copy.copy(model.pipe), AnyScheduler(), model.pipe.vae
+    scheduler.stepped = stepped
+    parts = {model.trained: Proxy(model.denoiser, {"__call__": network}), "scheduler": scheduler}
+    if decode is not None:
+        parts["vae"] = Proxy(vae, {"decode": in_place_of(vae.decode, decode)})
+    tapped.__dict__.update(parts)
+    tapped.set_progress_bar_config(disable=True)
+    try:
+        return undecorated(type(model.pipe))(
+            tapped, **inputs, output_type="latent" if decode is None else "pt", return_dict=False
+        )[0]
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise ConfigurationError(
+            f"{type(model.pipe).__name__} cannot be planned: it looks at the values of a tensor ({error}), and a plan "
+            f"has shapes only"
+        ) from error
 
 
 def preset_reward(name: str, model_settings: dict[str, Any]) -> Reward:

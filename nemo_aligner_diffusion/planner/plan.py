@@ -54,7 +54,7 @@ def make_plan(cfg: DictConfig, spec: ModelSpec, options: Options, progress: Call
     """
     quiet()
     settings = settings_from(cfg, spec, options.reward, options.attention)
-    counts = step_counts(cfg)
+    counts = step_counts(cfg, spec)
     devices = devices_per_node(cfg)
     machines = Machines(
         gpu_named(options.gpu), devices * int(cfg.trainer.num_nodes), options.gpus_per_node or devices, Assumptions()
@@ -97,8 +97,6 @@ def make_plan(cfg: DictConfig, spec: ModelSpec, options: Options, progress: Call
             plan.error = nothing_fits(plan.layouts, machines, settings, searched=True)
     elif not asked.fits:
         plan.error = nothing_fits([asked], machines, settings, searched=False)
-    if spec.family != "sd":
-        plan.notes.append(f"{spec.name} is no model family of the trainer yet: this plans ahead")
     return plan
 
 

@@ -6,11 +6,13 @@ No torch here. Parameter counts are compared with the published ones in ``tests/
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nemo_aligner_diffusion.errors import ConfigurationError
+
+DEFAULT_SCHEDULER: tuple[str, dict[str, Any]] = ("DDIMScheduler", {"clip_sample": False})
 
 
 @dataclass(frozen=True)
@@ -19,22 +21,20 @@ class ModelSpec:
 
     Attributes:
         name: as printed.
-        family: ``sd`` (one CLIP text encoder), ``sdxl`` (two of them), ``flux`` (CLIP and T5; not trainable here yet).
-        denoiser, vae: keyword arguments of the ``diffusers`` class.
-        text_encoders: ``("clip" | "t5", fields of its transformers configuration)``, in the model's order.
-        sample_size: side of the latents that the model was made for.
-        text_length: tokens the denoiser sees.
+        pipeline: name of its ``diffusers`` pipeline class.
+        components: its networks by the pipeline's names: (class of ``diffusers`` or ``transformers``, what its
+            constructor or its configuration is given).
         reward: the reward preset a plan takes when the recipe names no reward file; ``None``: the embedded one.
+        scheduler: class of ``diffusers`` and its configuration: how many steps it makes, on which noise levels.
+        options: further arguments of the pipeline's constructor.
     """
 
     name: str
-    family: str
-    denoiser: dict[str, Any]
-    vae: dict[str, Any]
-    text_encoders: tuple[tuple[str, dict[str, Any]], ...]
-    sample_size: int
-    text_length: int
+    pipeline: str
+    components: dict[str, tuple[str, dict[str, Any]]]
     reward: str | None
+    scheduler: tuple[str, dict[str, Any]] = DEFAULT_SCHEDULER
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 _SD_VAE = {
@@ -68,86 +68,108 @@ _T5_XXL = {
     "feed_forward_proj": "gated-gelu",
 }  # fmt: skip
 
+_NO_CHECKER = {"requires_safety_checker": False}
 MODELS: dict[str, ModelSpec] = {
     "sd15": ModelSpec(
         "Stable Diffusion 1.5",
-        "sd",
-        {**_SD_UNET, "sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
-        {**_SD_VAE, "sample_size": 512, "scaling_factor": 0.18215},
-        (("clip", _CLIP_L),),
-        sample_size=64,
-        text_length=77,
+        "StableDiffusionPipeline",
+        {
+            "unet": (
+                "UNet2DConditionModel",
+                {**_SD_UNET, "sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
+            ),
+            "vae": ("AutoencoderKL", {**_SD_VAE, "sample_size": 512, "scaling_factor": 0.18215}),
+            "text_encoder": ("CLIPTextModel", _CLIP_L),
+        },
         reward="clip-h",
+        options=_NO_CHECKER,
     ),
     "sd21": ModelSpec(
         "Stable Diffusion 2.1 (768)",
-        "sd",
+        "StableDiffusionPipeline",
         {
-            **_SD_UNET,
-            "sample_size": 96,
-            "cross_attention_dim": 1024,
-            "attention_head_dim": (5, 10, 20, 20),
-            "use_linear_projection": True,
+            "unet": (
+                "UNet2DConditionModel",
+                {
+                    **_SD_UNET,
+                    "sample_size": 96,
+                    "cross_attention_dim": 1024,
+                    "attention_head_dim": (5, 10, 20, 20),
+                    "use_linear_projection": True,
+                },
+            ),
+            "vae": ("AutoencoderKL", {**_SD_VAE, "sample_size": 768, "scaling_factor": 0.18215}),
+            "text_encoder": ("CLIPTextModel", {**_CLIP_H, "num_hidden_layers": 23}),
         },
-        {**_SD_VAE, "sample_size": 768, "scaling_factor": 0.18215},
-        (("clip", {**_CLIP_H, "num_hidden_layers": 23}),),
-        sample_size=96,
-        text_length=77,
         reward="clip-h",
+        options=_NO_CHECKER,
     ),
     "sdxl": ModelSpec(
         "SDXL 1.0",
-        "sdxl",
+        "StableDiffusionXLPipeline",
         {
-            "in_channels": 4,
-            "out_channels": 4,
-            "sample_size": 128,
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            "block_out_channels": (320, 640, 1280),
-            "layers_per_block": 2,
-            "cross_attention_dim": 2048,
-            "attention_head_dim": (5, 10, 20),
-            "transformer_layers_per_block": (1, 2, 10),
-            "use_linear_projection": True,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": 2816,
+            "unet": (
+                "UNet2DConditionModel",
+                {
+                    "in_channels": 4,
+                    "out_channels": 4,
+                    "sample_size": 128,
+                    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+                    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+                    "block_out_channels": (320, 640, 1280),
+                    "layers_per_block": 2,
+                    "cross_attention_dim": 2048,
+                    "attention_head_dim": (5, 10, 20),
+                    "transformer_layers_per_block": (1, 2, 10),
+                    "use_linear_projection": True,
+                    "addition_embed_type": "text_time",
+                    "addition_time_embed_dim": 256,
+                    "projection_class_embeddings_input_dim": 2816,
+                },
+            ),
+            "vae": ("AutoencoderKL", {**_SD_VAE, "sample_size": 1024, "scaling_factor": 0.13025}),
+            "text_encoder": ("CLIPTextModel", _CLIP_L),
+            "text_encoder_2": ("CLIPTextModelWithProjection", _CLIP_G),
         },
-        {**_SD_VAE, "sample_size": 1024, "scaling_factor": 0.13025},
-        (("clip", _CLIP_L), ("clip", _CLIP_G)),
-        sample_size=128,
-        text_length=77,
         reward="clip-h",
+        options={"add_watermarker": False},
     ),
     "dit-12b": ModelSpec(
         "12-billion DiT (FLUX.1-dev's shape)",
-        "flux",
+        "FluxPipeline",
         {
-            "patch_size": 1,
-            "in_channels": 64,
-            "num_layers": 19,
-            "num_single_layers": 38,
-            "attention_head_dim": 128,
-            "num_attention_heads": 24,
-            "joint_attention_dim": 4096,
-            "pooled_projection_dim": 768,
-            "guidance_embeds": True,
-            "axes_dims_rope": (16, 56, 56),
+            "transformer": (
+                "FluxTransformer2DModel",
+                {
+                    "patch_size": 1,
+                    "in_channels": 64,
+                    "num_layers": 19,
+                    "num_single_layers": 38,
+                    "attention_head_dim": 128,
+                    "num_attention_heads": 24,
+                    "joint_attention_dim": 4096,
+                    "pooled_projection_dim": 768,
+                    "guidance_embeds": True,
+                    "axes_dims_rope": (16, 56, 56),
+                },
+            ),
+            "vae": (
+                "AutoencoderKL",
+                {
+                    **_SD_VAE,
+                    "latent_channels": 16,
+                    "sample_size": 1024,
+                    "scaling_factor": 0.3611,
+                    "shift_factor": 0.1159,
+                    "use_quant_conv": False,
+                    "use_post_quant_conv": False,
+                },
+            ),
+            "text_encoder": ("CLIPTextModel", _CLIP_L),
+            "text_encoder_2": ("T5EncoderModel", _T5_XXL),
         },
-        {
-            **_SD_VAE,
-            "latent_channels": 16,
-            "sample_size": 1024,
-            "scaling_factor": 0.3611,
-            "shift_factor": 0.1159,
-            "use_quant_conv": False,
-            "use_post_quant_conv": False,
-        },
-        (("clip", _CLIP_L), ("t5", _T5_XXL)),
-        sample_size=128,
-        text_length=512,
         reward="clip-h",
+        scheduler=("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
     ),
 }
 
@@ -182,36 +204,26 @@ def model_spec(name: str) -> ModelSpec:
     return _from_folder(folder)
 
 
+_LEFT_OUT = ("safety_checker", "image_encoder", "feature_extractor")  # no part of a picture from a prompt
+
+
 def _from_folder(folder: Path) -> ModelSpec:
     index = _read(folder / "model_index.json")
-    if (folder / "transformer").is_dir():
-        family, denoiser = "flux", _read(folder / "transformer" / "config.json")
-        if denoiser.get("_class_name") != "FluxTransformer2DModel":
-            raise ConfigurationError(
-                f"{folder}: its denoiser is a {denoiser.get('_class_name')}; the planner knows UNet2DConditionModel "
-                "and FluxTransformer2DModel"
-            )
-    else:
-        family = "sdxl" if "text_encoder_2" in index else "sd"
-        denoiser = _read(folder / "unet" / "config.json")
-    vae = _read(folder / "vae" / "config.json")
-    encoders: list[tuple[str, dict[str, Any]]] = []
-    for part in ("text_encoder", "text_encoder_2"):
-        if (folder / part).is_dir():
-            config = _read(folder / part / "config.json")
-            encoders.append(("t5" if "t5" in str(config.get("model_type")) else "clip", config))
-    length = max(int(config.get("max_position_embeddings", 512)) for _, config in encoders)
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    return ModelSpec(
-        folder.name,
-        family,
-        {key: value for key, value in denoiser.items() if not key.startswith("_")},
-        {key: value for key, value in vae.items() if not key.startswith("_")},
-        tuple(encoders),
-        sample_size=int(denoiser.get("sample_size") or vae["sample_size"] // factor),
-        text_length=length,
-        reward=None,
-    )
+    components: dict[str, tuple[str, dict[str, Any]]] = {}
+    for name, value in index.items():
+        is_network = isinstance(value, list) and (folder / name / "config.json").is_file()
+        if is_network and name not in _LEFT_OUT:
+            config = _read(folder / name / "config.json")
+            components[name] = (value[1], {key: v for key, v in config.items() if not key.startswith("_")})
+    if "vae" not in components:
+        raise ConfigurationError(
+            f"{folder}: a plan needs a vae/config.json; there are networks in {', '.join(components) or 'no folder'}"
+        )
+    options = {key: v for key, v in index.items() if not key.startswith("_") and not isinstance(v, list)}
+    scheduler = DEFAULT_SCHEDULER
+    if "scheduler" in index:
+        scheduler = index["scheduler"][1], _read(folder / "scheduler" / "scheduler_config.json")
+    return ModelSpec(folder.name, str(index["_class_name"]), components, None, scheduler, options)
 
 
 def _read(file: Path) -> dict[str, Any]:

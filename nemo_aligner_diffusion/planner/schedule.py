@@ -6,12 +6,13 @@ import random
 from dataclasses import dataclass
 from statistics import fmean
 
+import diffusers
 from omegaconf import DictConfig
 
-from nemo_aligner_diffusion.diffusion.sampler import Sampler
-from nemo_aligner_diffusion.diffusion.trajectory import Plan
-from nemo_aligner_diffusion.planner.networks import SCHEDULER
-from nemo_aligner_diffusion.training.assemble import ALGORITHMS
+from nemo_aligner_diffusion.algorithms.registry import method_of
+from nemo_aligner_diffusion.diffusion.plan import Plan
+from nemo_aligner_diffusion.diffusion.schedule import SchedulerPath, build_scheduler
+from nemo_aligner_diffusion.planner.presets import DEFAULT_SCHEDULER, ModelSpec
 
 DRAWS = 400  # plans averaged over
 
@@ -36,30 +37,35 @@ class StepCounts:
     plan: Plan
 
 
-def step_counts(cfg: DictConfig, draw: random.Random | None = None) -> StepCounts:
+def step_counts(cfg: DictConfig, spec: ModelSpec | None = None, draw: random.Random | None = None) -> StepCounts:
     """Of ``model.algorithm`` with its settings.
 
     Args:
+        spec: whose scheduler makes the steps, where ``model.infer.sampler_type`` names none; ``None``: DDIM.
         draw: what one plan is drawn from; ``None``: averages over :data:`DRAWS` of them.
     """
-    infer = cfg.model.infer
-    rule = ALGORITHMS[cfg.model.algorithm][1](cfg)
-    steps = len(Sampler(SCHEDULER, infer.sampler_type, infer.inference_steps, infer.eta))
-    plans = [rule(steps, each) for each in ([draw] if draw else map(random.Random, range(DRAWS)))]
-    active = fmean(map(_active, plans))
+    kind, config = DEFAULT_SCHEDULER if spec is None else spec.scheduler
+    # a shift that depends on the picture's size needs the pipeline
+    own = getattr(diffusers, kind).from_config({**config, "use_dynamic_shifting": False})
+    scheduler = build_scheduler(own, cfg.model.infer.sampler_type)
+    scheduler.set_timesteps(cfg.model.infer.inference_steps)
+    rule, path = method_of(cfg).plan, SchedulerPath(scheduler)
+    plans = [rule(path, each) for each in ([draw] if draw else map(random.Random, range(DRAWS)))]
+    active = fmean(map(active_calls, plans))
     return StepCounts(
-        network_calls=fmean(calls_of(plan, steps) for plan in plans),
+        network_calls=fmean(calls_of(plan, path.steps) for plan in plans),
         references=active if cfg.model.kl_coeff else 0.0,
         replays=active,
-        reads=fmean(plan.renoise or 1 for plan in plans),
-        plan=max(plans, key=_active),
+        reads=fmean(plan.network_reads for plan in plans),
+        plan=max(plans, key=active_calls),
     )
 
 
 def calls_of(plan: Plan, steps: int) -> int:
-    """Network calls of a trajectory of ``steps`` steps under ``plan``: ``Trajectory.network_calls``."""
+    """Network calls of a trajectory of ``steps`` steps under ``plan``."""
     return (steps if plan.stop is None else plan.stop + 1) + plan.renoise
 
 
-def _active(plan: Plan) -> int:
-    return plan.renoise or len(plan.active)
+def active_calls(plan: Plan) -> int:
+    """Network calls that are replayed and differentiated."""
+    return plan.renoise + plan.own_step if plan.renoise else len(plan.active)

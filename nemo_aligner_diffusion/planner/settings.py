@@ -52,6 +52,8 @@ class Settings:
         rm: the ``rm`` section.
         precision: ``trainer.precision``.
         lora: ``model.peft.lora_tuning``; ``None``: every weight of the denoiser is trained.
+        pipeline: the ``model.pipeline`` section: what is declared about the pipeline.
+        guidance_scale: ``None``: the pipeline's default.
         attention: see :func:`.kernels.gpu_kernels`; ``cpu``: PyTorch's own choice on this machine.
         optimizer_states: tensors of a parameter's size that the optimizer keeps for it.
         validation_batch_size: pictures at a time in validation; 0: none.
@@ -62,7 +64,8 @@ class Settings:
     rm: dict[str, Any]
     precision: str
     lora: dict[str, Any] | None
-    guidance_scale: float
+    pipeline: dict[str, Any]
+    guidance_scale: float | None
     kl_coeff: float
     height: int | None
     width: int | None
@@ -92,6 +95,7 @@ def settings_from(cfg: DictConfig, spec: ModelSpec, reward: str | None = None, a
         reward = spec.reward
     assert reward in (None, "recipe", *REWARDS)
     tuning = OmegaConf.to_container(cfg.model.peft.lora_tuning, resolve=True)
+    pipeline: dict[str, Any] = OmegaConf.to_container(cfg.model.pipeline, resolve=True)  # type: ignore[assignment]
     ema = cfg.exp_manager.ema
     return Settings(
         spec=spec,
@@ -99,7 +103,8 @@ def settings_from(cfg: DictConfig, spec: ModelSpec, reward: str | None = None, a
         rm=rm,
         precision=str(cfg.trainer.precision),
         lora=tuning if cfg.model.peft.peft_scheme == "sdlora" else None,  # type: ignore[arg-type]
-        guidance_scale=float(cfg.model.infer.unconditional_guidance_scale),
+        pipeline={name: value for name, value in pipeline.items() if value is not None},
+        guidance_scale=cfg.model.infer.unconditional_guidance_scale,
         kl_coeff=float(cfg.model.kl_coeff),
         height=cfg.model.infer.height,
         width=cfg.model.infer.width,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_aligner_diffusion.algorithms.base import Method
 from nemo_aligner_diffusion.algorithms.registry import method_of
 from nemo_aligner_diffusion.algorithms.reward_tuning import RewardTuning
 from nemo_aligner_diffusion.diffusion.generate import Sampling
@@ -32,25 +33,35 @@ def build_model(
     cfg: DictConfig,
     device: str | torch.device = "cpu",
     phase: Callable[[str], AbstractContextManager[Any]] | None = None,
+    pipe: Any = None,
 ) -> DiffusionModel:
     """The model on ``device`` with its trainable part marked: a LoRA (``sdlora``) or the whole denoiser (``none``).
 
     Its files are read once on each node, so this is a collective call where there is a process group; ``phase``: see
-    :func:`.load_once`.
+    :func:`.load_once`. ``pipe``: a pipeline that is tuned itself, in place of files.
     """
-    model = load_once(
-        lambda: load_model(
-            cfg.model.from_pretrained or embedded_model_path(),
-            denoiser_path=cfg.model.unet_config.from_pretrained,
-            vae_path=cfg.model.first_stage_config.from_pretrained,
-            trained=cfg.model.pipeline.trained,
-            stateless=list(cfg.model.pipeline.stateless or ()),
-            arguments=_plain(cfg.model.pipeline.arguments),
-        ),
-        device,
-        phase,
-    )
+    declared: dict[str, Any] = {
+        "trained": cfg.model.pipeline.trained,
+        "stateless": list(cfg.model.pipeline.stateless or ()),
+        "arguments": _plain(cfg.model.pipeline.arguments),
+    }
+    if pipe is not None:
+        model = DiffusionModel(pipe, **declared).to(device)
+    else:
+        model = load_once(
+            lambda: load_model(
+                cfg.model.from_pretrained or embedded_model_path(),
+                denoiser_path=cfg.model.unet_config.from_pretrained,
+                vae_path=cfg.model.first_stage_config.from_pretrained,
+                **declared,
+            ),
+            device,
+            phase,
+        )
     prepare_model(cfg, model)
+    for _, parameter in model.trainable_parameters():  # of a pipeline in half precision; peft computes either way
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.float()
     return model
 
 
@@ -62,7 +73,7 @@ def prepare_model(cfg: DictConfig, model: DiffusionModel) -> None:
     model.set_scheduler(cfg.model.infer.sampler_type, cfg.model.infer.eta)
     if cfg.model.peft.peft_scheme == "sdlora":
         tuning = cfg.model.peft.lora_tuning
-        targets = list(tuning.target_modules or model.family.lora_targets)
+        targets = list(tuning.target_modules or model.lora_targets)
         torch.manual_seed(cfg.model.seed)  # the adapter's start is part of the run
         add_lora(model.denoiser, tuning.adapter_dim, tuning.alpha, tuning.dropout, targets)
     else:
@@ -90,9 +101,14 @@ def build_sampling(cfg: DictConfig) -> Sampling:
 
 
 def build_module(
-    cfg: DictConfig, model: DiffusionModel, reward: Reward, max_steps: int, guard: NonFiniteGuard | None = None
+    cfg: DictConfig,
+    model: DiffusionModel,
+    reward: Reward,
+    max_steps: int,
+    guard: NonFiniteGuard | None = None,
+    method: Method | None = None,
 ) -> RewardTuning:
-    """The Lightning module, with the rule of ``model.algorithm``."""
+    """The Lightning module, with the rule of ``method``, or of ``model.algorithm``."""
     optim = _plain(cfg.model.optim)
 
     def optimizer_factory(parameters: list[tuple[str, torch.nn.Parameter]]) -> tuple[torch.optim.Optimizer, Any]:
@@ -104,7 +120,7 @@ def build_module(
         model,
         reward,
         build_sampling(cfg),
-        method_of(cfg).plan,
+        (method or method_of(cfg)).plan,
         optimizer_factory,
         kl_coeff=cfg.model.kl_coeff,
         kl_space=cfg.model.kl_space,

@@ -96,6 +96,11 @@ class EMACallback(pl.Callback):
         finally:
             self._swap_out(pl_module)
 
+    def settle(self, pl_module: pl.LightningModule) -> None:
+        """The module holds the averages from here on; training is over."""
+        self._swap_in(pl_module)
+        self._kept, self._average = None, {}
+
     @torch.no_grad()
     def _swap_in(self, pl_module: pl.LightningModule) -> None:
         if not self._average or self._kept is not None:

@@ -59,7 +59,9 @@ def _write_denoiser(denoiser: Any, weights: dict[str, Tensor], directory: Path, 
     import diffusers
 
     with torch.device("meta"):  # the class and the shapes as they were before anything was cut
-        plain = getattr(diffusers, denoiser.config["_class_name"]).from_config(denoiser.config)
+        # not type(denoiser), which FSDP changes; a network that was never loaded has no name in its configuration
+        kind = denoiser.config.get("_class_name", type(denoiser).__name__)
+        plain = getattr(diffusers, kind).from_config(denoiser.config)
     plain.load_state_dict(weights, assign=True)
     plain.save_pretrained(fresh, safe_serialization=True)
     if target.exists():

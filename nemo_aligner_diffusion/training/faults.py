@@ -334,7 +334,8 @@ def probe(device: torch.device) -> float:
 @contextlib.contextmanager
 def watched(cfg: DictConfig) -> Iterator[RunWatch]:
     """Around a whole run. Errors come out as one clear :class:`AlignerError` where we know what they mean."""
-    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")  # a failed collective ends the process: torch's own
+    if world_size(cfg) > 1:  # a failed collective ends the process: torch's own
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")
     before, threading.excepthook = threading.excepthook, _of_a_thread
     watch = RunWatch.start(cfg)
     try:

@@ -9,14 +9,15 @@ from typing import Any, TextIO
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ProgressBar
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 
 class TrainingProgress(ProgressBar):
     """Step, reward, KL, images/s and time left.
 
-    On a terminal: one line that is redrawn. Elsewhere (a file, a pipe, ``nohup``, Slurm): whole lines without carriage
-    returns or colours; every step if the run is short, else the first, the last, and one per ``seconds_between_lines``.
+    On a terminal: one line that is redrawn; in a notebook, tqdm's bar. Elsewhere (a file, a pipe, ``nohup``, Slurm):
+    whole lines without carriage returns or colours; every step if the run is short, else the first, the last, and one
+    per ``seconds_between_lines``.
     Results of validations are lines of their own in both.
 
     Reads ``module.last_metrics`` and ``module.last_validation`` as :class:`MetricsCSV` does. Being Lightning's
@@ -26,7 +27,8 @@ class TrainingProgress(ProgressBar):
         seconds_between_lines: least time between two lines in a log file.
         short_run: runs of up to this many steps get a line for every step.
         stream: where to write; standard output by default.
-        live: redraw one line; by default whether ``stream`` is a terminal.
+        live: redraw one line; by default whether ``stream`` is a terminal, or this a notebook.
+        silent: show nothing.
     """
 
     def __init__(
@@ -35,13 +37,14 @@ class TrainingProgress(ProgressBar):
         short_run: int = 200,
         stream: TextIO | None = None,
         live: bool | None = None,
+        silent: bool = False,
     ) -> None:
         super().__init__()
         self.seconds_between_lines = seconds_between_lines
         self.short_run = short_run
         self._given_stream = stream
         self._live = live
-        self._enabled = True
+        self._enabled = not silent
         self._bar: Any = None
         self._step = 0
         self._first_step = 0
@@ -55,7 +58,7 @@ class TrainingProgress(ProgressBar):
 
     @property
     def live(self) -> bool:
-        return self.stream.isatty() if self._live is None else self._live
+        return self.stream.isatty() or _in_notebook() if self._live is None else self._live
 
     def disable(self) -> None:  # Lightning calls this on every rank but 0
         self._enabled = False
@@ -149,6 +152,10 @@ class TrainingProgress(ProgressBar):
         done = self._step - self._first_step
         left = (now - self._started) / done * (self._total - self._step)
         return f"  {clock(left)} left" if left > 0 else f"  took {clock(now - self._started)}"
+
+
+def _in_notebook() -> bool:
+    return any(kind.__module__ == "tqdm.notebook" for kind in tqdm.__mro__)
 
 
 def total_steps(trainer: pl.Trainer) -> int | None:

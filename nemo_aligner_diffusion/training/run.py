@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig
 
+from nemo_aligner_diffusion.algorithms.base import Method
 from nemo_aligner_diffusion.algorithms.registry import method_of
+from nemo_aligner_diffusion.algorithms.reward_tuning import RewardTuning
 from nemo_aligner_diffusion.data.datamodule import PromptDataModule
 from nemo_aligner_diffusion.data.prompts import read_prompts
 from nemo_aligner_diffusion.embedded_assets import embedded_prompts_path, embedded_reward_path
@@ -30,9 +36,11 @@ from nemo_aligner_diffusion.training.metrics_logging import MetricsCSV
 from nemo_aligner_diffusion.training.non_finite import NonFinitePolicy
 from nemo_aligner_diffusion.training.progress import TrainingProgress
 from nemo_aligner_diffusion.training.reward_normalization import RewardNormalization
+from nemo_aligner_diffusion.training.run_directory import write_text_atomically
 from nemo_aligner_diffusion.training.run_frame import RunFrame, plain, quiet
 from nemo_aligner_diffusion.training.startup import Startup, take
 from nemo_aligner_diffusion.training.startup_callback import StartupCallback
+from nemo_aligner_diffusion.training.trial import try_out
 from nemo_aligner_diffusion.training.validation import ValidationFiles, validation_loader
 
 log = logging.getLogger(__name__)
@@ -51,6 +59,38 @@ class RunData(PromptDataModule):
             return []
         rank, size = self.data_parallel
         return validation_loader(self.validation_prompts, self.validation_seeds, self.validation_batch_size, rank, size)
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a program hands over as objects in place of what the configuration names.
+
+    Attributes:
+        pipe: a pipeline; its denoiser itself is tuned.
+        reward: tried once on pictures of one sampling step before the first step is paid for.
+        method: its settings and its rule.
+        prompts: name of a file → the prompts that it is to hold, in the run directory; the configuration names it.
+        silent: no progress.
+        keep: write checkpoints, export and report.
+    """
+
+    pipe: Any = None
+    reward: Reward | None = None
+    method: Method | None = None
+    prompts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    silent: bool = False
+    keep: bool = True
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A run that has ended: its exit code, what it tuned, on which device, and how far it came."""
+
+    code: int
+    module: RewardTuning
+    device: torch.device
+    directory: Path
+    step: int
 
 
 def run_training(cfg: DictConfig, interruption: Interruption | None = None) -> int:
@@ -72,15 +112,20 @@ def run_training(cfg: DictConfig, interruption: Interruption | None = None) -> i
     """
     quiet()
     with watched(cfg) as watch:
-        return _run(cfg, watch, interruption or Interruption())
+        return train(cfg, watch, interruption or Interruption()).code
 
 
-def _run(cfg: DictConfig, watch: RunWatch, interruption: Interruption) -> int:
+def train(cfg: DictConfig, watch: RunWatch, interruption: Interruption, given: Given | None = None) -> Ended:
+    """:func:`run_training` for programs: with objects of theirs, and what was tuned in their hands."""
+    given = given or Given()
     startup = take()
     frame = RunFrame.open(cfg, watch, interruption, startup.enter)
     directory, device, resume = frame.directory, frame.device, frame.resume
     steps = int(cfg.model.infer.inference_steps)
-    on_every_process(lambda: method_of(cfg).check(steps))  # a user's own is imported before anything is loaded
+    # a user's own is imported before anything is loaded
+    on_every_process(lambda: (given.method or method_of(cfg)).check(steps))
+    for name, prompts in given.prompts.items():
+        write_text_atomically(directory.path / name, "".join(f"{prompt}\n" for prompt in prompts))
     data = _build_data(cfg)
     watch.phase("opening the data")
     startup.enter("data index")
@@ -90,12 +135,16 @@ def _run(cfg: DictConfig, watch: RunWatch, interruption: Interruption) -> int:
     startup.enter("building")
     loop, layout = loop_section(cfg), build_layout(cfg)
     policy = NonFinitePolicy(cfg.model.nan_policy.max_consecutive)
-    model = build_model(cfg, device, startup.phase)
-    reward = _build_reward(cfg, device, startup)
+    model = build_model(cfg, device, startup.phase, given.pipe)
+    reward = given.reward.to(device) if given.reward is not None else _build_reward(cfg, device, startup)
     startup.enter("building")
-    module = build_module(cfg, model, reward, loop.max_steps, policy)
+    module = build_module(cfg, model, reward, loop.max_steps, policy, given.method)
     module.validation_prompts = [prompt for prompt in data.validation_prompts for _ in data.validation_seeds]
 
+    if given.reward is not None:
+        section, size = cfg.model.data, cfg.model.micro_batch_size
+        prompts = read_prompts(data.train, size, section.on_bad_sample, section.on_bad_shard)
+        try_out(module, list(itertools.islice(itertools.cycle(prompts), size)))
     startup.enter("run directory")
     frame.begin()
     ema = EMACallback.from_config(cfg.exp_manager.ema)
@@ -105,15 +154,15 @@ def _run(cfg: DictConfig, watch: RunWatch, interruption: Interruption) -> int:
         *([ema] if ema is not None else []),
         ValidationFiles(directory.path, _embedder(cfg, reward), cfg.report.max_prompts),
         MetricsCSV(directory.path),
-        TrainingProgress(),
-        *frame.callbacks(loop.save_interval, loop.val_check_interval),
+        TrainingProgress(silent=given.silent),
+        *frame.callbacks(loop.save_interval if given.keep else None, loop.val_check_interval),
     ]
     startup.enter("trainer")
     trainer = frame.trainer(loop, layout, derived(cfg).accumulation, callbacks, validates=loop.val_check_interval > 0)
     if trainer.is_global_zero:
         log.info("run directory: %s", directory.path)
 
-    def train() -> None:
+    def fit() -> None:
         # dropout masks differ between samples, and are the same where processes share a sample
         torch.manual_seed(cfg.model.seed + trainer.global_rank // layout.tensor)
         trainer.fit(module, datamodule=data, ckpt_path=str(resume.path) if resume is not None else None)
@@ -142,6 +191,7 @@ def _run(cfg: DictConfig, watch: RunWatch, interruption: Interruption) -> int:
             )
         frame.record(
             trainer,
+            pipeline=model.described(),
             truncated_prompts=model.truncated_prompts,
             skipped_steps=policy.skipped,
             non_finite_events=policy.events,
@@ -156,7 +206,11 @@ def _run(cfg: DictConfig, watch: RunWatch, interruption: Interruption) -> int:
             export()
         report()
 
-    return frame.carry_out(trainer, loop.max_steps, train, [validate, export, record, report], salvage)
+    closing = [validate, export, record, report] if given.keep else [validate, record]
+    code = frame.carry_out(trainer, loop.max_steps, fit, closing, salvage if given.keep else lambda: None)
+    if ema is not None:
+        ema.settle(module)
+    return Ended(code, module, device, directory.path, trainer.global_step)
 
 
 def _build_reward(cfg: DictConfig, device: torch.device, startup: Startup) -> Reward:

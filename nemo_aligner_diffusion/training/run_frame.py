@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,24 +108,27 @@ class RunFrame:
         self.interruption.patient = self._requeue is not None
 
     def callbacks(
-        self, save_interval: int, validation_interval: int, validate_again: bool = False
+        self, save_interval: int | None, validation_interval: int, validate_again: bool = False
     ) -> list[pl.Callback]:
         """What ends, saves, resumes and watches a fit; behind the callbacks of its own.
 
         Args:
-            save_interval: optimizer steps between checkpoints; 0: only at the end.
+            save_interval: optimizer steps between checkpoints; 0: only at the end; ``None``: there are none.
             validation_interval: optimizer steps between validations; 0: there are none.
             validate_again: see :class:`MissedValidation`.
         """
-        return [
-            InterruptionCallback(self.interruption),
-            MissedValidation(self.directory.path, validation_interval, always=validate_again),
-            TrainingCheckpoint(
+        checkpoint = None
+        if save_interval is not None:
+            checkpoint = TrainingCheckpoint(
                 self.directory.checkpoints,
                 every_n_optimizer_steps=save_interval or None,
                 resume=self.resume,
                 **self.cfg.exp_manager.checkpoint_callback_params,
-            ),
+            )
+        return [
+            InterruptionCallback(self.interruption),
+            MissedValidation(self.directory.path, validation_interval, always=validate_again),
+            *([checkpoint] if checkpoint is not None else []),
             *([self._timer] if self._timer is not None else []),
             *self.watch.callbacks(),
         ]
@@ -161,6 +164,7 @@ class RunFrame:
             plugins=lightning_plugins(),
             use_distributed_sampler=False,
             enable_model_summary=False,
+            enable_checkpointing=any(isinstance(callback, TrainingCheckpoint) for callback in callbacks),
         )
 
     @property
@@ -245,14 +249,41 @@ def plain(value: Any) -> Any:
     return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
 
 
+_LIGHTNING = ("pytorch_lightning", "lightning.pytorch", "lightning_fabric")
+_PIPELINES = ("diffusers", "transformers")
+
+
 def quiet() -> None:
     """Our own lines on the screen, and of the libraries only what concerns the user."""
     if not logging.getLogger().handlers:
         logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("nemo_aligner_diffusion").setLevel(logging.INFO)
-    for noisy in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
+    _hush()
+
+
+@contextlib.contextmanager
+def hushed() -> Iterator[None]:
+    """Within, the libraries say only what concerns the user; for a run inside a program that logs as it likes."""
+    levels = {name: logging.getLogger(name).level for name in (*_LIGHTNING, *_PIPELINES)}
+    shown = [
+        library for name in _PIPELINES if name in sys.modules
+        and (library := sys.modules[name].utils.logging).is_progress_bar_enabled()
+    ]  # fmt: skip
+    try:
+        with warnings.catch_warnings():
+            _hush()
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        for library in shown:
+            library.enable_progress_bar()
+
+
+def _hush() -> None:
+    for noisy in _LIGHTNING:
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    for name in ("diffusers", "transformers"):
+    for name in _PIPELINES:
         if name in sys.modules:
             library = sys.modules[name].utils.logging
             library.set_verbosity_error()

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -52,11 +52,17 @@ class Interruption:
         training_began: the weights of a checkpoint, if there is one to resume from, are in their place.
         stopped_training: training ended before its time because of the signal.
         at_once: it ended in the middle of a step, and other processes may stand elsewhere.
+
+    Args:
+        signals: those that are taken.
+        then: what follows the step under way, for the line on the screen.
     """
 
     again_after = 1.0  # seconds
 
-    def __init__(self) -> None:
+    def __init__(self, signals: Sequence[signal.Signals] = SIGNALS, then: str = ", then export and report") -> None:
+        self._signals = tuple(signals)
+        self._then = then
         self.requested: signal.Signals | None = None
         self.patient = False
         self.speaks = True
@@ -83,7 +89,7 @@ class Interruption:
 
     def __enter__(self) -> Interruption:
         here = threading.current_thread() is threading.main_thread()
-        self._previous.append({number: signal.getsignal(number) for number in SIGNALS} if here else {})
+        self._previous.append({number: signal.getsignal(number) for number in self._signals} if here else {})
         self.install()
         return self
 
@@ -97,7 +103,7 @@ class Interruption:
     def install(self) -> None:
         """Take the signals; again after Lightning has put its own SIGTERM handler in front, which would raise."""
         if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
+            for number in self._signals:
                 signal.signal(number, self._handle)
 
     def training_starts(self) -> None:
@@ -126,7 +132,7 @@ class Interruption:
         """
         self._dismissed = True
         if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
+            for number in self._signals:
                 signal.signal(number, signal.SIG_IGN)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -152,11 +158,16 @@ class Interruption:
         elif self._closing:
             log.warning("%s: export and report are completed first; again to stop at once", name)
         else:
-            log.warning("%s: stopping after the step under way, then export and report; again to stop at once", name)
+            log.warning("%s: stopping after the step under way%s; again to stop at once", name, self._then)
 
-    def _stop_at_once(self) -> None:
+    def stopped_at_once(self) -> None:
+        """Something ends in the middle: a second signal, or a Ctrl-C that Python raised in the user's own code."""
+        self.requested = self.requested or signal.SIGINT
         self.at_once = True
         self.stopped_training = self.stopped_training or not self._closing
+
+    def _stop_at_once(self) -> None:
+        self.stopped_at_once()
         raise Interrupted
 
 
@@ -180,6 +191,7 @@ def run_then_close(
         try:
             train()
         except Interrupted:
+            interruption.stopped_at_once()
             if not interruption.training_began:
                 raise
         interruption.after_training()

@@ -1,0 +1,148 @@
+"""What :func:`.tune` gives back: the tuned pipeline, its figures, and pictures before and after."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+
+from nemo_aligner_diffusion.diffusion.generate import generate
+from nemo_aligner_diffusion.errors import ConfigurationError, OutputError
+from nemo_aligner_diffusion.evaluation.figures import encode_png, sample_grid, save_image
+from nemo_aligner_diffusion.training.export import export_weights
+
+if TYPE_CHECKING:
+    from nemo_aligner_diffusion.training.run import Ended
+
+
+class Tuned:
+    """A pipeline that was tuned.
+
+    Attributes:
+        pipeline: a plain ``diffusers`` pipeline with what was learnt switched on:
+            ``result.pipeline("a red fox", generator=torch.manual_seed(0)).images[0]``; the user's own, if given.
+        history: a row of figures for each optimizer step, as in ``metrics.csv``: ``step``, ``reward``, ``kl_penalty``,
+            ``loss``, ``grad_norm``, ``lr``, …
+        validation: a row for each validation, as in ``validation.csv``.
+        interrupted: whether Ctrl-C ended it early.
+        run_dir: the run directory; without ``output`` it goes when this object goes.
+    """
+
+    def __init__(self, ended: Ended, interrupted: bool, temporary: TemporaryDirectory[str] | None) -> None:
+        module = ended.module
+        self.interrupted = interrupted
+        self.run_dir = ended.directory
+        self.history = _rows(ended.directory / "metrics.csv")
+        self.validation = _rows(ended.directory / "validation.csv")
+        self._temporary = temporary
+        self._model = module.model.to(ended.device).eval()
+        module.reward.to(ended.device)
+        self._module = module
+        self._sampling = module.sampling
+        self._step = ended.step
+        for _, parameter in self._model.trainable_parameters():
+            parameter.grad = None
+
+    @property
+    def pipeline(self) -> Any:
+        return self._model.pipe
+
+    def compare(self, prompts: Sequence[str], seeds: Sequence[int] = (0,)) -> Comparison:
+        """The base model's picture and the tuned one's, of every prompt with every seed, sampled as in training.
+
+        Args:
+            seeds: as ``generate.py`` and the report count them: the same seed is the same noise for both.
+        """
+        if isinstance(prompts, str) or not prompts or not seeds:
+            raise ConfigurationError(
+                f"compare({prompts!r}, seeds={seeds!r}): expected a list of prompts and a list of seeds, such as "
+                "compare(['a red fox'], seeds=[0, 1])"
+            )
+        pairs = [(prompt, int(seed)) for prompt in prompts for seed in seeds]
+        texts, numbers = [prompt for prompt, _ in pairs], [seed for _, seed in pairs]
+        tuned = generate(self._model, texts, numbers, self._sampling)
+        with self._model.reference():
+            base = generate(self._model, texts, numbers, self._sampling)
+        return Comparison(texts, numbers, base, tuned, self._score(base, texts), self._score(tuned, texts), self._step)
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write what was learnt, for ``load_lora_weights`` (an adapter) or ``from_pretrained`` (every weight).
+
+        Returns:
+            the file or folder.
+        """
+        try:
+            path = export_weights(self._model, Path(folder).expanduser())
+        except OSError as error:
+            raise OutputError(f"cannot write to {folder}: {error.strerror or error}") from error
+        assert path is not None  # one process holds all
+        return path
+
+    def _score(self, images: torch.Tensor, prompts: list[str]) -> list[float]:
+        return self._module.score(images, prompts).tolist()
+
+    def __repr__(self) -> str:
+        steps = (
+            f"{self._step} optimizer step{'s' if self._step != 1 else ''}{', interrupted' if self.interrupted else ''}"
+        )
+        if not self.history:
+            return f"<{type(self.pipeline).__name__} tuned for {steps}>"
+        rewards = f"reward {self.history[0]['reward']:.4g} → {self.history[-1]['reward']:.4g}"
+        return f"<{type(self.pipeline).__name__} tuned for {steps}: {rewards}>"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Pictures ``(N, 3, H, W)`` in [0, 1] before and after, and their rewards; a notebook shows it."""
+
+    prompts: list[str]
+    seeds: list[int]
+    base: torch.Tensor
+    tuned: torch.Tensor
+    base_rewards: list[float]
+    tuned_rewards: list[float]
+    step: int
+
+    @cached_property
+    def image(self) -> Image.Image:
+        """Base above tuned, prompt and reward with each."""
+        base, tuned = (pictures if pictures.ndim == 4 else pictures[:, 0] for pictures in (self.base, self.tuned))
+        title = f"after {self.step} step{'s' if self.step != 1 else ''}"
+        return sample_grid(
+            base, tuned, self.prompts, self.base_rewards, self.tuned_rewards, seeds=self.seeds, title=title
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """As PNG, or what else the name ends in."""
+        path = Path(path).expanduser()
+        if path.suffix.lower() == ".png":
+            return save_image(self.image, path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.image.save(path)
+        except (OSError, ValueError) as error:
+            raise OutputError(f"cannot write {path}: {error}; expected a name such as before_after.png") from error
+        return path
+
+    def _repr_png_(self) -> bytes:
+        return encode_png(self.image)
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    """A table's rows as numbers; what is missing is ``None``."""
+    if not file.is_file():
+        return []
+    with file.open(encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    return [
+        {name: int(text) if name == "step" else float(text) if text else None for name, text in row.items()}
+        for row in rows
+    ]

@@ -1,0 +1,71 @@
+"""The table of ``docs/models.md``, from the tiny pipelines that the tests train and the facts of their families.
+
+Run from the project's root to write it anew:
+
+    python tests/models_page.py docs/models.md
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from pathlib import Path
+
+from tiny_pipelines import MAIN, ROWS, TinyPipeline
+
+from nemo_aligner_diffusion.diffusion.families import family_of, lora_targets
+
+BEGIN, END = "<!-- table: tests/models_page.py -->", "<!-- end of table -->"
+
+
+def kind(row: TinyPipeline) -> str:
+    given = {*row.conditioning(1), *row.arguments}
+    if "prompt" not in given:
+        return "from other inputs"
+    further = [name for name in ("image", "mask_image", "control_image") if name in given]
+    if "control_image" in inspect.signature(row.pipeline.__call__).parameters and "image" in further:
+        further = ["control_image"]
+    what = "video" if row.video else "picture"
+    return f"{what}, needs {' and '.join(further)}" if further else what
+
+
+def tested(row: TinyPipeline) -> str:
+    if "prompt" not in row.conditioning(1):
+        return "refused by name"
+    return "every method, exact" if row in MAIN else "a DRTune step"
+
+
+def makers(row: TinyPipeline) -> str:
+    family = family_of(row.pipeline)
+    said = {"{} steps": family.steps, "guidance {:g}": family.scale, "{0} × {0}": family.size}
+    return ", ".join(text.format(value) for text, value in said.items() if value is not None) or "–"
+
+
+def table() -> str:
+    lines = [
+        "| pipeline | makes | trained | guidance | as its makers sample | LoRA layers by default | given or declared | tested |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in ROWS:
+        family = family_of(row.pipeline)
+        declared = [f"`{name}={value!r}`" for name, value in family.arguments.items()]
+        declared += [f"stateless: `{name}`" for name in sorted({*family.stateless, *row.stateless})]
+        has_lora = hasattr(type(row.build().components[row.train]), "add_adapter")
+        layers = ", ".join(lora_targets(family, row.train)) if has_lora else "none: `peft=none`"
+        lines.append(
+            f"| `{row.pipeline.__name__}` ({row.name}) | {kind(row)} | `{row.train}` | "
+            f"{f'`{row.guidance[0]}`' if row.guidance else '–'} | {makers(row)} | {layers} | {', '.join(declared) or '–'} | "
+            f"{tested(row)} |"
+        )
+    return "\n".join([BEGIN, *lines, END])
+
+
+def renewed(page: str) -> str:
+    """``page`` with its table as it should be."""
+    before, rest = page.split(BEGIN)
+    return before + table() + rest.split(END)[1]
+
+
+if __name__ == "__main__":
+    path = Path(sys.argv[1])
+    path.write_text(renewed(path.read_text("utf-8")), "utf-8")

@@ -1,0 +1,91 @@
+"""Every further tiny pipeline takes a DRTune step: its gradient is the naive graph's, its picture the plain call's."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from models_page import renewed
+from tiny_pipelines import MAIN, ROWS, TinyPipeline
+
+from nemo_aligner_diffusion.algorithms import DRTune
+from nemo_aligner_diffusion.diffusion.model import DiffusionModel
+from nemo_aligner_diffusion.diffusion.trajectory import rollout, sample
+from nemo_aligner_diffusion.errors import ConfigurationError
+
+FURTHER = [row for row in ROWS if row not in MAIN]
+NO_PROMPT = {"kandinsky-2.2", "dit"}  # refused as text-to-image pipelines
+
+
+def reward(pictures):
+    """One number a picture or video; a video's is of its frames."""
+    x = pictures.double()
+    weights = torch.linspace(-1, 1, x[0].numel(), dtype=x.dtype).reshape(x.shape[1:])
+    return -(x * weights + x**2).flatten(1).mean(1)
+
+
+def gradient(row: TinyPipeline, model: DiffusionModel, recompute: bool) -> torch.Tensor:
+    for _, parameter in model.trainable_parameters():
+        parameter.grad = None
+    result = rollout(
+        model,
+        DRTune(train_steps=1, early_stop_steps=1).plan,
+        generators(row),
+        inputs(row, model),
+        lambda pictures, rows, read: reward(pictures),
+        rng=random.Random(0),
+        recompute=recompute,
+    )
+    result.surrogate().backward()
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for _, p in model.trainable_parameters()]
+    return torch.cat([g.double().flatten() for g in gradients])
+
+
+def generators(row: TinyPipeline) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in range(row.batch)]
+
+
+def inputs(row: TinyPipeline, model: DiffusionModel) -> dict:
+    return {**model.arguments, **row.inputs(), "num_inference_steps": row.steps}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", [row for row in FURTHER if row.name not in NO_PROMPT], ids=lambda row: row.name)
+def test_a_drtune_step(row):
+    pipe = row.build(row.dtype)
+    model = DiffusionModel(pipe, trained=row.train, stateless=row.stateless)
+    given = inputs(row, model)
+    plain = pipe(**inputs(row, model), generator=generators(row), output_type="pt", return_dict=False)[0]
+    plain = torch.stack(list(plain)) if isinstance(plain, list) else plain
+    if model.family.signed:
+        plain = (plain / 2 + 0.5).clamp(0, 1)
+    assert torch.equal(sample(model, generators(row), given), plain)
+    assert row.video == (plain.ndim == 5)
+    model.denoiser.requires_grad_(True)
+    got = gradient(row, model, recompute=True)
+    assert got.norm() > 0
+    expected = gradient(row, model, recompute=False)
+    assert float((got - expected).norm() / expected.norm()) < (1e-9 if row.dtype == torch.float64 else 1e-4)
+
+
+@pytest.mark.slow
+def test_all_of_the_table_but_two_train_and_two_or_more_are_videos():
+    trained = [row for row in FURTHER if row.name not in NO_PROMPT]
+    assert len({row.pipeline for row in trained}) >= 25
+    assert sum(row.video for row in trained) >= 2
+
+
+@pytest.mark.parametrize("name", sorted(NO_PROMPT))
+def test_what_takes_no_prompt_is_refused_by_name(name):
+    row = next(row for row in FURTHER if row.name == name)
+    with pytest.raises(
+        ConfigurationError, match=rf"{row.pipeline.__name__} makes no pictures from prompts.*no `prompt`"
+    ):
+        DiffusionModel(row.build())
+
+
+def test_the_page_of_models_shows_the_table():
+    page = (Path(__file__).parents[1] / "docs/models.md").read_text("utf-8")
+    assert page == renewed(page), "python tests/models_page.py docs/models.md"
