@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import random
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -14,17 +13,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nemo_aligner_diffusion.algorithms.draft import LastSteps
+from nemo_aligner_diffusion.algorithms import DRaFT
 from nemo_aligner_diffusion.data.prompts import read_prompts
-from nemo_aligner_diffusion.diffusion.families.stable_diffusion import StableDiffusion
-from nemo_aligner_diffusion.diffusion.generate import generate, seeded_noise
-from nemo_aligner_diffusion.diffusion.guidance import guided_predictor
+from nemo_aligner_diffusion.diffusion.generate import generate
+from nemo_aligner_diffusion.diffusion.loading import load_model
 from nemo_aligner_diffusion.diffusion.lora import load_lora_weights
-from nemo_aligner_diffusion.diffusion.sampler import Sampler
-from nemo_aligner_diffusion.diffusion.trajectory import run_trajectory
+from nemo_aligner_diffusion.diffusion.noise import sample_generator
+from nemo_aligner_diffusion.diffusion.trajectory import rollout
 from nemo_aligner_diffusion.embedded_assets import embedded_model_path, embedded_prompts_path, embedded_reward_path
 from nemo_aligner_diffusion.evaluation.diversity import recognisability, seed_diversity
 from nemo_aligner_diffusion.rewards import build_reward, restore_reward
+from nemo_aligner_diffusion.training.assemble import build_sampling
 from nemo_aligner_diffusion.training.config import load_config
 from nemo_aligner_diffusion.training.run import run_training
 
@@ -60,33 +59,30 @@ class Judge:
 
     @torch.no_grad()
     def __call__(self, lora: Path | None) -> Judgement:
-        model = StableDiffusion.from_pretrained(embedded_model_path())
+        model = load_model(embedded_model_path())
         if lora is not None:
             load_lora_weights(model.denoiser, lora, "judged")
         infer = self.config.model.infer
-        sampler = Sampler(model.scheduler_config, infer.sampler_type, infer.inference_steps)
+        model.set_scheduler(infer.sampler_type, infer.eta)
+        sampling = build_sampling(self.config)
 
         def pictures(prompts: Sequence[str], seeds: Sequence[int]) -> tuple[list[str], Tensor]:
             pairs = [(prompt, 100 + seed) for prompt in prompts for seed in seeds]
             names = [prompt for prompt, _ in pairs]
-            guidance = infer.unconditional_guidance_scale
-            return names, generate(model, sampler, names, [seed for _, seed in pairs], guidance)
+            return names, generate(model, names, [seed for _, seed in pairs], sampling)
 
         names, images = pictures(self.prompts, (0, 1))
         broad_names, broad = pictures(BROAD, (0, 1, 2, 3))
         divergence = 0.0
         if lora is not None:
-            predict = guided_predictor(
-                model, model.encode_prompts(self.prompts[:8]), infer.unconditional_guidance_scale
+            run = rollout(
+                model,
+                DRaFT().plan,  # every step
+                [sample_generator(seed, 0, 0) for seed in range(8)],
+                model.inputs(self.prompts[:8], **vars(sampling)),
+                lambda images, rows, read: images.mean((1, 2, 3)),  # any: the divergence alone is asked for
+                reference=True,
             )
-
-            def frozen(latents: Tensor, timestep: Tensor) -> Tensor:
-                with model.reference():
-                    return predict(latents, timestep)
-
-            noise = seeded_noise(range(8), model.latent_shape(), torch.zeros(1))
-            whole = LastSteps()(len(sampler), random.Random(0))
-            run = run_trajectory(predict, sampler, whole, noise.__next__, reference=frozen)
             assert run.divergence is not None
             divergence = float(run.divergence)
         found = recognisability(self.clip, images, names, self.candidates)

@@ -87,7 +87,7 @@ def work(rank: int, size: int, folder: str, path: str, device: str, connection: 
     from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: F401
     from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
-    from nemo_aligner_diffusion.diffusion.families import stable_diffusion
+    from nemo_aligner_diffusion.diffusion import loading
     from nemo_aligner_diffusion.embedded_assets import embedded_model_path
     from nemo_aligner_diffusion.parallel import broadcast
 
@@ -103,18 +103,18 @@ def work(rank: int, size: int, folder: str, path: str, device: str, connection: 
             module.load_state_dict(torch.load(source, map_location="cpu", weights_only=True)["state_dict"])
 
     if path == "as before":
-        stable_diffusion.empty_module = AsBefore.empty_module  # type: ignore[assignment]
-        stable_diffusion.load_component = AsBefore.load_component  # type: ignore[assignment]
+        loading.empty_module = AsBefore.empty_module  # type: ignore[assignment]
+        loading.load_component = AsBefore.load_component  # type: ignore[assignment]
 
     def load() -> Any:
         own = Path(folder) / str(rank)
-        model = stable_diffusion.StableDiffusion.from_pretrained(own, unet_path=own / "unet.ckpt")
+        model = loading.load_model(own, denoiser_path=own / "unet.ckpt")
         for tensor in model.state_dict().values():  # as a copy to a device does: mapped pages come into memory
             tensor.sum()
         return model
 
     # what the first load imports must not count
-    stable_diffusion.StableDiffusion.from_pretrained(embedded_model_path())
+    loading.load_model(embedded_model_path())
     if size > 1:
         store = dist.FileStore(f"{folder}/store-{path}-{device}-{size}", size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(minutes=10))

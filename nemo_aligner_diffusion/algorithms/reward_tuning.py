@@ -172,6 +172,12 @@ class RewardTuning(PictureValidation):
         self._prompts += prompts
         self._rewards.append(scores.reshape(result.plan.network_reads, -1).mean(0))
 
+    def check_pipeline(self) -> None:
+        """Make a picture twice, before anything is written: see :func:`.check_repeatable`."""
+        self.eval()
+        prompt = next(iter(self.validation_prompts), "a picture")
+        check_repeatable(self.model, self.model.inputs([prompt], **vars(self.sampling)))
+
     # Lightning's hooks
 
     def configure_model(self) -> None:
@@ -184,9 +190,6 @@ class RewardTuning(PictureValidation):
 
     def on_train_start(self) -> None:
         self.eval()  # frozen parts stay as they are; only the denoiser may have dropout
-        prompt = next(iter(self.validation_prompts), "a picture")
-        check_repeatable(self.model, self.model.inputs([prompt], **vars(self.sampling)))
-        self.parallel.reshard()
         self.model.denoiser.train()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

@@ -66,8 +66,10 @@ def load_model(
             config = component_config(path, name) or component_config(folder / name, name)
             parts[name] = empty_module(partial(part_class.from_config, config), dtype)
             load_component(parts[name], name, path)
+        _check_folders(folder, index, parts)
         with _no_progress_bar():
             pipe = pipeline_class.from_pretrained(folder, dtype=dtype, local_files_only=True, **parts)
+        _check_tokenizers(folder, pipe)
     except (CheckpointError, ConfigurationError):
         raise
     except Exception as error:  # diffusers and transformers raise a dozen types for what is damaged or missing
@@ -122,6 +124,22 @@ def _read_index(folder: Path) -> dict[str, Any]:
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise CheckpointError(f"{file}: names no pipeline class of diffusers as _class_name")
     return index
+
+
+def _check_folders(folder: Path, index: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Every part that the index names has a folder: transformers makes an empty tokenizer of a missing one."""
+    pairs = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2}
+    named = [name for name, value in pairs.items() if value != [None, None]]
+    missing = [name for name in named if name not in given and not (folder / name).is_dir()]
+    if missing:
+        raise CheckpointError(f"{folder}: model_index.json names {', '.join(missing)}, but there is no such folder")
+
+
+def _check_tokenizers(folder: Path, pipe: Any) -> None:
+    for name, part in pipe.components.items():
+        special = getattr(part, "all_special_ids", None)
+        if special is not None and hasattr(part, "get_vocab") and len(part) <= len(set(special)):
+            raise CheckpointError(f"{folder / name}: a tokenizer without a vocabulary; its files are missing there")
 
 
 def _pipeline_class(folder: Path, index: Mapping[str, Any]) -> Any:

@@ -191,7 +191,8 @@ class Loop:
             if self.started:
                 raise
             raise ConfigurationError(
-                f"{type(self.pipe).__name__} refused what it was called with: {first_line(error)}"
+                f"{type(self.pipe).__name__} refused what it was called with: {first_line(error)}; if it needs more "
+                f"than a prompt, it is no text-to-image pipeline, or wants it in model.pipeline.arguments"
             ) from error
 
     def _start(self) -> None:

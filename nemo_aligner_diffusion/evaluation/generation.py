@@ -22,6 +22,7 @@ from nemo_aligner_diffusion.diffusion.generate import Sampling, generate
 from nemo_aligner_diffusion.diffusion.loading import is_hub_id, load_model
 from nemo_aligner_diffusion.diffusion.lora import load_lora_weights, mix
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
+from nemo_aligner_diffusion.diffusion.trajectory import check_repeatable
 from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError
 from nemo_aligner_diffusion.evaluation.annealing import annealed_weights
 from nemo_aligner_diffusion.evaluation.generate_cli import (
@@ -114,6 +115,7 @@ def run_generation(request: Request) -> Result:
     pairs = [(prompt, seed) for prompt in request.prompts for seed in request.seeds]
     prompts, seeds = [prompt for prompt, _ in pairs], [seed for _, seed in pairs]
     variants = plan_variants(request)
+    check_repeatable(model, model.inputs(prompts[:1], **vars(settings.sampling)))  # before there is a folder
     result = Result(claim_folder(request.output, request.overwrite))
     for variant in variants:
         started = time.perf_counter()

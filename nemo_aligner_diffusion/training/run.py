@@ -140,6 +140,8 @@ def train(cfg: DictConfig, watch: RunWatch, interruption: Interruption, given: G
     startup.enter("building")
     module = build_module(cfg, model, reward, loop.max_steps, policy, given.method)
     module.validation_prompts = [prompt for prompt in data.validation_prompts for _ in data.validation_seeds]
+    startup.enter("checking the pipeline")
+    on_every_process(module.check_pipeline)
 
     if given.reward is not None:
         section, size = cfg.model.data, cfg.model.micro_batch_size

@@ -1,0 +1,154 @@
+"""What a pipeline folder may name, and what is refused by one line before anything is written or imported."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+from tiny import save_tiny_pipeline, tiny_pipeline
+
+from nemo_aligner_diffusion.diffusion.loading import load_model
+from nemo_aligner_diffusion.diffusion.trajectory import check_repeatable
+from nemo_aligner_diffusion.errors import AlignerError, CheckpointError, ConfigurationError
+from nemo_aligner_diffusion.evaluation.generate_cli import main as generate
+from nemo_aligner_diffusion.training.cli import main
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return save_tiny_pipeline(tmp_path / "pipeline")
+
+
+def rewrite(folder: Path, **entries: Any) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, **entries}))
+
+
+def refusal(folder: Path, kind: type[AlignerError] = CheckpointError) -> str:
+    with pytest.raises(kind) as caught:
+        load_model(folder)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(folder) in message or kind is ConfigurationError
+    return message
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        ["os", "system"],
+        ["subprocess", "Popen"],
+        ["builtins", "eval"],
+        ["nemo_aligner_diffusion", "tune"],
+        ["diffusers", ["UNet2DConditionModel"]],
+        [["diffusers"], "UNet2DConditionModel"],
+        ["..evil", "Net"],
+    ],
+    ids=str,
+)
+def test_a_class_of_another_library_is_refused(folder: Path, value: list[Any]) -> None:
+    rewrite(folder, unet=value)
+    assert "only classes of diffusers and transformers are loaded" in refusal(folder)
+
+
+def test_code_that_a_folder_brings_is_not_run(folder: Path, tmp_path: Path) -> None:
+    """diffusers would look for ``unet/my_unet.py``, and for the pipeline's own file, as code of the folder."""
+    marker = tmp_path / "ran"
+    code = f"open({str(marker)!r}, 'w')\nclass Net: pass\n"
+    (folder / "unet" / "my_unet.py").write_text(code)
+    (folder / "unet" / "diffusers.py").write_text(code)
+    assert "no code that a folder brings" in refusal(folder)
+    rewrite(folder, unet=["my_unet", "Net"])
+    assert "no code that a folder brings" in refusal(folder)
+    rewrite(folder, _class_name=["my_pipeline", "Net"])
+    (folder / "my_pipeline.py").write_text(code)
+    assert "names no pipeline class of diffusers" in refusal(folder)
+    assert not marker.exists()
+    assert not {"my_unet", "my_pipeline"} & set(sys.modules)
+
+
+@pytest.mark.parametrize("name", ["MyPipeline", "UNet2DConditionModel", "os", "__file__", "x" * 10_000])
+def test_an_unknown_class_is_named(folder: Path, name: str) -> None:
+    rewrite(folder, _class_name=name)
+    message = refusal(folder)
+    assert f"names {name[:80]!r}, which is no pipeline of the installed diffusers" in message
+    assert len(message) < 600
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", '{"unet": 3}', "[" * 100_000, "\xff"], ids=lambda text: text[:8]
+)
+def test_a_damaged_index_is_named(folder: Path, text: str) -> None:
+    (folder / "model_index.json").write_bytes(text.encode("latin-1"))
+    assert "model_index.json" in refusal(folder)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
+def test_a_missing_part_is_named(folder: Path, part: str) -> None:
+    shutil.rmtree(folder / part)
+    assert f"names {part}, but there is no such folder" in refusal(folder)
+
+
+def test_a_tokenizer_without_its_vocabulary_is_refused(folder: Path) -> None:
+    """transformers makes one that knows its special tokens alone, and every prompt the same."""
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    assert "tokenizer: a tokenizer without a vocabulary" in refusal(folder)
+
+
+@pytest.mark.parametrize("part", ["unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"])
+def test_a_damaged_part_is_named(folder: Path, part: str) -> None:
+    (folder / part).write_text("{")
+    assert "not a complete StableDiffusionPipeline folder" in refusal(folder)
+
+
+def test_pipelines_that_make_no_pictures_from_prompts_alone_are_refused(tmp_path: Path) -> None:
+    parts = tiny_pipeline().components
+    unconditional = diffusers.DDPMPipeline(
+        diffusers.UNet2DModel(sample_size=4, block_out_channels=(8, 16), norm_num_groups=4,
+                              down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+                              layers_per_block=1),
+        diffusers.DDPMScheduler(),
+    )  # fmt: skip
+    upscaler = diffusers.StableDiffusionUpscalePipeline(
+        **{name: parts[name] for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")},
+        low_res_scheduler=diffusers.DDPMScheduler(),
+    )
+    image_to_image = diffusers.StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
+    for pipe in (unconditional, upscaler, image_to_image):
+        pipe.save_pretrained(tmp_path / type(pipe).__name__)
+    message = refusal(tmp_path / "DDPMPipeline", ConfigurationError)
+    assert "DDPMPipeline makes no pictures from prompts alone: it takes no `prompt`" in message
+    for name in ("StableDiffusionUpscalePipeline", "StableDiffusionImg2ImgPipeline"):  # they say so when called
+        model = load_model(tmp_path / name)
+        with pytest.raises(ConfigurationError, match=rf"^{name} refused what it was called with: .*no text-to-image"):
+            check_repeatable(model, model.inputs(["red apple"], 2))
+
+
+@pytest.mark.parametrize("kind", ["os.system", "upscaler"])
+@pytest.mark.parametrize("command", ["train", "generate"])
+def test_what_is_refused_is_one_line_and_nothing_is_written(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, kind: str
+) -> None:
+    if kind == "os.system":
+        rewrite(folder, unet=["os", "system"])
+        wanted = "only classes of diffusers and transformers are loaded"
+    else:
+        rewrite(folder, _class_name="StableDiffusionUpscalePipeline", low_res_scheduler=["diffusers", "DDPMScheduler"])
+        shutil.copytree(folder / "scheduler", folder / "low_res_scheduler")
+        wanted = "StableDiffusionUpscalePipeline refused what it was called with"
+    out = tmp_path / "out"
+    if command == "train":
+        words = [f"model.from_pretrained={folder}", "rm=symmetry", f"exp_manager.explicit_log_dir={out}",
+                 "trainer.accelerator=cpu", "model.peft.lora_tuning.target_modules=[to_q]"]  # fmt: skip
+        code = main("draftp_sd", words)
+    else:
+        code = generate(["--model", str(folder), "--prompt", "red", "--output", str(out), "--reward", "none"])
+    assert code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert wanted in line
+    assert not [path for path in out.rglob("*") if path.is_file()]
