@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tiny_pipelines import MAIN, ROWS, TinyPipeline
 
-from nemo_aligner_diffusion.diffusion.families import family_of
+from nemo_aligner_diffusion.diffusion.families import family_of, lora_targets
 
 BEGIN, END = "<!-- table: tests/models_page.py -->", "<!-- end of table -->"
 
@@ -29,20 +29,33 @@ def kind(row: TinyPipeline) -> str:
     return f"{what}, needs {' and '.join(further)}" if further else what
 
 
+def tested(row: TinyPipeline) -> str:
+    if "prompt" not in row.conditioning(1):
+        return "refused by name"
+    return "every method, exact" if row in MAIN else "a DRTune step"
+
+
+def makers(row: TinyPipeline) -> str:
+    family = family_of(row.pipeline)
+    said = {"{} steps": family.steps, "guidance {:g}": family.scale, "{0} × {0}": family.size}
+    return ", ".join(text.format(value) for text, value in said.items() if value is not None) or "–"
+
+
 def table() -> str:
     lines = [
-        "| pipeline | makes | trained | guidance | LoRA layers by default | given or declared | tested |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| pipeline | makes | trained | guidance | as its makers sample | LoRA layers by default | given or declared | tested |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in ROWS:
         family = family_of(row.pipeline)
         declared = [f"`{name}={value!r}`" for name, value in family.arguments.items()]
         declared += [f"stateless: `{name}`" for name in sorted({*family.stateless, *row.stateless})]
-        layers = ", ".join(family.lora_targets)
+        has_lora = hasattr(type(row.build().components[row.train]), "add_adapter")
+        layers = ", ".join(lora_targets(family, row.train)) if has_lora else "none: `peft=none`"
         lines.append(
             f"| `{row.pipeline.__name__}` ({row.name}) | {kind(row)} | `{row.train}` | "
-            f"{f'`{row.guidance[0]}`' if row.guidance else '–'} | {layers} | {', '.join(declared) or '–'} | "
-            f"{'every method, exact' if row in MAIN else 'a DRTune step'} |"
+            f"{f'`{row.guidance[0]}`' if row.guidance else '–'} | {makers(row)} | {layers} | {', '.join(declared) or '–'} | "
+            f"{tested(row)} |"
         )
     return "\n".join([BEGIN, *lines, END])
 

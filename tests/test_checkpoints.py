@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny import save_tiny_pipeline, tiny_parts
 
 from nemo_aligner_diffusion.diffusion.checkpoints import component_config, load_component, read_tensors
-from nemo_aligner_diffusion.diffusion.families.stable_diffusion import StableDiffusion
+from nemo_aligner_diffusion.diffusion.loading import load_model
 from nemo_aligner_diffusion.diffusion.lora import add_lora, load_lora_weights, save_lora_weights
 from nemo_aligner_diffusion.errors import CheckpointError
 
@@ -163,18 +163,18 @@ def test_tensors_of_another_architecture_are_named_with_both_shapes(parts, tmp_p
 
 def test_a_folder_that_is_no_pipeline_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"model_index\.json"):
-        StableDiffusion.from_pretrained(tmp_path)
+        load_model(tmp_path)
     folder = save_tiny_pipeline(tmp_path / "p")
     (folder / "text_encoder" / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="not a complete"):
-        StableDiffusion.from_pretrained(folder)
+        load_model(folder)
 
 
 def test_a_unet_folder_of_another_width_brings_its_own_architecture(parts, tmp_path):
     folder = save_tiny_pipeline(tmp_path / "p")
     wide = UNet2DConditionModel.from_config({**parts["unet"].config, "block_out_channels": (16, 16)})
     wide.save_pretrained(tmp_path / "wide")
-    model = StableDiffusion.from_pretrained(folder, unet_path=tmp_path / "wide")
+    model = load_model(folder, denoiser_path=tmp_path / "wide")
     assert same(model.denoiser, wide)
 
 

@@ -12,12 +12,13 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from nemo_aligner_diffusion.data.prompts import read_prompts
-from nemo_aligner_diffusion.diffusion.families.stable_diffusion import StableDiffusion
-from nemo_aligner_diffusion.diffusion.generate import generate, seeded_noise
-from nemo_aligner_diffusion.diffusion.sampler import Sampler
+from nemo_aligner_diffusion.diffusion.loading import load_model
+from nemo_aligner_diffusion.diffusion.generate import Sampling, generate
+from nemo_aligner_diffusion.diffusion.noise import sample_generator
 from nemo_aligner_diffusion.embedded_assets import embedded_model_path, embedded_prompts_path, embedded_reward_path
 from nemo_aligner_diffusion.evaluation.diversity import mean_pairwise_distance, recognisability
 from nemo_aligner_diffusion.rewards import restore_reward
+from nemo_aligner_diffusion.training.assemble import build_sampling
 from nemo_aligner_diffusion.training.config import load_config
 from nemo_aligner_diffusion.training.run import run_training
 
@@ -26,7 +27,7 @@ BROAD = {"a fruit", "an animal", "a vehicle", "a building"}
 
 @pytest.fixture(scope="module")
 def model():
-    return StableDiffusion.from_pretrained(embedded_model_path())
+    return load_model(embedded_model_path())
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def reward():
 
 @pytest.fixture(scope="module")
 def settings():
-    return load_config("draftp_sd", []).model.infer
+    return build_sampling(load_config("draftp_sd", []))
 
 
 @pytest.fixture(scope="module")
@@ -69,20 +70,20 @@ def test_provenance_names_sources_and_licences():
 def test_plain_diffusers_loads_it_and_draws_the_same_pictures(model, settings):
     pipeline = StableDiffusionPipeline.from_pretrained(embedded_model_path(), safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
-    noise = next(seeded_noise([1, 2], model.latent_shape(), torch.zeros(1)))
-    prompts, guidance = ["red apple", "dog"], settings.unconditional_guidance_scale
-    theirs = pipeline(prompts, latents=noise, num_inference_steps=8, guidance_scale=guidance, output_type="pt").images
+    generators = [sample_generator(seed, 0, 0) for seed in (1, 2)]
+    prompts, guidance = ["red apple", "dog"], settings.guidance_scale
+    theirs = pipeline(
+        prompts, generator=generators, num_inference_steps=8, guidance_scale=guidance, output_type="pt"
+    ).images
     kind = json.loads((Path(embedded_model_path()) / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
     assert kind == "DDIMScheduler"
-    ours = generate(model, Sampler(model.scheduler_config, "ddim", 8), prompts, [1, 2], guidance)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    assert torch.equal(generate(model, prompts, [1, 2], Sampling(8, guidance)), theirs)
 
 
 def test_pictures_show_what_the_prompts_name(model, reward, settings, specific):
     """Chance is one in several hundred; the full measurement is in docs/embedded_model.md."""
     prompts = specific[:12]
-    sampler = Sampler(model.scheduler_config, settings.sampler_type, settings.inference_steps)
-    images = generate(model, sampler, prompts, list(range(12)), settings.unconditional_guidance_scale)
+    images = generate(model, prompts, list(range(12)), settings)
     found = recognisability(reward, images, prompts, read_prompts(str(embedded_prompts_path("train"))))
     assert found.mean_reciprocal_rank > 0.4
     noise = recognisability(reward, torch.rand_like(images), prompts, prompts)
@@ -90,16 +91,14 @@ def test_pictures_show_what_the_prompts_name(model, reward, settings, specific):
 
 
 def test_a_broad_prompt_gives_different_pictures(model, reward, settings):
-    sampler = Sampler(model.scheduler_config, settings.sampler_type, settings.inference_steps)
-    images = generate(model, sampler, ["an animal"] * 6, list(range(6)), settings.unconditional_guidance_scale)
+    images = generate(model, ["an animal"] * 6, list(range(6)), settings)
     with torch.no_grad():
         assert mean_pairwise_distance(reward.embed_images(images)) > 0.15
 
 
 def test_the_reward_prefers_the_right_caption(model, reward, settings, specific):
     prompts = specific[:8]
-    sampler = Sampler(model.scheduler_config, settings.sampler_type, settings.inference_steps)
-    images = generate(model, sampler, prompts, list(range(8)), settings.unconditional_guidance_scale)
+    images = generate(model, prompts, list(range(8)), settings)
     right = reward(images, prompts)
     wrong = reward(images, prompts[1:] + prompts[:1])
     assert (right > wrong).float().mean() >= 0.75

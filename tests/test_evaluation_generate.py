@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 from tiny import save_tiny_pipeline
 
-from nemo_aligner_diffusion.diffusion.families.stable_diffusion import StableDiffusion
+from nemo_aligner_diffusion.diffusion.loading import load_model
 from nemo_aligner_diffusion.diffusion.lora import add_lora, save_lora_weights
-from nemo_aligner_diffusion.diffusion.noise import gaussian, sample_generator
+from nemo_aligner_diffusion.diffusion.noise import sample_generator
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.evaluation import generate_cli
 from nemo_aligner_diffusion.evaluation.figures import read_grid
@@ -35,7 +35,7 @@ def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_adapter(pipeline_folder: Path, folder: Path, seed: int) -> Path:
     """An adapter with something in it, as a run exports it."""
-    model = StableDiffusion.from_pretrained(pipeline_folder)
+    model = load_model(pipeline_folder)
     add_lora(model.denoiser, rank=2, alpha=4)
     torch.manual_seed(seed)
     for name, parameter in model.denoiser.named_parameters():
@@ -57,7 +57,7 @@ def other_adapter(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def tuned_unet(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = StableDiffusion.from_pretrained(pipeline_folder)
+    model = load_model(pipeline_folder)
     torch.manual_seed(3)
     for parameter in model.denoiser.parameters():
         parameter.data += 0.02 * torch.randn_like(parameter)
@@ -74,10 +74,9 @@ def run(pipeline_folder: Path, output: Path, *words: str) -> Result:
 
 def plain_diffusers(pipeline: StableDiffusionPipeline, seed: int = 0) -> torch.Tensor:
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-    latents = gaussian([sample_generator(seed, 0, 0)], (4, 4, 4))
+    generator = sample_generator(seed, 0, 0)
     images = pipeline(
-        "red", num_inference_steps=STEPS, guidance_scale=GUIDANCE, latents=latents, output_type="pt"
+        "red", num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=generator, output_type="pt"
     ).images
     return torch.as_tensor(images)
 
@@ -200,6 +199,15 @@ def test_the_run_behind_an_adapter_gives_the_settings(pipeline_folder: Path, ada
         given = replace(request, steps=2, model=Path("elsewhere"), guidance=0.0)
         settings = resolve_settings(given, read_run(adapter.parent))
         assert (settings.model, settings.steps, settings.guidance) == (Path("elsewhere"), 2, 0.0)
+        (adapter.parent / "config.yaml").write_text(
+            "model: {from_pretrained: null, infer: {unconditional_guidance_scale: null}, "
+            "pipeline: {trained: null, stateless: null, arguments: {negative_prompt: blurry}}}\n"
+        )
+        settings = resolve_settings(request, read_run(adapter.parent))
+        assert settings.guidance is None  # the pipeline's default, not the shipped one
+        assert settings.pipeline == {"arguments": {"negative_prompt": "blurry"}}
+        (adapter.parent / "config.yaml").write_text("model: {from_pretrained: some/hub-id}\n")
+        assert resolve_settings(request, read_run(adapter.parent)).model == Path("some/hub-id")
         (adapter.parent / "config.yaml").write_text("model: {from_pretrained: /nowhere/model}\n")
         with pytest.raises(ConfigurationError, match=r"/nowhere/model is gone: .*config.yaml names it"):
             resolve_settings(request, read_run(adapter.parent))
@@ -213,7 +221,7 @@ def test_shipped_defaults_are_those_of_the_shipped_configuration() -> None:
     infer = load_config("draftp_sd", []).model.infer
     assert infer.inference_steps == generate_cli.DEFAULT_STEPS
     assert infer.unconditional_guidance_scale == generate_cli.DEFAULT_GUIDANCE
-    assert infer.sampler_type.lower() == generate_cli.DEFAULT_SAMPLER
+    assert infer.sampler_type is None  # the pipeline's own, as without --sampler
     assert infer.eta == generate_cli.DEFAULT_ETA
 
 

@@ -182,9 +182,70 @@ def test_a_full_fine_tune_says_how_to_use_its_unet(tmp_path: Path) -> None:
     (run / "export" / "unet").mkdir(parents=True)
     (run / "export" / "unet" / "config.json").write_text("{}")
     text, _ = read(write_report(run))
-    assert "UNet2DConditionModel.from_pretrained" in text
+    assert "unet = AutoModel.from_pretrained" in text
     assert "load_lora_weights" not in text
     assert "all denoiser weights of the embedded model" in text
+
+
+def shown_code(run: Path) -> str:
+    """The code of "With plain diffusers", as a reader of the page copies it."""
+    text, _ = read(write_report(run))
+    return unescape(text.split("<h3>With plain diffusers</h3><pre>")[1].split("</pre>")[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "full", "sampler", "words"),
+    [
+        ("StableDiffusion", False, "null", "guidance_scale=4.0"),
+        ("StableDiffusion", False, "dpm++2m_sde", "algorithm_type='sde-dpmsolver++'"),
+        ("StableDiffusion", True, "PARA_DDIM", "unet = AutoModel"),
+        ("QwenImage", True, "null", "true_cfg_scale=4.0, height=16, width=16, negative_prompt=' '"),
+        ("QwenImage", False, "null", "pipeline.load_lora_weights"),
+        ("OvisImage", False, "null", "pipeline.transformer.load_lora_adapter"),
+    ],
+)
+def test_the_shown_code_makes_the_tuned_models_pictures(
+    tmp_path: Path, name: str, full: bool, sampler: str, words: str
+) -> None:
+    """Of any pipeline class: what is shown is run, and its picture is that of the model that was exported."""
+    from PIL import Image
+    from tiny_pipelines import ROWS
+
+    from nemo_aligner_diffusion.diffusion.generate import Sampling, generate
+    from nemo_aligner_diffusion.diffusion.loading import load_model
+    from nemo_aligner_diffusion.diffusion.lora import add_lora
+    from nemo_aligner_diffusion.training.export import export_weights
+
+    row = next(row for row in ROWS if row.pipeline.__name__ == f"{name}Pipeline")
+    row.build().save_pretrained(tmp_path / "model")
+    model = load_model(tmp_path / "model")
+    model.set_scheduler(None if sampler == "null" else sampler)
+    if not full:
+        add_lora(model.denoiser, 2, target_modules=("to_q", "to_k"))
+    torch.manual_seed(0)
+    changed = [p for n, p in model.denoiser.named_parameters() if full or "lora_B" in n]
+    for parameter in changed:
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    run = make_run(tmp_path / "run", steps=1)
+    export_weights(model, run / "export")
+    (run / "run.json").write_text(json.dumps({"status": "finished", "pipeline": model.described()}))
+    (run / "config.yaml").write_text(
+        f"exp_manager: {{explicit_log_dir: {run}}}\n"
+        f"model: {{from_pretrained: {tmp_path / 'model'}, infer: {{unconditional_guidance_scale: 4.0, "
+        f"inference_steps: 3, sampler_type: {sampler}, height: 16, width: 16, eta: 0.0}}}}\n"
+    )
+    code = shown_code(run)
+    assert words in code
+    found: dict[str, object] = {}
+    exec(code, found)
+    picture, pipeline = found["picture"], found["pipeline"]
+    assert isinstance(picture, Image.Image)
+    assert picture.size == (16, 16)
+    assert type(pipeline.scheduler) is type(model.pipe.scheduler)  # type: ignore[attr-defined]
+    expected = generate(model, ["red apple"], [5], Sampling(3, 4.0, 16, 16))
+    tuned = type(model)(pipeline)
+    torch.testing.assert_close(generate(tuned, ["red apple"], [5], Sampling(3, 4.0, 16, 16)), expected, rtol=0,
+                               atol=1e-4)  # fmt: skip
 
 
 @pytest.mark.parametrize("keep", [(), ("config.yaml",), ("metrics.csv",), ("samples",), ("run.json",)])

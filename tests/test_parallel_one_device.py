@@ -32,11 +32,12 @@ def step(device: str, fsdp: bool) -> tuple[float, float]:
     apply_tensor_parallel(spread.denoiser, mesh["tensor_parallel"].get_group())
     parallel.apply(mesh, [spread.denoiser], {})
 
-    latents = torch.randn(2, 4, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(device)
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, 4, 4, 4, dtype=torch.float64, generator=generator).to(device)
+    states = torch.randn(2, 8, 16, dtype=torch.float64, generator=generator).to(device)
     named = []
     for model in (plain, spread):
-        output = model.predict(latents, torch.tensor(500, device=device), model.encode_prompts(["a", "b"]))
-        output.square().mean().backward()
+        model.denoiser(latents, torch.tensor(500, device=device), states).sample.square().mean().backward()
         named.append([(name, p) for name, p in model.denoiser.named_parameters() if p.requires_grad])
     parallel.average_gradients(named[1])
     mine = {name: parallel.placement(name).full(parameter.grad) for name, parameter in named[1]}

@@ -26,10 +26,10 @@ def replay(what: str, cut: bool, checkpointing: bool, strategy: str) -> dict[str
     from torch.distributed.device_mesh import init_device_mesh
     from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-    from nemo_aligner_diffusion.diffusion.guidance import guided_predictor
     from nemo_aligner_diffusion.diffusion.lora import add_lora
-    from nemo_aligner_diffusion.diffusion.sampler import Sampler
-    from nemo_aligner_diffusion.diffusion.trajectory import Plan, run_trajectory
+    from nemo_aligner_diffusion.diffusion.noise import sample_generator
+    from nemo_aligner_diffusion.diffusion.plan import Plan
+    from nemo_aligner_diffusion.diffusion.trajectory import rollout
     from nemo_aligner_diffusion.parallel.layout import Layout
     from nemo_aligner_diffusion.parallel.parallelism import Parallelism
 
@@ -58,12 +58,14 @@ def replay(what: str, cut: bool, checkpointing: bool, strategy: str) -> dict[str
             output.register_hook(look)
 
     def backward(model: Any) -> dict[str, torch.Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(2, 4, 4, 4, generator=generator, dtype=torch.float64)
-        predict = guided_predictor(model, model.encode_prompts(["red", "blue"]), 3.0)
-        plan = Plan(active=ACTIVE, cut=cut)
-        trajectory = run_trajectory(predict, Sampler(model.scheduler_config, "ddim", 4), plan, lambda: noise)
-        trajectory.reads[0].square().mean().backward()
+        result = rollout(
+            model,
+            lambda path, rng: Plan(active=ACTIVE, cut=cut),
+            [sample_generator(0, 0, sample) for sample in range(2)],
+            model.inputs(["red", "blue"], steps=4, guidance_scale=3.0),
+            lambda images, rows, read: images.square().mean((1, 2, 3)),
+        )
+        result.surrogate().backward()
         return {name: p for name, p in model.denoiser.named_parameters() if p.requires_grad}
 
     expected = {name: p.grad for name, p in backward(plain).items()}
@@ -109,7 +111,7 @@ def frozen_parts() -> list[dict[str, int]]:
     from tiny import tiny_stable_diffusion
     from torch.distributed.device_mesh import init_device_mesh
 
-    from nemo_aligner_diffusion.diffusion.guidance import guided_predictor
+    from nemo_aligner_diffusion.diffusion.generate import Sampling, generate
     from nemo_aligner_diffusion.parallel.layout import Layout
     from nemo_aligner_diffusion.parallel.parallelism import Parallelism
 
@@ -118,7 +120,7 @@ def frozen_parts() -> list[dict[str, int]]:
     model.keep_reference()
     assert model.reference_denoiser is not None
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
-    parts = {"text_encoder": model.text_encoder, "vae": model.vae}
+    parts = model.frozen_parts()
     sizes = {name: whole_here(part) for name, part in parts.items()}
     # "grad" is of no use to what has no backward pass
     parallel = Parallelism(Layout(data=2, fsdp=True, reshard_after_forward=False, sharded_frozen=tuple(parts)))
@@ -127,11 +129,8 @@ def frozen_parts() -> list[dict[str, int]]:
     sharded = [module for part in parts.values() for module in part.modules() if hasattr(module, "reshard")]
 
     def use() -> dict[str, int]:
-        conditioning = model.encode_prompts(["red", "blue"])
-        latents = torch.zeros(2, 4, 4, 4)
-        with torch.no_grad(), model.reference():
-            guided_predictor(model, conditioning, 3.0)(latents, torch.tensor(500))
-            model.decode(latents)
+        with model.reference():
+            generate(model, ["red", "blue"], [0, 1], Sampling(1, 3.0))
         held = {name: whole_here(part) for name, part in parts.items()}
         # FSDP2's own lists of calls, which no public name shows; what was never called (the VAE's encoder) has none
         contexts = [module._get_fsdp_state()._comm_ctx for module in sharded]

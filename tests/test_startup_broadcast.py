@@ -13,7 +13,8 @@ import torch
 from tiny import save_tiny_pipeline
 from torch import nn
 
-from nemo_aligner_diffusion.diffusion.families.stable_diffusion import StableDiffusion
+from nemo_aligner_diffusion.diffusion.generate import Sampling, generate
+from nemo_aligner_diffusion.diffusion.loading import load_model
 from nemo_aligner_diffusion.embedded_assets import embedded_reward_path
 from nemo_aligner_diffusion.errors import AlignerError, ArchiveError, CheckpointError
 from nemo_aligner_diffusion.parallel import broadcast
@@ -55,28 +56,29 @@ def on_two_nodes() -> None:
     os.environ["NODE_RANK"] = str(rank() // 2)
 
 
-def load_model(folder: str, dtype: torch.dtype, readers: tuple[int, ...]) -> tuple:
-    """``from_pretrained``; who is no reader has a folder that does not exist, so reading there would fail."""
+def load_pipeline(folder: str, dtype: torch.dtype, readers: tuple[int, ...]) -> tuple:
+    """``load_model``; who is no reader has a folder that does not exist, so reading there would fail."""
     place = folder if rank() in readers else f"{folder}-which-is-not-there"
     watch()
-    model = load_once(lambda: StableDiffusion.from_pretrained(place, dtype=dtype))
+    model = load_once(lambda: load_model(place, dtype=dtype))
     tokens = model.tokenizer(["red apple"]).input_ids
-    picture = model.decode(torch.zeros(1, *model.latent_shape(), dtype=dtype))
+    picture = generate(model, ["red apple"], [0], Sampling(2, 3.0))  # by the pipeline, so by the same networks
     opened = [path for path in OPENED if path.startswith(folder)]
-    return fingerprint(model), tokens, dict(model.scheduler_config), picture.detach().numpy(), opened
+    return fingerprint(model), tokens, dict(model.pipe.scheduler.config), picture.numpy(), opened
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_process_gets_the_leaders_model_and_opens_nothing(processes, tmp_path, dtype):
     folder = save_tiny_pipeline(tmp_path / "pipeline")
-    alone = StableDiffusion.from_pretrained(folder, dtype=dtype)
-    assert {name.split(".")[0] for name in fingerprint(alone)} == {"denoiser", "vae", "text_encoder"}
-    results = processes.run(3, load_model, str(folder), dtype, (0,))
+    alone = load_model(folder, dtype=dtype)
+    assert {name.split(".")[0] for name in fingerprint(alone)} == {"unet", "vae", "text_encoder"}
+    expected = generate(alone, ["red apple"], [0], Sampling(2, 3.0)).numpy()
+    results = processes.run(3, load_pipeline, str(folder), dtype, (0,))
     for found, tokens, scheduler, picture, _ in results:
         assert found == fingerprint(alone)
         assert tokens == alone.tokenizer(["red apple"]).input_ids
-        assert scheduler == alone.scheduler_config
-        assert (picture == results[0][3]).all()
+        assert scheduler == dict(alone.pipe.scheduler.config)
+        assert (picture == expected).all()
     assert len(results[0][4]) > 3
     assert results[1][4] == results[2][4] == []
 
@@ -102,7 +104,7 @@ def test_a_reward_archive_is_read_by_one_process(processes):
 def load_on_two_nodes(folder: str) -> tuple:
     on_two_nodes()
     try:
-        return load_model(folder, torch.float32, (0, 2))
+        return load_pipeline(folder, torch.float32, (0, 2))
     finally:
         del os.environ["NODE_RANK"]
 
@@ -110,7 +112,7 @@ def load_on_two_nodes(folder: str) -> tuple:
 def test_each_node_has_a_reader_of_its_own(processes, tmp_path):
     folder = save_tiny_pipeline(tmp_path / "pipeline")
     results = processes.run(4, load_on_two_nodes, str(folder))
-    assert [result[0] for result in results] == [fingerprint(StableDiffusion.from_pretrained(folder))] * 4
+    assert [result[0] for result in results] == [fingerprint(load_model(folder))] * 4
     assert [bool(result[4]) for result in results] == [True, False, True, False]
 
 
@@ -120,7 +122,7 @@ def failure(folder: str, two_nodes: bool) -> tuple[str, str]:
         if rank() >= 2:
             folder += "-of-node-1"  # that node has not mounted it
     try:
-        load_once(lambda: StableDiffusion.from_pretrained(folder, unet_path=Path(folder) / "unet.ckpt"))
+        load_once(lambda: load_model(folder, denoiser_path=Path(folder) / "unet.ckpt"))
     except AlignerError as error:
         return type(error).__name__, str(error)
     finally:
@@ -132,7 +134,7 @@ def test_a_damaged_file_is_the_same_error_everywhere(processes, tmp_path):
     folder = save_tiny_pipeline(tmp_path / "pipeline")
     (folder / "unet.ckpt").write_bytes(b"PK\x03\x04 and then nothing")
     with pytest.raises(CheckpointError) as alone:
-        StableDiffusion.from_pretrained(folder, unet_path=folder / "unet.ckpt")
+        load_model(folder, denoiser_path=folder / "unet.ckpt")
     assert str(folder / "unet.ckpt") in str(alone.value)
     results = processes.run(3, failure, str(folder), False)
     assert results == [("CheckpointError", str(alone.value))] * 3
@@ -142,7 +144,7 @@ def test_a_damaged_file_is_the_same_error_everywhere(processes, tmp_path):
 
 def test_a_file_that_one_node_lacks_stops_all_nodes(processes, tmp_path):
     folder = save_tiny_pipeline(tmp_path / "pipeline")
-    torch.save(StableDiffusion.from_pretrained(folder).denoiser.state_dict(), folder / "unet.ckpt")
+    torch.save(load_model(folder).denoiser.state_dict(), folder / "unet.ckpt")
     results = processes.run(4, failure, str(folder), True)
     assert len(set(results)) == 1
     kind, message = results[0]

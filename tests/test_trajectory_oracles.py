@@ -6,232 +6,232 @@ import random
 
 import pytest
 import torch
-from tiny import SCHEDULER, tiny_stable_diffusion
+from gradient_toy import flat, generators, relative, reward, run, with_adapters
+from naive_loop import PROMPTS, StableDiffusion3Parts, StableDiffusionParts, naive_run
+from tiny import tiny_stable_diffusion
+from tiny_pipelines import named
 
-from nemo_aligner_diffusion.algorithms.alignprop import RandomTruncation
-from nemo_aligner_diffusion.algorithms.draft import LastSteps
-from nemo_aligner_diffusion.algorithms.draft_lv import RenoisedLastStep
-from nemo_aligner_diffusion.algorithms.drtune import SpacedSteps
-from nemo_aligner_diffusion.algorithms.refl import OneLateStep
-from nemo_aligner_diffusion.diffusion.guidance import guided_predictor
-from nemo_aligner_diffusion.diffusion.lora import add_lora
-from nemo_aligner_diffusion.diffusion.sampler import Sampler
-from nemo_aligner_diffusion.diffusion.trajectory import Plan, reward_gradient, run_trajectory
+from nemo_aligner_diffusion.algorithms.registry import methods
+from nemo_aligner_diffusion.diffusion.model import DiffusionModel
+from nemo_aligner_diffusion.diffusion.plan import Plan, check_plan
+from nemo_aligner_diffusion.diffusion.trajectory import sample
+from nemo_aligner_diffusion.errors import ConfigurationError
 
 STEPS = 5
-PROMPTS = ["red", "blue sky"]
-SAMPLERS = [("ddim", 0.0), ("ddim", 0.6), ("euler", 0.0), ("dpm++2m", 0.0), ("unipc", 0.0), ("plms", 0.0)]
+SAMPLERS = [("ddim", 0.0), ("ddim", 0.7), ("plms", 0.0), ("euler", 0.0), ("dpm++2m", 0.0), ("dpm++2m_sde", 0.0),
+            ("unipc", 0.0), ("flow", 0.0)]  # fmt: skip
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "conv1")
+
+
+def method(name, seed=0, **settings):
+    return lambda path, rng: methods()[name](**settings).plan(path, random.Random(seed))
+
+
 PLANS = {
-    "draft": LastSteps(),
-    "draft_k": LastSteps(2),
-    "draft_lv": RenoisedLastStep(2),
-    "drtune": SpacedSteps(train_steps=2, early_stop_steps=3),
-    "drtune_full": SpacedSteps(train_steps=3, early_stop_steps=0),
-    "refl": OneLateStep(2, 4),
-    "alignprop": RandomTruncation(2, 4),
+    "draft": method("draft"),
+    "draft_k": method("draft_k", truncation_steps=2),
+    "draft_k, x0": method("draft_k", truncation_steps=2, read="x0"),
+    "drtune": method("drtune", 0, train_steps=2, early_stop_steps=3),
+    "drtune, draw 1": method("drtune", 1, train_steps=2, early_stop_steps=3),
+    "drtune, draw 4": method("drtune", 4, train_steps=2, early_stop_steps=3),
+    "drtune, no stop": method("drtune", train_steps=3, early_stop_steps=0),
+    "draft_lv": method("draft_lv", samples=2),
+    "draft_lv, own step": method("draft_lv", samples=2, include_own_step=True),
+    "refl": method("refl", window=(2, 4)),
+    "alignprop": method("alignprop", min_truncation_steps=2, max_truncation_steps=4, distribution="uniform"),
+    "share": lambda path, rng: Plan((0, 2, 3), cut=True, input_share={2: 0.3}),
+    "gain": lambda path, rng: Plan((1, 3), gain={1: 2.5, 3: 0.5}),
 }
+SPACES = ("prediction", "epsilon", "velocity", None)
 
 
-def build(prediction_type="epsilon", sampler="ddim", eta=0.0, guidance_scale=2.5, lora=True, steps=STEPS):
-    model = tiny_stable_diffusion(torch.float64, prediction_type=prediction_type)
-    if lora:
-        add_lora(model.denoiser, rank=2, target_modules=("to_q", "to_k", "to_v", "to_out.0", "conv1"))
-        torch.manual_seed(5)
-        for name, p in model.denoiser.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(p, std=0.2)
-    solver = Sampler({**SCHEDULER, "prediction_type": prediction_type}, sampler, steps, eta)
-    predict = guided_predictor(model, model.encode_prompts(PROMPTS), guidance_scale)
-    return model, solver, predict
+def build(sampler="ddim", eta=0.0, guidance=2.5, lora=True, **scheduler):
+    """``(model, its parts for the naive loop, arguments of the pipeline's call)``."""
+    if sampler == "flow":
+        row = named("sd3")
+        model = with_adapters(
+            DiffusionModel(row.build(torch.float64), arguments={"max_sequence_length": 8}), TARGETS[:4]
+        )
+        parts = StableDiffusion3Parts(model.pipe, guidance)
+    else:
+        model = tiny_stable_diffusion(torch.float64, **scheduler)
+        model.set_scheduler(sampler, eta)
+        if lora:
+            with_adapters(model, TARGETS)
+        else:
+            model.keep_reference()
+            torch.manual_seed(5)
+            for parameter in model.denoiser.requires_grad_(True).parameters():
+                torch.nn.init.normal_(parameter, std=0.05) if parameter.ndim > 1 else None
+        parts = StableDiffusionParts(model.pipe, guidance)
+    return model, parts, model.inputs(PROMPTS, STEPS, guidance, 16, 16, eta)
 
 
-def noise_source(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return lambda: torch.randn(2, 4, 4, 4, generator=generator, dtype=torch.float64)
-
-
-def reward(images):
-    """Smooth, not symmetric in anything: one number per picture."""
-    weights = torch.linspace(-1, 1, images[0].numel(), dtype=images.dtype).reshape(images.shape[1:])
-    return (images * weights).mean((1, 2, 3)) + 3 * (images**2).mean((1, 2, 3))
-
-
-def gradients(model, loss):
-    parameters = [p for p in model.denoiser.parameters() if p.requires_grad]
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    loss.backward()
-    return torch.cat([parameter.grad.flatten() for parameter in parameters])
-
-
-def frozen_of(model, predict):
-    def frozen(latents, timestep):
-        with model.reference():
-            return predict(latents, timestep)
-
-    return frozen
-
-
-def ours(model, sampler, predict, plan, kl_coeff=0.0, recompute=True, micro_batch_size=1):
-    trajectory = run_trajectory(
-        predict,
-        sampler,
-        plan,
-        noise_source(),
-        reference=frozen_of(model, predict) if kl_coeff else None,
-        recompute=recompute,
-    )
-    count = len(trajectory.reads) * len(PROMPTS)
-    reads = trajectory.reads
-    grads = reward_gradient(reads, model.decode, lambda x, rows: -reward(x).sum() / count, micro_batch_size)
-    loss = sum((read * g).sum() for read, g in zip(reads, grads, strict=False))
-    return loss if not kl_coeff else loss + kl_coeff * trajectory.divergence
-
-
-def naive(model, sampler, predict, plan, kl_coeff=0.0):
-    """The definition, written out as one graph: no checkpointing, no early freeing, no skipped work."""
-    noise = noise_source()
-    sg = torch.Tensor.detach
-    z, e, kl = [noise() * sampler.initial_scale], [], []
-    total = len(sampler)
-    last = total - 1 if plan.stop is None else plan.stop
-
-    def call(latent, i, carries_gradient):
-        prediction = predict(sampler.network_input(i, latent), sampler.timesteps[i])
-        if not carries_gradient:
-            return sg(prediction)
-        if kl_coeff:
-            frozen = frozen_of(model, predict)(sampler.network_input(i, sg(latent)), sampler.timesteps[i])
-            kl.append(((prediction - sg(frozen)) ** 2).mean())
-        return prediction
-
-    for i in range(last + 1):
-        carries = i in plan.active and not plan.renoise
-        e.append(call(sg(z[i]) if plan.cut else z[i], i, carries))
-        if i != plan.stop:
-            z.append(sampler.step(i, z, e, noise() if sampler.steps[i].noise else None))
-    reads = [z[-1]] if plan.stop is None else [sampler.clean_estimate(last, z[last], e[last])]
-    if plan.renoise:
-        reads = []
-        for _ in range(plan.renoise):
-            noised = sampler.renoise(sg(z[-1]), noise())
-            injected = noise() if sampler.steps[-1].noise else None
-            reads.append(sampler.last_step_alone(noised, call(noised, total - 1, True), injected))
-    loss = -torch.cat([reward(model.decode(read)) for read in reads]).mean()
-    return loss if not kl_coeff else loss + kl_coeff * torch.stack(kl).mean()
-
-
-def relative(a, b):
-    return float((a - b).norm() / b.norm())
-
-
-@pytest.mark.parametrize("kl_coeff", [0.0, 0.7])
+@pytest.mark.parametrize("plan", list(PLANS))
 @pytest.mark.parametrize(("sampler", "eta"), SAMPLERS)
-@pytest.mark.parametrize("method", list(PLANS))
-def test_oracle_1_gradient_is_that_of_the_definition(method, sampler, eta, kl_coeff):
-    model, solver, predict = build(sampler=sampler, eta=eta)
-    plan = PLANS[method](len(solver), random.Random(3))
-    got = gradients(model, ours(model, solver, predict, plan, kl_coeff))
-    expected = gradients(model, naive(model, solver, predict, plan, kl_coeff))
-    assert expected.norm() > 0
-    assert relative(got, expected) < 1e-9
+def test_oracle_1_gradient_is_that_of_the_definition(sampler, eta, plan):
+    model, parts, inputs = build(sampler, eta)
+    space = SPACES[list(PLANS).index(plan) % 4]
+    for kl_coeff in (0.0, 0.7) if sampler in ("flow", "dpm++2m") else (0.7,):  # with it, the reward's is proved too
+        result, _ = run(model, PLANS[plan], inputs, reference=kl_coeff > 0, kl_space=space)
+        got = flat(model, result.surrogate(kl_coeff))
+        naive = naive_run(model, parts, result.plan, STEPS, eta, kl_coeff, space)
+        expected = flat(model, naive.loss)
+        assert expected.norm() > 0
+        assert relative(got, expected) < 1e-9
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "flow"])
+def test_the_divergence_of_the_definition_in_every_space(sampler, space):
+    model, parts, inputs = build(sampler)
+    plan = Plan((1, 3, 4), cut=True)
+    result, _ = run(model, plan, inputs, reference=True, kl_space=space)
+    without, with_it = (naive_run(model, parts, plan, STEPS, 0.0, kl, space).loss for kl in (0.0, 1.0))
+    assert float(result.divergence.detach()) == pytest.approx(
+        float((with_it - without).detach()), rel=1e-6
+    )  # float32 tables
 
 
 @pytest.mark.parametrize("lora", [True, False])
-@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
-@pytest.mark.parametrize("method", ["draft", "drtune", "draft_lv"])
-def test_oracle_1_v_prediction_guidance_and_full_fine_tuning(method, guidance_scale, lora):
-    model, solver, predict = build("v_prediction", guidance_scale=guidance_scale, lora=lora)
-    plan = PLANS[method](len(solver), random.Random(1))
-    got = gradients(model, ours(model, solver, predict, plan))
-    assert relative(got, gradients(model, naive(model, solver, predict, plan))) < 1e-9
-    assert relative(gradients(model, ours(model, solver, predict, plan, recompute=False)), got) < 1e-12
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("plan", ["draft", "drtune", "draft_lv"])
+def test_oracle_1_v_prediction_guidance_full_fine_tuning_and_decoding_by_rows(plan, guidance, lora):
+    model, parts, inputs = build("ddim", 0.0, guidance, lora, prediction_type="v_prediction")
+    result, seen = run(model, PLANS[plan], inputs, seed=1, reference=True)
+    got = flat(model, result.surrogate(0.3))
+    assert relative(got, flat(model, naive_run(model, parts, result.plan, STEPS, 0.0, 0.3).loss)) < 1e-9
+    for options in ({"recompute": False}, {"decode_rows": 1}, {"gradient_scale": 256.0}):
+        other, again = run(model, PLANS[plan], inputs, seed=1, reference=True, **options)
+        assert relative(flat(model, other.surrogate(0.3)), got) < 1e-12, options
+        assert (again.pictures() - seen.pictures()).abs().max() < 1e-12, options
+
+
+@pytest.mark.parametrize(("sampler", "eta"), SAMPLERS)
+def test_pictures_are_the_plain_pipeline_s_to_the_bit(sampler, eta):
+    model, _, inputs = build(sampler, eta)
+    plain = model.pipe(**inputs, generator=generators(), output_type="pt").images
+    for plan in ("draft", "draft_k", "drtune, no stop", "share", "gain"):
+        for recompute in (True, False):
+            _, seen = run(model, PLANS[plan], inputs, recompute=recompute)
+            assert torch.equal(seen.pictures(), plain), plan
+    _, seen = run(model, PLANS["draft_lv, own step"], inputs)
+    assert torch.equal(seen.pictures(), plain)
+    assert not torch.equal(seen.pictures(1), plain)
+    assert torch.equal(sample(model, generators(), inputs), plain)
 
 
 def test_oracle_2_identities():
-    model, solver, predict = build()
-    whole = gradients(model, ours(model, solver, predict, LastSteps()(STEPS, random.Random())))
-    k_is_t = gradients(model, ours(model, solver, predict, LastSteps(STEPS)(STEPS, random.Random())))
-    assert torch.equal(whole, k_is_t)
-    draft_1 = gradients(model, ours(model, solver, predict, LastSteps(1)(STEPS, random.Random())))
-    drtune = gradients(model, ours(model, solver, predict, Plan(active=(STEPS - 1,), cut=True)))
-    assert relative(drtune, draft_1) < 1e-12
+    model, _, inputs = build()
+
+    def gradient(rule, **options):
+        return flat(model, run(model, rule, inputs, **options)[0].surrogate(0.0))
+
+    whole = gradient(method("draft"))
+    assert torch.equal(whole, gradient(method("draft_k", truncation_steps=STEPS)))
+    draft_1 = gradient(method("draft_k", truncation_steps=1))
+    assert relative(gradient(Plan((STEPS - 1,), cut=True)), draft_1) < 1e-12
     assert relative(draft_1, whole) > 1e-3
+    assert torch.equal(gradient(method("draft_k"), reference=True), draft_1)  # kl_coeff 0
 
 
 def test_oracle_2_fresh_lora_has_no_divergence_and_zero_kl_makes_no_reference_call():
-    model, solver, predict = build()
+    model, _, inputs = build()
     for name, p in model.denoiser.named_parameters():
         if "lora_B" in name:
             torch.nn.init.zeros_(p)
-    plan = LastSteps(3)(STEPS, random.Random())
-    fresh = run_trajectory(predict, solver, plan, noise_source(), reference=frozen_of(model, predict))
-    assert float(fresh.divergence) == 0.0
     calls = []
-    without = run_trajectory(
-        lambda z, t: calls.append(1) or predict(z, t), solver, plan, noise_source(), reference=None
-    )
-    assert without.divergence is None
-    assert len(calls) == STEPS == without.network_calls
+    model.denoiser.register_forward_hook(lambda *_: calls.append(1))
+    rule = method("draft_k", truncation_steps=3)
+    result, _ = run(model, rule, inputs)
+    assert result.divergence is None
+    assert len(calls) == STEPS == result.network_calls
+    fresh, _ = run(model, rule, inputs, reference=True)
+    assert float(fresh.divergence.detach()) == 0.0
+    assert len(calls) == STEPS + STEPS + 3
+    assert fresh.network_calls == STEPS
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "dpm++2m"])
+@pytest.mark.parametrize("sampler", ["ddim", "dpm++2m", "flow"])
 def test_oracle_3_full_draft_agrees_with_finite_differences(sampler):
-    model, solver, predict = build(sampler=sampler)
-    plan = LastSteps()(STEPS, random.Random())
-    gradient = gradients(model, ours(model, solver, predict, plan))
-    parameters = [p for p in model.denoiser.parameters() if p.requires_grad]
+    model, _, inputs = build(sampler)
+    gradient = flat(model, run(model, method("draft"), inputs)[0].surrogate())
+    parameters = [p for _, p in model.trainable_parameters()]
     torch.manual_seed(0)
     direction = [torch.randn_like(p) for p in parameters]
 
     @torch.no_grad()
     def loss_at(scale):
-        for p, d in zip(parameters, direction, strict=False):
+        for p, d in zip(parameters, direction, strict=True):
             p.add_(d, alpha=scale)
-        value = float(naive(model, solver, predict, plan))
-        for p, d in zip(parameters, direction, strict=False):
+        value = -float(reward(model.pipe(**inputs, generator=generators(), output_type="pt").images).mean())
+        for p, d in zip(parameters, direction, strict=True):
             p.sub_(d, alpha=scale)
         return value
 
-    step = 1e-5
-    difference = (loss_at(step) - loss_at(-step)) / (2 * step)
+    # DPM-Solver++ and flow Euler step in float32, in which smaller differences drown
+    step = 1e-4 if sampler == "ddim" else 1e-3
+    wide, narrow = ((loss_at(h) - loss_at(-h)) / (2 * h) for h in (step, step / 2))
     analytic = float(gradient @ torch.cat([d.flatten() for d in direction]))
-    assert analytic == pytest.approx(difference, rel=1e-5)
+    assert analytic == pytest.approx((4 * narrow - wide) / 3, rel=1e-7 if sampler == "ddim" else 1e-3)
 
 
 @pytest.mark.parametrize("cut", [False, True])
-def test_every_active_step_hands_over_its_gradients_before_the_next_is_replayed(cut):
+def test_every_active_step_hands_over_its_gradients_before_the_next_is_recomputed(cut):
     """In one backward pass through all of them autograd would hold a gradient of every parameter until its end."""
-    model, solver, predict = build()
+    model, _, inputs = build()
     came = []
     parameter = next(p for p in model.denoiser.parameters() if p.requires_grad)
     parameter.register_post_accumulate_grad_hook(lambda p: came.append(p.grad.clone()))
-    ours(model, solver, predict, Plan(active=(1, 2, 3), cut=cut)).backward()
+    run(model, Plan((1, 2, 3), cut=cut), inputs)[0].surrogate().backward()
     assert len(came) == 3
     assert not torch.equal(came[0], came[1])
 
 
-def test_early_steps_of_drtune_get_their_gradient_through_the_solver_alone():
-    """Only step 0 active and cut: ∂L/∂θ = (∂L/∂z_T · Π of the solver's latents path) · ∂e_0/∂θ."""
-    model, solver, predict = build()
-    got = gradients(model, ours(model, solver, predict, Plan(active=(0,), cut=True)))
-    with torch.no_grad():
-        z, e = [noise_source()() * solver.initial_scale], []
-        for i in range(STEPS):
-            e.append(predict(solver.network_input(i, z[i]), solver.timesteps[i]))
-            z.append(solver.step(i, z, e))
-    leaf = z[-1].clone().requires_grad_()
-    adjoint = torch.autograd.grad(-reward(model.decode(leaf)).mean(), leaf)[0]
-    for i in reversed(range(1, STEPS)):
-        ((_, path),) = solver.steps[i].latents  # DDIM has one term
-        adjoint = adjoint * path
-    adjoint = adjoint * solver.steps[0].predictions[0][1]
-    expected = gradients(model, (predict(z[0], solver.timesteps[0]) * adjoint).sum())
-    assert relative(got, expected) < 1e-9
+@pytest.mark.parametrize("sampler", ["ddim", "flow"])
+def test_early_steps_with_cut_inputs_get_their_gradient_through_the_solver_alone(sampler):
+    """``∂L/∂θ = Σ_{i∈A} a_i ∂L/∂z_T · ∂e_i/∂θ``, which is FlowBP-Sparse's surrogate, and DRTune's."""
+    model, parts, inputs = build(sampler)
+    got = flat(model, run(model, Plan((0, 2), cut=True), inputs)[0].surrogate())
+    naive = naive_run(model, parts, Plan((0, 2), cut=True), STEPS)
+    leaf = naive.latents[-1].detach().requires_grad_()
+    adjoint = torch.autograd.grad(-reward(parts.decode(leaf)).mean(), leaf)[0]
+    scheduler = model.pipe.scheduler
+    scheduler.set_timesteps(STEPS)
+    loss = torch.zeros(())
+    for i in (0, 2):
+        if sampler == "flow":
+            factor = scheduler.sigmas[i + 1] - scheduler.sigmas[i]
+        else:  # z_{i+1} = √(ᾱ'/ᾱ) z_i + (√(1 − ᾱ') − √(ᾱ'/ᾱ) √(1 − ᾱ)) e_i, and on by the first term alone
+            now = scheduler.alphas_cumprod[scheduler.timesteps[i]].double()
+            after = scheduler.alphas_cumprod[scheduler.timesteps[i] - 1000 // STEPS].double()
+            factor = (1 - after).sqrt() - (after / now).sqrt() * (1 - now).sqrt()
+            factor = factor * (scheduler.final_alpha_cumprod.double() / after).sqrt()
+        loss = loss + (naive.predictions[i] * adjoint * factor).sum()
+    assert relative(got, flat(model, loss)) < 1e-6  # the factor is written in float64; the solvers have float32 tables
 
 
-def test_impossible_plans_are_refused():
-    _, solver, predict = build()
-    for plan in (Plan(active=()), Plan(active=(STEPS,)), Plan(active=(4,), stop=3), Plan(active=(0,), stop=STEPS)):
-        with pytest.raises(ValueError, match=r"step|active"):
-            run_trajectory(predict, solver, plan, noise_source())
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        (Plan(active=()), "at least one"),
+        (Plan(active=(STEPS,)), "0 … 4"),
+        (Plan(active=(-1,)), "0 … 4"),
+        (Plan(active=(4,), stop=3), "0 … 3"),
+        (Plan(active=(0,), stop=STEPS), "stops at step 5"),
+        (Plan(active=(4,), stop=4, renoise=2), "cannot also stop early"),
+        (Plan(active=(1,), gain={7: 2.0}), "0 … 4"),
+    ],
+)
+def test_impossible_plans_are_refused(plan, words):
+    with pytest.raises(ValueError, match=words):
+        check_plan(plan, STEPS)
+    model, _, inputs = build()
+    with pytest.raises(ConfigurationError, match=f"5 sampling steps: .*{words}"):
+        run(model, plan, inputs)
+
+
+def test_renoising_needs_two_steps():
+    model, _, inputs = build()
+    with pytest.raises(ConfigurationError, match="needs 2 sampling steps or more, got 1"):
+        run(model, Plan((0,), renoise=1), {**inputs, "num_inference_steps": 1})

@@ -15,10 +15,13 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from nemo_aligner_diffusion.algorithms import AlignProp, DRaFT, DRaFTK, DRaFTLV, DRaFTPlus, DRTune, ReFL
 from nemo_aligner_diffusion.algorithms.reward_tuning import RewardTuning
-from nemo_aligner_diffusion.diffusion.families.stable_diffusion import StableDiffusion
-from nemo_aligner_diffusion.diffusion.guidance import guided_predictor
-from nemo_aligner_diffusion.diffusion.noise import gaussian, plan_random, sample_generator
-from nemo_aligner_diffusion.diffusion.trajectory import run_trajectory
+from nemo_aligner_diffusion.diffusion.generate import Sampling
+from nemo_aligner_diffusion.diffusion.loading import load_model
+from nemo_aligner_diffusion.diffusion.model import DiffusionModel
+from nemo_aligner_diffusion.diffusion.noise import plan_random, sample_generator
+from nemo_aligner_diffusion.diffusion.schedule import SchedulerPath
+from nemo_aligner_diffusion.diffusion.trajectory import rollout
+from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.evaluation.report_pictures import load_grid
 from nemo_aligner_diffusion.evaluation.run_files import column, read_run
 from nemo_aligner_diffusion.parallel.layout import Layout
@@ -48,7 +51,7 @@ def test_the_layout_is_as_configured() -> None:
     )
 
 
-def assembled(cfg: DictConfig) -> tuple[StableDiffusion, RewardTuning]:
+def assembled(cfg: DictConfig) -> tuple[DiffusionModel, RewardTuning]:
     model = build_model(cfg)
     return model, build_module(cfg, model, build_reward(cfg.rm), 10)
 
@@ -76,9 +79,9 @@ def test_the_module_is_as_configured(pipeline: Path) -> None:
     )
     model, module = assembled(cfg)
     assert (module.kl_coeff, module.reward_scale, module.reward_margin, module.seed) == (0.3, 0.4, 0.5, 6)
-    assert (module.guidance_scale, module.decode_micro_batch_size) == (1.7, 1)
-    assert model.latent_shape(module.height, module.width) == (4, 6, 8)
-    assert (module.sampler.sampler_type, len(module.sampler), module.sampler.eta) == ("ddim", 3, 0.8)
+    assert module.decode_micro_batch_size == 1
+    assert module.sampling == Sampling(3, 1.7, 24, 32, 0.8)
+    assert type(model.pipe.scheduler).__name__ == "DDIMScheduler"
     assert module.plan_rule.__self__ == DRaFTPlus(2)
     adapted = [part for name, part in model.denoiser.named_modules() if hasattr(part, "lora_A")]
     assert adapted
@@ -87,9 +90,48 @@ def test_the_module_is_as_configured(pipeline: Path) -> None:
     assert {name.split(".")[-4] for name, _ in module.trainable_parameters()} == {"to_v"}
     assert model.denoiser.is_gradient_checkpointing
     module.on_train_start()
-    still = (model.vae, model.text_encoder, module.reward)
+    still = (model.networks["vae"], model.networks["text_encoder"], module.reward)
     assert model.denoiser.training  # its dropout
     assert not any(part.training for network in still for part in network.modules())
+
+
+def test_the_pipeline_is_as_configured(pipeline: Path) -> None:
+    words = ["pipeline.arguments.negative_prompt=blurry", "pipeline.arguments.guidance_rescale=0.7"]
+    model = build_model(configured(pipeline, *words, "pipeline.stateless=[SomeCache]", "infer.sampler_type=DPM++2M",
+                                   "pipeline.trained=unet"))  # fmt: skip
+    assert model.trained == "unet"
+    assert "SomeCache" in model.stateless
+    inputs = model.inputs(["cat", "dog"], steps=3, guidance_scale=1.5)
+    assert (inputs["negative_prompt"], inputs["guidance_rescale"]) == (["blurry"] * 2, 0.7)
+    solver = model.pipe.scheduler
+    assert (type(solver).__name__, solver.config.beta_end) == ("DPMSolverMultistepScheduler", 0.012)
+    own = build_model(configured(pipeline))
+    assert dict(own.pipe.scheduler.config) == dict(load_model(pipeline).pipe.scheduler.config)
+    for words, message in (
+        (["pipeline.arguments.negativ_prompt=x"], "did you mean 'negative_prompt'"),
+        (["pipeline.arguments.prompt=x"], "is set by model.infer and data"),
+        (["pipeline.trained=vae"], "has no denoiser 'vae'"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            build_model(configured(pipeline, *words))
+
+
+def test_a_denoiser_that_takes_no_adapter_is_refused_by_name(tmp_path: Path) -> None:
+    from tiny_pipelines import named
+
+    named("hunyuan-dit").build().save_pretrained(tmp_path)
+    with pytest.raises(ConfigurationError, match=r"HunyuanDiT2DModel takes no LoRA .*peft_scheme=none"):
+        build_model(configured(tmp_path))
+    assert build_model(configured(tmp_path, "peft.peft_scheme=none")).trainable_parameters()
+
+
+def test_an_adapter_goes_where_the_family_has_it_or_where_it_is_asked_for(pipeline: Path) -> None:
+    def adapted(*words: str) -> set[str]:
+        names = [name for name, _ in build_model(configured(pipeline, *words)).trainable_parameters()]
+        return {name.split(".lora_")[0].rpartition(".")[2] for name in names}
+
+    assert adapted() >= {"to_q", "to_k", "to_v", "0", "proj", "conv1", "conv2"}  # to_out.0, ff.net.0.proj, …
+    assert adapted("peft.lora_tuning.target_modules=[to_k]") == {"to_k"}
 
 
 @pytest.mark.parametrize(
@@ -122,9 +164,10 @@ def test_weights_come_from_where_the_keys_say(pipeline: Path, tmp_path: Path) ->
     other = save_tiny_pipeline(tmp_path / "other", seed=1)
     paths = [f"unet_config.from_pretrained={other / 'unet'}", f"first_stage_config.from_pretrained={other / 'vae'}"]
     found = build_model(configured(pipeline, *paths, "peft.peft_scheme=none"))
-    ours, theirs = (StableDiffusion.from_pretrained(folder) for folder in (pipeline, other))
-    for name, source in (("denoiser", theirs), ("vae", theirs), ("text_encoder", ours)):
-        for one, two in zip(getattr(found, name).parameters(), getattr(source, name).parameters(), strict=True):
+    ours, theirs = (load_model(folder) for folder in (pipeline, other))
+    for name, source in (("unet", theirs), ("vae", theirs), ("text_encoder", ours)):
+        assert getattr(found.pipe, name) is found.networks[name]
+        for one, two in zip(found.networks[name].parameters(), source.networks[name].parameters(), strict=True):
             assert torch.equal(one, two)
 
 
@@ -189,7 +232,9 @@ def test_the_pictures_and_the_report_are_as_configured(pipeline: Path, tmp_path:
     finally:
         hook.remove()
     assert set(decoded) == {1}
-    assert len(decoded) == 2 + 2 * 6  # a micro-batch; base and tuned pictures of three prompts, two seeds each
+    # the check at the start, that a picture can be made again; a micro-batch, decoded again in its backward pass; base
+    # and tuned pictures of three prompts, two seeds each
+    assert len(decoded) == 2 + 2 * 2 + 2 * 6
     (sample,) = read_run(tmp_path / "run").samples
     grid = load_grid(*sample)
     assert grid is not None
@@ -207,7 +252,7 @@ def test_the_pictures_and_the_report_are_as_configured(pipeline: Path, tmp_path:
     ],
 )
 def test_the_gradient_of_a_step_is_that_of_the_stated_loss(pipeline: Path, recipe: str, words: list[str]) -> None:
-    """``λ·mean(−R)`` or ``λ·mean(relu(margin − R))``, and ``kl_coeff·KL``, by one graph of everything."""
+    """``λ·mean(−R)`` or ``λ·mean(relu(margin − R))``, and ``kl_coeff·KL``, and the naive graph of the trajectory."""
     common = ["peft.peft_scheme=none", "infer.inference_steps=3", "decode_micro_batch_size=1", "micro_batch_size=2",
               "global_batch_size=2", "infer.unconditional_guidance_scale=1.5", "seed=9"]  # fmt: skip
     cfg = configured(pipeline, *common, *words, recipe=recipe)
@@ -223,23 +268,24 @@ def test_the_gradient_of_a_step_is_that_of_the_stated_loss(pipeline: Path, recip
     found = {name: parameter.grad for name, parameter in module.trainable_parameters()}
     model.denoiser.zero_grad(set_to_none=True)
 
-    predict = guided_predictor(model, model.encode_prompts(prompts), 1.5)
+    settings, scores = cfg.model, []
 
-    def frozen(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        with model.reference():
-            return predict(latents, timestep)
+    def loss_of(images: torch.Tensor, rows: slice, read: int) -> torch.Tensor:
+        scores.append(module.reward(images, prompts[rows]))
+        far = -scores[-1] if settings.reward_margin is None else torch.relu(settings.reward_margin - scores[-1])
+        return settings.reward_scale * far
 
+    infer = settings.infer
+    inputs = {"prompt": prompts, "num_inference_steps": 3, "guidance_scale": 1.5, "eta": infer.eta,
+              "height": infer.height, "width": infer.width}  # fmt: skip
     generators = [sample_generator(9, 0, int(number)) for number in index]
-    infer = cfg.model.infer
-    shape = (4, (infer.height or 16) // 4, (infer.width or 16) // 4)
-    plan = module.plan_rule(3, plan_random(9, 0))
-    trajectory = run_trajectory(predict, module.sampler, plan, lambda: gaussian(generators, shape, model.latent_like),
-                                reference=frozen, recompute=False)  # fmt: skip
-    scores = torch.stack([module.reward(model.decode(read), prompts) for read in trajectory.reads])
-    settings = cfg.model
-    wanted = -scores if settings.reward_margin is None else torch.relu(settings.reward_margin - scores)
-    loss = settings.reward_scale * wanted.mean() + settings.kl_coeff * trajectory.divergence
-    loss.backward()
+    naive = rollout(model, module.plan_rule, generators, inputs, loss_of, rng=plan_random(9, 0),
+                    reference=settings.kl_coeff != 0, recompute=False)  # fmt: skip
+    surrogate = sum((end * gradient).sum() for end, gradient in zip(naive.ends, naive.gradients, strict=True))
+    divergence = torch.zeros(()) if naive.divergence is None else naive.divergence
+    (surrogate + settings.kl_coeff * divergence).backward()
+    far = [-s if settings.reward_margin is None else torch.relu(settings.reward_margin - s) for s in scores]
+    loss = settings.reward_scale * torch.cat(far).mean() + settings.kl_coeff * divergence
     expected = torch.cat([parameter.grad.flatten() for _, parameter in module.trainable_parameters()])
     assert expected.norm() > 0
     apart = torch.cat([grad.flatten() for grad in found.values() if grad is not None]) - expected
@@ -261,18 +307,9 @@ def test_a_plan_is_drawn_anew_for_every_step(pipeline: Path, tmp_path: Path) -> 
     loop.max_steps, loop.val_check_interval, cfg.report.enable, cfg.trainer.accelerator = 4, 0, False, "cpu"
     cfg.exp_manager.explicit_log_dir = str(tmp_path / "run")
     assert run_training(cfg) == 0
-    drawn = [len(AlignProp(1, 4).plan(SimpleNamespace(steps=4), plan_random(3, step)).active) for step in range(4)]
+    model = load_model(pipeline)
+    model.pipe.scheduler.set_timesteps(4)
+    path = SchedulerPath(model.pipe.scheduler)
+    drawn = [len(AlignProp().plan(path, plan_random(3, step)).active) for step in range(4)]
     assert len(set(drawn)) > 1
     assert column(read_run(tmp_path / "run").metrics, "active_steps") == drawn
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_prompts_are_encoded_as_diffusers_does(pipeline: Path, masked: bool) -> None:
-    from diffusers import StableDiffusionPipeline
-
-    theirs = StableDiffusionPipeline.from_pretrained(pipeline, safety_checker=None, requires_safety_checker=False)
-    ours = StableDiffusion.from_pretrained(pipeline)
-    for encoder in (theirs.text_encoder, ours.text_encoder):
-        encoder.config.use_attention_mask = masked
-    expected = theirs.encode_prompt(["cat", "a longer one"], "cpu", 1, do_classifier_free_guidance=False)[0]
-    assert torch.equal(ours.encode_prompts(["cat", "a longer one"]).encoder_hidden_states, expected)

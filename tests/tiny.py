@@ -75,14 +75,17 @@ def tiny_parts(seed: int = 0, channels: tuple[int, int] = (8, 16)) -> dict:
 def tiny_pipeline(
     dtype: torch.dtype = torch.float32, seed: int = 0, channels: tuple[int, int] = (8, 16), **scheduler: object
 ) -> StableDiffusionPipeline:
-    """The tiny parts as a ``diffusers`` pipeline; ``scheduler`` overrides entries of :data:`SCHEDULER`."""
-    return StableDiffusionPipeline(
+    """The pipeline of :func:`tiny_parts`; ``scheduler``: changes to :data:`SCHEDULER`."""
+    config = {key: value for key, value in SCHEDULER.items() if not key.startswith("_")}
+    pipe = StableDiffusionPipeline(
         **tiny_parts(seed, channels),
-        scheduler=DDIMScheduler.from_config({**SCHEDULER, **scheduler}),
+        scheduler=DDIMScheduler(**{**config, **scheduler}),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
-    ).to(dtype=dtype)
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(dtype=dtype)
 
 
 def tiny_stable_diffusion(

@@ -28,27 +28,30 @@ class Family:
 
     Attributes:
         trained: name of the component that is trained; ``None``: the first of :data:`DENOISERS` there is.
-        lora_targets: ends of the names of modules that get an adapter by default.
+        lora_targets: ends of the names of modules that get an adapter by default, as far as there are such modules;
+            ``None``: :data:`UNET_LORA` or :data:`ATTENTION_LORA`.
         guidance: the argument that guidance goes to.
         steps, scale, size: as its makers sample; ``None``: the pipeline's own default.
         arguments: given in every call.
+        signed: pictures come out in [-1, 1]; rewards get them in [0, 1].
         stateless: class names of objects handed to networks that carry nothing from call to call.
     """
 
     trained: str | None = None
-    lora_targets: tuple[str, ...] = ATTENTION_LORA
+    lora_targets: tuple[str, ...] | None = None
     guidance: str | None = None
     steps: int | None = None
     scale: float | None = None
     size: int | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     stateless: tuple[str, ...] = ()
+    signed: bool = False
 
 
 # by the class's name without "Pipeline"
 FAMILIES: dict[str, Family] = {
-    "StableDiffusion": Family(lora_targets=UNET_LORA, steps=50, scale=7.5),
-    "StableDiffusionXL": Family(lora_targets=UNET_LORA, steps=40, scale=5.0, size=1024),
+    "StableDiffusion": Family(steps=50, scale=7.5),
+    "StableDiffusionXL": Family(steps=40, scale=5.0, size=1024),
     "StableDiffusion3": Family(lora_targets=(*_JOINT, *_FEED_FORWARD), steps=28, scale=4.5, size=1024),
     "Flux": Family(lora_targets=(*_JOINT, *_FEED_FORWARD, "proj_mlp"), steps=28, scale=3.5, size=1024),
     "Flux2": Family(lora_targets=_FLUX2_LORA, steps=50, scale=4.0, size=1024),
@@ -63,8 +66,14 @@ FAMILIES: dict[str, Family] = {
     "PixArtSigma": Family(arguments={"use_resolution_binning": False}),
     "Sana": Family(arguments={"use_resolution_binning": False}),
     "SanaSprint": Family(arguments={"use_resolution_binning": False}),
+    "IF": Family(signed=True),
     "GlmImage": Family(stateless=("GlmImageKVCache",)),
 }  # fmt: skip
+
+
+def lora_targets(family: Family, trained: str) -> tuple[str, ...]:
+    """Of the network that is the component ``trained``, for ``model.peft.lora_tuning.target_modules=null``."""
+    return family.lora_targets or (UNET_LORA if trained == "unet" else ATTENTION_LORA)
 
 
 def family_of(pipeline_class: type) -> Family:

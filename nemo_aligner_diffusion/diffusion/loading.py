@@ -90,9 +90,14 @@ def _no_progress_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def is_hub_id(folder: str | Path) -> bool:
+    """Whether ``folder`` has the form of a hub id, ``org/name``; so has a relative path."""
+    return _HUB_ID.fullmatch(str(folder)) is not None
+
+
 def _local(folder: str | Path) -> Path:
     path = Path(folder).expanduser()
-    if path.is_dir() or not _HUB_ID.fullmatch(str(folder)):
+    if path.is_dir() or not is_hub_id(folder):
         return path
     import diffusers
 

@@ -53,10 +53,15 @@ def add_lora(
         target_modules: module-name suffixes to adapt.
 
     Raises:
-        ConfigurationError: no module of the denoiser has one of these names.
+        ConfigurationError: no module of the denoiser has one of these names, or its class takes no adapter.
     """
     from peft import LoraConfig
 
+    if not hasattr(denoiser, "add_adapter"):  # in diffusers 0.42: those of PixArt, Lumina, HunyuanDiT and a few more
+        raise ConfigurationError(
+            f"{type(denoiser).__name__} takes no LoRA in this diffusers; train every weight instead: "
+            f"model.peft.peft_scheme=none"
+        )
     names = [name for name, _ in denoiser.named_modules()]
     unmatched = [t for t in target_modules if not any(n == t or n.endswith(f".{t}") for n in names)]
     if unmatched:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
-from nemo_aligner_diffusion.diffusion.families import DENOISERS, Family, family_of
+from nemo_aligner_diffusion.diffusion.families import DENOISERS, Family, family_of, lora_targets
 from nemo_aligner_diffusion.diffusion.lora import adapters_off, has_lora
 from nemo_aligner_diffusion.diffusion.schedule import build_scheduler
 from nemo_aligner_diffusion.errors import ConfigurationError
@@ -84,6 +84,13 @@ class DiffusionModel(nn.Module):
     def denoiser(self) -> Any:
         """The trained network."""
         return self._modules[self.trained]
+
+    @property
+    def lora_targets(self) -> list[str]:
+        """Ends of the names of the denoiser's modules that get an adapter by default."""
+        names = [name for name, _ in self.denoiser.named_modules()]
+        wanted = lora_targets(self.family, self.trained)
+        return [target for target in wanted if any(n == target or n.endswith(f".{target}") for n in names)]
 
     def frozen_parts(self) -> dict[str, nn.Module]:
         """By the names that ``model.fsdp_frozen`` knows; several text encoders are one part."""
@@ -161,6 +168,16 @@ class DiffusionModel(nn.Module):
             if name.startswith("negative_prompt") and isinstance(value, str):
                 given[name] = [value] * len(prompts)
         return {name: value for name, value in given.items() if value is not None}
+
+    def described(self) -> dict[str, Any]:
+        """What ``run.json`` says of the pipeline: how plain ``diffusers`` is to be called."""
+        return {
+            "class": type(self.pipe).__name__,
+            "trained": self.trained,
+            "guidance_argument": self.guidance_argument,
+            "loads_lora": hasattr(self.pipe, "load_lora_weights"),
+            "arguments": self.arguments,
+        }
 
     @property
     def prompt_limit(self) -> int | None:

@@ -1,68 +1,29 @@
-"""A reward's gradient through a ``diffusers`` pipeline's own loop, from outside it.
+"""A reward's gradient through a ``diffusers`` pipeline: one rollout, scored, with what is left to differentiate.
 
-The pipeline's ``__call__``, without its ``no_grad`` decorator, runs on a shallow copy whose components are proxies;
-nothing of the caller's pipeline changes. Tapped is the interface between a pipeline and its parts:
-
-* a network's call: without gradient, or recomputed in its backward pass at the plan's active steps, or skipped;
-* ``scheduler.step``: counts steps, sees the guided prediction, may put other latents in the place of its own;
-* ``decode`` of the VAE: begins a new graph at a leaf, so that the decoder's and the denoiser's never live together.
-
-Two devices make every method fit. *Skipping*: network calls return their last output and steps return given latents,
-so that the loop runs on, at no cost, to the pipeline's own decoding (early stop, DRaFT-LV). *Replay*: a second
-``__call__`` whose network calls return the frozen model's stored outputs and whose steps return the first call's
-latents; what then arrives at ``scheduler.step`` is the frozen model's guided prediction, whatever the guidance is.
-
-So a picture in training is, to the last bit, what ``pipeline(prompt, generator=[…])`` gives, the gradient is exactly
-that of the naive graph, and no family has code here.
+A picture in training is, to the last bit, what ``pipeline(prompt, generator=[…])`` gives; the gradient is exactly that
+of the naive graph; and no family has code here or in :mod:`.loop`, which runs the pipeline.
 """
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import functools
-import inspect
-import logging
+import itertools
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.checkpoint import checkpoint
 
-from nemo_aligner_diffusion.diffusion.plan import Plan, PlanRule, check_plan
-from nemo_aligner_diffusion.diffusion.schedule import (
-    KeyedNoise,
-    SchedulerPath,
-    clean_estimate,
-    noise_level,
-    untapped,
-    without_global_noise,
-)
-from nemo_aligner_diffusion.diffusion.taps import (
-    Proxy,
-    connect,
-    detached,
-    in_place_of,
-    processors_of,
-    recomputed,
-    share,
-    shared,
-    undecorated,
-)
-from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError, first_line
+from nemo_aligner_diffusion.diffusion.loop import Loop, Mode
+from nemo_aligner_diffusion.diffusion.plan import Plan, PlanRule
+from nemo_aligner_diffusion.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 
-Mode = Literal["train", "sample", "replay", "last step"]
 # pictures (b, 3, H, W) or frames (b, F, 3, H, W) in [0, 1], rows of the batch, number of the read -> loss of each row
 Objective = Callable[[Tensor, slice, int], Tensor]
-
-_PLAIN = (type(None), Tensor, bool, int, float, str, torch.dtype, torch.device)
 
 
 @dataclass(frozen=True)
@@ -70,7 +31,7 @@ class Rollout:
     """What :func:`rollout` leaves to be differentiated; the rewards' and the decoder's graph is gone already.
 
     Attributes:
-        ends: latents that were decoded, with the trajectory's graph.
+        ends: latents that were decoded, with the trajectory's graph, one for each call of ``decode``.
         gradients: of the mean loss with respect to them, same shapes.
         divergence: mean over active steps, batch and elements of the squared distance of the guided predictions to the
             frozen model's at the same latents (DRaFT+, design notes 3.3), with gradient; ``None`` without a reference.
@@ -128,19 +89,20 @@ def rollout(
     Raises:
         ConfigurationError: the pipeline refused its arguments, or cannot be trained so; by name.
     """
-    loop = _Loop(model, generators, inputs, rule, rng or random.Random(0), reference, recompute, decode_rows)
+    loop = Loop(model, generators, inputs, rule, rng or random.Random(0), reference, recompute, decode_rows)
     ends: list[Tensor] = []
     gradients: list[Tensor] = []
     divergences: list[Tensor] = []
+    reads = itertools.count()
 
     def supervise(mode: Mode) -> None:
-        images, end, leaf = loop.run(mode)
-        if leaf is not None:
-            reads = loop.plan.network_reads
-            gradients.append(
-                _score(images, leaf, objective, loop.sample_weights, len(ends), reads, decode_rows, gradient_scale)
+        images = loop.run(mode)
+        if loop.leaves:
+            of, weights = loop.plan.network_reads, loop.sample_weights
+            gradients.extend(
+                reward_gradient(images, loop.leaves, objective, weights, next(reads), of, decode_rows, gradient_scale)
             )
-            ends.append(end)
+            ends.extend(loop.ends)
         loop.convert_back()
         if loop.guided:
             loop.run("replay")
@@ -171,8 +133,8 @@ def sample(
         tuned_weights: annealed importance guidance (design notes 3.4): ``T`` → ``w_0 … w_{T−1}``; the denoiser's
             outputs are ``w_i·tuned + (1 − w_i)·base``. ``None``: the model as it stands.
     """
-    loop = _Loop(model, generators, inputs, None, random.Random(0), False, True, decode_rows, tuned_weights)
-    return loop.run("sample")[0]
+    loop = Loop(model, generators, inputs, None, random.Random(0), False, True, decode_rows, tuned_weights)
+    return loop.run("sample")
 
 
 def check_repeatable(model: DiffusionModel, inputs: dict[str, Any]) -> None:
@@ -189,6 +151,12 @@ def check_repeatable(model: DiffusionModel, inputs: dict[str, Any]) -> None:
             f"{type(model.pipe).__name__} gives {tuple(first.shape)}; expected pictures (B, 3, H, W), or frames of a "
             f"video (B, F, 3, H, W)"
         )
+    least, most = (float(x) for x in first.nan_to_num().aminmax())
+    if least < -0.01 or most > 1.01:
+        raise ConfigurationError(
+            f"{type(model.pipe).__name__} gives pictures in [{least:.2g}, {most:.2g}] as output_type='pt'; "
+            f"expected [0, 1]"
+        )
     if not torch.allclose(first, again, rtol=0, atol=1e-2, equal_nan=True):
         raise ConfigurationError(
             f"{type(model.pipe).__name__} makes two pictures from the same seeds that differ by "
@@ -197,17 +165,17 @@ def check_repeatable(model: DiffusionModel, inputs: dict[str, Any]) -> None:
         )
 
 
-def _score(
+def reward_gradient(
     images: Tensor,
-    leaf: Tensor,
+    leaves: list[Tensor],
     objective: Objective,
     weights: Tensor | None,
     read: int,
     reads: int,
     rows_at_a_time: int | None,
     scale: float,
-) -> Tensor:
-    """``∂/∂leaf`` of the mean loss; at least float32."""
+) -> list[Tensor]:
+    """``∂/∂leaf`` of the mean loss for each leaf; at least float32."""
     batch = images.shape[0]
     size = rows_at_a_time or batch
     share_of_mean = scale / (batch * reads)
@@ -218,382 +186,14 @@ def _score(
 
     with torch.enable_grad():
         if size >= batch:
-            gradient = torch.autograd.grad(loss_of(images, slice(0, batch)), leaf)[0]
+            outputs, upstream = loss_of(images, slice(0, batch)), None
         else:  # the reward's graph of some rows at a time; the decoder's is recomputed by rows
-            upstream = []
+            parts = []
             for start in range(0, batch, size):
                 rows = slice(start, min(start + size, batch))
                 part = images[rows].detach().requires_grad_()
-                upstream.append(torch.autograd.grad(loss_of(part, rows), part)[0])
-            gradient = torch.autograd.grad(images, leaf, torch.cat(upstream))[0]
-    return gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / scale
-
-
-@dataclass
-class _Trace:
-    """See :class:`.plan.Trace`."""
-
-    path: SchedulerPath
-    latents: list[Tensor] = field(default_factory=list)
-    predictions: dict[int, Tensor] = field(default_factory=dict)
-
-    connect = staticmethod(connect)
-    share = staticmethod(share)
-
-
-class _Loop:
-    """The pipeline's call under taps; several of them for one batch."""
-
-    def __init__(
-        self,
-        model: DiffusionModel,
-        generators: Sequence[torch.Generator],
-        inputs: dict[str, Any],
-        rule: PlanRule | None,
-        rng: random.Random,
-        reference: bool,
-        recompute: bool,
-        decode_rows: int | None,
-        tuned_weights: Callable[[int], Sequence[float]] | None = None,
-    ) -> None:
-        self.model, self.pipe, self.inputs = model, model.pipe, inputs
-        self.rule, self.rng, self.reference, self.recompute = rule, rng, reference, recompute
-        self.decode_rows, self.tuned_weights = decode_rows, tuned_weights
-        self.seeds = [g.get_state() for g in generators]
-        self.handle = torch.empty(0, requires_grad=True)
-        self.calls = self.total = 0
-        self.plan = Plan(active=())
-        self.redo: Tensor | None = None  # the noise that "last step" adds to the finished latents
-        self.final: Tensor | None = None  # the finished latents
-        self.outputs: dict[str, Any] = {}  # last of each network, for skipped calls
-        self.encoded: dict[str, list[Any]] = {}  # outputs before the loop, for every later call
-        self.sample_weights: Tensor | None = None
-        self.conversions: list[Callable[[], Any]] = []
-
-    def run(self, mode: Mode) -> tuple[Tensor, Tensor, Tensor | None]:
-        """``(pictures, latents at the trajectory's end, the leaf that the decoder's graph begins with)``."""
-        self.mode, self.i, self.started, self.skipping = mode, 0, False, mode == "last step"
-        self.decoded = False
-        self.end: Tensor | None = None
-        self.leaf: Tensor | None = None
-        if mode != "replay":  # kept for it: by active step, guided predictions; latents of each step; raw outputs
-            self.latents: list[Tensor] = []
-            self.guided: dict[int, Tensor] = {}
-            self.frozen: dict[int, Tensor] = {}
-            self.frozen_outputs: dict[int, list[Any]] = {}
-        self.encoded_queue = {name: iter(outputs) for name, outputs in self.encoded.items()}
-        self.frozen_queue = {i: iter(outputs) for i, outputs in self.frozen_outputs.items()}
-        self.generators = [torch.Generator() for _ in self.seeds]
-        for generator, state in zip(self.generators, self.seeds, strict=True):
-            generator.set_state(state)
-        self.copied = self._tapped()
-        # lists of its own for each call: Z-Image writes into that of the prompts
-        given = {name: list(value) if isinstance(value, list) else value for name, value in self.inputs.items()}
-        inputs = {"output_type": "latent" if mode == "replay" else "pt", **given}
-        # Gradient is off until the first active network call switches it on: everything before it runs exactly as at
-        # inference. Noise that a pipeline draws from no generator is at least the same in every call for these samples.
-        with torch.no_grad(), without_global_noise(self.generators[0].initial_seed()):
-            out = self._call(inputs)
-        if not self.started or self.i != self.total:
-            raise ConfigurationError(
-                f"{type(self.pipe).__name__} announced {self.total} steps and its scheduler made {self.i}: it steps "
-                f"another scheduler than `pipeline.scheduler`, or runs other pipelines inside, and cannot be trained "
-                f"as one; give the inner pipeline's folder"
-            )
-        if mode == "train" and self.rule is not None:
-            self.sample_weights = self.plan.sample_weights(self.trace)
-        if mode != "replay":
-            self.states = [g.get_state() for g in self.generators]  # where further noise goes on
-        out = torch.stack(list(out)) if isinstance(out, list) else out
-        if self.reads and self.leaf is None:  # in pixel space there is no decoder
-            self.end, self.leaf = out, out.detach().requires_grad_()
-            out = self.leaf
-        return out, self.end if self.end is not None else self.sample, self.leaf
-
-    @property
-    def reads(self) -> bool:
-        """Whether the reward looks at this run's picture."""
-        if self.rule is None or self.mode == "replay":
-            return False
-        return self.mode == "last step" or self.plan.own_step or not self.plan.renoise
-
-    def noises_after(self, count: int) -> list[Tensor]:
-        """Noise for ``count`` re-noised latents, drawn after that of the trajectory."""
-        self.final = self.sample.detach()
-        for generator, state in zip(self.generators, self.states, strict=True):
-            generator.set_state(state)
-        drawn = [KeyedNoise(self.generators).draw(self.final.shape, self.final) for _ in range(count)]
-        self.states = [g.get_state() for g in self.generators]
-        return drawn
-
-    def _tapped(self) -> Any:
-        copied = copy.copy(self.pipe)
-        copied.__dict__.pop("_num_timesteps", None)
-        network: Any
-        for name, network in self.model.networks.items():
-            overrides: dict[str, Any] = {"__call__": functools.partial(self._network, name)}
-            if hasattr(network, "decode"):
-                overrides["decode"] = in_place_of(network.decode, functools.partial(self._decode, network.decode))
-                overrides["to"] = functools.partial(self._convert, network)
-            copied.__dict__[name] = Proxy(network, overrides)
-        self.scheduler = copied.__dict__["scheduler"] = copy.deepcopy(self.pipe.scheduler)
-        self.scheduler_step = self.scheduler.step  # a deep copy, no proxy: Bria compares `type(self.scheduler)`
-        self.step_signature = inspect.signature(self.scheduler_step)
-        self.scheduler.step = in_place_of(self.scheduler_step, self._step)
-        # LTX-2 deep-copies it, for sound
-        self.scheduler.__deepcopy__ = lambda memo: copy.deepcopy(untapped(self.scheduler), memo)
-        for name in ("safety_checker", "watermark"):  # numpy
-            if name in copied.__dict__:
-                copied.__dict__[name] = None
-        copied.set_progress_bar_config(disable=True)
-        return copied
-
-    def _call(self, inputs: dict[str, Any]) -> Any:
-        call = undecorated(type(self.pipe))
-        try:
-            with _quiet_pipeline():
-                return call(self.copied, generator=list(self.generators), return_dict=False, **inputs)[0]
-        except AlignerError:
-            raise
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
-            if self.started:
-                raise
-            raise ConfigurationError(
-                f"{type(self.pipe).__name__} refused what it was called with: {first_line(error)}"
-            ) from error
-
-    def _start(self) -> None:
-        """At the loop's first network call or step: only now is the number of steps known."""
-        self.started = True
-        self.total = getattr(self.copied, "_num_timesteps", None) or len(self.scheduler.timesteps)
-        if self.mode == "last step":
-            self.active = frozenset({self.total - 1})
-            return
-        if self.mode == "replay":
-            return
-        if self.tuned_weights is not None:
-            self.weights_of_steps = self.tuned_weights(self.total)
-        if self.rule is None:
-            self.active = frozenset()
-            return
-        self.path = SchedulerPath(self.scheduler, self.total)
-        self.plan = self.rule(self.path, self.rng)
-        try:
-            check_plan(self.plan, self.total)
-        except ValueError as error:
-            raise ConfigurationError(f"{type(self.plan).__name__} for {self.total} sampling steps: {error}") from error
-        self.active = frozenset(self.plan.active)
-        if self.plan.renoise:
-            self.active = frozenset({self.total - 1} if self.plan.own_step else ())
-        self.trace = _Trace(self.path)
-
-    # the three taps
-
-    def _network(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        trained = name == self.model.trained
-        if name in self.model.denoisers and not self.started:
-            self._start()
-        if not self.started:  # text and image encoders
-            if self.mode in ("replay", "last step"):
-                return next(self.encoded_queue[name])
-            self.encoded.setdefault(name, []).append(self.model.networks[name](*args, **kwargs))
-            return self.encoded[name][-1]
-        active = self.i in self.active and not self.skipping
-        if self.mode == "replay" and active:
-            return next(self.frozen_queue[self.i])
-        if self.mode == "replay" or self.skipping:
-            # a second denoiser may not have been called yet: any output of that shape does
-            return self.outputs.get(name, next(iter(self.outputs.values())))
-        network = self.model.network(name)
-        if trained and self.rule is not None:
-            self._refuse_state(name, (args, kwargs))
-        if active:
-            torch.set_grad_enabled(True)  # from here on
-        plan = self.plan
-        kept = plan.input_share.get(self.i, 0.0 if plan.cut else 1.0) if self.mode == "train" else 1.0
-        if active:
-            args, kwargs = shared((args, kwargs), kept)
-        self.calls += trained
-        if active and (trained or _any_gradient((args, kwargs))):
-            with _no_autocast_cache():
-                if self.recompute:
-                    out = recomputed(network, network, args, kwargs, self.handle)
-                else:
-                    out = network(*args, **kwargs)
-        else:
-            with torch.no_grad():
-                out = self._annealed(name, args, kwargs) if trained and self.tuned_weights else network(*args, **kwargs)
-        self.outputs[name] = plain = detached(out)
-        if active and self.reference:
-            if trained:
-                with torch.no_grad():
-                    plain = self._frozen_output(name, network, args, kwargs)
-            self.frozen_outputs.setdefault(self.i, []).append(plain)
-        return out
-
-    def _step(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.started:
-            self._start()
-        i, self.i = self.i, self.i + 1
-        bound = self.step_signature.bind(*args, **kwargs)
-        given = bound.arguments
-        prediction, timestep, latents = given["model_output"], given["timestep"], given["sample"]
-        if self.mode == "replay":
-            if i in self.active:
-                self.frozen[i] = prediction.detach()
-            return self._returned(self.latents[i])
-        if self.mode == "last step" and i == self.total - 2:
-            self.skipping = False
-            assert self.redo is not None
-            assert self.final is not None
-            for generator, state in zip(self.generators, self.states, strict=True):
-                generator.set_state(state)
-            timestep, index = self.last_level
-            if index is not None:  # a multistep solver has no history then: its last step is of first order
-                self.scheduler._step_index = index
-            alpha, sigma = noise_level(self.scheduler, timestep)
-            out = self._returned((alpha * self.final + sigma * self.redo).to(self.final.dtype))
-        elif self.skipping:
-            out = self._returned(latents)
-        else:
-            out = self._real_step(i, bound, prediction, timestep, latents)
-        self.sample = out[0]
-        if self.reference:
-            self.latents.append(self.sample.detach())
-        return out
-
-    def _real_step(self, i: int, bound: inspect.BoundArguments, prediction: Tensor, timestep: Any, z: Tensor) -> Any:
-        active = i in self.active
-        if active and self.reference:
-            self.guided[i] = prediction
-        if active and self.mode == "train" and (gain := self.plan.gain.get(i, 1.0)) != 1.0:
-            bound.arguments["model_output"] = prediction = share(prediction, gain)
-        if i == self.total - 1:
-            self.last_level = timestep, getattr(self.scheduler, "_step_index", None)
-        stop = self.rule is not None and self.mode == "train" and i == self.plan.stop
-        before = untapped(self.scheduler) if stop else None
-        in_form = bound.arguments.get("return_dict", True)
-        if stop:
-            bound.arguments["return_dict"] = True
-        with KeyedNoise(self.generators):
-            out = self.scheduler_step(*bound.args, **bound.kwargs)
-        if stop:
-            clean = clean_estimate(before, prediction, timestep, z, out).to(out[0].dtype)
-            self.skipping = True
-            self.step_output = out if in_form else out.to_tuple()
-            return self._returned(clean, everywhere=True)
-        self.step_output = out
-        if self.rule is not None and self.mode == "train" and type(self.plan).carry is not Plan.carry:
-            if not self.trace.latents:
-                self.trace.latents.append(z)
-            self.trace.predictions[i] = prediction
-            carried = self.plan.carry(i + 1, out[0], self.trace)
-            self.trace.latents.append(carried)
-            out = self._returned(carried, everywhere=i == self.total - 1)
-        return out
-
-    def _decode(self, decode: Callable[..., Any], latents: Tensor, *args: Any, **kwargs: Any) -> Any:
-        def call(z: Tensor) -> Any:
-            return decode(z, *args, **kwargs)
-
-        self.decoded = True
-        if self.reads:
-            torch.set_grad_enabled(True)
-            self.end, self.leaf = latents, latents.detach().requires_grad_()
-            latents = self.leaf
-        size = self.decode_rows or len(latents)
-        if size >= len(latents):
-            return call(latents)
-        parts = []
-        for rows in latents.split(size):
-            parts.append(checkpoint(call, rows, use_reentrant=False) if rows.requires_grad else call(rows))
-        return tree_map(lambda *rows: torch.cat(rows) if isinstance(rows[0], Tensor) else rows[0], *parts)
-
-    def _convert(self, network: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """SDXL's VAE is float32 while it decodes, and would be float16 again before the decoder's backward pass."""
-        if self.decoded and self.reads:
-            self.conversions.append(functools.partial(network.to, *args, **kwargs))
-        else:
-            network.to(*args, **kwargs)
-        return network
-
-    def convert_back(self) -> None:
-        """Do what was put off until the decoder's graph is gone."""
-        for conversion in self.conversions:
-            conversion()
-        self.conversions = []
-
-    # what the taps need
-
-    def _returned(self, sample: Tensor, everywhere: bool = False) -> Any:
-        """``sample`` in the form in which the scheduler's ``step`` last returned.
-
-        ``everywhere``: from now on in place of the clean estimate too, which is what LCM decodes at the end.
-        """
-        if isinstance(self.step_output, tuple):
-            if everywhere:
-                self.step_output = tuple(sample if isinstance(x, Tensor) else x for x in self.step_output)
-            return (sample, *self.step_output[1:])
-        out = copy.copy(self.step_output)
-        for name in [*out] if everywhere else ["prev_sample"]:
-            if isinstance(out.get(name), Tensor):
-                out[name] = sample
-        self.step_output = out
-        return out
-
-    def _refuse_state(self, name: str, given: Any) -> None:
-        opaque = {type(x).__name__ for x in tree_leaves(given) if not isinstance(x, _PLAIN)} - self.model.stateless
-        if opaque:
-            raise ConfigurationError(
-                f"{type(self.pipe).__name__} hands its {name} a {', '.join(sorted(opaque))}: what it remembers between "
-                f"calls would be lost where a call is recomputed. If it carries nothing from step to step, declare it: "
-                f"model.pipeline.stateless=[{','.join(sorted(opaque))}]; else switch it off by model.pipeline.arguments"
-            )
-
-    def _frozen_output(self, name: str, network: Any, args: Any, kwargs: Any) -> Any:
-        with self.model.reference():
-            frozen = self.model.network(name)
-            with (
-                processors_of(frozen, getattr(network, "attn_processors", None))
-                if frozen is not network
-                else (contextlib.nullcontext())
-            ):
-                return frozen(*args, **kwargs)
-
-    def _annealed(self, name: str, args: Any, kwargs: Any) -> Any:
-        weight = self.weights_of_steps[self.i]
-        if weight == 1.0:
-            return self.model.network(name)(*args, **kwargs)
-        with self.model.reference():
-            base = self.model.network(name)(*args, **kwargs)
-        if weight == 0.0:
-            return base
-        tuned = self.model.network(name)(*args, **kwargs)
-        return tree_map(lambda b, t: torch.lerp(b, t, weight) if isinstance(b, Tensor) else b, base, tuned)
-
-
-def _any_gradient(tree: Iterable[Any]) -> bool:
-    return any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(tree))
-
-
-@contextlib.contextmanager
-def _quiet_pipeline() -> Iterator[None]:
-    """Pipelines warn of each truncated prompt in each call; they are counted, and said once at the end."""
-    logger = logging.getLogger("diffusers")
-    level = logger.level
-    logger.setLevel(max(level, logging.ERROR))
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-@contextlib.contextmanager
-def _no_autocast_cache() -> Iterator[None]:
-    """Weights that autocast has converted without gradient, in an earlier call, would be taken again."""
-    enabled = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(enabled)
+                parts.append(torch.autograd.grad(loss_of(part, rows), part)[0])
+            outputs, upstream = images, torch.cat(parts)
+        # what else was decoded, such as sound, is no part of the picture
+        found = torch.autograd.grad(outputs, leaves, upstream, allow_unused=True, materialize_grads=True)
+    return [gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / scale for gradient in found]

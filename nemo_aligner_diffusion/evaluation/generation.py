@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nemo_aligner_diffusion.diffusion.checkpoints import load_component
 from nemo_aligner_diffusion.diffusion.generate import Sampling, generate
-from nemo_aligner_diffusion.diffusion.loading import load_model
+from nemo_aligner_diffusion.diffusion.loading import is_hub_id, load_model
 from nemo_aligner_diffusion.diffusion.lora import load_lora_weights, mix
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError
@@ -49,11 +49,12 @@ class Settings:
     unet: Path | None  # weights of the *base* model's denoiser, where they are not the model folder's own
     vae: Path | None
     steps: int
-    guidance: float
+    guidance: float | None  # None: the pipeline's default
     sampler: str | None  # None: the pipeline's own
     eta: float
     height: int | None
     width: int | None
+    pipeline: Mapping[str, Any] = field(default_factory=dict)  # model.pipeline: trained, stateless, arguments
 
     @property
     def sampling(self) -> Sampling:
@@ -62,7 +63,8 @@ class Settings:
     def describe(self) -> str:
         eta = f", eta {self.eta:g}" if self.eta else ""
         sampler = "the pipeline's own sampler" if self.sampler is None else self.sampler.lower()
-        return f"{self.steps} steps, guidance {self.guidance:g}, {sampler}{eta}"
+        guidance = "the pipeline's own guidance" if self.guidance is None else f"guidance {self.guidance:g}"
+        return f"{self.steps} steps, {guidance}, {sampler}{eta}"
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def run_generation(request: Request) -> Result:
     settings = resolve_settings(request, run)
     device = _device(request.device)
     _quiet()
-    model = load_model(settings.model, settings.unet, settings.vae, _DTYPES[request.precision])
+    model = load_model(settings.model, settings.unet, settings.vae, _DTYPES[request.precision], **settings.pipeline)
     _set_sampler(model, settings)
     _check_size(model, settings)
     _load_tuned(model, request)
@@ -168,7 +170,7 @@ def resolve_settings(request: Request, run: RunFiles | None) -> Settings:
         if value is None or request.model is not None:
             return None
         path = Path(str(value)).expanduser()
-        if not path.exists():
+        if not path.exists() and not is_hub_id(value):
             where = run.folder / "config.yaml" if run else "config.yaml"
             raise ConfigurationError(
                 f"{path} is gone: {where} names it as {key}, which this adapter was made for; "
@@ -179,6 +181,10 @@ def resolve_settings(request: Request, run: RunFiles | None) -> Settings:
     def first(given: Any, otherwise: Any) -> Any:
         return otherwise if given is None else given
 
+    guidance_key = "model.infer.unconditional_guidance_scale"
+    shipped = None if run and run.has(guidance_key) else DEFAULT_GUIDANCE  # a run's null is the pipeline's default
+    guidance = first(request.guidance, setting(guidance_key, shipped))
+    given = setting("model.pipeline", {})
     model = request.model or base_path("model.from_pretrained")
     if model is None:
         from nemo_aligner_diffusion.embedded_assets import embedded_model_path
@@ -189,11 +195,12 @@ def resolve_settings(request: Request, run: RunFiles | None) -> Settings:
         unet=base_path("model.unet_config.from_pretrained"),
         vae=request.vae or base_path("model.first_stage_config.from_pretrained"),
         steps=int(first(request.steps, setting("model.infer.inference_steps", DEFAULT_STEPS))),
-        guidance=float(first(request.guidance, setting("model.infer.unconditional_guidance_scale", DEFAULT_GUIDANCE))),
+        guidance=None if guidance is None else float(guidance),
         sampler=first(request.sampler, setting("model.infer.sampler_type", None)),
         eta=float(first(request.eta, setting("model.infer.eta", DEFAULT_ETA))),
         height=first(request.height, setting("model.infer.height", None)),
         width=first(request.width, setting("model.infer.width", None)),
+        pipeline={key: given[key] for key in ("trained", "stateless", "arguments") if given.get(key)},
     )
 
 

@@ -34,7 +34,7 @@ from nemo_aligner_diffusion.evaluation.report_pictures import before_after, over
 from nemo_aligner_diffusion.evaluation.report_usage import usage
 from nemo_aligner_diffusion.evaluation.run_files import RunFiles, column, last, read_run
 
-_TOLD_ELSEWHERE = {"skipped_steps", "truncated_prompts", "pid"}
+_TOLD_ELSEWHERE = {"skipped_steps", "truncated_prompts", "pid", "pipeline"}
 
 
 def write_report(run_dir: str | Path) -> Path:

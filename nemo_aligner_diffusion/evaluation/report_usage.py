@@ -6,15 +6,8 @@ import shlex
 from html import escape
 from typing import Any
 
+from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.evaluation.run_files import RunFiles
-
-_SCHEDULERS = {  # model.infer.sampler_type -> diffusers class
-    "ddim": "DDIMScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "dpm++2m": "DPMSolverMultistepScheduler",
-    "unipc": "UniPCMultistepScheduler",
-    "plms": "PNDMScheduler",
-}
 
 
 def usage(run: RunFiles) -> str:
@@ -34,8 +27,8 @@ def usage(run: RunFiles) -> str:
             "# anneal from the base model to the tuned one along the sampling steps",
             f"{script}{base} --lora {export} --weights base,draft,linear,power_2 --prompt {shlex.quote(prompt)}",
         ]
-    elif run.unet_export:
-        export = shlex.quote(f"{folder}/export/unet")
+    elif run.denoiser_export:
+        export = shlex.quote(f"{folder}/export/{run.denoiser_export.name}")
         commands = [
             "# the base model beside the tuned one, same seeds",
             f"{script}{base} --unet {export} --compare --prompt {shlex.quote(prompt)} --num-images 4",
@@ -43,7 +36,8 @@ def usage(run: RunFiles) -> str:
     else:
         return (
             '<p class="quiet">Nothing has been exported yet: export/ holds neither pytorch_lora_weights.safetensors '
-            "nor unet/. It is written at the end of a run and when a run is interrupted.</p>"
+            "nor a network's folder such as unet/ or transformer/. It is written at the end of a run and when a run is "
+            "interrupted.</p>"
         )
     return (
         f"<h3>With this project</h3><pre>{escape(chr(10).join(commands))}</pre>"
@@ -58,35 +52,50 @@ def _diffusers(run: RunFiles, folder: str, prompt: str, model: Any) -> str:
             ["from nemo_aligner_diffusion.embedded_assets import embedded_model_path"],
             "embedded_model_path()",
         )
-    names = ["StableDiffusionPipeline"]
-    if not run.lora_export:
-        names.append("UNet2DConditionModel")
-    scheduler = _SCHEDULERS.get(str(run.setting("model.infer.sampler_type", "")).lower())
-    if scheduler:
-        names.append(scheduler)
-    lines = [f"from diffusers import {', '.join(sorted(names))}", *imports, ""]
-    for key, part in (("unet_config", "UNet"), ("first_stage_config", "VAE")):
+    names = ["DiffusionPipeline"]
+    for key, part in (("unet_config", "denoiser"), ("first_stage_config", "VAE")):
         weights = run.setting(f"model.{key}.from_pretrained")
         if weights and (part == "VAE" or run.lora_export):
-            lines.append(f"# the run was based on the {part} of {weights}: the pipeline must hold it too")
+            imports.append(f"# the run was based on the {part} of {weights}: the pipeline must hold it too")
+    pipeline = run.run.get("pipeline")
+    facts = pipeline if isinstance(pipeline, dict) else {}
     if run.lora_export:
-        lines += [
-            f"pipeline = StableDiffusionPipeline.from_pretrained({source})",
-            f'pipeline.load_lora_weights({folder + "/export"!r}, weight_name="pytorch_lora_weights.safetensors")',
-        ]
+        weights = f'{folder + "/export"!r}, weight_name="pytorch_lora_weights.safetensors"'
+        load = f"load_lora_weights({weights})"
+        if not facts.get("loads_lora", True):
+            load = f'{facts.get("trained")}.load_lora_adapter({weights}, prefix="transformer")'
+        lines = [f"pipeline = DiffusionPipeline.from_pretrained({source})", f"pipeline.{load}"]
     else:
-        lines += [
-            f"unet = UNet2DConditionModel.from_pretrained({folder + '/export/unet'!r})",
-            f"pipeline = StableDiffusionPipeline.from_pretrained({source}, unet=unet)",
+        assert run.denoiser_export is not None
+        name = run.denoiser_export.name
+        names.append("AutoModel")
+        lines = [
+            f"{name} = AutoModel.from_pretrained({f'{folder}/export/{name}'!r})",
+            f"pipeline = DiffusionPipeline.from_pretrained({source}, {name}={name})",
         ]
-    if scheduler:
-        lines.append(f"pipeline.scheduler = {scheduler}.from_config(pipeline.scheduler.config)")
-    options = {
+    solver = _solver(run)
+    if solver is not None:
+        names.append(solver[0])
+        options = "".join(f", {name}={value!r}" for name, value in solver[1].items())
+        lines.append(f"pipeline.scheduler = {solver[0]}.from_config(pipeline.scheduler.config{options})")
+    given = {
         "num_inference_steps": run.setting("model.infer.inference_steps"),
-        "guidance_scale": run.setting("model.infer.unconditional_guidance_scale"),
+        facts.get("guidance_argument", "guidance_scale"): run.setting("model.infer.unconditional_guidance_scale"),
         "height": run.setting("model.infer.height"),
         "width": run.setting("model.infer.width"),
+        "eta": run.setting("model.infer.eta") or None,
+        **(facts.get("arguments") or {}),
     }
-    written = "".join(f", {name}={value!r}" for name, value in options.items() if isinstance(value, (int, float)))
-    lines.append(f"picture = pipeline({prompt!r}{written}).images[0]")
-    return "\n".join(lines)
+    written = "".join(f", {name}={value!r}" for name, value in given.items() if name and value is not None)
+    lines.append(f"picture = pipeline({prompt!r}{written})[0][0]")
+    return "\n".join([f"from diffusers import {', '.join(sorted(names))}", *imports, "", *lines])
+
+
+def _solver(run: RunFiles) -> tuple[str, dict[str, Any]] | None:
+    """The class of ``diffusers`` and the options of ``model.infer.sampler_type``; ``None``: the pipeline's own."""
+    from nemo_aligner_diffusion.diffusion.schedule import SAMPLERS, sampler_name
+
+    try:
+        return SAMPLERS[sampler_name(str(run.setting("model.infer.sampler_type")))]
+    except ConfigurationError:  # null, or of another version of this project
+        return None

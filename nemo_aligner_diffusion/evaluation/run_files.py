@@ -34,9 +34,15 @@ class RunFiles:
         return path if path.is_file() else None
 
     @property
-    def unet_export(self) -> Path | None:
-        path = self.folder / "export" / "unet"
-        return path if (path / "config.json").is_file() else None
+    def denoiser_export(self) -> Path | None:
+        """A fully fine-tuned denoiser: ``export/unet``, ``export/transformer`` or whatever component was trained."""
+        return next((path.parent for path in sorted((self.folder / "export").glob("[!.]*/config.json"))), None)
+
+    def has(self, dotted: str) -> bool:
+        """Whether the configuration has this key, be it null."""
+        *sections, name = dotted.split(".")
+        section = self.setting(".".join(sections))
+        return isinstance(section, dict) and name in section
 
     def setting(self, dotted: str, default: Any = None) -> Any:
         """A value of the configuration by its dotted key; ``default`` where it is absent or null."""

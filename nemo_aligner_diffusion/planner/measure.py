@@ -21,7 +21,7 @@ from nemo_aligner_diffusion.diffusion.lora import add_lora
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.diffusion.plan import Plan
 from nemo_aligner_diffusion.diffusion.taps import detached
-from nemo_aligner_diffusion.diffusion.trajectory import _score
+from nemo_aligner_diffusion.diffusion.trajectory import reward_gradient
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.parallel.gradients import local_part
 from nemo_aligner_diffusion.parallel.parallelism import Parallelism
@@ -229,7 +229,7 @@ class _Phases:
 
         images = self._pipeline(1, lambda *_, **__: self.output, decode=decode)
         with self._precision():
-            _score(images, leaves[0], objective, None, 0, 1, rows[0].stop, 1.0)
+            reward_gradient(images, leaves[:1], objective, None, 0, 1, rows[0].stop, 1.0)
         self._end()
 
     def _decoding(self, name: str, pictures: int) -> None:
@@ -294,7 +294,7 @@ def _build(settings: Settings, case: Case) -> _Subject:
     model = build_model(settings.spec, **settings.pipeline)
     if settings.lora is not None:
         names = [name for name, _ in model.denoiser.named_modules()]
-        asked = list(settings.lora["target_modules"] or model.family.lora_targets)
+        asked = list(settings.lora["target_modules"] or model.lora_targets)
         targets = [t for t in asked if any(name == t or name.endswith(f".{t}") for name in names)]
         if not targets:
             raise ConfigurationError(

@@ -73,7 +73,7 @@ def prepare_model(cfg: DictConfig, model: DiffusionModel) -> None:
     model.set_scheduler(cfg.model.infer.sampler_type, cfg.model.infer.eta)
     if cfg.model.peft.peft_scheme == "sdlora":
         tuning = cfg.model.peft.lora_tuning
-        targets = list(tuning.target_modules or model.family.lora_targets)
+        targets = list(tuning.target_modules or model.lora_targets)
         torch.manual_seed(cfg.model.seed)  # the adapter's start is part of the run
         add_lora(model.denoiser, tuning.adapter_dim, tuning.alpha, tuning.dropout, targets)
     else:

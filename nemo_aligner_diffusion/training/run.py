@@ -191,6 +191,7 @@ def train(cfg: DictConfig, watch: RunWatch, interruption: Interruption, given: G
             )
         frame.record(
             trainer,
+            pipeline=model.described(),
             truncated_prompts=model.truncated_prompts,
             skipped_steps=policy.skipped,
             non_finite_events=policy.events,

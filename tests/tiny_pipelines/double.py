@@ -26,7 +26,9 @@ def double_precision() -> Iterator[None]:
     """Inside, what code casts to float32 becomes float64.
 
     Norms, rotary embeddings and the schedulers' steps cast to float32 even in a float64 pipeline. Its rounding, 1e-7,
-    divided by a finite difference's step hides errors of a gradient below 1e-4 or so (Sana: 1e-2); in here, 1e-5.
+    divided by a finite difference's step, hides errors of a gradient below 1e-4 or so (Sana: 1e-2). Not for Z-Image
+    (asserts float32) and UniPC (solves a float32 system). A forward pass recomputed by ``backward`` is not inside:
+    torch runs backward passes without function modes.
     """
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
