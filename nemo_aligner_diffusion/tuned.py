@@ -59,7 +59,7 @@ class Tuned:
         """The base model's picture and the tuned one's, of every prompt with every seed, sampled as in training.
 
         Args:
-            seeds: as ``generate.py`` and the report count them: the same seed is the same noise for both.
+            seeds: of ``torch.Generator().manual_seed``; the same noise for both.
         """
         if isinstance(prompts, str) or not prompts or not seeds:
             raise ConfigurationError(
