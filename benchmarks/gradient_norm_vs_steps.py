@@ -12,34 +12,35 @@ from pathlib import Path
 import torch
 
 from benchmarks.judge import table
-from nemo_aligner_diffusion.algorithms.draft import LastSteps
-from nemo_aligner_diffusion.algorithms.drtune import SpacedSteps
-from nemo_aligner_diffusion.diffusion.families.stable_diffusion import StableDiffusion
-from nemo_aligner_diffusion.diffusion.guidance import guided_predictor
+from nemo_aligner_diffusion.algorithms.base import Method
+from nemo_aligner_diffusion.algorithms.draft import DRaFT
+from nemo_aligner_diffusion.algorithms.drtune import DRTune
 from nemo_aligner_diffusion.diffusion.lora import add_lora
-from nemo_aligner_diffusion.diffusion.noise import gaussian, sample_generator
-from nemo_aligner_diffusion.diffusion.sampler import Sampler
-from nemo_aligner_diffusion.diffusion.trajectory import reward_gradient, run_trajectory
+from nemo_aligner_diffusion.diffusion.loading import load_model
+from nemo_aligner_diffusion.diffusion.model import DiffusionModel
+from nemo_aligner_diffusion.diffusion.noise import sample_generator
+from nemo_aligner_diffusion.diffusion.trajectory import rollout
 from nemo_aligner_diffusion.embedded_assets import embedded_model_path
 from nemo_aligner_diffusion.evaluation.curves import Curve, save_curve_plot
 from nemo_aligner_diffusion.rewards.symmetry import MirrorSymmetry
 
 
-def gradient_norm(model: StableDiffusion, steps: int, method: str, guidance_scale: float) -> float:
-    """Norm of the LoRA gradient of the mean symmetry of four pictures; every step supervised by both methods."""
-    sampler = Sampler(model.scheduler_config, "ddim", steps)
+def gradient_norm(model: DiffusionModel, steps: int, method: Method, guidance_scale: float) -> float:
+    """Norm of the LoRA gradient of the mean symmetry of four pictures."""
     prompts = ["dog", "red apple", "rocket", "castle"]
-    predict = guided_predictor(model, model.encode_prompts(prompts), guidance_scale)
-    rule = LastSteps() if method == "DRaFT" else SpacedSteps(train_steps=steps, early_stop_steps=0)
-    generators = [sample_generator(0, 0, i) for i in range(len(prompts))]
-    noise = gaussian(generators, model.latent_shape())
     reward = MirrorSymmetry()
-    trajectory = run_trajectory(predict, sampler, rule(steps, random.Random(0)), lambda: noise)
-    gradients = reward_gradient(trajectory.reads, model.decode, lambda x, rows: -reward(x, prompts[rows]).mean())
-    parameters = [p for p in model.denoiser.parameters() if p.requires_grad]
+    result = rollout(
+        model,
+        method.plan,
+        [sample_generator(0, 0, i) for i in range(len(prompts))],
+        model.inputs(prompts, steps, guidance_scale),
+        lambda pictures, rows, read: -reward(pictures, prompts[rows]),
+        rng=random.Random(0),
+    )
     model.denoiser.zero_grad()
-    (trajectory.reads[0] * gradients[0]).sum().backward()
-    return float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    result.surrogate().backward()
+    gradients = [parameter.grad for _, parameter in model.trainable_parameters() if parameter.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients))
 
 
 def main() -> None:
@@ -48,12 +49,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 5, 10, 20, 40])
     parser.add_argument("--guidance", type=float, default=4.0)
     arguments = parser.parse_args()
-    model = StableDiffusion.from_pretrained(embedded_model_path())
+    model = load_model(embedded_model_path())
+    model.set_scheduler("ddim")
     torch.manual_seed(0)
     add_lora(model.denoiser, rank=8)
     rows = []
     for steps in arguments.steps:
-        norms = [gradient_norm(model, steps, method, arguments.guidance) for method in ("DRaFT", "DRTune")]
+        every_step = (DRaFT(), DRTune(train_steps=steps, early_stop_steps=0))
+        norms = [gradient_norm(model, steps, method, arguments.guidance) for method in every_step]
         rows.append((steps, *norms, norms[0] / norms[1]))
     text = table(["sampling steps", "full DRaFT", "DRTune, all steps", "ratio"], rows)
     print(text)

@@ -16,12 +16,12 @@ import torch
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from nemo_aligner_diffusion.diffusion.families.stable_diffusion import StableDiffusion
-from nemo_aligner_diffusion.diffusion.guidance import guided_predictor
 from nemo_aligner_diffusion.diffusion.lora import add_lora
-from nemo_aligner_diffusion.diffusion.noise import gaussian, sample_generator
-from nemo_aligner_diffusion.diffusion.sampler import Sampler
-from nemo_aligner_diffusion.diffusion.trajectory import Plan, reward_gradient, run_trajectory
+from nemo_aligner_diffusion.diffusion.loading import load_model
+from nemo_aligner_diffusion.diffusion.model import DiffusionModel
+from nemo_aligner_diffusion.diffusion.noise import sample_generator
+from nemo_aligner_diffusion.diffusion.plan import Plan
+from nemo_aligner_diffusion.diffusion.trajectory import rollout
 from nemo_aligner_diffusion.embedded_assets import embedded_model_path
 
 
@@ -53,20 +53,22 @@ def peak_allocated_bytes(work: Callable[[], object]) -> int:
     return peak
 
 
-def step_peak_bytes(model: StableDiffusion, active: int, steps: int, cut: bool, recompute: bool) -> int:
+def step_peak_bytes(model: DiffusionModel, active: int, steps: int, cut: bool, recompute: bool) -> int:
     """Peak of one training step of two pictures whose last ``active`` of ``steps`` steps are supervised."""
-    sampler = Sampler(model.scheduler_config, "ddim", steps)
     prompts = ["red apple", "dog"]
-    predict = guided_predictor(model, model.encode_prompts(prompts), 4.0)
-    generators = [sample_generator(0, 0, i) for i in range(len(prompts))]
-    shape, dtype = model.latent_shape(), next(model.denoiser.parameters())
     plan = Plan(active=tuple(range(steps - active, steps)), cut=cut)
 
     def step() -> None:
-        noise = gaussian(generators, shape, like=dtype)
-        trajectory = run_trajectory(predict, sampler, plan, lambda: noise, recompute=recompute)
-        gradients = reward_gradient(trajectory.reads, lambda z: z, lambda z, rows: z.square().mean())
-        (trajectory.reads[0] * gradients[0]).sum().backward()
+        result = rollout(
+            model,
+            lambda path, rng: plan,
+            [sample_generator(0, 0, i) for i in range(len(prompts))],
+            model.inputs(prompts, steps, 4.0),
+            lambda pictures, rows, read: pictures.square().mean((1, 2, 3)),
+            recompute=recompute,
+            decode_rows=1,
+        )
+        result.surrogate().backward()
 
     for p in model.denoiser.parameters():  # gradients exist before: they are not activations
         p.grad = torch.zeros_like(p) if p.requires_grad else None
@@ -78,7 +80,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=25, help="sampling steps (default 25)")
     parser.add_argument("--active", type=int, nargs="+", default=[1, 5, 25], help="active steps (default 1 5 25)")
     arguments = parser.parse_args()
-    model = StableDiffusion.from_pretrained(embedded_model_path())
+    model = load_model(embedded_model_path())
     add_lora(model.denoiser, rank=8)
     kinds = {"recompute": (False, True), "recompute, cut (DRTune)": (True, True), "naive graph": (False, False)}
     print(f"peak allocated in a step of 2 pictures, {arguments.steps} sampling steps: MB (ratio to the first row)")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,7 @@ from nemo_aligner_diffusion.diffusion.generate import generate
 from nemo_aligner_diffusion.errors import ConfigurationError, OutputError
 from nemo_aligner_diffusion.evaluation.figures import encode_png, sample_grid, save_image
 from nemo_aligner_diffusion.training.export import export_weights
+from nemo_aligner_diffusion.training.signals import Interrupted
 
 if TYPE_CHECKING:
     from nemo_aligner_diffusion.training.run import Ended
@@ -36,20 +37,19 @@ class Tuned:
         run_dir: the run directory; without ``output`` it goes when this object goes.
     """
 
-    def __init__(self, ended: Ended, interrupted: bool, temporary: TemporaryDirectory[str] | None) -> None:
-        module = ended.module
+    def __init__(self, ended: Ended, interrupted: bool, release: Callable[[], object]) -> None:
+        module = self._module = ended.module.to(ended.device).eval()  # Lightning has left it on the CPU
+        module.trainer = None  # which holds the optimizer
         self.interrupted = interrupted
         self.run_dir = ended.directory
         self.history = _rows(ended.directory / "metrics.csv")
         self.validation = _rows(ended.directory / "validation.csv")
-        self._temporary = temporary
-        self._model = module.model.to(ended.device).eval()
-        module.reward.to(ended.device)
-        self._module = module
+        self._model = module.model
         self._sampling = module.sampling
         self._step = ended.step
         for _, parameter in self._model.trainable_parameters():
             parameter.grad = None
+        weakref.finalize(self, release)
 
     @property
     def pipeline(self) -> Any:
@@ -59,7 +59,7 @@ class Tuned:
         """The base model's picture and the tuned one's, of every prompt with every seed, sampled as in training.
 
         Args:
-            seeds: as ``generate.py`` and the report count them: the same seed is the same noise for both.
+            seeds: of ``torch.Generator().manual_seed``; the same noise for both.
         """
         if isinstance(prompts, str) or not prompts or not seeds:
             raise ConfigurationError(
@@ -87,7 +87,10 @@ class Tuned:
         return path
 
     def _score(self, images: torch.Tensor, prompts: list[str]) -> list[float]:
-        return self._module.score(images, prompts).tolist()
+        try:
+            return self._module.score(images, prompts).tolist()
+        except Interrupted:
+            raise KeyboardInterrupt from None
 
     def __repr__(self) -> str:
         steps = (

@@ -151,14 +151,18 @@ def trained(result):
         ("symetry", "no such reward; did you mean symmetry"),
     ],
 )  # fmt: skip
-def test_a_reward_that_cannot_be_trained_on_is_refused_before_a_trajectory_and_can_be_mended(reward, words):
+def test_a_reward_that_cannot_be_trained_on_is_refused_before_a_trajectory_and_can_be_mended(reward, words, tmp_path):
     pipe = tiny_pipeline()
     calls = []
     pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))
     with pytest.raises(RewardError, match=words):
         small(pipe, reward=reward)
     assert len(calls) <= 1  # guided, one step
-    assert small(pipe).history[0]["grad_norm"] > 0
+    directory = tmp_path / "run"
+    with pytest.raises(RewardError):
+        small(reward=reward, output=directory)
+    assert not directory.exists()
+    assert small(pipe, output=directory).history[0]["grad_norm"] > 0
 
 
 def test_an_error_inside_the_users_function_is_the_users_own():
@@ -282,7 +286,8 @@ def test_a_comparison_shows_the_base_model_above_the_tuned_one(tmp_path):
     assert torch.allclose(redness(shown.tuned, shown.prompts), torch.tensor(shown.tuned_rewards))
     assert torch.equal(shown.base, small(tiny_pipeline()).compare(["a", "b"], seeds=[0, 1]).base)
     assert shown._repr_png_().startswith(b"\x89PNG")
-    assert Image.open(shown.save(tmp_path / "new" / "grid.jpg")).format == "JPEG"
+    with Image.open(shown.save(tmp_path / "new" / "grid.jpg")) as picture:
+        assert picture.format == "JPEG"
     with pytest.raises(AlignerError, match=r"cannot write .*grid\.nope"):
         shown.save(tmp_path / "grid.nope")
     with pytest.raises(ConfigurationError, match=r"expected a list of prompts"):

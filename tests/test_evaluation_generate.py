@@ -17,7 +17,6 @@ from tiny import save_tiny_pipeline
 
 from nemo_aligner_diffusion.diffusion.loading import load_model
 from nemo_aligner_diffusion.diffusion.lora import add_lora, save_lora_weights
-from nemo_aligner_diffusion.diffusion.noise import sample_generator
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.evaluation import generate_cli
 from nemo_aligner_diffusion.evaluation.figures import read_grid
@@ -74,7 +73,7 @@ def run(pipeline_folder: Path, output: Path, *words: str) -> Result:
 
 def plain_diffusers(pipeline: StableDiffusionPipeline, seed: int = 0) -> torch.Tensor:
     pipeline.set_progress_bar_config(disable=True)
-    generator = sample_generator(seed, 0, 0)
+    generator = torch.Generator().manual_seed(seed)
     images = pipeline(
         "red", num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=generator, output_type="pt"
     ).images

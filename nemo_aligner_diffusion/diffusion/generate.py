@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
-from nemo_aligner_diffusion.diffusion.noise import sample_generator
 from nemo_aligner_diffusion.diffusion.trajectory import sample
 
 
@@ -43,7 +42,8 @@ def generate(
     """One picture for each (prompt, seed) pair.
 
     Args:
-        prompts, seeds: of equal length; a seed fixes the picture's noise whatever else is in the batch.
+        prompts, seeds: of equal length; a seed fixes the picture's noise whatever else is in the batch: the picture is
+            that of ``pipeline(prompt, generator=torch.Generator().manual_seed(seed))``.
         batch_size: pictures at a time.
         decode_batch_size: of these, decoded at a time; ``None``: all.
         tuned_weights: annealed importance guidance: see :func:`.trajectory.sample`. ``None``: the model as it stands.
@@ -60,7 +60,7 @@ def generate(
     try:
         for start in range(0, len(prompts), batch_size):
             rows = slice(start, start + batch_size)
-            generators = [sample_generator(seed, 0, 0) for seed in seeds[rows]]
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds[rows]]
             inputs = model.inputs(prompts[rows], **vars(sampling))
             images.append(sample(model, generators, inputs, tuned_weights, decode_batch_size).float().cpu())
     finally:

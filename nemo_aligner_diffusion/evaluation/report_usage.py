@@ -87,8 +87,10 @@ def _diffusers(run: RunFiles, folder: str, prompt: str, model: Any) -> str:
         **(facts.get("arguments") or {}),
     }
     written = "".join(f", {name}={value!r}" for name, value in given.items() if name and value is not None)
-    lines.append(f"picture = pipeline({prompt!r}{written})[0][0]")
-    return "\n".join([f"from diffusers import {', '.join(sorted(names))}", *imports, "", *lines])
+    seed = next(iter(run.setting("model.data.validation.seeds", None) or [0]))
+    lines.append(f"generator = torch.Generator().manual_seed({seed})  # as in the pictures above")
+    lines.append(f"picture = pipeline({prompt!r}, generator=generator{written})[0][0]")
+    return "\n".join(["import torch", f"from diffusers import {', '.join(sorted(names))}", *imports, "", *lines])
 
 
 def _solver(run: RunFiles) -> tuple[str, dict[str, Any]] | None:
