@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import random
 import struct
-from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 
 def key_to_seed(*key: int | str) -> int:
@@ -34,13 +32,3 @@ def plan_random(seed: int, step: int) -> random.Random:
     Not of a micro-batch: how many of them make a step depends on the layout, and a run must not.
     """
     return random.Random(key_to_seed("plan", seed, step, 0))
-
-
-def gaussian(generators: Sequence[torch.Generator], shape: Sequence[int], like: Tensor | None = None) -> Tensor:
-    """One standard normal tensor ``(len(generators), *shape)``, row ``b`` drawn from ``generators[b]``.
-
-    Drawn in float32 on the CPU, then moved to the device and dtype of ``like``.
-    """
-    # said, because trainer.precision may have made another dtype the default, whose numbers are others
-    drawn = torch.stack([torch.randn(tuple(shape), generator=g, dtype=torch.float32) for g in generators])
-    return drawn if like is None else drawn.to(device=like.device, dtype=like.dtype)
