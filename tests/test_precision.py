@@ -1,4 +1,4 @@
-"""What ``trainer.precision`` does not reach, a run's noise and its reward; and what half precision does to gradients."""
+"""Precision: what of a run ``trainer.precision`` does not reach, and what half precision does to gradients."""
 
 from __future__ import annotations
 
