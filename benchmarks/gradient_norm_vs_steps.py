@@ -15,8 +15,8 @@ from benchmarks.judge import table
 from nemo_aligner_diffusion.algorithms.base import Method
 from nemo_aligner_diffusion.algorithms.draft import DRaFT
 from nemo_aligner_diffusion.algorithms.drtune import DRTune
-from nemo_aligner_diffusion.diffusion.lora import add_lora
 from nemo_aligner_diffusion.diffusion.loading import load_model
+from nemo_aligner_diffusion.diffusion.lora import add_lora
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.diffusion.noise import sample_generator
 from nemo_aligner_diffusion.diffusion.trajectory import rollout

@@ -16,8 +16,8 @@ import torch
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from nemo_aligner_diffusion.diffusion.lora import add_lora
 from nemo_aligner_diffusion.diffusion.loading import load_model
+from nemo_aligner_diffusion.diffusion.lora import add_lora
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.diffusion.noise import sample_generator
 from nemo_aligner_diffusion.diffusion.plan import Plan

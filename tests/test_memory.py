@@ -8,16 +8,17 @@ from tiny import tiny_stable_diffusion
 from benchmarks.memory_vs_active_steps import step_peak_bytes
 from nemo_aligner_diffusion.diffusion.lora import add_lora
 
+STEPS = 10
+
 
 @pytest.mark.parametrize("cut", [False, True])
 def test_oracle_4_peak_is_flat_where_the_naive_graph_grows(cut):
     model = tiny_stable_diffusion(channels=(96, 96))  # activations well above the latents that are held
     add_lora(model.denoiser, rank=2)
-    step_peak_bytes(model, 1, 25, cut, True)  # one-time allocations
+    step_peak_bytes(model, 1, STEPS, cut, True)  # one-time allocations
     # Uncut, a single active step is a little cheaper than any other number: no gradient passes the layers before the
-    # first adapter, so that they save nothing. From two steps on it must be flat.
-    fewest = step_peak_bytes(model, 1 if cut else 2, 25, cut, True)
-    five, all_steps = (step_peak_bytes(model, active, 25, cut, True) for active in (5, 25))
-    assert five < 1.1 * fewest
-    assert all_steps < 1.1 * fewest
-    assert step_peak_bytes(model, 25, 25, cut, False) > 5 * fewest
+    # first adapter, so that they save nothing.
+    one, two, eight, all_steps = (step_peak_bytes(model, active, STEPS, cut, True) for active in (1, 2, 8, STEPS))
+    assert eight < 1.1 * one
+    assert all_steps < 1.02 * two
+    assert step_peak_bytes(model, 8, STEPS, cut, False) > 2.5 * one

@@ -1,12 +1,15 @@
-"""What ``trainer.precision`` does not reach: a run's noise and its reward."""
+"""Precision: what of a run ``trainer.precision`` does not reach, and what half precision does to gradients."""
 
 from __future__ import annotations
 
 import csv
 
 import pytest
-from tiny import save_tiny_pipeline
+import torch
+from gradient_toy import with_adapters
+from tiny import save_tiny_pipeline, tiny_stable_diffusion
 
+from benchmarks.precision_of_gradients import PRECISIONS, cosine, gradients, tiny
 from nemo_aligner_diffusion.training.config import load_config
 from nemo_aligner_diffusion.training.run import run_training
 
@@ -53,3 +56,18 @@ def test_the_precision_of_the_weights_is_not_that_of_noise_and_reward(tmp_path, 
         found[precision] = [figure(directory / name, column) for name, column in files]
     assert found["64-true"] == pytest.approx(found["32"], rel=1e-6)
     assert found["bf16-true"] == pytest.approx(found["32"], rel=2e-3)
+
+
+@pytest.mark.parametrize("name", list(PRECISIONS))
+def test_scaling_the_objective_saves_float16_from_a_tiny_gradient(name):
+    model = with_adapters(tiny_stable_diffusion(), ("to_q", "to_v"))
+    dtype, autocast = PRECISIONS[name]
+    short = {"steps": 2, "active": 1}
+    expected = gradients(model, torch.float32, None, tiny, 1.0, **short)
+    scaled = gradients(model, dtype, autocast, tiny, 256.0, **short)
+    for found, true in zip(scaled, expected, strict=True):
+        assert cosine(found, true) > 0.97
+        assert 0.9 < float(found.norm() / true.norm()) < 1.1  # the scale is divided out
+    if "float16" in name.split()[0]:
+        lost = gradients(model, dtype, autocast, tiny, 1.0, **short)
+        assert all(cosine(found, true) < 0.5 for found, true in zip(lost, expected, strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -106,7 +107,7 @@ def test_weights_are_the_gradient_through_the_scheduler_s_own_steps(name, steps,
 def test_weights_of_a_flow_are_the_differences_of_its_levels():
     path = SchedulerPath(scheduler_of("flow, shifted"))
     sigmas = [sigma for _, sigma in path.levels]
-    assert list(path.weights) == pytest.approx([b - a for a, b in zip(sigmas, sigmas[1:], strict=False)], abs=1e-6)
+    assert list(path.weights) == pytest.approx([b - a for a, b in itertools.pairwise(sigmas)], abs=1e-6)
 
 
 @pytest.mark.parametrize(("name", "prediction_type"), WITH_TYPES)
