@@ -42,21 +42,19 @@ def makers(row: TinyPipeline) -> str:
 
 
 def table() -> str:
-    lines = [
-        "| pipeline | makes | trained | guidance | as its makers sample | LoRA layers by default | given or declared | tested |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    columns = ("pipeline", "makes", "trained", "guidance", "as its makers sample", "LoRA layers by default",
+               "given or declared", "tested")  # fmt: skip
+    lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
     for row in ROWS:
         family = family_of(row.pipeline)
         declared = [f"`{name}={value!r}`" for name, value in family.arguments.items()]
         declared += [f"stateless: `{name}`" for name in sorted({*family.stateless, *row.stateless})]
         has_lora = hasattr(type(row.build().components[row.train]), "add_adapter")
         layers = ", ".join(lora_targets(family, row.train)) if has_lora else "none: `peft=none`"
-        lines.append(
-            f"| `{row.pipeline.__name__}` ({row.name}) | {kind(row)} | `{row.train}` | "
-            f"{f'`{row.guidance[0]}`' if row.guidance else '–'} | {makers(row)} | {layers} | {', '.join(declared) or '–'} | "
-            f"{tested(row)} |"
-        )
+        guidance = f"`{row.guidance[0]}`" if row.guidance else "–"
+        cells = (f"`{row.pipeline.__name__}` ({row.name})", kind(row), f"`{row.train}`", guidance, makers(row), layers,
+                 ", ".join(declared) or "–", tested(row))  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([BEGIN, *lines, END])
 
 
