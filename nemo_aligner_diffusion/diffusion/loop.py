@@ -117,14 +117,19 @@ class Loop:
         self.generators = [torch.Generator() for _ in self.seeds]
         for generator, state in zip(self.generators, self.seeds, strict=True):
             generator.set_state(state)
-        self.copied = self._tapped()
+        self.copied: Any = self._tapped()
         # lists of its own for each call: Z-Image writes into that of the prompts
         given = {name: list(value) if isinstance(value, list) else value for name, value in self.inputs.items()}
         inputs = {"output_type": "latent" if mode == "replay" else "pt", **given}
         # Gradient is off until the first active network call switches it on: everything before it runs exactly as at
         # inference. Noise that a pipeline draws from no generator is at least the same in every call for these samples.
-        with torch.no_grad(), without_global_noise(self.generators[0].initial_seed()):
-            out = self._call(inputs)
+        try:
+            with torch.no_grad(), without_global_noise(self.generators[0].initial_seed()):
+                out = self._call(inputs)
+        finally:  # taps refer to this object, whose tensors would live until Python looks for cycles
+            for name in ("step", "__deepcopy__"):
+                self.scheduler.__dict__.pop(name, None)
+            self.copied = None
         if not self.started or self.i != self.total:
             raise ConfigurationError(
                 f"{type(self.pipe).__name__} announced {self.total} steps and its scheduler made {self.i}: it steps "
@@ -168,8 +173,9 @@ class Loop:
                 overrides["decode"] = in_place_of(network.decode, functools.partial(self._decode, network.decode))
                 overrides["to"] = functools.partial(self._convert, network)
             copied.__dict__[name] = Proxy(network, overrides)
-        self.scheduler = copied.__dict__["scheduler"] = copy.deepcopy(self.pipe.scheduler)
-        self.scheduler_step = self.scheduler.step  # a deep copy, no proxy: Bria compares `type(self.scheduler)`
+        self.scheduler: Any = copy.deepcopy(self.pipe.scheduler)
+        copied.__dict__["scheduler"] = self.scheduler
+        self.scheduler_step: Any = self.scheduler.step  # a deep copy, no proxy: Bria compares `type(self.scheduler)`
         self.step_signature = inspect.signature(self.scheduler_step)
         self.scheduler.step = in_place_of(self.scheduler_step, self._step)
         # LTX-2 deep-copies it, for sound
