@@ -85,9 +85,9 @@ def cosine(a: Tensor, b: Tensor) -> float:
     return float((a @ b / (a.norm() * b.norm())).nan_to_num())  # torch's own takes norms under 1e-8 for that
 
 
-def rows_of(model: DiffusionModel) -> list[tuple[str, str, float, float, float, float]]:
+def rows_of(model: DiffusionModel) -> list[tuple[object, ...]]:
     """``(precision, reward, cosine of latents, of adapters, the same two with the objective times 256)``."""
-    rows = []
+    rows: list[tuple[object, ...]] = []
     for reward in (squares, tiny):
         expected = gradients(model, torch.float32, None, reward, 1.0)
         for name, (dtype, autocast) in PRECISIONS.items():

@@ -19,6 +19,6 @@ def test_oracle_4_peak_is_flat_where_the_naive_graph_grows(cut):
     # Uncut, a single active step is a little cheaper than any other number: no gradient passes the layers before the
     # first adapter, so that they save nothing.
     one, two, eight, all_steps = (step_peak_bytes(model, active, STEPS, cut, True) for active in (1, 2, 8, STEPS))
-    assert eight < 1.1 * one
-    assert all_steps < 1.02 * two
+    assert eight < (1.05 if cut else 1.15) * one
+    assert all_steps < 1.05 * two
     assert step_peak_bytes(model, 8, STEPS, cut, False) > 2.5 * one

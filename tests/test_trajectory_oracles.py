@@ -173,7 +173,8 @@ def test_oracle_3_full_draft_agrees_with_finite_differences(sampler):
     step = 1e-4 if sampler == "ddim" else 1e-3
     wide, narrow = ((loss_at(h) - loss_at(-h)) / (2 * h) for h in (step, step / 2))
     analytic = float(gradient @ torch.cat([d.flatten() for d in direction]))
-    assert analytic == pytest.approx((4 * narrow - wide) / 3, rel=1e-7 if sampler == "ddim" else 1e-3)
+    usual = float(gradient.norm())  # of a random direction's derivative; this one's may be near zero
+    assert abs(analytic - (4 * narrow - wide) / 3) < (1e-6 if sampler == "ddim" else 1e-3) * usual
 
 
 @pytest.mark.parametrize("cut", [False, True])
