@@ -12,8 +12,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from nemo_aligner_diffusion.data.prompts import read_prompts
-from nemo_aligner_diffusion.diffusion.loading import load_model
 from nemo_aligner_diffusion.diffusion.generate import Sampling, generate
+from nemo_aligner_diffusion.diffusion.loading import load_model
 from nemo_aligner_diffusion.diffusion.noise import sample_generator
 from nemo_aligner_diffusion.embedded_assets import embedded_model_path, embedded_prompts_path, embedded_reward_path
 from nemo_aligner_diffusion.evaluation.diversity import mean_pairwise_distance, recognisability
