@@ -124,9 +124,7 @@ def check_plan(plan: Plan, steps: int) -> None:
     if not (isinstance(plan.renoise, int) and plan.renoise >= 0):
         raise ValueError(f"renoise must be an integer of 0 or more, got {plan.renoise!r}")
     if plan.stop is not None and not _is_step(plan.stop, steps - 1):
-        raise ValueError(
-            f"the plan stops at step {plan.stop!r}, but the trajectory has the steps 0 … {steps - 1}; None: no early stop"
-        )
+        raise ValueError(f"the plan stops at step {plan.stop!r}, but the trajectory has the steps 0 … {steps - 1}")
     if plan.renoise:
         if plan.stop is not None:
             raise ValueError("a plan that re-noises z_T cannot also stop early")
