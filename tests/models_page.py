@@ -14,6 +14,7 @@ from pathlib import Path
 from tiny_pipelines import MAIN, ROWS, TinyPipeline
 
 from nemo_aligner_diffusion.diffusion.families import family_of, lora_targets
+from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 
 BEGIN, END = "<!-- table: tests/models_page.py -->", "<!-- end of table -->"
 
@@ -49,8 +50,12 @@ def table() -> str:
         family = family_of(row.pipeline)
         declared = [f"`{name}={value!r}`" for name, value in family.arguments.items()]
         declared += [f"stateless: `{name}`" for name in sorted({*family.stateless, *row.stateless})]
+        declared += [f"gradient in training mode: `{name}`" for name in family.gradient_in_training]
+        declared += [f"needs the package `{row.needs}`"] if row.needs else []
+        model = DiffusionModel(row.build(), row.train) if "prompt" in row.conditioning(1) else None
         has_lora = hasattr(type(row.build().components[row.train]), "add_adapter")
-        layers = ", ".join(lora_targets(family, row.train)) if has_lora else "none: `peft=none`"
+        layers = ", ".join(model.lora_targets if model else lora_targets(family, row.train))
+        layers = layers if has_lora else "none: `peft=none`"
         guidance = f"`{row.guidance[0]}`" if row.guidance else "–"
         cells = (f"`{row.pipeline.__name__}` ({row.name})", kind(row), f"`{row.train}`", guidance, makers(row), layers,
                  ", ".join(declared) or "–", tested(row))  # fmt: skip

@@ -64,6 +64,13 @@ def test_diversity_compares_seeds_of_one_prompt_only() -> None:
         seed_diversity(Plain(), images, ["a"])
 
 
+def test_a_video_is_the_mean_of_its_frames() -> None:
+    red, green = flat((1.0, 0.0, 0.0)), flat((0.0, 1.0, 0.0))
+    video = torch.stack([red, green], 1)
+    diversity = seed_diversity(Plain(), torch.cat([video, torch.stack([red, red], 1)]), ["red", "red"])
+    assert diversity.mean == pytest.approx(1 - math.sqrt(0.5))
+
+
 def test_recognisability_ranks_the_own_prompt() -> None:
     images = flat((1.0, 0.1, 0.0), (0.6, 0.5, 0.4), (0.0, 0.2, 0.9))
     result = recognisability(Plain(), images, ["red", "blue", "blue"], ["red", "green", "blue", "green"], batch_size=2)

@@ -192,3 +192,11 @@ def test_the_running_mean_is_unbiased_and_passes_over_gaps() -> None:
     smoothed = running_mean([1.0, math.nan, 0.0], 1.0)
     assert math.isnan(smoothed[1])
     assert smoothed[2] == pytest.approx(1 / 3)  # weights ½ for the old, 1 for the new: 0.5·1/(0.5+1)
+
+
+def test_a_video_is_shown_by_three_frames() -> None:
+    videos = torch.arange(5).div(4).view(1, 5, 1, 1, 1).expand(2, 5, 3, 4, 6)
+    shown = to_pictures(videos)
+    assert [picture.size for picture in shown] == [(18, 4)] * 2
+    assert [shown[0].getpixel((x, 0))[0] for x in (0, 6, 12)] == [0, 128, 255]
+    assert to_pictures(videos[:, :1])[0].size == (6, 4)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from pathlib import Path
 
 import pytest
 import torch
 from models_page import renewed
-from tiny_pipelines import MAIN, ROWS, TinyPipeline
+from tiny_pipelines import MAIN, ROWS, TinyPipeline, double_precision
 
-from nemo_aligner_diffusion.algorithms import DRTune
+from nemo_aligner_diffusion.algorithms import DRaFT, DRTune
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
+from nemo_aligner_diffusion.diffusion.plan import PlanRule
 from nemo_aligner_diffusion.diffusion.trajectory import rollout, sample
 from nemo_aligner_diffusion.errors import ConfigurationError
 
+ROUGH = {"z-image-img2img", "wan"}  # one asserts float32, UniPC solves in it
 FURTHER = [row for row in ROWS if row not in MAIN]
+DRTUNE = DRTune(train_steps=1, early_stop_steps=1).plan
 NO_PROMPT = {"kandinsky-2.2", "dit"}  # refused as text-to-image pipelines
 
 
@@ -26,12 +30,17 @@ def reward(pictures):
     return -(x * weights + x**2).flatten(1).mean(1)
 
 
-def gradient(row: TinyPipeline, model: DiffusionModel, recompute: bool) -> torch.Tensor:
+def available(row: TinyPipeline) -> None:
+    if row.needs is not None:
+        pytest.importorskip(row.needs)
+
+
+def gradient(row: TinyPipeline, model: DiffusionModel, recompute: bool, rule: PlanRule = DRTUNE) -> torch.Tensor:
     for _, parameter in model.trainable_parameters():
         parameter.grad = None
     result = rollout(
         model,
-        DRTune(train_steps=1, early_stop_steps=1).plan,
+        rule,
         generators(row),
         inputs(row, model),
         lambda pictures, rows, read: reward(pictures),
@@ -54,6 +63,7 @@ def inputs(row: TinyPipeline, model: DiffusionModel) -> dict:
 @pytest.mark.slow
 @pytest.mark.parametrize("row", [row for row in FURTHER if row.name not in NO_PROMPT], ids=lambda row: row.name)
 def test_a_drtune_step(row):
+    available(row)
     pipe = row.build(row.dtype)
     model = DiffusionModel(pipe, trained=row.train, stateless=row.stateless)
     given = inputs(row, model)
@@ -68,6 +78,52 @@ def test_a_drtune_step(row):
     assert got.norm() > 0
     expected = gradient(row, model, recompute=False)
     assert float((got - expected).norm() / expected.norm()) < (1e-9 if row.dtype == torch.float64 else 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", [row for row in FURTHER if row.name not in NO_PROMPT], ids=lambda row: row.name)
+def test_finite_differences_and_no_parameter_without_gradient(row):
+    """Parts of a network that run without gradient inside it (HiDream's experts) show in no comparison of graphs."""
+    available(row)
+    rough = row.name in ROUGH
+    with contextlib.nullcontext() if rough else double_precision():
+        model = DiffusionModel(row.build(row.dtype if rough else torch.float64), row.train, row.stateless)
+        model.denoiser.requires_grad_(True)
+        gradient(row, model, recompute=False, rule=DRaFT().plan)
+        found = dict(model.trainable_parameters())
+        without = [name for name, p in found.items() if p.grad is None or not p.grad.any()]
+        assert without == [name for name in found if name.startswith(row.unused)]
+        generator = torch.Generator().manual_seed(0)
+        direction = {n: torch.randn(p.shape, generator=generator).to(p) for n, p in found.items() if n not in without}
+
+        @torch.no_grad()
+        def loss_at(scale):
+            for name, d in direction.items():
+                found[name].add_(d, alpha=scale)
+            pictures = sample(model, generators(row), inputs(row, model))
+            for name, d in direction.items():
+                found[name].sub_(d, alpha=scale)
+            return float(reward(pictures).mean())
+
+        # Rectifiers and clamps are smooth only nearby; where float32 stays, its rounding needs a wide step.
+        step, tolerance = (1e-3, 1e-2) if rough else (1e-8, 2e-5)
+        wide, narrow = ((loss_at(h) - loss_at(-h)) / (2 * h) for h in (step, step / 2))
+        analytic = sum(float((found[n].grad * d).sum()) for n, d in direction.items())
+    assert analytic == pytest.approx((4 * narrow - wide) / 3 if rough else wide, rel=tolerance)
+
+
+def test_experts_have_gradient_and_a_network_in_training_mode_makes_the_same_picture():
+    """HiDream's run without gradient in evaluation mode; in training mode its transformer gives patches, no latents."""
+    row = next(row for row in FURTHER if row.name == "hidream")
+    model = DiffusionModel(row.build(row.dtype))
+    before = sample(model, generators(row), inputs(row, model))
+    for training in (False, True):
+        model.denoiser.requires_grad_(True).train(training)
+        assert torch.equal(sample(model, generators(row), inputs(row, model)), before)
+        gradient(row, model, recompute=True)
+        experts = [p for name, p in model.trainable_parameters() if ".experts." in name]
+        assert all(p.grad is not None for p in experts)
+        assert all(module.training == training for module in model.denoiser.modules())
 
 
 @pytest.mark.slow

@@ -221,7 +221,12 @@ def test_early_steps_with_cut_inputs_get_their_gradient_through_the_solver_alone
         (Plan(active=(4,), stop=3), "0 … 3"),
         (Plan(active=(0,), stop=STEPS), "stops at step 5"),
         (Plan(active=(4,), stop=4, renoise=2), "cannot also stop early"),
-        (Plan(active=(1,), gain={7: 2.0}), "0 … 4"),
+        (Plan(active=(1,), gain={7: 2.0}), "gain must map steps in 0 … 4"),
+        (Plan(active=(1,), input_share=[0.5]), "input_share must map steps"),
+        (Plan(active=3), "integers in 0 … 4, at least one, in a tuple; got 3"),
+        (Plan(active=("1",)), "integers in 0 … 4"),
+        (Plan(active=(1,), stop="2"), "stops at step '2'"),
+        (Plan(active=(1,), renoise=-1), "renoise must be"),
     ],
 )
 def test_impossible_plans_are_refused(plan, words):
@@ -230,6 +235,24 @@ def test_impossible_plans_are_refused(plan, words):
     model, _, inputs = build()
     with pytest.raises(ConfigurationError, match=f"5 sampling steps: .*{words}"):
         run(model, plan, inputs)
+
+
+@pytest.mark.parametrize(
+    ("carry", "words"),
+    [
+        (lambda latents: latents[:, :1], r"carry, step 1 gave \(2, 1, .*expected \(2, 4, "),
+        (lambda latents: None, "carry, step 1 gave a NoneType"),
+        (lambda latents: {}["j"], "carry, step 1 failed with KeyError: 'j'"),
+    ],
+)
+def test_a_surrogate_that_is_none_is_one_message(carry, words):
+    class Own(Plan):
+        def carry(self, step, latents, trace):
+            return carry(latents)
+
+    model, _, inputs = build()
+    with pytest.raises(ConfigurationError, match=words):
+        run(model, Own(active=(1,)), inputs)
 
 
 def test_renoising_needs_two_steps():

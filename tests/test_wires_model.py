@@ -110,7 +110,8 @@ def test_the_pipeline_is_as_configured(pipeline: Path) -> None:
     assert dict(own.pipe.scheduler.config) == dict(load_model(pipeline).pipe.scheduler.config)
     for words, message in (
         (["pipeline.arguments.negativ_prompt=x"], "did you mean 'negative_prompt'"),
-        (["pipeline.arguments.prompt=x"], "is set by model.infer and data"),
+        (["pipeline.arguments.prompt=x"], "arguments.prompt is set by model.data; leave it out"),
+        (["pipeline.arguments.eta=1"], "arguments.eta is set by model.infer.eta"),
         (["pipeline.trained=vae"], "has no denoiser 'vae'"),
     ):
         with pytest.raises(ConfigurationError, match=message):

@@ -11,7 +11,7 @@ from torch import Tensor
 from nemo_aligner_diffusion.diffusion.generate import Sampling, generate
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.parallel.module import ParallelModule
-from nemo_aligner_diffusion.rewards.base import Reward
+from nemo_aligner_diffusion.rewards.base import Reward, scores_of
 from nemo_aligner_diffusion.training.signals import Interrupted
 
 
@@ -128,12 +128,6 @@ class PictureValidation(ParallelModule):
     def scores(self, images: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """``(B,)`` and the reward's parts; of frames ``(B, F, 3, H, W)`` the mean over ``F``."""
         try:
-            if images.ndim == 4:
-                return self.reward.scores(images, prompts)
-            frames = images.shape[1]
-            score, parts = self.reward.scores(images.flatten(0, 1), [p for p in prompts for _ in range(frames)])
+            return scores_of(self.reward, images, prompts)
         except KeyboardInterrupt as stop:  # Lightning would end the program over it
             raise Interrupted from stop
-        return score.unflatten(0, (-1, frames)).mean(1), {
-            name: part.unflatten(0, (-1, frames)).mean(1) for name, part in parts.items()
-        }

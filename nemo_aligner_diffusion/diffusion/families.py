@@ -17,6 +17,8 @@ _FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
 # both streams of an MM-DiT; the text's of its last block may have no effect on the picture
 _JOINT = (*ATTENTION_LORA, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 _FLUX2_LORA = (*_JOINT, "to_qkv_mlp_proj", "ff.linear_in", "ff.linear_out")
+_HIDREAM_LORA = ("to_q", "to_k", "to_v", "to_out", "to_q_t", "to_k_t", "to_v_t", "to_out_t")
+_KANDINSKY5_LORA = ("to_query", "to_key", "to_value", "feed_forward.in_layer", "feed_forward.out_layer")
 
 # networks that predict in a pipeline's loop; the first that there is is the trained one
 DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder")
@@ -33,6 +35,8 @@ class Family:
         guidance: the argument that guidance goes to.
         steps, scale, size: as its makers sample; ``None``: the pipeline's own default.
         arguments: given in every call.
+        gradient_in_training: class names of modules that run without gradient in evaluation mode: they are put into
+            training mode for calls with gradient, alone of their network.
         signed: pictures come out in [-1, 1]; rewards get them in [0, 1].
         stateless: class names of objects handed to networks that carry nothing from call to call.
     """
@@ -45,6 +49,7 @@ class Family:
     size: int | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     stateless: tuple[str, ...] = ()
+    gradient_in_training: tuple[str, ...] = ()
     signed: bool = False
 
 
@@ -68,6 +73,10 @@ FAMILIES: dict[str, Family] = {
     "SanaSprint": Family(arguments={"use_resolution_binning": False}),
     "IF": Family(signed=True),
     "GlmImage": Family(stateless=("GlmImageKVCache",)),
+    # the routed experts; in training mode the whole network would give patches, no latents
+    "HiDreamImage": Family(lora_targets=_HIDREAM_LORA, gradient_in_training=("MOEFeedForwardSwiGLU",)),
+    "Kandinsky5T2I": Family(lora_targets=_KANDINSKY5_LORA),
+    "PRX": Family(arguments={"use_resolution_binning": False}),
 }  # fmt: skip
 
 

@@ -19,9 +19,8 @@ import contextlib
 import copy
 import functools
 import inspect
-import logging
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -41,10 +40,14 @@ from nemo_aligner_diffusion.diffusion.schedule import (
 )
 from nemo_aligner_diffusion.diffusion.taps import (
     Proxy,
+    any_gradient,
+    called_in_mode,
     connect,
     detached,
     in_place_of,
+    no_autocast_cache,
     processors_of,
+    quiet_pipeline,
     recomputed,
     share,
     shared,
@@ -189,11 +192,11 @@ class Loop:
     def _call(self, inputs: dict[str, Any]) -> Any:
         call = undecorated(type(self.pipe))
         try:
-            with _quiet_pipeline():
+            with quiet_pipeline():
                 return call(self.copied, generator=list(self.generators), return_dict=False, **inputs)[0]
         except AlignerError:
             raise
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, NameError, ImportError) as error:
             if self.started:
                 raise
             raise ConfigurationError(
@@ -253,15 +256,14 @@ class Loop:
         if active:
             args, kwargs = shared((args, kwargs), kept)
         self.calls += trained
-        if active and (trained or _any_gradient((args, kwargs))):
-            with _no_autocast_cache():
-                if self.recompute:
-                    out = recomputed(network, network, args, kwargs, self.handle)
-                else:
-                    out = network(*args, **kwargs)
+        if active and (trained or any_gradient((args, kwargs))):
+            with no_autocast_cache():
+                call = self._call_of(network, gradient=True)
+                out = recomputed(network, call, args, kwargs, self.handle) if self.recompute else call(*args, **kwargs)
         else:
+            call = functools.partial(self._annealed, name) if trained and self.tuned_weights else self._call_of(network)
             with torch.no_grad():
-                out = self._annealed(name, args, kwargs) if trained and self.tuned_weights else network(*args, **kwargs)
+                out = call(*args, **kwargs)
         self.outputs[name] = plain = detached(out)
         if active and self.reference:
             if trained:
@@ -326,10 +328,27 @@ class Loop:
             if not self.trace.latents:
                 self.trace.latents.append(z)
             self.trace.predictions[i] = prediction
-            carried = self.plan.carry(i + 1, out[0], self.trace)
+            carried = self._carried(i + 1, out[0])
             self.trace.latents.append(carried)
             out = self._returned(carried, everywhere=i == self.total - 1)
         return out
+
+    def _carried(self, step: int, latents: Tensor) -> Tensor:
+        """What the plan, maybe a user's own, puts in the place of ``latents``."""
+        wanted = f"{type(self.plan).__name__}.carry, step {step}"
+        try:
+            carried = self.plan.carry(step, latents, self.trace)
+        except AlignerError:
+            raise
+        except Exception as error:
+            raise ConfigurationError(f"{wanted} failed with {type(error).__name__}: {first_line(error)}") from error
+        if not isinstance(carried, Tensor) or carried.shape != latents.shape:
+            got = tuple(carried.shape) if isinstance(carried, Tensor) else f"a {type(carried).__name__}"
+            raise ConfigurationError(
+                f"{wanted} gave {got}; expected {tuple(latents.shape)}, with the value of the latents it was given: "
+                f"trace.connect(an estimate, latents)"
+            )
+        return carried
 
     def _decode(self, decode: Callable[..., Any], latents: Tensor, *args: Any, **kwargs: Any) -> Any:
         def call(z: Tensor) -> Any:
@@ -394,6 +413,10 @@ class Loop:
                 f"model.pipeline.stateless=[{','.join(sorted(opaque))}]; else switch it off by model.pipeline.arguments"
             )
 
+    def _call_of(self, network: Any, gradient: bool = False) -> Callable[..., Any]:
+        declared = self.model.family.gradient_in_training
+        return functools.partial(called_in_mode, network, declared, gradient) if declared else network
+
     def _frozen_output(self, name: str, network: Any, args: Any, kwargs: Any) -> Any:
         with self.model.reference():
             frozen = self.model.network(name)
@@ -402,9 +425,9 @@ class Loop:
                 if frozen is not network
                 else (contextlib.nullcontext())
             ):
-                return frozen(*args, **kwargs)
+                return self._call_of(frozen)(*args, **kwargs)
 
-    def _annealed(self, name: str, args: Any, kwargs: Any) -> Any:
+    def _annealed(self, name: str, *args: Any, **kwargs: Any) -> Any:
         weight = self.weights_of_steps[self.i]
         if weight == 1.0:
             return self.model.network(name)(*args, **kwargs)
@@ -414,30 +437,3 @@ class Loop:
             return base
         tuned = self.model.network(name)(*args, **kwargs)
         return tree_map(lambda b, t: torch.lerp(b, t, weight) if isinstance(b, Tensor) else b, base, tuned)
-
-
-def _any_gradient(tree: Iterable[Any]) -> bool:
-    return any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(tree))
-
-
-@contextlib.contextmanager
-def _quiet_pipeline() -> Iterator[None]:
-    """Pipelines warn of each truncated prompt in each call; they are counted, and said once at the end."""
-    logger = logging.getLogger("diffusers")
-    level = logger.level
-    logger.setLevel(max(level, logging.ERROR))
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-@contextlib.contextmanager
-def _no_autocast_cache() -> Iterator[None]:
-    """Weights that autocast has converted without gradient, in an earlier call, would be taken again."""
-    enabled = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(enabled)

@@ -18,7 +18,10 @@ from nemo_aligner_diffusion.diffusion.lora import adapters_off, has_lora
 from nemo_aligner_diffusion.diffusion.schedule import build_scheduler
 from nemo_aligner_diffusion.errors import ConfigurationError
 
-_OURS = ("prompt", "num_inference_steps", "height", "width", "generator", "output_type", "return_dict", "eta")
+# arguments of a pipeline's call that are given here -> by what
+_OURS = {"prompt": "model.data", "num_inference_steps": "model.infer.inference_steps", "height": "model.infer.height",
+         "width": "model.infer.width", "eta": "model.infer.eta", "generator": "model.seed",
+         "output_type": "the training loop", "return_dict": "the training loop"}  # fmt: skip
 
 
 class DiffusionModel(nn.Module):
@@ -136,8 +139,10 @@ class DiffusionModel(nn.Module):
 
     def set_scheduler(self, sampler_type: str | None, eta: float = 0.0) -> None:
         """Give the pipeline the solver ``model.infer.sampler_type``; ``None`` leaves its own."""
-        if eta:
-            self._check_argument("eta")
+        if eta and "eta" not in self._signature:
+            raise ConfigurationError(
+                f"model.infer.eta = {eta}: {type(self.pipe).__name__} takes no eta; expected 0 with this pipeline"
+            )
         self.pipe.scheduler = build_scheduler(self.pipe.scheduler, sampler_type, eta)
 
     @property
@@ -226,9 +231,12 @@ class DiffusionModel(nn.Module):
             )
 
     def _check_argument(self, name: str) -> None:
-        if name in self._signature and name not in ("self", *_OURS[:-1]):
-            return
-        near = difflib.get_close_matches(name, self._signature, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near and near[0] != name else ""
-        what = "is set by model.infer and data" if name in self._signature else "is no argument"
-        raise ConfigurationError(f"model.pipeline.arguments: {name!r} {what} of {type(self.pipe).__name__}{hint}")
+        kind = type(self.pipe).__name__
+        given = f"model.pipeline.arguments.{name}"
+        if name in _OURS:
+            raise ConfigurationError(f"{given} is set by {_OURS[name]}; leave it out of model.pipeline.arguments")
+        if name not in self._signature or name == "self":
+            free = [known for known in self._signature if known != "self" and known not in _OURS]
+            near = difflib.get_close_matches(name, free, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; it takes {', '.join(free)}"
+            raise ConfigurationError(f"{given} is no argument of {kind}{hint}")

@@ -121,15 +121,25 @@ PlanRule = Callable[[SamplingPath, random.Random], Plan]  # drawn once an optimi
 
 def check_plan(plan: Plan, steps: int) -> None:
     """Raise ``ValueError`` for a plan that names steps outside of a trajectory of ``steps`` steps."""
-    last = steps - 1 if plan.stop is None else plan.stop
-    if not 0 <= last < steps:
-        raise ValueError(f"the plan stops at step {last}, but the trajectory has the steps 0 … {steps - 1}")
+    if not (isinstance(plan.renoise, int) and plan.renoise >= 0):
+        raise ValueError(f"renoise must be an integer of 0 or more, got {plan.renoise!r}")
+    if plan.stop is not None and not _is_step(plan.stop, steps - 1):
+        raise ValueError(f"the plan stops at step {plan.stop!r}, but the trajectory has the steps 0 … {steps - 1}")
     if plan.renoise:
         if plan.stop is not None:
             raise ValueError("a plan that re-noises z_T cannot also stop early")
         if steps < 2:
             raise ValueError("a plan that re-noises z_T (DRaFT-LV) needs 2 sampling steps or more, got 1")
         return
-    outside = [i for i in (*plan.active, *plan.input_share, *plan.gain) if not isinstance(i, int) or not 0 <= i <= last]
-    if outside or not plan.active:
-        raise ValueError(f"active steps must be integers in 0 … {last} and at least one, got {list(plan.active)}")
+    last = steps - 1 if plan.stop is None else plan.stop
+    within = f"0 … {last}" + ("" if plan.stop is None else ", where the plan stops")
+    active = plan.active
+    if not isinstance(active, (tuple, list)) or not active or not all(_is_step(i, last) for i in active):
+        raise ValueError(f"active steps must be integers in {within}, at least one, in a tuple; got {active!r}")
+    for name, factors in (("input_share", plan.input_share), ("gain", plan.gain)):
+        if not isinstance(factors, Mapping) or not all(_is_step(i, last) for i in factors):
+            raise ValueError(f"{name} must map steps in {within} to numbers; got {factors!r}")
+
+
+def _is_step(step: object, last: int) -> bool:
+    return isinstance(step, int) and not isinstance(step, bool) and 0 <= step <= last

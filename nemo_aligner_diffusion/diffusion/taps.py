@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 
@@ -131,6 +132,24 @@ def recomputed(network: nn.Module, call: Callable[..., Any], args: Any, kwargs: 
     return tree_unflatten(list(flat), first[1])
 
 
+def called_in_mode(network: nn.Module, classes: Collection[str], gradient: bool, *args: Any, **kwargs: Any) -> Any:
+    """``network(*args, **kwargs)`` in evaluation mode, but for modules that have no gradient in it.
+
+    Args:
+        classes: names of these modules' classes; they are in training mode where ``gradient`` is wanted.
+    """
+    before = [(module, module.training) for module in network.modules()]
+    dropping = network.training  # adapters' dropout goes on
+    for module, _ in before:
+        declared = gradient and any(kind.__name__ in classes for kind in type(module).__mro__)  # FSDP2 derives from it
+        module.training = declared or (dropping and isinstance(module, nn.Dropout))
+    try:
+        return network(*args, **kwargs)
+    finally:
+        for module, training in before:
+            module.training = training
+
+
 def _close(again: Tensor, first: Tensor) -> bool:
     # generous: other kernels may be chosen the second time; a lost cache or another mode is far beyond
     return torch.allclose(
@@ -150,3 +169,30 @@ def processors_of(network: Any, wanted: dict[str, Any] | None) -> Iterator[None]
     finally:
         if changed:
             network.set_attn_processor(dict(own or {}))
+
+
+def any_gradient(tree: Iterable[Any]) -> bool:
+    return any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(tree))
+
+
+@contextlib.contextmanager
+def quiet_pipeline() -> Iterator[None]:
+    """Pipelines warn of each truncated prompt in each call; they are counted, and said once at the end."""
+    logger = logging.getLogger("diffusers")
+    level = logger.level
+    logger.setLevel(max(level, logging.ERROR))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def no_autocast_cache() -> Iterator[None]:
+    """Weights that autocast has converted without gradient, in an earlier call, would be taken again."""
+    enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)

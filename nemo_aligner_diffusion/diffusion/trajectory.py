@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nemo_aligner_diffusion.diffusion.loop import Loop, Mode
 from nemo_aligner_diffusion.diffusion.plan import Plan, PlanRule
-from nemo_aligner_diffusion.errors import ConfigurationError
+from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError, first_line
 
 if TYPE_CHECKING:
     from nemo_aligner_diffusion.diffusion.model import DiffusionModel
@@ -141,11 +141,22 @@ def check_repeatable(model: DiffusionModel, inputs: dict[str, Any]) -> None:
     """Make a picture twice from the same seeds, in two steps.
 
     Raises:
-        ConfigurationError: they differ: the gradient of a step that is made again would be another picture's.
+        ConfigurationError: they differ: the gradient of a step that is made again would be another picture's; or the
+            pipeline fails with these arguments.
     """
     inputs = {**inputs, "num_inference_steps": 2}
     generators = [torch.Generator().manual_seed(i) for i in range(len(inputs["prompt"]))]
-    first, again = (sample(model, generators, inputs).float() for _ in range(2))
+    try:
+        first, again = (sample(model, generators, inputs).float() for _ in range(2))
+    except (AlignerError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # somewhere in the pipeline: sizes, numbers of prompts or frames that it cannot take
+        given = {name: value for name, value in inputs.items() if name not in ("prompt", "num_inference_steps")}
+        raise ConfigurationError(
+            f"{type(model.pipe).__name__} makes no picture of {len(generators)} prompts with {given}: "
+            f"{type(error).__name__}: {first_line(error)}; change model.infer, model.pipeline.arguments or "
+            f"model.micro_batch_size"
+        ) from error
     if first.ndim not in (4, 5) or first.shape[-3] != 3:
         raise ConfigurationError(
             f"{type(model.pipe).__name__} gives {tuple(first.shape)}; expected pictures (B, 3, H, W), or frames of a "

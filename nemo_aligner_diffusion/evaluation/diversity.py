@@ -58,7 +58,10 @@ class Recognisability:
 
 @torch.no_grad()
 def embed_images(embedder: Embedder, images: Tensor, batch_size: int = 64) -> Tensor:
-    """Unit-length embeddings ``(N, D)``, float32 on the CPU."""
+    """Unit-length embeddings ``(N, D)``, float32 on the CPU; of videos ``(N, F, 3, H, W)`` their frames' mean."""
+    if images.ndim == 5:
+        of_frames = embed_images(embedder, images.flatten(0, 1), batch_size)
+        return torch.nn.functional.normalize(of_frames.unflatten(0, (-1, images.shape[1])).mean(1), dim=-1)
     parts = [embedder.embed_images(images[start : start + batch_size]) for start in range(0, len(images), batch_size)]
     return torch.nn.functional.normalize(torch.cat(parts).float().cpu(), dim=-1)
 

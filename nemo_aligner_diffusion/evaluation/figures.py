@@ -52,9 +52,10 @@ def to_pictures(images: Any) -> list[Image.Image]:
     """Turn ``(N, 3, H, W)`` floats in ``[0, 1]`` (tensor, array), or a sequence of pictures, into RGB Pillow images.
 
     A sequence may mix Pillow images and ``(3, H, W)`` arrays. Values outside ``[0, 1]`` are clamped, NaN becomes black.
+    Of a video, ``(N, F, 3, H, W)``, the first, middle and last frame stand side by side.
 
     Raises:
-        ValueError: an array is not ``(…, 3, H, W)``.
+        ValueError: an array is none of these.
     """
     if isinstance(images, Image.Image):
         return [images.convert("RGB")]
@@ -69,6 +70,9 @@ def _to_picture(image: Any) -> Image.Image:
     if hasattr(image, "detach"):  # a torch tensor, on any device, of any float type
         image = image.detach().float().cpu().numpy()
     array = np.asarray(image, dtype=np.float32)
+    if array.ndim == 4 and array.shape[1] == 3:
+        frames = sorted({0, len(array) // 2, len(array) - 1})
+        array = np.concatenate([array[i] for i in frames], axis=2)
     if array.ndim != 3 or array.shape[0] != 3:
         raise ValueError(
             f"a picture of shape {array.shape} was given, expected (3, height, width) with values in [0, 1]"

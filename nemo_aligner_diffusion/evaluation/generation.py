@@ -323,8 +323,10 @@ def _reward(request: Request, run: RunFiles | None, device: torch.device) -> Rew
 
 @torch.no_grad()
 def _scores(reward: Reward, images: Tensor, prompts: list[str], batch_size: int) -> list[float]:
+    from nemo_aligner_diffusion.rewards.base import scores_of
+
     parts = [
-        reward(images[start : start + batch_size], prompts[start : start + batch_size])
+        scores_of(reward, images[start : start + batch_size], prompts[start : start + batch_size])[0]
         for start in range(0, len(prompts), batch_size)
     ]
     return torch.cat(parts).tolist()

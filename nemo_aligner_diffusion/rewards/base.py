@@ -60,6 +60,19 @@ class Reward(nn.Module, ABC):
         return super().train(False)
 
 
+def scores_of(reward: Reward, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    """``reward.scores(images, prompts)``; of videos ``(B, F, 3, H, W)`` the mean over their frames."""
+    if images.ndim == 4:
+        return reward.scores(images, prompts)
+    frames = images.shape[1]
+    score, parts = reward.scores(images.flatten(0, 1), [prompt for prompt in prompts for _ in range(frames)])
+
+    def mean(scores: Tensor) -> Tensor:
+        return scores.unflatten(0, (-1, frames)).mean(1)
+
+    return mean(score), {name: mean(part) for name, part in parts.items()}
+
+
 def check_images(images: Tensor, prompts: Sequence[str]) -> None:
     if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         found = f"{tuple(images.shape)} {images.dtype}" if isinstance(images, Tensor) else type(images).__name__

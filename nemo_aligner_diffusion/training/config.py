@@ -203,8 +203,10 @@ def _one_line(error: Exception, overrides: Sequence[str]) -> str:
         group, option = missing.group(1).rsplit("/", 1)
         options = groups().get(group, [])
         if options:
+            own = f"; your own goes in model.algorithm={option}" if group == "algorithm" and ":" in option else ""
             return (
-                f"{group}={option}: no such file in the group{closest(option, options)}; there are {', '.join(options)}"
+                f"{group}={option}: no such file in the group{closest(option, options)}{own}; there are "
+                f"{', '.join(options)}"
             )
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     kept = [

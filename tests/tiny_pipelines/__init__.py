@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from . import dits, flows, main, others, unets, videos
+from . import dits, flows, main, newer, others, unets, videos
 from .double import double_precision
 from .row import PROMPTS, TinyPipeline, randomise
 
 __all__ = ["MAIN", "PROMPTS", "ROWS", "TinyPipeline", "double_precision", "named", "randomise"]
 
 MAIN = main.ROWS
-ROWS = (*MAIN, *unets.ROWS, *dits.ROWS, *flows.ROWS, *videos.ROWS, *others.ROWS)
+ROWS = (*MAIN, *unets.ROWS, *dits.ROWS, *flows.ROWS, *videos.ROWS, *others.ROWS, *newer.ROWS)
 
 
 def named(name: str) -> TinyPipeline:

@@ -32,12 +32,14 @@ class TinyPipeline:
         conditioning: of a batch size: prompts (new lists: Z-Image writes into its own), or what the pipeline takes
             beside them or in their place.
         options: values that are no component, of the class's ``__init__``.
+        attributes: of the pipeline, set when it is built: sizes that its code fixes at a megapixel.
         stateless: class names of objects given to the denoiser that carry nothing from call to call.
         video: the output is ``(B, frames, 3, H, W)``.
         pixels: the range of ``output_type="pt"``: diffusers rescales and clamps to [0, 1], but for a few.
         batch: samples that one call can make.
         dtype: float64 where the pipeline allows it; a note says why not.
         steps: a usual ``num_inference_steps`` for a test.
+        needs: a package that its prompts need and the tests' environment may not have.
         unused: trained parameters whose values cannot change the picture; a note says why.
         notes: what is special.
     """
@@ -51,12 +53,14 @@ class TinyPipeline:
     guidance: tuple[str, float] | None
     conditioning: Callable[[int], dict[str, Any]] = prompts
     options: Mapping[str, Any] = field(default_factory=dict)
+    attributes: Mapping[str, Any] = field(default_factory=dict)
     stateless: tuple[str, ...] = ()
     video: bool = False
     pixels: tuple[float, float] = (0.0, 1.0)
     batch: int = 2
     dtype: torch.dtype = torch.float64
     steps: int = 3
+    needs: str | None = None
     unused: tuple[str, ...] = ()
     notes: str = ""
 
@@ -71,6 +75,8 @@ class TinyPipeline:
             randomise(module, 1000 * seed + index, gain=0.6 if name == self.train else 1.0)
             module.to(dtype).eval()
         pipe = self.pipeline(**components, **self.options)
+        for name, value in self.attributes.items():
+            setattr(pipe, name, value)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
