@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from nemo_aligner_diffusion.rewards.build import augmented
 from nemo_aligner_diffusion.training.config import load_config
 from nemo_aligner_diffusion.training.faults import watched
 from nemo_aligner_diffusion.training.run import Given, train
-from nemo_aligner_diffusion.training.run_directory import STATE_FILE
 from nemo_aligner_diffusion.training.run_frame import hushed, plain
 from nemo_aligner_diffusion.training.schema_checks import world_size
 from nemo_aligner_diffusion.training.signals import Interrupted, Interruption
@@ -158,7 +157,7 @@ def tune(
             with _callers_state(), hushed(), watched(cfg) as watch:
                 ended = train(cfg, watch, interruption, objects)
         except BaseException as error:
-            _undo(pipe, folder, files)
+            _take_adapter_off(pipe)
             if isinstance(error, Interrupted):
                 raise KeyboardInterrupt("interrupted before the first step: nothing was learnt") from None
             raise
@@ -191,17 +190,11 @@ def _load(recipe: str, words: list[str], settings: dict[str, tuple[str, Any]], o
     return cfg
 
 
-def _undo(pipe: Any, folder: Path, files: Iterable[str]) -> None:
-    """What failed can be tried again: a pipeline without an adapter, a directory that has never been begun."""
+def _take_adapter_off(pipe: Any) -> None:
+    """What failed can be tried again."""
     for part in pipe.components.values() if pipe is not None else ():
         if getattr(part, "peft_config", None):
             part.unload_lora()
-    if folder.is_dir() and not (folder / STATE_FILE).exists():
-        for name in files:
-            (folder / name).unlink(missing_ok=True)
-        for place in (folder / "checkpoints", folder / "samples", folder):
-            with contextlib.suppress(OSError):  # there, or not empty: somebody else's
-                place.rmdir()
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import pytest
 from tiny import save_tiny_pipeline, tiny_pipeline
 
 from nemo_aligner_diffusion.diffusion.loading import load_model
+from nemo_aligner_diffusion.diffusion.plan import Plan
 from nemo_aligner_diffusion.diffusion.trajectory import check_repeatable
 from nemo_aligner_diffusion.errors import AlignerError, CheckpointError, ConfigurationError
 from nemo_aligner_diffusion.evaluation.generate_cli import main as generate
@@ -151,4 +152,20 @@ def test_what_is_refused_is_one_line_and_nothing_is_written(
     assert code == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert wanted in line
-    assert not [path for path in out.rglob("*") if path.is_file()]
+    assert not out.exists()
+
+
+def beyond(path, rng):
+    return Plan(active=(path.steps,))
+
+
+def test_a_rule_that_names_steps_that_are_not_there_is_refused_before_anything_is_written(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    words = [f"model.from_pretrained={folder}", "rm=symmetry", f"exp_manager.explicit_log_dir={out}",
+             "trainer.accelerator=cpu", f"model.algorithm={__name__}:beyond"]  # fmt: skip
+    assert main("draftp_sd", words) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "active steps must be integers in 0 … 19" in line
+    assert not out.exists()

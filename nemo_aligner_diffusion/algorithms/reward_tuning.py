@@ -17,9 +17,11 @@ from torch.nn import Parameter
 
 from nemo_aligner_diffusion.algorithms.picture_validation import PictureValidation
 from nemo_aligner_diffusion.diffusion.generate import Sampling
+from nemo_aligner_diffusion.diffusion.loop import drawn
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.diffusion.noise import plan_random, sample_generator
 from nemo_aligner_diffusion.diffusion.plan import PlanRule
+from nemo_aligner_diffusion.diffusion.schedule import path_of
 from nemo_aligner_diffusion.diffusion.trajectory import Rollout, check_repeatable, rollout
 from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError
 from nemo_aligner_diffusion.parallel.module import NonFiniteGuard, OptimizerFactory
@@ -173,8 +175,9 @@ class RewardTuning(PictureValidation):
         self._rewards.append(scores.reshape(result.plan.network_reads, -1).mean(0))
 
     def check_pipeline(self) -> None:
-        """Make a picture twice, before anything is written: see :func:`.check_repeatable`."""
+        """Draw a plan and make a picture twice, before anything is written: see :func:`.check_repeatable`."""
         self.eval()
+        drawn(self.plan_rule, path_of(self.model.pipe.scheduler, self.sampling.steps), plan_random(self.seed, 0))
         prompt = next(iter(self.validation_prompts), "a picture")
         check_repeatable(self.model, self.model.inputs([prompt], **vars(self.sampling)))
 

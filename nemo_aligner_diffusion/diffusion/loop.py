@@ -75,6 +75,20 @@ class _Trace:
     share = staticmethod(share)
 
 
+def drawn(rule: PlanRule, path: SchedulerPath, rng: random.Random) -> Plan:
+    """A rule's plan, checked.
+
+    Raises:
+        ConfigurationError: it names steps that the trajectory does not have.
+    """
+    plan = rule(path, rng)
+    try:
+        check_plan(plan, path.steps)
+    except ValueError as error:
+        raise ConfigurationError(f"{type(plan).__name__} for {path.steps} sampling steps: {error}") from error
+    return plan
+
+
 class Loop:
     """The pipeline's call under taps; several of them for one batch."""
 
@@ -219,11 +233,7 @@ class Loop:
             self.active = frozenset()
             return
         self.path = SchedulerPath(self.scheduler, self.total)
-        self.plan = self.rule(self.path, self.rng)
-        try:
-            check_plan(self.plan, self.total)
-        except ValueError as error:
-            raise ConfigurationError(f"{type(self.plan).__name__} for {self.total} sampling steps: {error}") from error
+        self.plan = drawn(self.rule, self.path, self.rng)
         self.active = frozenset(self.plan.active)
         if self.plan.renoise:
             self.active = frozenset({self.total - 1} if self.plan.own_step else ())

@@ -148,6 +148,15 @@ class SchedulerPath:
         return (alpha + sigma if self.flow else (alpha**2 + sigma**2) ** 0.5) / determinant
 
 
+def path_of(scheduler: Any, steps: int) -> SchedulerPath:
+    """The path of ``steps`` steps outside of a pipeline's call, which may shift it by the picture's size."""
+    scheduler = copy.deepcopy(scheduler)
+    if scheduler.config.get("use_dynamic_shifting"):
+        scheduler.register_to_config(use_dynamic_shifting=False)
+    scheduler.set_timesteps(steps)
+    return SchedulerPath(scheduler)
+
+
 def scheduler_input(scheduler: Any, sample: Tensor, timestep: Any) -> tuple[Tensor, Tensor]:
     """``(what the network is called with, the sample)``; some solvers count their steps in ``scale_model_input``."""
     if hasattr(scheduler, "scale_model_input"):

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from nemo_aligner_diffusion.algorithms.registry import method_of
 from nemo_aligner_diffusion.diffusion.plan import Plan
-from nemo_aligner_diffusion.diffusion.schedule import SchedulerPath, build_scheduler
+from nemo_aligner_diffusion.diffusion.schedule import build_scheduler, path_of
 from nemo_aligner_diffusion.planner.presets import DEFAULT_SCHEDULER, ModelSpec
 
 DRAWS = 400  # plans averaged over
@@ -45,11 +45,8 @@ def step_counts(cfg: DictConfig, spec: ModelSpec | None = None, draw: random.Ran
         draw: what one plan is drawn from; ``None``: averages over :data:`DRAWS` of them.
     """
     kind, config = DEFAULT_SCHEDULER if spec is None else spec.scheduler
-    # a shift that depends on the picture's size needs the pipeline
-    own = getattr(diffusers, kind).from_config({**config, "use_dynamic_shifting": False})
-    scheduler = build_scheduler(own, cfg.model.infer.sampler_type)
-    scheduler.set_timesteps(cfg.model.infer.inference_steps)
-    rule, path = method_of(cfg).plan, SchedulerPath(scheduler)
+    scheduler = build_scheduler(getattr(diffusers, kind).from_config(config), cfg.model.infer.sampler_type)
+    rule, path = method_of(cfg).plan, path_of(scheduler, cfg.model.infer.inference_steps)
     plans = [rule(path, each) for each in ([draw] if draw else map(random.Random, range(DRAWS)))]
     active = fmean(map(active_calls, plans))
     return StepCounts(

@@ -36,7 +36,7 @@ from nemo_aligner_diffusion.training.metrics_logging import MetricsCSV
 from nemo_aligner_diffusion.training.non_finite import NonFinitePolicy
 from nemo_aligner_diffusion.training.progress import TrainingProgress
 from nemo_aligner_diffusion.training.reward_normalization import RewardNormalization
-from nemo_aligner_diffusion.training.run_directory import write_text_atomically
+from nemo_aligner_diffusion.training.run_directory import remove_if_not_begun, write_text_atomically
 from nemo_aligner_diffusion.training.run_frame import RunFrame, plain, quiet
 from nemo_aligner_diffusion.training.startup import Startup, take
 from nemo_aligner_diffusion.training.startup_callback import StartupCallback
@@ -117,10 +117,18 @@ def run_training(cfg: DictConfig, interruption: Interruption | None = None) -> i
 
 def train(cfg: DictConfig, watch: RunWatch, interruption: Interruption, given: Given | None = None) -> Ended:
     """:func:`run_training` for programs: with objects of theirs, and what was tuned in their hands."""
-    given = given or Given()
-    startup = take()
+    given, startup = given or Given(), take()
     frame = RunFrame.open(cfg, watch, interruption, startup.enter)
+    try:
+        return _train(cfg, frame, startup, given)
+    except BaseException:
+        remove_if_not_begun(frame.directory.path, given.prompts)
+        raise
+
+
+def _train(cfg: DictConfig, frame: RunFrame, startup: Startup, given: Given) -> Ended:
     directory, device, resume = frame.directory, frame.device, frame.resume
+    watch, interruption = frame.watch, frame.interruption
     steps = int(cfg.model.infer.inference_steps)
     # a user's own is imported before anything is loaded
     on_every_process(lambda: (given.method or method_of(cfg)).check(steps))

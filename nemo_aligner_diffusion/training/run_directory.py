@@ -13,7 +13,7 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from nemo_aligner_diffusion.errors import OutputError
 from nemo_aligner_diffusion.training.slurm import SlurmJob, is_interactive
 
 STATE_FILE = "run.json"
+FOLDERS = ("checkpoints", "samples")
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _HOW_TO_RESUME = ("exp_manager.resume_", "exp_manager.explicit_log_dir", "exp_manager.exp_dir", "exp_manager.version")
 CHECKPOINT_PATTERN = re.compile(r"step_(\d+)")
@@ -173,7 +174,7 @@ class RunDirectory:
                     "exp_manager.resume_ignore_no_checkpoint=True; to start a new run, leave out resume_if_exists."
                 )
             previous = {}
-        for folder in ("checkpoints", "samples"):
+        for folder in FOLDERS:
             (path / folder).mkdir(exist_ok=True)
         for place in (path, path / "checkpoints", path / "samples", path / "export"):
             remove_leftovers(place)  # of a run that was killed
@@ -398,3 +399,13 @@ def sync_directory(path: Path) -> None:
             os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def remove_if_not_begun(path: Path, files: Iterable[str] = ()) -> None:
+    """Take away what a start that failed before its run began has put into ``path``: ``files``, and empty folders."""
+    if path.is_dir() and not (path / STATE_FILE).exists():
+        for name in files:
+            (path / name).unlink(missing_ok=True)
+        for place in (*(path / folder for folder in FOLDERS), path):
+            with suppress(OSError):  # there is something in it: somebody else's
+                place.rmdir()
