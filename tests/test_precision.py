@@ -19,8 +19,8 @@ def figure(file, column):
         return float(next(csv.DictReader(handle))[column])
 
 
-def test_the_precision_of_the_weights_is_not_that_of_noise_and_reward(tmp_path, monkeypatch):
-    """The reward has rm.trainer.precision; and other noise would make other pictures."""
+def test_the_precision_of_the_weights_is_not_that_of_the_reward(tmp_path, monkeypatch):
+    """The reward has rm.trainer.precision. Noise is drawn as the pipeline draws it: in the precision of its weights."""
     (tmp_path / "judge_in_float32.py").write_text(
         "import torch\n\n\n"
         "class Judge(torch.nn.Module):\n"
@@ -54,8 +54,9 @@ def test_the_precision_of_the_weights_is_not_that_of_noise_and_reward(tmp_path, 
         assert run_training(load_config("draftp_sd", [*words, *more])) == 0
         files = (("validation.csv", "base_reward"), ("metrics.csv", "reward"))
         found[precision] = [figure(directory / name, column) for name, column in files]
-    assert found["64-true"] == pytest.approx(found["32"], rel=1e-6)
-    assert found["bf16-true"] == pytest.approx(found["32"], rel=2e-3)
+    for precision in ("64-true", "bf16-true"):  # other noise, of the same distribution
+        assert found[precision] == pytest.approx(found["32"], rel=2e-2)
+        assert found[precision] != found["32"]
 
 
 @pytest.mark.parametrize("name", list(PRECISIONS))
