@@ -95,9 +95,9 @@ class DiffusionModel(nn.Module):
 
     def frozen_parts(self) -> dict[str, nn.Module]:
         """By the names that ``model.fsdp_frozen`` knows; several text encoders are one part."""
-        encoders = [part for name, part in self.networks.items() if name.startswith("text_encoder")]
+        encoders = {name: part for name, part in self.networks.items() if name.startswith("text_encoder")}
         vae = self.networks.get("vae")
-        return {"text_encoder": nn.ModuleList(encoders), **({"vae": vae} if vae is not None else {})}
+        return {"text_encoder": nn.ModuleDict(encoders), **({"vae": vae} if vae is not None else {})}
 
     @property
     def device(self) -> torch.device:
