@@ -30,7 +30,7 @@ def kind(row: TinyPipeline) -> str:
     return f"{what}, needs {' and '.join(further)}" if further else what
 
 
-def tested(row: TinyPipeline) -> str:
+def how_tested(row: TinyPipeline) -> str:
     if "prompt" not in row.conditioning(1):
         return "refused by name"
     return "every method, exact" if row in MAIN else "a DRTune step"
@@ -58,7 +58,7 @@ def table() -> str:
         layers = layers if has_lora else "none: `peft=none`"
         guidance = f"`{row.guidance[0]}`" if row.guidance else "–"
         cells = (f"`{row.pipeline.__name__}` ({row.name})", kind(row), f"`{row.train}`", guidance, makers(row), layers,
-                 ", ".join(declared) or "–", tested(row))  # fmt: skip
+                 ", ".join(declared) or "–", how_tested(row))  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([BEGIN, *lines, END])
 

@@ -6,6 +6,7 @@ picture → reward → ``∂R/∂latent`` → active calls replayed in their bac
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable
@@ -147,8 +148,13 @@ class RewardTuning(PictureValidation):
     def _in_float16(self) -> bool:
         kind = self.device.type
         autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+        return autocast or self._has_float16_weights
+
+    @functools.cached_property
+    def _has_float16_weights(self) -> bool:
+        """Asked in each step, of some thousand tensors: no dtype changes once training has begun."""
         parts = (*self.model.networks.values(), self.reward)
-        return autocast or any(p.dtype == torch.float16 for part in parts for p in part.parameters())
+        return any(p.dtype == torch.float16 for part in parts for p in part.parameters())
 
     def _keep(self, prompts: list[str], scored: Scored, result: Rollout) -> None:
         """What ``metrics.csv`` and the guard are told of a micro-batch."""

@@ -15,7 +15,6 @@ latents; what then arrives at ``scheduler.step`` is the frozen model's guided pr
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import inspect
@@ -430,11 +429,7 @@ class Loop:
     def _frozen_output(self, name: str, network: Any, args: Any, kwargs: Any) -> Any:
         with self.model.reference():
             frozen = self.model.network(name)
-            with (
-                processors_of(frozen, getattr(network, "attn_processors", None))
-                if frozen is not network
-                else (contextlib.nullcontext())
-            ):
+            with processors_of(frozen, getattr(network, "attn_processors", None)):
                 return self._call_of(frozen)(*args, **kwargs)
 
     def _annealed(self, name: str, *args: Any, **kwargs: Any) -> Any:

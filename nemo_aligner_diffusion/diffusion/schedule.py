@@ -115,7 +115,9 @@ class SchedulerPath:
         def end(predictions: Tensor) -> Tensor:
             scheduler, z = copy.deepcopy(self._scheduler), torch.zeros_like(basis[0])
             for e, t in zip(predictions, self._timesteps, strict=True):
-                z = scheduler.step(e, t, scheduler_input(scheduler, z, t)[1], return_dict=False)[0].double()
+                if hasattr(scheduler, "scale_model_input"):  # some solvers count their steps there
+                    scheduler.scale_model_input(z, t)
+                z = scheduler.step(e, t, z, return_dict=False)[0].double()
             return z.flatten()
 
         with torch.no_grad(), _NoNoise():
@@ -155,13 +157,6 @@ def path_of(scheduler: Any, steps: int) -> SchedulerPath:
         scheduler.register_to_config(use_dynamic_shifting=False)
     scheduler.set_timesteps(steps)
     return SchedulerPath(scheduler)
-
-
-def scheduler_input(scheduler: Any, sample: Tensor, timestep: Any) -> tuple[Tensor, Tensor]:
-    """``(what the network is called with, the sample)``; some solvers count their steps in ``scale_model_input``."""
-    if hasattr(scheduler, "scale_model_input"):
-        return scheduler.scale_model_input(sample, timestep), sample
-    return sample, sample
 
 
 def untapped(scheduler: Any) -> Any:

@@ -58,14 +58,14 @@ def build_model(
             device,
             phase,
         )
-    prepare_model(cfg, model)
+    _prepare(cfg, model)
     for _, parameter in model.trainable_parameters():  # of a pipeline in half precision; peft computes either way
         if parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.float()
     return model
 
 
-def prepare_model(cfg: DictConfig, model: DiffusionModel) -> None:
+def _prepare(cfg: DictConfig, model: DiffusionModel) -> None:
     """Mark the trainable part of a loaded model and give its pipeline the solver that is asked for."""
     if cfg.model.tensor_model_parallel_size > 1:
         config = {"_class_name": type(model.denoiser).__name__, **model.denoiser.config}
