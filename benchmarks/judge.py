@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nemo_aligner_diffusion.algorithms import DRaFT
+from nemo_aligner_diffusion.config.load import load_config
 from nemo_aligner_diffusion.data.prompts import read_prompts
 from nemo_aligner_diffusion.diffusion.generate import generate
 from nemo_aligner_diffusion.diffusion.loading import load_model
@@ -23,8 +24,7 @@ from nemo_aligner_diffusion.diffusion.trajectory import rollout
 from nemo_aligner_diffusion.embedded_assets import embedded_model_path, embedded_prompts_path, embedded_reward_path
 from nemo_aligner_diffusion.evaluation.diversity import recognisability, seed_diversity
 from nemo_aligner_diffusion.rewards import build_reward, restore_reward
-from nemo_aligner_diffusion.training.assemble import build_sampling
-from nemo_aligner_diffusion.training.config import load_config
+from nemo_aligner_diffusion.training.build import build_sampling
 from nemo_aligner_diffusion.training.run import run_training
 
 BROAD = ["an animal", "a fruit", "a vehicle", "a building", "a face", "a plant", "a tool", "a bird"]

@@ -124,7 +124,7 @@ class Program:
 def _lead(processes: int, words: list[str]) -> int:
     if processes == 1:
         return _train(words)
-    from nemo_aligner_diffusion.parallel.launch import free_port
+    from nemo_aligner_diffusion.runtime.launch import free_port
 
     port = str(free_port())
     ranks = []
@@ -141,7 +141,7 @@ def _lead(processes: int, words: list[str]) -> int:
 
 
 def _train(words: list[str]) -> int:
-    from nemo_aligner_diffusion.training.cli import main
+    from nemo_aligner_diffusion.cli.train import main
 
     code = 1
     try:

@@ -26,6 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.memory_vs_active_steps import peak_allocated_bytes
+from nemo_aligner_diffusion.config.load import load_config
 from nemo_aligner_diffusion.diffusion.noise import plan_random
 from nemo_aligner_diffusion.diffusion.plan import Plan
 from nemo_aligner_diffusion.embedded_assets import embedded_model_path
@@ -38,8 +39,7 @@ from nemo_aligner_diffusion.planner.presets import ModelSpec, model_spec
 from nemo_aligner_diffusion.planner.schedule import StepCounts, step_counts
 from nemo_aligner_diffusion.planner.settings import Case, settings_from
 from nemo_aligner_diffusion.rewards import build_reward
-from nemo_aligner_diffusion.training.assemble import build_layout, build_model, build_module
-from nemo_aligner_diffusion.training.config import load_config
+from nemo_aligner_diffusion.training.build import build_layout, build_model, build_module
 
 PROMPTS = ["red apple", "dog", "rocket", "pizza", "cat face", "sunflower", "castle", "bicycle"]
 SHORT = ["model.infer.inference_steps=4", "model.truncation_steps=2", "model.drtune.train_steps=2",

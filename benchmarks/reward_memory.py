@@ -19,8 +19,8 @@ from torch import Tensor
 from benchmarks.memory_vs_active_steps import peak_allocated_bytes
 from nemo_aligner_diffusion.embedded_assets import embedded_reward_path
 from nemo_aligner_diffusion.rewards import CLIPReward, ImageReward, Reward, restore_reward
-from nemo_aligner_diffusion.rewards.image_reward import ImageRewardNetwork
-from nemo_aligner_diffusion.rewards.image_reward_tokenizer import tokenizer_from_bytes
+from nemo_aligner_diffusion.rewards.image_reward.reward import ImageRewardNetwork
+from nemo_aligner_diffusion.rewards.image_reward.tokenizer import tokenizer_from_bytes
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "all at once": {},

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nemo_aligner_diffusion.config.load import load_config
 from nemo_aligner_diffusion.diffusion.plan import Plan
 from nemo_aligner_diffusion.parallel.layout import Layout
 from nemo_aligner_diffusion.planner.estimate import Assumptions, Memory, StepEstimate, estimate, memory
@@ -27,7 +28,6 @@ from nemo_aligner_diffusion.planner.plan import quiet
 from nemo_aligner_diffusion.planner.presets import model_spec
 from nemo_aligner_diffusion.planner.schedule import StepCounts, step_counts
 from nemo_aligner_diffusion.planner.settings import Case, Settings, settings_from
-from nemo_aligner_diffusion.training.config import load_config
 
 NODE = 8
 SIZES = (8, 64, 512)

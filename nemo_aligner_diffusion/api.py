@@ -15,15 +15,15 @@ import torch
 from omegaconf import DictConfig
 
 from nemo_aligner_diffusion.algorithms.base import Method
+from nemo_aligner_diffusion.config.checks import world_size
+from nemo_aligner_diffusion.config.load import load_config
 from nemo_aligner_diffusion.errors import ConfigurationError, DataError
 from nemo_aligner_diffusion.rewards.base import Reward
 from nemo_aligner_diffusion.rewards.build import augmented
-from nemo_aligner_diffusion.training.config import load_config
-from nemo_aligner_diffusion.training.faults import watched
+from nemo_aligner_diffusion.runtime.faults import watched
+from nemo_aligner_diffusion.runtime.signals import Interrupted, Interruption
 from nemo_aligner_diffusion.training.run import Given, train
 from nemo_aligner_diffusion.training.run_frame import hushed, plain
-from nemo_aligner_diffusion.training.schema_checks import world_size
-from nemo_aligner_diffusion.training.signals import Interrupted, Interruption
 from nemo_aligner_diffusion.tune_arguments import (
     check_pipeline,
     read_method,

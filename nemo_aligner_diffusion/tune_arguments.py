@@ -14,6 +14,8 @@ from omegaconf import DictConfig
 from nemo_aligner_diffusion.algorithms.base import Method
 from nemo_aligner_diffusion.algorithms.custom import CustomMethod
 from nemo_aligner_diffusion.algorithms.registry import methods
+from nemo_aligner_diffusion.config.layers import closest
+from nemo_aligner_diffusion.config.load import groups, recipes
 from nemo_aligner_diffusion.data.paths import expand_paths
 from nemo_aligner_diffusion.data.prompt_files import clean_prompt
 from nemo_aligner_diffusion.diffusion.families import DENOISERS
@@ -21,8 +23,6 @@ from nemo_aligner_diffusion.errors import ConfigurationError, DataError, RewardE
 from nemo_aligner_diffusion.import_path import check_call
 from nemo_aligner_diffusion.rewards.base import Reward
 from nemo_aligner_diffusion.rewards.custom import CustomReward
-from nemo_aligner_diffusion.training.config import groups, recipes
-from nemo_aligner_diffusion.training.config_layers import closest
 
 
 def read_method(method: Method | str) -> tuple[str, Method | None, list[str]]:

@@ -17,8 +17,8 @@ from PIL import Image
 from nemo_aligner_diffusion.diffusion.generate import generate
 from nemo_aligner_diffusion.errors import ConfigurationError, OutputError
 from nemo_aligner_diffusion.evaluation.figures import encode_png, sample_grid, save_image
+from nemo_aligner_diffusion.runtime.signals import Interrupted
 from nemo_aligner_diffusion.training.export import export_weights
-from nemo_aligner_diffusion.training.signals import Interrupted
 
 if TYPE_CHECKING:
     from nemo_aligner_diffusion.training.run import Ended

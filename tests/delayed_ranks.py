@@ -14,9 +14,9 @@ import sys
 import time
 from typing import Any
 
+from nemo_aligner_diffusion.cli.train_reward import main
 from nemo_aligner_diffusion.parallel import broadcast
-from nemo_aligner_diffusion.parallel.health import HealthClient
-from nemo_aligner_diffusion.reward_training.train_cli import main
+from nemo_aligner_diffusion.runtime.health import HealthClient
 
 
 def delay_ranks(seconds: dict[str, list[float]], rank: int) -> None:

@@ -95,7 +95,7 @@ def main(what: str, rank: int, size: int, folder: Path) -> int:
     import signal
 
     from nemo_aligner_diffusion.errors import NumericalError
-    from nemo_aligner_diffusion.parallel.health import (
+    from nemo_aligner_diffusion.runtime.health import (
         Fault,
         HealthClient,
         HealthServer,
@@ -104,11 +104,11 @@ def main(what: str, rank: int, size: int, folder: Path) -> int:
         Progress,
         waiting,
     )
-    from nemo_aligner_diffusion.parallel.health import client as health_client
-    from nemo_aligner_diffusion.parallel.health import server as health_server
-    from nemo_aligner_diffusion.parallel.health.launch import ADDRESS_VARIABLE
-    from nemo_aligner_diffusion.parallel.health.stragglers import StragglerReport, StragglerWatch
-    from nemo_aligner_diffusion.parallel.health.verdict import Watch
+    from nemo_aligner_diffusion.runtime.health import client as health_client
+    from nemo_aligner_diffusion.runtime.health import server as health_server
+    from nemo_aligner_diffusion.runtime.health.launch import ADDRESS_VARIABLE
+    from nemo_aligner_diffusion.runtime.health.stragglers import StragglerReport, StragglerWatch
+    from nemo_aligner_diffusion.runtime.health.verdict import Watch
 
     def write_down(fault: Fault) -> None:
         write(folder / "fault", "\n".join([str(rank), fault.headline, *fault.places]))

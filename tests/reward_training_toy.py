@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from nemo_aligner_diffusion.reward_training.preference_shards import PreferencePair, write_preference_shards
-from nemo_aligner_diffusion.rewards.clip_archive import convert_hf_clip_to_nemo
+from nemo_aligner_diffusion.rewards.clip.archive import convert_hf_clip_to_nemo
 from tests.clip_toy import tokenizer_files, toy_clip
 
 
@@ -83,7 +83,7 @@ def run_told(words: list[str], step: int | None = None, number: int = signal.SIG
     Args:
         step: 0: inside ``trainer.fit``, before anything has been resumed; None: there is no signal.
     """
-    from nemo_aligner_diffusion.reward_training.config import load_reward_config
+    from nemo_aligner_diffusion.reward_training.configuration import load_reward_config
     from nemo_aligner_diffusion.reward_training.run import run_reward_training
 
     with _told_in(step, number, rank):

@@ -158,7 +158,7 @@ def compare(name: str, mode: str, device: str = "cpu") -> dict[str, Any]:
     """On each rank: the whole model, then the same model cut, on the same input."""
     from diffusers.models.resnet import ResnetBlock2D
 
-    from nemo_aligner_diffusion.parallel.tensor_plans import apply_tensor_parallel
+    from nemo_aligner_diffusion.parallel.tensor.plans import apply_tensor_parallel
 
     model = prepared(name, mode).to(device)
     names = [n for n, _ in model.named_parameters()]
@@ -204,7 +204,7 @@ def compare_sharded(name: str, mode: str) -> tuple[float, str]:
     from torch.distributed.device_mesh import init_device_mesh
 
     from nemo_aligner_diffusion.parallel.sharding import shard_denoiser
-    from nemo_aligner_diffusion.parallel.tensor_plans import apply_tensor_parallel
+    from nemo_aligner_diffusion.parallel.tensor.plans import apply_tensor_parallel
 
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data_parallel", "tensor_parallel"))
     model = prepared(name, mode)
@@ -218,7 +218,7 @@ def compare_sharded(name: str, mode: str) -> tuple[float, str]:
 
 def all_reduces(name: str) -> tuple[int, int, int, int]:
     """Transformer and residual blocks of the model; all-reduces of a forward and of a backward pass, full tuning."""
-    from nemo_aligner_diffusion.parallel.tensor_plans import apply_tensor_parallel
+    from nemo_aligner_diffusion.parallel.tensor.plans import apply_tensor_parallel
 
     model = build(name)
     kinds = [type(module).__name__ for module in model.modules()]
@@ -243,7 +243,7 @@ def all_reduces(name: str) -> tuple[int, int, int, int]:
 
 def refused(name: str, change: str) -> str:
     """The message with which ``apply_tensor_parallel`` refuses a model."""
-    from nemo_aligner_diffusion.parallel.tensor_plans import apply_tensor_parallel
+    from nemo_aligner_diffusion.parallel.tensor.plans import apply_tensor_parallel
 
     model: Any = nn.Linear(4, 4) if change == "no plan" else build(name)
     if change == "dora":
@@ -280,7 +280,7 @@ def compare_clip() -> tuple[float, str]:
     """A reward's scores, their gradient with respect to the picture, and every parameter's, whole and cut."""
     from transformers import CLIPConfig, CLIPModel
 
-    from nemo_aligner_diffusion.parallel.tensor_plans import apply_tensor_parallel
+    from nemo_aligner_diffusion.parallel.tensor.plans import apply_tensor_parallel
 
     torch.manual_seed(0)
     model = CLIPModel(CLIPConfig(**clip_config())).double().eval()

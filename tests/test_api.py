@@ -23,11 +23,11 @@ from PIL import Image
 from tiny import save_tiny_pipeline, tiny_pipeline
 
 from nemo_aligner_diffusion import DRaFTK, DRTune, tune
+from nemo_aligner_diffusion.config.load import load_config
 from nemo_aligner_diffusion.diffusion.plan import Plan
 from nemo_aligner_diffusion.embedded_assets import embedded_reward_path
 from nemo_aligner_diffusion.errors import AlignerError, ArchiveError, ConfigurationError, DataError, RewardError
 from nemo_aligner_diffusion.rewards import MirrorSymmetry
-from nemo_aligner_diffusion.training.config import load_config
 from nemo_aligner_diffusion.training.run import run_training
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,10 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny_pipeline, tiny_parts
 
-from nemo_aligner_diffusion.diffusion.checkpoints import component_config, load_component, read_tensors
 from nemo_aligner_diffusion.diffusion.loading import load_model
 from nemo_aligner_diffusion.diffusion.lora import add_lora, load_lora_weights, save_lora_weights
 from nemo_aligner_diffusion.errors import CheckpointError
+from nemo_aligner_diffusion.formats.checkpoints import component_config, load_component, read_tensors
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nemo_aligner_diffusion.config import schema
+from nemo_aligner_diffusion.config.load import derived, groups, load_config, loop_section, recipes
 from nemo_aligner_diffusion.errors import ConfigurationError
-from nemo_aligner_diffusion.training import schema
-from nemo_aligner_diffusion.training.config import derived, groups, load_config, loop_section, recipes
 
 ALGORITHM_OF = {
     "draftp_sd": "draft+",
@@ -165,7 +165,7 @@ def test_an_unknown_key_is_an_error_that_names_the_nearest(wrong: str, right: st
 def test_no_invented_key_of_the_model_passes(name: str) -> None:
     key = f"model.{name}"
     accepted = {pattern.split(".")[1] for pattern in schema.KEYS if pattern.startswith("model.")}
-    from nemo_aligner_diffusion.training.schema_compat import ALIASES, NOT_YET, reason_without_effect
+    from nemo_aligner_diffusion.config.nemo_names import ALIASES, NOT_YET, reason_without_effect
 
     if name in accepted or key in ALIASES or key in NOT_YET or reason_without_effect(key):
         return

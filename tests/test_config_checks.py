@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_config import message
 
+from nemo_aligner_diffusion.config.load import derived, load_config
 from nemo_aligner_diffusion.errors import ConfigurationError
-from nemo_aligner_diffusion.training.config import derived, load_config
 
 
 @settings(max_examples=25)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from nemo_aligner_diffusion.cli.train import main, parse_arguments
 from nemo_aligner_diffusion.errors import ConfigurationError
-from nemo_aligner_diffusion.training.cli import main, parse_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {
@@ -49,7 +49,7 @@ def test_scripts_show_help_and_configuration(name: str, tmp_path: Path) -> None:
 def test_help_and_errors_import_nothing_heavy_and_are_quick(words: list[str], status: int, tmp_path: Path) -> None:
     code = (
         "import sys\n"
-        "from nemo_aligner_diffusion.training.cli import main\n"
+        "from nemo_aligner_diffusion.cli.train import main\n"
         f"status = main('draftp_sd', {words!r})\n"
         f"heavy = [name for name in {HEAVY!r} if name in sys.modules]\n"
         "assert not heavy, heavy\n"

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from nemo_aligner_diffusion.config import schema
+from nemo_aligner_diffusion.config.load import check_launcher, derived, load_config
+from nemo_aligner_diffusion.config.nemo_names import ALIASES, NOT_YET, WITHOUT_EFFECT
 from nemo_aligner_diffusion.errors import ConfigurationError
-from nemo_aligner_diffusion.training import schema
-from nemo_aligner_diffusion.training.config import check_launcher, derived, load_config
-from nemo_aligner_diffusion.training.schema_compat import ALIASES, NOT_YET, WITHOUT_EFFECT
 
 # The published command with its variables filled in, word for word otherwise.
 PUBLISHED = shlex.split("""

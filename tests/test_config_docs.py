@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from nemo_aligner_diffusion.config.docs import documented_keys, tables
+from nemo_aligner_diffusion.config.layers import flatten
+from nemo_aligner_diffusion.config.load import conf_directory, load_config, recipes
 from nemo_aligner_diffusion.training import schema, schema_rewards
-from nemo_aligner_diffusion.training.config import conf_directory, load_config, recipes
-from nemo_aligner_diffusion.training.config_layers import flatten
-from nemo_aligner_diffusion.training.schema_docs import documented_keys, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(conf_directory().rglob("*.yaml"))
@@ -66,7 +66,7 @@ def test_every_key_that_composes_is_in_the_schema(recipe: str) -> None:
 def test_the_documentations_tables_are_current() -> None:
     text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     current = text.split("<!-- keys: begin -->\n")[1].split("<!-- keys: end -->")[0]
-    assert current == tables(), "run: python -m nemo_aligner_diffusion.training.schema_docs docs"
+    assert current == tables(), "run: python -m nemo_aligner_diffusion.config.docs docs"
 
 
 def test_the_schema_knows_the_names_the_code_knows() -> None:

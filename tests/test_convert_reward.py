@@ -20,11 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPModel
 
+from nemo_aligner_diffusion.cli.convert_reward import main
 from nemo_aligner_diffusion.errors import AlignerError
-from nemo_aligner_diffusion.nemo_archive import load_nemo
+from nemo_aligner_diffusion.formats.hub import is_hub_name
+from nemo_aligner_diffusion.formats.nemo import load_nemo
 from nemo_aligner_diffusion.rewards import CLIPReward, build_reward, restore_reward
-from nemo_aligner_diffusion.rewards.convert_cli import main
-from nemo_aligner_diffusion.rewards.hub import is_hub_name
 from nemo_aligner_diffusion.rewards.preprocessing import preprocess
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -181,7 +181,7 @@ def test_open_clip_config_beside_the_checkpoint(tmp_path: Path, images: Tensor, 
 
 def test_heads_of_the_large_models() -> None:
     """ViT-H's vision tower, HPSv2's, has 80 channels a head, not 64: the wrong number changes scores silently."""
-    from nemo_aligner_diffusion.rewards.open_clip_layout import OpenClipChoices, hf_layout
+    from nemo_aligner_diffusion.formats.open_clip import OpenClipChoices, hf_layout
 
     def tower(prefix: str, width: int) -> dict[str, Tensor]:
         return {f"{prefix}transformer.resblocks.0.mlp.c_fc.weight": torch.empty(4 * width, width, device="meta")}

@@ -324,7 +324,7 @@ def test_a_tensor_group_trains_on_one_batch(tmp_path: Path, processes: ProcessPo
 
 
 def test_the_keys_reach_the_loader(tmp_path: Path) -> None:
-    from nemo_aligner_diffusion.training.config import load_config
+    from nemo_aligner_diffusion.config.load import load_config
     from nemo_aligner_diffusion.training.run import _build_data
 
     (tmp_path / "shards").mkdir()

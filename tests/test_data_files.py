@@ -18,8 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemo_aligner_diffusion.data.prompt_files import MAX_PROMPT_BYTES, BadSamples, clean_prompt, read_file
-from nemo_aligner_diffusion.data.tar_stream import walk_tar
 from nemo_aligner_diffusion.errors import DataError
+from nemo_aligner_diffusion.formats.tar import walk_tar
 
 
 def read(path: Path) -> list[str]:

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from data_toy import ODD_PROMPTS
 
+from nemo_aligner_diffusion.cli.prompts_to_shards import main
 from nemo_aligner_diffusion.data.prompts import read_prompts
-from nemo_aligner_diffusion.data.prompts_to_shards import main
 from nemo_aligner_diffusion.data.shards import shard_names, write_prompt_shards
 from nemo_aligner_diffusion.errors import DataError, OutputError
 

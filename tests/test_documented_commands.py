@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_aligner_diffusion.training.cli import parse_arguments
-from nemo_aligner_diffusion.training.config import load_config
+from nemo_aligner_diffusion.cli.train import parse_arguments
+from nemo_aligner_diffusion.config.load import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "docs/slurm.md", "docs/parallelism.md", "docker/README.md")

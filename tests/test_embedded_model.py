@@ -11,14 +11,14 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
+from nemo_aligner_diffusion.config.load import load_config
 from nemo_aligner_diffusion.data.prompts import read_prompts
 from nemo_aligner_diffusion.diffusion.generate import Sampling, generate
 from nemo_aligner_diffusion.diffusion.loading import load_model
 from nemo_aligner_diffusion.embedded_assets import embedded_model_path, embedded_prompts_path, embedded_reward_path
 from nemo_aligner_diffusion.evaluation.diversity import mean_pairwise_distance, recognisability
 from nemo_aligner_diffusion.rewards import restore_reward
-from nemo_aligner_diffusion.training.assemble import build_sampling
-from nemo_aligner_diffusion.training.config import load_config
+from nemo_aligner_diffusion.training.build import build_sampling
 from nemo_aligner_diffusion.training.run import run_training
 
 BROAD = {"a fruit", "an animal", "a vehicle", "a building"}

@@ -84,8 +84,8 @@ def test_recognisability_ranks_the_own_prompt() -> None:
 
 
 def test_a_clip_reward_is_an_embedder() -> None:
-    from nemo_aligner_diffusion.rewards.clip import CLIPReward
-    from nemo_aligner_diffusion.rewards.clip_tokenizer import tokenizer_from_bytes
+    from nemo_aligner_diffusion.rewards.clip.reward import CLIPReward
+    from nemo_aligner_diffusion.rewards.clip.tokenizer import tokenizer_from_bytes
 
     files = tokenizer_files()
     reward = CLIPReward(toy_clip(), tokenizer_from_bytes(files["vocab.json"], files["merges.txt"], "the test"))

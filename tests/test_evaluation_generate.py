@@ -15,12 +15,12 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from tiny import save_tiny_pipeline
 
+from nemo_aligner_diffusion.cli import generate as generate_cli
+from nemo_aligner_diffusion.cli.generate import build_parser, main, parse_seeds, read_request
 from nemo_aligner_diffusion.diffusion.loading import load_model
 from nemo_aligner_diffusion.diffusion.lora import add_lora, save_lora_weights
 from nemo_aligner_diffusion.errors import ConfigurationError
-from nemo_aligner_diffusion.evaluation import generate_cli
 from nemo_aligner_diffusion.evaluation.figures import read_grid
-from nemo_aligner_diffusion.evaluation.generate_cli import build_parser, main, parse_seeds, read_request
 from nemo_aligner_diffusion.evaluation.generation import Result, resolve_settings, run_generation
 from nemo_aligner_diffusion.evaluation.run_files import read_run
 
@@ -215,7 +215,7 @@ def test_the_run_behind_an_adapter_gives_the_settings(pipeline_folder: Path, ada
 
 
 def test_shipped_defaults_are_those_of_the_shipped_configuration() -> None:
-    from nemo_aligner_diffusion.training.config import load_config
+    from nemo_aligner_diffusion.config.load import load_config
 
     infer = load_config("draftp_sd", []).model.infer
     assert infer.inference_steps == generate_cli.DEFAULT_STEPS

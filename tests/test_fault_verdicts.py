@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from nemo_aligner_diffusion.config.load import load_config
 from nemo_aligner_diffusion.errors import ConfigurationError
-from nemo_aligner_diffusion.parallel.health import HealthServer, Launch
-from nemo_aligner_diffusion.parallel.health.messages import Member, Position
-from nemo_aligner_diffusion.parallel.health.progress import Limits, Progress
-from nemo_aligner_diffusion.parallel.health.stragglers import StragglerWatch
-from nemo_aligner_diffusion.parallel.health.verdict import Watch
-from nemo_aligner_diffusion.training.config import load_config
+from nemo_aligner_diffusion.runtime.health import HealthServer, Launch
+from nemo_aligner_diffusion.runtime.health.messages import Member, Position
+from nemo_aligner_diffusion.runtime.health.progress import Limits, Progress
+from nemo_aligner_diffusion.runtime.health.stragglers import StragglerWatch
+from nemo_aligner_diffusion.runtime.health.verdict import Watch
 
 
 def members(size: int) -> list[Member]:

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from nemo_aligner_diffusion.parallel.health import Fault, HealthClient, HealthServer, Launch
-from nemo_aligner_diffusion.parallel.health.launch import ADDRESS_VARIABLE
-from nemo_aligner_diffusion.parallel.health.messages import EXIT_CODE, Line, Position
-from nemo_aligner_diffusion.parallel.health.progress import Limits, Progress
-from nemo_aligner_diffusion.parallel.health.verdict import Watch
+from nemo_aligner_diffusion.runtime.health import Fault, HealthClient, HealthServer, Launch
+from nemo_aligner_diffusion.runtime.health.launch import ADDRESS_VARIABLE
+from nemo_aligner_diffusion.runtime.health.messages import EXIT_CODE, Line, Position
+from nemo_aligner_diffusion.runtime.health.progress import Limits, Progress
+from nemo_aligner_diffusion.runtime.health.verdict import Watch
 
 HERE = Path(__file__).parent
 PACKAGE = HERE.parent / "nemo_aligner_diffusion"
@@ -293,9 +293,9 @@ def test_a_clock_that_jumps_by_days_changes_nothing(tmp_path: Path) -> None:
 
 # Names and records of a run may hold the time of day; decisions may not.
 TIME_OF_DAY_IS_A_RECORD = {
-    "training/run_directory.py": 2,  # the name of a run's folder; started and finished in run.json
+    "runtime/directory.py": 2,  # the name of a run's folder; started and finished in run.json
     "training/run_frame.py": 1,  # the same name, agreed on by all ranks
-    "parallel/health/launch.py": 1,  # torchrun's own file format
+    "runtime/health/launch.py": 1,  # torchrun's own file format
 }
 
 

@@ -17,11 +17,11 @@ import torch
 from test_training_run import overrides
 from tiny import save_tiny_pipeline
 
+from nemo_aligner_diffusion.config.load import load_config
 from nemo_aligner_diffusion.errors import AlignerError, OutputError
-from nemo_aligner_diffusion.training.config import load_config
-from nemo_aligner_diffusion.training.faults import full_disk
+from nemo_aligner_diffusion.runtime.directory import RunDirectory, read_state
+from nemo_aligner_diffusion.runtime.faults import full_disk
 from nemo_aligner_diffusion.training.run import run_training
-from nemo_aligner_diffusion.training.run_directory import RunDirectory, read_state
 
 SIZE = 4 << 20  # bytes
 TELLS = r"(could not be written|cannot write).*No space left on device.*room"

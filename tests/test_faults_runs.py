@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from test_training_run import overrides
 from tiny import save_tiny_pipeline
 
-from nemo_aligner_diffusion.parallel.health.messages import EXIT_CODE
+from nemo_aligner_diffusion.runtime.health.messages import EXIT_CODE
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = str(ROOT / "examples" / "mm" / "stable_diffusion" / "train_sd_draftp.py")

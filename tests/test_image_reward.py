@@ -25,16 +25,16 @@ from image_reward_toy import (
 from safetensors.torch import save_file
 
 from nemo_aligner_diffusion.errors import AlignerError, ArchiveError, CheckpointError, RewardError
-from nemo_aligner_diffusion.nemo_archive import load_nemo, save_nemo
+from nemo_aligner_diffusion.formats.nemo import load_nemo, save_nemo
 from nemo_aligner_diffusion.rewards import build_reward, convert_cli, restore_reward
-from nemo_aligner_diffusion.rewards.clip_model import on_meta
-from nemo_aligner_diffusion.rewards.image_reward import ImageReward, ImageRewardNetwork
-from nemo_aligner_diffusion.rewards.image_reward_archive import (
+from nemo_aligner_diffusion.rewards.clip.network import on_meta
+from nemo_aligner_diffusion.rewards.image_reward.archive import (
     architecture,
     checkpoint_name,
     convert_image_reward_to_nemo,
 )
-from nemo_aligner_diffusion.rewards.image_reward_tokenizer import tokenizer_from_bytes
+from nemo_aligner_diffusion.rewards.image_reward.reward import ImageReward, ImageRewardNetwork
+from nemo_aligner_diffusion.rewards.image_reward.tokenizer import tokenizer_from_bytes
 from nemo_aligner_diffusion.rewards.preprocessing import preprocess
 
 PROMPTS = ["a red apple", "cats!", "a GREEN cat on a purple mat"]

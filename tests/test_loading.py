@@ -12,12 +12,12 @@ import diffusers
 import pytest
 from tiny import save_tiny_pipeline, tiny_pipeline
 
+from nemo_aligner_diffusion.cli.generate import main as generate
+from nemo_aligner_diffusion.cli.train import main
 from nemo_aligner_diffusion.diffusion.loading import load_model
 from nemo_aligner_diffusion.diffusion.plan import Plan
 from nemo_aligner_diffusion.diffusion.trajectory import check_repeatable
 from nemo_aligner_diffusion.errors import AlignerError, CheckpointError, ConfigurationError
-from nemo_aligner_diffusion.evaluation.generate_cli import main as generate
-from nemo_aligner_diffusion.training.cli import main
 
 
 @pytest.fixture

@@ -18,11 +18,11 @@ from omegaconf import OmegaConf
 
 import nemo_aligner_diffusion as package
 from nemo_aligner_diffusion.algorithms.registry import method_of, methods, title_of
+from nemo_aligner_diffusion.config import schema
+from nemo_aligner_diffusion.config.docs import method_table
+from nemo_aligner_diffusion.config.load import conf_directory, load_config
 from nemo_aligner_diffusion.diffusion.plan import check_plan
 from nemo_aligner_diffusion.errors import ConfigurationError
-from nemo_aligner_diffusion.training import schema
-from nemo_aligner_diffusion.training.config import conf_directory, load_config
-from nemo_aligner_diffusion.training.schema_docs import method_table
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "algorithms.md").read_text(encoding="utf-8")
@@ -192,7 +192,7 @@ def test_settings_are_checked_in_python_too() -> None:
 
 def test_the_page_is_current() -> None:
     current = PAGE.split("<!-- keys: begin -->\n")[1].split("<!-- keys: end -->")[0]
-    assert current == method_table(), "run: python -m nemo_aligner_diffusion.training.schema_docs docs"
+    assert current == method_table(), "run: python -m nemo_aligner_diffusion.config.docs docs"
 
 
 def test_a_new_method_is_one_python_file_and_one_yaml(tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_a_new_method_is_one_python_file_and_one_yaml(tmp_path: Path) -> None:
         "from dataclasses import dataclass\n"
         "from nemo_aligner_diffusion.algorithms.base import Method, setting\n"
         "from nemo_aligner_diffusion.diffusion.plan import Plan\n"
-        "from nemo_aligner_diffusion.training.schema_kinds import integer\n"
+        "from nemo_aligner_diffusion.settings import integer\n"
         "@dataclass(frozen=True)\n"
         "class FirstSteps(Method):\n"
         "    '''The first K steps.'''\n"
@@ -222,8 +222,8 @@ def test_a_new_method_is_one_python_file_and_one_yaml(tmp_path: Path) -> None:
         "from nemo_aligner_diffusion.algorithms.registry import method_of\n"
         "from nemo_aligner_diffusion.errors import ConfigurationError\n"
         "from nemo_aligner_diffusion.evaluation.report import title_of\n"
-        "from nemo_aligner_diffusion.training.config import load_config\n"
-        "from nemo_aligner_diffusion.training.schema_docs import method_table\n"
+        "from nemo_aligner_diffusion.config.load import load_config\n"
+        "from nemo_aligner_diffusion.config.docs import method_table\n"
         f"assert method_of(load_config('mine', config_dir={str(tmp_path)!r})) == package.FirstSteps(3)\n"
         "assert method_of(load_config('draftp_sd', ['model.algorithm=first_steps'])) == package.FirstSteps()\n"
         "try:\n"
@@ -260,7 +260,7 @@ def test_functions_classes_and_methods_are_rules(here: Path) -> None:
         "from nemo_aligner_diffusion.algorithms.base import Method, setting\n"
         "from nemo_aligner_diffusion.diffusion.plan import Plan\n"
         "from nemo_aligner_diffusion.errors import ConfigurationError\n"
-        "from nemo_aligner_diffusion.training.schema_kinds import integer\n"
+        "from nemo_aligner_diffusion.settings import integer\n"
         "def only(path, rng, step=0):\n"
         "    return Plan(active=(step,))\n"
         "@dataclass(frozen=True)\n"

@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from nemo_aligner_diffusion.errors import ArchiveError
-from nemo_aligner_diffusion.nemo_archive import Limits, load_nemo, save_nemo
-from nemo_aligner_diffusion.nemo_archive.weights import compare_with_records
+from nemo_aligner_diffusion.formats.nemo import Limits, load_nemo, save_nemo
+from nemo_aligner_diffusion.formats.nemo.weights import compare_with_records
 
 CONFIG = {"target": "some.where.Reward", "eps": 1e-5, "tokenizer": {"vocab_file": "nemo:vocab.json"}}
 STATE = {"a": torch.arange(6.0).reshape(2, 3), "half": torch.tensor([1.5], dtype=torch.float16), "n": torch.tensor(3)}

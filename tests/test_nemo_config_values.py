@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from nemo_aligner_diffusion.nemo_archive.config import parse_config
+from nemo_aligner_diffusion.formats.nemo.config import parse_config
 
 _SPELLINGS = """0 1 -1 +3 007 0o17 08 0x1F -0x1f 0b101 0x 0_ 0_0 00 -0 +0 1_000 1__0 1. .5 1.5 1e5 1e-5 1E+5 -1.5e3 1.e3
 .5e3 .5e-3 1_0.5 1e5_0 .inf -.inf +.INF .Inf .nan .NaN NaN nan NAN inf yes No ON off oFF TRUE true True y n ~ null Null

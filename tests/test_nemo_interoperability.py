@@ -18,11 +18,11 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from transformers import CLIPModel
 
-from nemo_aligner_diffusion.nemo_archive import load_nemo, save_nemo
+from nemo_aligner_diffusion.formats.nemo import load_nemo, save_nemo
 from nemo_aligner_diffusion.rewards import restore_reward
-from nemo_aligner_diffusion.rewards.clip import CLIPReward
-from nemo_aligner_diffusion.rewards.clip_archive import convert_hf_clip_to_nemo
-from nemo_aligner_diffusion.rewards.clip_tokenizer import tokenizer_from_bytes
+from nemo_aligner_diffusion.rewards.clip.archive import convert_hf_clip_to_nemo
+from nemo_aligner_diffusion.rewards.clip.reward import CLIPReward
+from nemo_aligner_diffusion.rewards.clip.tokenizer import tokenizer_from_bytes
 
 if os.environ.get("NAD_REQUIRE_NEMO"):  # CI: an installation gone wrong must not look like a test left out
     import nemo

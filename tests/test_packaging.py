@@ -58,7 +58,7 @@ def test_every_recipe_and_asset_is_in_the_wheel(wheel: Path) -> None:
 def test_configurations_are_found_from_an_empty_directory(installed: Path, tmp_path: Path) -> None:
     code = (
         "import sys, nemo_aligner_diffusion as package\n"
-        "from nemo_aligner_diffusion.training.cli import main\n"
+        "from nemo_aligner_diffusion.cli.train import main\n"
         f"assert package.__file__.startswith({str(installed)!r}), package.__file__\n"
         "sys.exit(main('drtune_sd', ['rm=symmetry', '--cfg']))\n"
     )

@@ -40,12 +40,12 @@ def train(devices: int, recipe: str, more: list[str]) -> dict[str, Any]:
     """Five steps of the embedded model; what came of them, whole, on every rank."""
     import pytorch_lightning as pl
 
+    from nemo_aligner_diffusion.config.load import derived, load_config
     from nemo_aligner_diffusion.data.datamodule import PromptDataModule
     from nemo_aligner_diffusion.embedded_assets import embedded_prompts_path
     from nemo_aligner_diffusion.parallel.strategy import ParallelStrategy
     from nemo_aligner_diffusion.rewards import build_reward
-    from nemo_aligner_diffusion.training.assemble import build_layout, build_model, build_module
-    from nemo_aligner_diffusion.training.config import derived, load_config
+    from nemo_aligner_diffusion.training.build import build_layout, build_model, build_module
 
     words = [
         f"trainer.devices={devices}",

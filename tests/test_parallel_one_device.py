@@ -18,7 +18,7 @@ def step(device: str, fsdp: bool) -> tuple[float, float]:
     from nemo_aligner_diffusion.diffusion.lora import add_lora
     from nemo_aligner_diffusion.parallel.layout import Layout
     from nemo_aligner_diffusion.parallel.parallelism import Parallelism
-    from nemo_aligner_diffusion.parallel.tensor_plans import apply_tensor_parallel
+    from nemo_aligner_diffusion.parallel.tensor.plans import apply_tensor_parallel
 
     plain = tiny_stable_diffusion(torch.float64).to(device)
     add_lora(plain.denoiser, 4, 8.0, target_modules=("to_q", "to_out.0", "ff.net.0.proj", "conv1", "conv2"))

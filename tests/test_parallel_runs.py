@@ -29,7 +29,7 @@ WHAT = {
 
 
 def train(devices: int, pipeline: Path, prompts: Path, directory: Path, more: list[str]) -> int:
-    from nemo_aligner_diffusion.training.config import load_config
+    from nemo_aligner_diffusion.config.load import load_config
     from nemo_aligner_diffusion.training.run import run_training
 
     words = [
@@ -172,7 +172,7 @@ def save_clip_reward(folder: Path) -> Path:
     """A reward whose towers have an even number of heads."""
     from clip_toy import tokenizer_files, toy_clip
 
-    from nemo_aligner_diffusion.rewards.clip_archive import convert_hf_clip_to_nemo
+    from nemo_aligner_diffusion.rewards.clip.archive import convert_hf_clip_to_nemo
 
     return convert_hf_clip_to_nemo(toy_clip(text_heads=4), tokenizer_files(), folder / "clip.nemo")
 
@@ -209,7 +209,7 @@ def train_on_an_unequal_pair(*arguments: Any) -> int:
     """The second process's device is half as fast: so say the probes. The passes keep the two in step."""
     import torch.distributed as dist
 
-    from nemo_aligner_diffusion.training import faults
+    from nemo_aligner_diffusion.runtime import faults
 
     slow = dist.get_rank() == 1
     # what a launcher provides and the watchers meet at

@@ -15,9 +15,10 @@ import torch
 from tiny import save_tiny_pipeline
 
 from benchmarks.planner_check import load, measured, planned
+from nemo_aligner_diffusion.cli.plan import main, take_options
+from nemo_aligner_diffusion.config.load import load_config
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.parallel.layout import Layout
-from nemo_aligner_diffusion.planner.cli import main, take_options
 from nemo_aligner_diffusion.planner.estimate import Assumptions
 from nemo_aligner_diffusion.planner.gpus import GPU, GPUS, gpu_named
 from nemo_aligner_diffusion.planner.ledger import Ledger
@@ -26,8 +27,7 @@ from nemo_aligner_diffusion.planner.presets import MODELS, model_spec
 from nemo_aligner_diffusion.planner.schedule import step_counts
 from nemo_aligner_diffusion.planner.search import Machines, candidate, search
 from nemo_aligner_diffusion.planner.settings import Case, settings_from
-from nemo_aligner_diffusion.training.assemble import build_layout
-from nemo_aligner_diffusion.training.config import load_config
+from nemo_aligner_diffusion.training.build import build_layout
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_layouts_are_searched_with_the_keys_that_were_asked_for(tiny):
 def test_tensor_parallel_ranks_hold_what_the_plan_of_the_cut_says(tiny):
     from diffusers import UNet2DConditionModel
 
-    from nemo_aligner_diffusion.parallel.tensor_plans import cut_share
+    from nemo_aligner_diffusion.parallel.tensor.plans import cut_share
 
     cfg = recipe(tiny, "draftp_sd", 2, "peft=none")
     (_, whole), (_, half) = planned(cfg), planned(cfg, Layout(tensor=2))
@@ -333,7 +333,7 @@ def test_options_are_taken_and_overrides_left():
 
 def test_help_needs_no_torch():
     code = (
-        "import sys; from nemo_aligner_diffusion.planner.cli import main; assert main(['--help']) == 0; "
+        "import sys; from nemo_aligner_diffusion.cli.plan import main; assert main(['--help']) == 0; "
         "assert not {'torch', 'diffusers', 'omegaconf', 'rich'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)

@@ -10,7 +10,7 @@ from gradient_toy import with_adapters
 from tiny import save_tiny_pipeline, tiny_stable_diffusion
 
 from benchmarks.precision_of_gradients import PRECISIONS, cosine, gradients, tiny
-from nemo_aligner_diffusion.training.config import load_config
+from nemo_aligner_diffusion.config.load import load_config
 from nemo_aligner_diffusion.training.run import run_training
 
 

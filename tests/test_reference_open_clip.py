@@ -15,8 +15,8 @@ import pytest
 import torch
 from natural_pictures import photograph
 
+from nemo_aligner_diffusion.cli.convert_reward import main
 from nemo_aligner_diffusion.rewards import CLIPReward, restore_reward
-from nemo_aligner_diffusion.rewards.convert_cli import main
 from nemo_aligner_diffusion.rewards.preprocessing import preprocess
 
 REFERENCE = Path(os.environ.get("NAD_REFERENCE") or Path(sys.prefix, "reference"))
@@ -75,7 +75,7 @@ def test_converted_checkpoints_score_as_open_clip_does(
 
 
 def test_tokens_are_open_clips(theirs: Path) -> None:
-    from nemo_aligner_diffusion.rewards.clip_tokenizer import read_tokenizer_files, tokenizer_from_bytes
+    from nemo_aligner_diffusion.rewards.clip.tokenizer import read_tokenizer_files, tokenizer_from_bytes
 
     files = read_tokenizer_files(theirs / "tokenizer")
     tokenizer = tokenizer_from_bytes(files["vocab.json"], files["merges.txt"], "t")

@@ -23,8 +23,8 @@ from nemo_aligner_diffusion.reward_training.preference_clip import (
 )
 from nemo_aligner_diffusion.reward_training.preference_data import PreferenceDataset
 from nemo_aligner_diffusion.rewards import restore_reward
-from nemo_aligner_diffusion.rewards.clip import CLIPReward
-from nemo_aligner_diffusion.rewards.clip_tokenizer import tokenizer_from_bytes
+from nemo_aligner_diffusion.rewards.clip.reward import CLIPReward
+from nemo_aligner_diffusion.rewards.clip.tokenizer import tokenizer_from_bytes
 from tests.clip_toy import tokenizer_files as toy_tokenizer_files
 from tests.clip_toy import toy_clip
 from tests.reward_training_toy import blue_shards, toy_nemo

@@ -18,12 +18,12 @@ import torch
 from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError, OutputError
 from nemo_aligner_diffusion.reward_training import evaluate_cli, train_cli
 from nemo_aligner_diffusion.reward_training.calibration import preference_figures
-from nemo_aligner_diffusion.reward_training.config import KEYS, accumulation, documented_keys, load_reward_config
+from nemo_aligner_diffusion.reward_training.configuration import KEYS, accumulation, documented_keys, load_reward_config
 from nemo_aligner_diffusion.reward_training.evaluate import score_pairs
 from nemo_aligner_diffusion.reward_training.run import run_reward_training
 from nemo_aligner_diffusion.rewards import restore_reward
 from nemo_aligner_diffusion.rewards.symmetry import MirrorSymmetry
-from nemo_aligner_diffusion.training.signals import Interrupted, Interruption
+from nemo_aligner_diffusion.runtime.signals import Interrupted, Interruption
 from tests.process_pool import ProcessPool
 from tests.reward_training_toy import blue_shards, overrides, run_told, toy_nemo
 
@@ -383,7 +383,7 @@ def test_mistakes_are_one_line(folder: Path, tmp_path: Path, capsys: pytest.Capt
 
 
 def test_a_reward_that_is_no_clip(folder: Path, tmp_path: Path) -> None:
-    from nemo_aligner_diffusion.nemo_archive import save_nemo
+    from nemo_aligner_diffusion.formats.nemo import save_nemo
 
     save_nemo(tmp_path / "other.nemo", {"target": "somebody.elses.Model"}, {"a": torch.zeros(1)}, {})
     cfg = load_reward_config(overrides(folder, "other", model__restore_from_path=tmp_path / "other.nemo"))

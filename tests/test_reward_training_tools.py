@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from nemo_aligner_diffusion.data.prompt_files import BadSamples
-from nemo_aligner_diffusion.reward_training import evaluate_cli, rule_cli, rule_judge, train_cli
-from nemo_aligner_diffusion.reward_training.convert_cli import (
+from nemo_aligner_diffusion.cli.preferences_to_shards import (
     folder_main,
     folder_parser,
     parquet_main,
     parquet_parser,
 )
+from nemo_aligner_diffusion.data.prompt_files import BadSamples
+from nemo_aligner_diffusion.reward_training import evaluate_cli, rule_cli, rule_judge, train_cli
 from nemo_aligner_diffusion.reward_training.preference_shards import PreferencePair, read_preference_file
 from tests.reward_training_toy import blue_pairs
 
@@ -210,8 +210,8 @@ def documented_commands() -> list[list[str]]:
 
 
 def test_the_pages_commands_are_understood() -> None:
-    from nemo_aligner_diffusion.reward_training.config import load_reward_config
-    from nemo_aligner_diffusion.training.config import load_config
+    from nemo_aligner_diffusion.config.load import load_config
+    from nemo_aligner_diffusion.reward_training.configuration import load_reward_config
 
     parsers = {
         "test_reward_model.py": evaluate_cli.build_parser,
@@ -238,8 +238,8 @@ def test_the_pages_commands_are_understood() -> None:
 @pytest.mark.slow
 def test_the_whole_loop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As the page has it, with few pictures and steps: preferences, reward, its test, tuning on it, judging."""
-    from nemo_aligner_diffusion.training import cli
-    from nemo_aligner_diffusion.training.run_directory import read_state
+    from nemo_aligner_diffusion.cli import train as cli
+    from nemo_aligner_diffusion.runtime.directory import read_state
 
     preferences, reward, tuned = tmp_path / "preferences", tmp_path / "reward", tmp_path / "tuned"
     few = ["--prompts", "6", "--seeds-per-prompt", "3", "--steps", "4"]

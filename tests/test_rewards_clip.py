@@ -22,9 +22,9 @@ from clip_toy import (
 from omegaconf import OmegaConf
 
 from nemo_aligner_diffusion.errors import AlignerError, ArchiveError, RewardError
-from nemo_aligner_diffusion.nemo_archive import Limits, load_nemo, save_nemo
+from nemo_aligner_diffusion.formats.nemo import Limits, load_nemo, save_nemo
 from nemo_aligner_diffusion.rewards import CLIPReward, convert_hf_clip_to_nemo, restore_reward
-from nemo_aligner_diffusion.rewards.clip_tokenizer import tokenizer_from_bytes
+from nemo_aligner_diffusion.rewards.clip.tokenizer import tokenizer_from_bytes
 from nemo_aligner_diffusion.rewards.preprocessing import preprocess
 
 PROMPTS = ["a red apple", "cat", "Grün & 猫!"]

@@ -13,11 +13,11 @@ import torch
 from tiny import save_tiny_pipeline
 from torch import nn
 
+from nemo_aligner_diffusion.config.load import load_config
 from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError, RewardError
 from nemo_aligner_diffusion.rewards import build_reward
 from nemo_aligner_diffusion.rewards.build import import_paths
 from nemo_aligner_diffusion.rewards.custom import CustomReward, load_custom
-from nemo_aligner_diffusion.training.config import load_config
 from nemo_aligner_diffusion.training.run import run_training
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -236,8 +236,8 @@ def test_missing_path_and_paths_found_in_a_configuration() -> None:
 
 
 def test_nothing_is_imported_because_a_run_directory_names_it(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from nemo_aligner_diffusion.cli.generate import build_parser, read_request
     from nemo_aligner_diffusion.evaluation import generation
-    from nemo_aligner_diffusion.evaluation.generate_cli import build_parser, read_request
     from nemo_aligner_diffusion.evaluation.run_files import RunFiles
 
     module(

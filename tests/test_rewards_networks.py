@@ -25,6 +25,7 @@ from transformers.models.owlvit.image_processing_pil_owlvit import OwlViTImagePr
 from transformers.models.perceiver.image_processing_pil_perceiver import PerceiverImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from nemo_aligner_diffusion.config.load import load_config
 from nemo_aligner_diffusion.embedded_assets import embedded_reward_path
 from nemo_aligner_diffusion.errors import ConfigurationError, RewardError
 from nemo_aligner_diffusion.rewards import (
@@ -38,7 +39,6 @@ from nemo_aligner_diffusion.rewards.classifier import ClassifierReward, class_in
 from nemo_aligner_diffusion.rewards.detection import DetectionReward
 from nemo_aligner_diffusion.rewards.feature_symmetry import FeatureSymmetry
 from nemo_aligner_diffusion.rewards.image_processor import ImageProcessor
-from nemo_aligner_diffusion.training.config import load_config
 
 
 def pictures(count: int, height: int, width: int, seed: int = 0) -> Tensor:

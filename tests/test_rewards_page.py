@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_aligner_diffusion.training import schema
-from nemo_aligner_diffusion.training.config import groups, load_config
+from nemo_aligner_diffusion.config import schema
+from nemo_aligner_diffusion.config.load import groups, load_config
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "rewards.md").read_text(encoding="utf-8")
 COMMANDS = [" ".join(code.split()) for code in re.findall(r"`(rm[=.][^`<]*=[^`<]*|rm=[^`<]+)`", PAGE)]

@@ -153,8 +153,8 @@ def test_statistics_of_nothing_and_of_damage(tmp_path: Any) -> None:
 
 
 def test_a_run_is_judged_on_the_scale_it_was_trained_on(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    from nemo_aligner_diffusion.cli.generate import build_parser, read_request
     from nemo_aligner_diffusion.evaluation import generation
-    from nemo_aligner_diffusion.evaluation.generate_cli import build_parser, read_request
     from nemo_aligner_diffusion.evaluation.run_files import RunFiles
 
     section = {"name": "composite", "parts": {"symmetry": {"normalize": "base"}}}

@@ -14,7 +14,7 @@ PROGRAM = f"""
 import atexit, sys
 sys.path.insert(0, {str(ROOT)!r})
 from nemo_aligner_diffusion.errors import ConfigurationError
-from nemo_aligner_diffusion.training.cli import told
+from nemo_aligner_diffusion.cli.train import told
 
 class Teardown:
     def __del__(self): print("teardown", flush=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from nemo_aligner_diffusion.errors import ConfigurationError
-from nemo_aligner_diffusion.parallel.launch import free_port, is_launched, start_processes
+from nemo_aligner_diffusion.runtime.launch import free_port, is_launched, start_processes
 
 ROOT = Path(__file__).parent.parent
 PATIENCE = 120.0  # seconds until a test gives up; the processes below would sleep for longer than all of its waits
@@ -22,8 +22,8 @@ PATIENCE = 120.0  # seconds until a test gives up; the processes below would sle
 PROGRAM = f"""
 import json, os, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from nemo_aligner_diffusion.parallel import launch
-from nemo_aligner_diffusion.parallel.health.processes import death_of, is_running
+from nemo_aligner_diffusion.runtime import launch
+from nemo_aligner_diffusion.runtime.health.processes import death_of, is_running
 launch.SECONDS_AFTER_A_CRASH = 0.5
 word, folder, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
 code = launch.start_processes(count, 1)
@@ -44,7 +44,7 @@ if word == "polite":
 if word == "deaf" and rank == 0:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 if word == "same":
-    from nemo_aligner_diffusion.parallel.health.launch import claim_first_word
+    from nemo_aligner_diffusion.runtime.health.launch import claim_first_word
     for text in ("no such device", "no such file"):
         if claim_first_word(text): print(text, file=sys.stderr)
 note("here", {{**{{name: os.environ[name] for name in names}}, "pid": os.getpid(), "argv": sys.argv[1:]}})

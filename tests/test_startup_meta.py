@@ -11,9 +11,9 @@ from test_checkpoints import to_ldm_unet
 from tiny import save_tiny_pipeline, tiny_parts
 from torch import nn
 
-from nemo_aligner_diffusion.diffusion.checkpoints import empty_module, load_component, read_tensors
 from nemo_aligner_diffusion.diffusion.loading import load_model
 from nemo_aligner_diffusion.errors import CheckpointError
+from nemo_aligner_diffusion.formats.checkpoints import empty_module, load_component, read_tensors
 
 
 @pytest.fixture(scope="module")

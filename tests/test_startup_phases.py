@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from nemo_aligner_diffusion.training.startup import Startup, begin, process_age, summary, take
+from nemo_aligner_diffusion.runtime.startup import Startup, begin, process_age, summary, take
 
 
 class Clock:
@@ -92,7 +92,7 @@ def test_of_several_processes_the_slowest_is_named():
 def test_the_time_before_our_first_line_is_known():
     program = (
         "import time; time.sleep(0.6)\n"
-        "from nemo_aligner_diffusion.training.startup import Startup\n"
+        "from nemo_aligner_diffusion.runtime.startup import Startup\n"
         "import sys; assert 'torch' not in sys.modules\n"
         "print(Startup().seconds['python'])"
     )

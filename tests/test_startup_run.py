@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from tiny import save_tiny_pipeline
 
+from nemo_aligner_diffusion.config.load import load_config
 from nemo_aligner_diffusion.evaluation.report import write_report
-from nemo_aligner_diffusion.training.config import load_config
 from nemo_aligner_diffusion.training.run import run_training
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples/mm/stable_diffusion/train_sd_draftp.py"

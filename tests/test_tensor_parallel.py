@@ -14,7 +14,7 @@ import torch
 from process_pool import ProcessPool
 
 from nemo_aligner_diffusion.errors import ConfigurationError
-from nemo_aligner_diffusion.parallel.tensor_plans import TENSOR_PLANS, check_tensor_parallel, cut_share
+from nemo_aligner_diffusion.parallel.tensor.plans import TENSOR_PLANS, check_tensor_parallel, cut_share
 
 
 @pytest.mark.parametrize("mode", ["full", "lora"])
@@ -118,11 +118,11 @@ def test_sizes_that_work_pass_the_check() -> None:
 def test_a_missing_engine_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "megatron", None)
     monkeypatch.setitem(sys.modules, "megatron.core", None)
-    monkeypatch.delitem(sys.modules, "nemo_aligner_diffusion.parallel.tensor_layers", raising=False)
+    monkeypatch.delitem(sys.modules, "nemo_aligner_diffusion.parallel.tensor.layers", raising=False)
     with pytest.raises(ConfigurationError, match=r"nemo-aligner-diffusion\[megatron\]"):
         check_tensor_parallel(SD15, 2)
     with pytest.raises(ConfigurationError, match=r"nemo-aligner-diffusion\[megatron\]"):
-        importlib.import_module("nemo_aligner_diffusion.parallel.tensor_layers")
+        importlib.import_module("nemo_aligner_diffusion.parallel.tensor.layers")
     check_tensor_parallel(SD15, 1)
 
 

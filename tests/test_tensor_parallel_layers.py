@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 def _layers() -> Any:
-    from nemo_aligner_diffusion.parallel import tensor_layers
+    from nemo_aligner_diffusion.parallel.tensor import layers as tensor_layers
 
     return tensor_layers
 
@@ -143,7 +143,7 @@ def as_peft_does_it() -> None:
     from peft.tuners.lora.tp_layer import LoraParallelLinear
 
     from nemo_aligner_diffusion.parallel.placements import placements
-    from nemo_aligner_diffusion.parallel.tensor_lora import cut_layer_inputs, cut_layer_outputs
+    from nemo_aligner_diffusion.parallel.tensor.lora import cut_layer_inputs, cut_layer_outputs
 
     class TensorColumn(ColumnParallelLinear):  # type: ignore[misc]
         def forward(self, *args: Any) -> Any:

@@ -21,12 +21,12 @@ from safetensors.torch import load_file, save_file
 from training_toy import Toy, fit
 
 from nemo_aligner_diffusion.errors import CheckpointError, OutputError
-from nemo_aligner_diffusion.training.checkpoint_files import record_of, verify, write_manifest
-from nemo_aligner_diffusion.training.checkpoint_io import FolderCheckpointIO, share_out
-from nemo_aligner_diffusion.training.checkpoint_storage import DTYPES, write_tensors
-from nemo_aligner_diffusion.training.checkpoint_tree import put_together, take_apart
-from nemo_aligner_diffusion.training.checkpointing import find_resume_point
-from nemo_aligner_diffusion.training.ema import EMACallback
+from nemo_aligner_diffusion.training.callbacks.ema import EMACallback
+from nemo_aligner_diffusion.training.checkpoints.callback import find_resume_point
+from nemo_aligner_diffusion.training.checkpoints.files import record_of, verify, write_manifest
+from nemo_aligner_diffusion.training.checkpoints.io import FolderCheckpointIO, share_out
+from nemo_aligner_diffusion.training.checkpoints.storage import DTYPES, write_tensors
+from nemo_aligner_diffusion.training.checkpoints.tree import put_together, take_apart
 
 
 def test_a_state_comes_back_as_it_was() -> None:
@@ -157,7 +157,7 @@ sys.path.insert(0, {tests!r})
 import torch
 from training_toy import Toy, fit
 from nemo_aligner_diffusion.errors import OutputError
-from nemo_aligner_diffusion.training.interruption import Interruption, InterruptionCallback
+from nemo_aligner_diffusion.training.callbacks.interruption import Interruption, InterruptionCallback
 
 run = Path(sys.argv[1])
 interruption = Interruption()

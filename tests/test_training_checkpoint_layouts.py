@@ -33,14 +33,14 @@ def train(devices: int, words: list[str], folder: str, steps: int, resume_from: 
     """Train to ``steps`` with a checkpoint at the end, and one of the state that was restored, at the beginning."""
     import pytorch_lightning as pl
 
+    from nemo_aligner_diffusion.config.load import derived, load_config
     from nemo_aligner_diffusion.data.datamodule import PromptDataModule
     from nemo_aligner_diffusion.embedded_assets import embedded_prompts_path
     from nemo_aligner_diffusion.parallel.strategy import ParallelStrategy
     from nemo_aligner_diffusion.rewards import build_reward
-    from nemo_aligner_diffusion.training.assemble import build_layout, build_model, build_module
-    from nemo_aligner_diffusion.training.checkpointing import TrainingCheckpoint, find_resume_point
-    from nemo_aligner_diffusion.training.config import derived, load_config
-    from nemo_aligner_diffusion.training.ema import EMACallback
+    from nemo_aligner_diffusion.training.build import build_layout, build_model, build_module
+    from nemo_aligner_diffusion.training.callbacks.ema import EMACallback
+    from nemo_aligner_diffusion.training.checkpoints.callback import TrainingCheckpoint, find_resume_point
 
     cfg = load_config("draftp_sd", [*WORDS, f"trainer.devices={devices}", *words])
     layout = build_layout(cfg)

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from training_toy import Toy, fit
 
 from nemo_aligner_diffusion.errors import CheckpointError
-from nemo_aligner_diffusion.training.checkpointing import find_resume_point
-from nemo_aligner_diffusion.training.ema import EMACallback
-from nemo_aligner_diffusion.training.interruption import RunTimer
+from nemo_aligner_diffusion.training.callbacks.ema import EMACallback
+from nemo_aligner_diffusion.training.callbacks.interruption import RunTimer
+from nemo_aligner_diffusion.training.checkpoints.callback import find_resume_point
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

@@ -11,7 +11,7 @@ import torch
 from training_toy import Toy, fit
 
 from nemo_aligner_diffusion.errors import ConfigurationError
-from nemo_aligner_diffusion.training.ema import EMACallback
+from nemo_aligner_diffusion.training.callbacks.ema import EMACallback
 
 
 class Recorder(pl.Callback):

@@ -18,22 +18,22 @@ from torch.utils.data import DataLoader
 from training_toy import Numbers, Toy, fit
 
 from nemo_aligner_diffusion.errors import ConfigurationError
-from nemo_aligner_diffusion.training.checkpointing import find_resume_point
-from nemo_aligner_diffusion.training.interruption import (
+from nemo_aligner_diffusion.runtime.directory import RunDirectory, read_state
+from nemo_aligner_diffusion.training.callbacks.interruption import (
     Interrupted,
     Interruption,
     InterruptionCallback,
     parse_duration,
     run_then_close,
 )
-from nemo_aligner_diffusion.training.run_directory import RunDirectory, read_state
+from nemo_aligner_diffusion.training.checkpoints.callback import find_resume_point
 
 PROGRAM = """
 import sys, time
 sys.path.insert(0, {tests!r})
 from training_toy import Toy, fit
-from nemo_aligner_diffusion.training.interruption import Interruption, InterruptionCallback, run_then_close
-from nemo_aligner_diffusion.training.run_directory import RunDirectory
+from nemo_aligner_diffusion.training.callbacks.interruption import Interruption, InterruptionCallback, run_then_close
+from nemo_aligner_diffusion.runtime.directory import RunDirectory
 
 run = RunDirectory.prepare({{"explicit_log_dir": sys.argv[1]}})
 run.begin()
@@ -261,7 +261,7 @@ def test_durations() -> None:
 def test_after_dismissal_signals_do_not_change_the_exit_status() -> None:
     program = """
 import os, signal, sys
-from nemo_aligner_diffusion.training.signals import Interruption
+from nemo_aligner_diffusion.runtime.signals import Interruption
 interruption = Interruption()
 with interruption:
     interruption.dismiss()

@@ -11,8 +11,13 @@ from omegaconf import OmegaConf
 from training_toy import Toy, fit
 
 from nemo_aligner_diffusion.errors import ConfigurationError
-from nemo_aligner_diffusion.training.checkpointing import find_resume_point
-from nemo_aligner_diffusion.training.metrics_logging import CSVTable, build_loggers, peak_memory_bytes, wandb_arguments
+from nemo_aligner_diffusion.training.callbacks.metrics import (
+    CSVTable,
+    build_loggers,
+    peak_memory_bytes,
+    wandb_arguments,
+)
+from nemo_aligner_diffusion.training.checkpoints.callback import find_resume_point
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

@@ -17,7 +17,7 @@ from training_toy import Toy, fit
 
 from nemo_aligner_diffusion.errors import ConfigurationError, NumericalError
 from nemo_aligner_diffusion.parallel.module import ParallelModule
-from nemo_aligner_diffusion.training.non_finite import NonFinitePolicy
+from nemo_aligner_diffusion.training.callbacks.non_finite import NonFinitePolicy
 
 
 @pytest.mark.parametrize("name", ["fused_adam", "adamw", "adam", "sgd"])

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from training_toy import Toy, fit
 
-from nemo_aligner_diffusion.training.checkpointing import find_resume_point
-from nemo_aligner_diffusion.training.progress import TrainingProgress, clock
+from nemo_aligner_diffusion.training.callbacks.progress import TrainingProgress, clock
+from nemo_aligner_diffusion.training.checkpoints.callback import find_resume_point
 
 LINE = re.compile(
     r"step \d+/\d+  reward -?\d+\.\d{4}  KL [\d.e+-]+  \d+\.\d\d images/s  ((\d+ s|\d+:\d\d) left|took .*)"

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 from tiny import save_tiny_pipeline
 
+from nemo_aligner_diffusion.config.load import load_config
 from nemo_aligner_diffusion.errors import RewardError
 from nemo_aligner_diffusion.rewards.parts import STATISTICS_FILE
-from nemo_aligner_diffusion.training.checkpoint_files import record_of, write_manifest
-from nemo_aligner_diffusion.training.config import load_config
+from nemo_aligner_diffusion.training.checkpoints.files import record_of, write_manifest
 from nemo_aligner_diffusion.training.run import run_training
 
 ROOT = Path(__file__).resolve().parents[1]

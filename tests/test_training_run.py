@@ -16,8 +16,8 @@ import pytest
 import torch
 from tiny import save_tiny_pipeline, tiny_stable_diffusion
 
+from nemo_aligner_diffusion.config.load import load_config
 from nemo_aligner_diffusion.errors import ConfigurationError, NumericalError, OutputError
-from nemo_aligner_diffusion.training.config import load_config
 from nemo_aligner_diffusion.training.run import run_training
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,7 +14,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from nemo_aligner_diffusion.errors import OutputError
-from nemo_aligner_diffusion.training.run_directory import (
+from nemo_aligner_diffusion.runtime.directory import (
     RunDirectory,
     atomic_path,
     read_state,
@@ -113,7 +113,7 @@ def test_a_run_that_failed_at_its_data_may_be_tried_again(tmp_path: Path) -> Non
 
 def test_a_directory_in_use(tmp_path: Path) -> None:
     program = (
-        "import sys, time; from nemo_aligner_diffusion.training.run_directory import RunDirectory;"
+        "import sys, time; from nemo_aligner_diffusion.runtime.directory import RunDirectory;"
         f"RunDirectory.prepare({{'explicit_log_dir': {str(tmp_path)!r}}}).begin([]); print('ready', flush=True);"
         "time.sleep(60)"
     )
@@ -180,7 +180,7 @@ def _umask() -> int:
 
 def test_it_needs_no_torch(tmp_path: Path) -> None:
     program = (
-        "import sys; from nemo_aligner_diffusion.training.run_directory import RunDirectory;"
+        "import sys; from nemo_aligner_diffusion.runtime.directory import RunDirectory;"
         f"RunDirectory.prepare({{'explicit_log_dir': {str(tmp_path)!r}}}).begin([]);"
         "print(sorted({'torch', 'pytorch_lightning', 'diffusers', 'transformers'} & set(sys.modules)))"
     )

@@ -15,8 +15,8 @@ from reward_training_toy import blue_shards, overrides, run_told, toy_nemo
 
 from nemo_aligner_diffusion.errors import ConfigurationError, OutputError
 from nemo_aligner_diffusion.rewards import restore_reward
-from nemo_aligner_diffusion.training.run_directory import RunDirectory, process_rank, read_state
-from nemo_aligner_diffusion.training.slurm import EXIT_REQUEUE, Requeue, SlurmJob, check_tasks
+from nemo_aligner_diffusion.runtime.directory import RunDirectory, process_rank, read_state
+from nemo_aligner_diffusion.runtime.slurm import EXIT_REQUEUE, Requeue, SlurmJob, check_tasks
 
 RUNNING = {"JobState": "RUNNING", "Requeue": "1", "Restarts": "0", "BatchFlag": "1", "PreemptTime": "None"}
 RESUMES = {"resume_if_exists": True, "resume_ignore_no_checkpoint": True, "requeue_on_preemption": True}
@@ -285,7 +285,7 @@ def test_a_whole_run_goes_on_after_its_time(scontrol: Scontrol, tmp_path: Path) 
         f"exp_manager.explicit_log_dir={tmp_path / 'run'}",
         "exp_manager.requeue_on_max_time=True",
     ]
-    program = "import sys; from nemo_aligner_diffusion.training.cli import train_draftp; sys.exit(train_draftp())"
+    program = "import sys; from nemo_aligner_diffusion.cli.train import train_draftp; sys.exit(train_draftp())"
 
     def start(restarts: int, *more: str) -> str:
         environment = {**os.environ, **job, "SLURM_RESTART_COUNT": str(restarts)}

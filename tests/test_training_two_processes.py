@@ -16,9 +16,9 @@ import os, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from training_toy import Toy, fit
-from nemo_aligner_diffusion.parallel.launch import end
-from nemo_aligner_diffusion.training.checkpointing import find_resume_point
-from nemo_aligner_diffusion.training.interruption import Interruption, InterruptionCallback, RunTimer
+from nemo_aligner_diffusion.runtime.launch import end
+from nemo_aligner_diffusion.training.checkpoints.callback import find_resume_point
+from nemo_aligner_diffusion.training.callbacks.interruption import Interruption, InterruptionCallback, RunTimer
 
 rank, root = int(os.environ["RANK"]), Path(sys.argv[1])
 options = dict(accumulate=2, strategy="ddp", devices=2, use_distributed_sampler=False)

@@ -15,16 +15,16 @@ from omegaconf import DictConfig
 from safetensors.torch import load_file
 from tiny import save_tiny_pipeline
 
+from nemo_aligner_diffusion.config.load import load_config
 from nemo_aligner_diffusion.errors import ConfigurationError
-from nemo_aligner_diffusion.parallel.health import Launch, Limits, Progress
-from nemo_aligner_diffusion.parallel.launch import join
 from nemo_aligner_diffusion.rewards import build_reward
-from nemo_aligner_diffusion.training.assemble import build_model, build_module
-from nemo_aligner_diffusion.training.config import load_config
-from nemo_aligner_diffusion.training.faults import RunWatch
-from nemo_aligner_diffusion.training.interruption import Interruption
+from nemo_aligner_diffusion.runtime.directory import RunDirectory
+from nemo_aligner_diffusion.runtime.faults import RunWatch
+from nemo_aligner_diffusion.runtime.health import Launch, Limits, Progress
+from nemo_aligner_diffusion.runtime.launch import join
+from nemo_aligner_diffusion.training.build import build_model, build_module
+from nemo_aligner_diffusion.training.callbacks.interruption import Interruption
 from nemo_aligner_diffusion.training.run import run_training
-from nemo_aligner_diffusion.training.run_directory import RunDirectory
 from nemo_aligner_diffusion.training.run_frame import RunFrame
 
 TWO = ["trainer.devices=2", "model.micro_batch_size=1", "model.global_batch_size=2"]
@@ -42,8 +42,8 @@ def timeouts(folder: Path) -> dict[str, timedelta]:
     from nemo_aligner_diffusion.parallel import broadcast
     from nemo_aligner_diffusion.parallel.layout import Layout
     from nemo_aligner_diffusion.parallel.strategy import ParallelStrategy
-    from nemo_aligner_diffusion.training.checkpointing import TrainingCheckpoint
-    from nemo_aligner_diffusion.training.faults import process_group_timeout
+    from nemo_aligner_diffusion.runtime.faults import process_group_timeout
+    from nemo_aligner_diffusion.training.checkpoints.callback import TrainingCheckpoint
 
     class Replica(Toy):
         def configure_model(self) -> None:

@@ -14,6 +14,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from nemo_aligner_diffusion.algorithms import AlignProp, DRaFT, DRaFTK, DRaFTLV, DRaFTPlus, DRTune, ReFL
 from nemo_aligner_diffusion.algorithms.reward_tuning import RewardTuning
+from nemo_aligner_diffusion.config.load import load_config
 from nemo_aligner_diffusion.diffusion.generate import Sampling
 from nemo_aligner_diffusion.diffusion.loading import load_model
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
@@ -25,8 +26,7 @@ from nemo_aligner_diffusion.evaluation.report_pictures import load_grid
 from nemo_aligner_diffusion.evaluation.run_files import column, read_run
 from nemo_aligner_diffusion.parallel.layout import Layout
 from nemo_aligner_diffusion.rewards import build_reward
-from nemo_aligner_diffusion.training.assemble import build_layout, build_model, build_module
-from nemo_aligner_diffusion.training.config import load_config
+from nemo_aligner_diffusion.training.build import build_layout, build_model, build_module
 from nemo_aligner_diffusion.training.run import _build_data, run_training
 
 

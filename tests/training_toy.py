@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from nemo_aligner_diffusion.training.checkpointing import ResumePoint, TrainingCheckpoint
-from nemo_aligner_diffusion.training.metrics_logging import MetricsCSV
-from nemo_aligner_diffusion.training.missed_validation import MissedValidation
-from nemo_aligner_diffusion.training.non_finite import NonFinitePolicy
+from nemo_aligner_diffusion.training.callbacks.metrics import MetricsCSV
+from nemo_aligner_diffusion.training.callbacks.missed_validation import MissedValidation
+from nemo_aligner_diffusion.training.callbacks.non_finite import NonFinitePolicy
+from nemo_aligner_diffusion.training.checkpoints.callback import ResumePoint, TrainingCheckpoint
 from nemo_aligner_diffusion.training.optimizers import build_optimizer
 from nemo_aligner_diffusion.training.schedules import build_schedule
 

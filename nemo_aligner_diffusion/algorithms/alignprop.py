@@ -9,7 +9,7 @@ from statistics import NormalDist
 from nemo_aligner_diffusion.algorithms.base import Method, setting
 from nemo_aligner_diffusion.diffusion.plan import Plan, SamplingPath
 from nemo_aligner_diffusion.errors import ConfigurationError
-from nemo_aligner_diffusion.training.schema_kinds import FRACTION, choice, integer, number
+from nemo_aligner_diffusion.settings import FRACTION, choice, integer, number
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from nemo_aligner_diffusion.diffusion.plan import Plan, SamplingPath
 from nemo_aligner_diffusion.errors import ConfigurationError
-from nemo_aligner_diffusion.training.schema_kinds import Kind
+from nemo_aligner_diffusion.settings import Kind
 
 CUSTOM_SECTION = "custom_algorithm"  # model.custom_algorithm.*: the settings of a user's own method
 

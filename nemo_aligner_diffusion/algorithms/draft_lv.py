@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from nemo_aligner_diffusion.algorithms.base import Method, setting
 from nemo_aligner_diffusion.diffusion.plan import Plan, SamplingPath
-from nemo_aligner_diffusion.training.schema_kinds import BOOL, integer
+from nemo_aligner_diffusion.settings import BOOL, integer
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from nemo_aligner_diffusion.algorithms.base import setting
 from nemo_aligner_diffusion.algorithms.draft_k import TRUNCATION_MEANING, TRUNCATION_STEPS, DRaFTK
-from nemo_aligner_diffusion.training.schema_kinds import integer
+from nemo_aligner_diffusion.settings import integer
 
 
 @dataclass(frozen=True)

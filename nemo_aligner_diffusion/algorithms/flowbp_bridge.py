@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from nemo_aligner_diffusion.algorithms.base import Method, setting
 from nemo_aligner_diffusion.algorithms.flowbp_sparse import draw_late, gain_of
 from nemo_aligner_diffusion.diffusion.plan import Plan, SamplingPath
-from nemo_aligner_diffusion.training.schema_kinds import PART, integer, number
+from nemo_aligner_diffusion.settings import PART, integer, number
 
 
 @dataclass(frozen=True)

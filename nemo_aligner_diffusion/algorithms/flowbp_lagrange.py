@@ -8,7 +8,7 @@ from typing import Any
 from nemo_aligner_diffusion.algorithms.base import setting
 from nemo_aligner_diffusion.algorithms.leapalign import LeapAlign, Leaps
 from nemo_aligner_diffusion.diffusion.plan import Plan, SamplingPath, Trace
-from nemo_aligner_diffusion.training.schema_kinds import PART, Kind, integer, number
+from nemo_aligner_diffusion.settings import PART, Kind, integer, number
 
 DIRICHLET = Kind("floats", low=0, open_low=True, length=3)
 

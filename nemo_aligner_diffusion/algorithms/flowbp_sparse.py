@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from nemo_aligner_diffusion.algorithms.base import Method, setting
 from nemo_aligner_diffusion.diffusion.plan import Plan, SamplingPath
-from nemo_aligner_diffusion.training.schema_kinds import integer, number
+from nemo_aligner_diffusion.settings import integer, number
 
 
 def draw_late(steps: range, count: int, bias: float, rng: random.Random) -> list[int]:

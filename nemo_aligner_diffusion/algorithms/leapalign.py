@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from nemo_aligner_diffusion.algorithms.base import Method, setting
 from nemo_aligner_diffusion.diffusion.plan import Plan, SamplingPath, Trace
-from nemo_aligner_diffusion.training.schema_kinds import PART, number
+from nemo_aligner_diffusion.settings import PART, number
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,7 +12,7 @@ from nemo_aligner_diffusion.diffusion.generate import Sampling, generate
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.parallel.module import ParallelModule
 from nemo_aligner_diffusion.rewards.base import Reward, scores_of
-from nemo_aligner_diffusion.training.signals import Interrupted
+from nemo_aligner_diffusion.runtime.signals import Interrupted
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_aligner_diffusion.algorithms.base import CUSTOM_SECTION, Method
 from nemo_aligner_diffusion.algorithms.custom import is_import_path, load_method
-from nemo_aligner_diffusion.training.schema_kinds import ANY, Kind
+from nemo_aligner_diffusion.settings import ANY, Kind
 
 _PACKAGE = "nemo_aligner_diffusion.algorithms"
 # Modules of the package that hold no method; importing them may be slow.

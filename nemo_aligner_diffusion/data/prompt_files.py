@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from nemo_aligner_diffusion.data.paths import is_text_file
-from nemo_aligner_diffusion.data.tar_stream import open_regular, walk_tar
 from nemo_aligner_diffusion.errors import DataError
+from nemo_aligner_diffusion.formats.tar import open_regular, walk_tar
 
 logger = logging.getLogger(__name__)
 

@@ -30,8 +30,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemo_aligner_diffusion.data.prompt_files import BadSamples
-from nemo_aligner_diffusion.data.tar_stream import GZIP_MAGIC, open_regular
 from nemo_aligner_diffusion.errors import DataError
+from nemo_aligner_diffusion.formats.tar import GZIP_MAGIC, open_regular
 
 logger = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from nemo_aligner_diffusion.diffusion.checkpoints import component_config, empty_module, load_component
 from nemo_aligner_diffusion.diffusion.families import DENOISERS, family_of
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.errors import CheckpointError, ConfigurationError, first_line
+from nemo_aligner_diffusion.formats.checkpoints import component_config, empty_module, load_component
 
 _LIBRARIES = ("diffusers", "transformers")  # whose classes a folder may name
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

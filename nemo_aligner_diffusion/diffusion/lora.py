@@ -173,7 +173,7 @@ def mix(denoiser: Any, weights: Mapping[str, float]) -> None:
 
 
 def _lora_state(file: Path, reader: Any) -> tuple[dict[str, Tensor], Any, Any]:
-    from nemo_aligner_diffusion.diffusion.checkpoints import read_tensors
+    from nemo_aligner_diffusion.formats.checkpoints import read_tensors
 
     read_tensors(file)  # a damaged or pickled file ends here, with a message of ours
     # (state, metadata), with the alphas of other trainers' files in between where the pipeline knows such files

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_aligner_diffusion.evaluation.files import write_atomic
+from nemo_aligner_diffusion.runtime.files import write_atomic
 
 # Blue/orange/… told apart by people with any common colour blindness; base is always grey.
 PALETTE = {"tuned": "#2563eb", "base": "#8a93a0", "second": "#d97706", "third": "#0d9488", "fourth": "#9333ea"}

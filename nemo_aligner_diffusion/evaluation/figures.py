@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from nemo_aligner_diffusion.evaluation.files import write_atomic
+from nemo_aligner_diffusion.runtime.files import write_atomic
 
 GRID_KEY = "grid"  # name of the PNG text chunk that describes a grid
 _PAPER = (255, 255, 255)

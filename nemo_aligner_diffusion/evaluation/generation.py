@@ -17,7 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nemo_aligner_diffusion.diffusion.checkpoints import load_component
+from nemo_aligner_diffusion.cli.generate import (
+    DEFAULT_ETA,
+    DEFAULT_GUIDANCE,
+    DEFAULT_STEPS,
+    Request,
+)
 from nemo_aligner_diffusion.diffusion.generate import Sampling, generate
 from nemo_aligner_diffusion.diffusion.loading import is_hub_id, load_model
 from nemo_aligner_diffusion.diffusion.lora import load_lora_weights, mix
@@ -25,14 +30,9 @@ from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.diffusion.trajectory import check_repeatable
 from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError
 from nemo_aligner_diffusion.evaluation.annealing import annealed_weights
-from nemo_aligner_diffusion.evaluation.generate_cli import (
-    DEFAULT_ETA,
-    DEFAULT_GUIDANCE,
-    DEFAULT_STEPS,
-    Request,
-)
 from nemo_aligner_diffusion.evaluation.generation_output import claim_folder, print_rewards, write_grid, write_pictures
 from nemo_aligner_diffusion.evaluation.run_files import RunFiles, read_run
+from nemo_aligner_diffusion.formats.checkpoints import load_component
 
 if TYPE_CHECKING:
     from nemo_aligner_diffusion.rewards.base import Reward

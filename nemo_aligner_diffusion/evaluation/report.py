@@ -26,13 +26,13 @@ from nemo_aligner_diffusion.algorithms.registry import title_of
 from nemo_aligner_diffusion.command_line import command
 from nemo_aligner_diffusion.errors import OutputError
 from nemo_aligner_diffusion.evaluation.figures import format_gain, format_number
-from nemo_aligner_diffusion.evaluation.files import write_atomic
 from nemo_aligner_diffusion.evaluation.findings import diversity_kept, findings, planned_steps
 from nemo_aligner_diffusion.evaluation.report_charts import charts
 from nemo_aligner_diffusion.evaluation.report_page import SCRIPT, STYLE
 from nemo_aligner_diffusion.evaluation.report_pictures import before_after, over_training
 from nemo_aligner_diffusion.evaluation.report_usage import usage
 from nemo_aligner_diffusion.evaluation.run_files import RunFiles, column, last, read_run
+from nemo_aligner_diffusion.runtime.files import write_atomic
 
 _TOLD_ELSEWHERE = {"skipped_steps", "truncated_prompts", "pid", "pipeline"}
 

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nemo_aligner_diffusion.errors import AlignerError
-from nemo_aligner_diffusion.parallel.launch import collective_timeout
+from nemo_aligner_diffusion.runtime.launch import collective_timeout
 
 log = logging.getLogger(__name__)
 

@@ -45,7 +45,7 @@ class Parallelism:
         self.mesh = mesh
         for denoiser in denoisers:
             if self.layout.tensor > 1:
-                from nemo_aligner_diffusion.parallel.tensor_plans import apply_tensor_parallel
+                from nemo_aligner_diffusion.parallel.tensor.plans import apply_tensor_parallel
 
                 apply_tensor_parallel(denoiser, self.tensor_group)
         if self.layout.cut_reward:
@@ -133,7 +133,7 @@ class Parallelism:
             gradients.scale(_gradients(parameters), factor)
 
     def _cut_reward(self, reward: nn.Module) -> None:
-        from nemo_aligner_diffusion.parallel.tensor_plans import TENSOR_PLANS, apply_tensor_parallel
+        from nemo_aligner_diffusion.parallel.tensor.plans import TENSOR_PLANS, apply_tensor_parallel
 
         towers = [module for module in reward.modules() if type(module).__name__ in TENSOR_PLANS]
         if not towers:

@@ -2,6 +2,6 @@
 
 import sys
 
-from nemo_aligner_diffusion.planner.cli import main
+from nemo_aligner_diffusion.cli.plan import main
 
 sys.exit(main())

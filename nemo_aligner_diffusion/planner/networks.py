@@ -144,7 +144,7 @@ def preset_reward(name: str, model_settings: dict[str, Any]) -> Reward:
     """A CLIP reward of a published size; ``model_settings``: ``CLIPReward``'s keyword arguments."""
     from transformers import CLIPConfig, CLIPModel
 
-    from nemo_aligner_diffusion.rewards.clip import CLIPReward
+    from nemo_aligner_diffusion.rewards.clip.reward import CLIPReward
 
     text, vision = REWARDS[name]
     config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=text["projection_dim"])

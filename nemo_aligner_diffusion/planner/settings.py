@@ -88,7 +88,7 @@ def settings_from(cfg: DictConfig, spec: ModelSpec, reward: str | None = None, a
         reward: a preset; ``recipe``: what the ``rm`` section builds; ``None``: the model's own preset where the recipe
             names no reward file of its own.
     """
-    from nemo_aligner_diffusion.training.config import loop_section
+    from nemo_aligner_diffusion.config.load import loop_section
 
     rm: dict[str, Any] = OmegaConf.to_container(cfg.rm, resolve=True)  # type: ignore[assignment]
     if reward is None and rm.get("name") == "clip" and not rm["model"].get("restore_from_path"):

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from nemo_aligner_diffusion.errors import CheckpointError, ConfigurationError
-from nemo_aligner_diffusion.rewards.clip import CLIPReward
-from nemo_aligner_diffusion.rewards.clip_archive import convert_hf_clip_to_nemo
+from nemo_aligner_diffusion.rewards.clip.archive import convert_hf_clip_to_nemo
+from nemo_aligner_diffusion.rewards.clip.reward import CLIPReward
 from nemo_aligner_diffusion.rewards.preprocessing import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from nemo_aligner_diffusion.rewards.restore import restore_reward
 

@@ -12,12 +12,12 @@ from torch import Tensor
 from nemo_aligner_diffusion.data.paths import PathSpec, expand_paths
 from nemo_aligner_diffusion.data.prompt_files import BadSamples, OnBadSample
 from nemo_aligner_diffusion.evaluation.curves import GRID_LINE, INK, PALETTE, PAPER, QUIET
-from nemo_aligner_diffusion.evaluation.files import write_atomic
 from nemo_aligner_diffusion.reward_training.calibration import PreferenceFigures
 from nemo_aligner_diffusion.reward_training.preference_data import PreferenceDataset, pictures
 from nemo_aligner_diffusion.reward_training.preference_shards import read_preference_file
 from nemo_aligner_diffusion.rewards.base import Reward
-from nemo_aligner_diffusion.rewards.clip import CLIPReward
+from nemo_aligner_diffusion.rewards.clip.reward import CLIPReward
+from nemo_aligner_diffusion.runtime.files import write_atomic
 
 
 @torch.no_grad()

@@ -38,8 +38,8 @@ from nemo_aligner_diffusion.data.prompt_files import (
     decode_utf8,
 )
 from nemo_aligner_diffusion.data.shards import Sample, WrittenShards, write_sample_shards
-from nemo_aligner_diffusion.data.tar_stream import ZERO_BLOCK, Member, walk_stream, walk_tar
 from nemo_aligner_diffusion.errors import DataError
+from nemo_aligner_diffusion.formats.tar import ZERO_BLOCK, Member, walk_stream, walk_tar
 
 DEFAULT_PAIRS_PER_SHARD = 1_000
 MAX_PICTURE_BYTES = 64 << 20

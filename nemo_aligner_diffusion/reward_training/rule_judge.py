@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nemo_aligner_diffusion.cli.make_rule_preferences import RULE_NAMES
 from nemo_aligner_diffusion.command_line import command
-from nemo_aligner_diffusion.reward_training.rule_cli import RULE_NAMES
 
 SHOWN = 8  # columns of the grid
 
@@ -42,6 +42,7 @@ def judge(rule: str, lora: Path, output: Path, seeds: int = 2) -> dict[str, Any]
     """
     import torch
 
+    from nemo_aligner_diffusion.config.load import load_config
     from nemo_aligner_diffusion.data.prompts import read_prompts
     from nemo_aligner_diffusion.diffusion.generate import generate
     from nemo_aligner_diffusion.diffusion.loading import load_model
@@ -49,11 +50,10 @@ def judge(rule: str, lora: Path, output: Path, seeds: int = 2) -> dict[str, Any]
     from nemo_aligner_diffusion.embedded_assets import embedded_model_path, embedded_prompts_path, embedded_reward_path
     from nemo_aligner_diffusion.evaluation.diversity import recognisability
     from nemo_aligner_diffusion.evaluation.figures import sample_grid, save_image
-    from nemo_aligner_diffusion.evaluation.files import write_atomic
     from nemo_aligner_diffusion.reward_training.rules import RULES
     from nemo_aligner_diffusion.rewards import restore_reward
-    from nemo_aligner_diffusion.training.assemble import build_sampling
-    from nemo_aligner_diffusion.training.config import load_config
+    from nemo_aligner_diffusion.runtime.files import write_atomic
+    from nemo_aligner_diffusion.training.build import build_sampling
 
     sampling = build_sampling(load_config("draftp_sd"))
     prompts = read_prompts(str(embedded_prompts_path("validation")))

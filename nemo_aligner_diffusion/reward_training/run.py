@@ -11,6 +11,7 @@ import torch
 from omegaconf import DictConfig
 from pytorch_lightning.callbacks import EarlyStopping
 
+from nemo_aligner_diffusion.config.checks import precision_name, world_size
 from nemo_aligner_diffusion.embedded_assets import embedded_reward_path
 from nemo_aligner_diffusion.parallel.broadcast import load_once, on_every_process
 from nemo_aligner_diffusion.parallel.layout import Layout
@@ -22,20 +23,19 @@ from nemo_aligner_diffusion.reward_training.clip_files import (
     load_nemo_clip,
     save_clip_reward,
 )
-from nemo_aligner_diffusion.reward_training.config import accumulation
+from nemo_aligner_diffusion.reward_training.configuration import accumulation
+from nemo_aligner_diffusion.reward_training.outcome import write_reward_report
 from nemo_aligner_diffusion.reward_training.preference_clip import PreferenceCLIP, TrainedParts
 from nemo_aligner_diffusion.reward_training.preference_data import PreferenceDataModule
-from nemo_aligner_diffusion.reward_training.report import write_reward_report
-from nemo_aligner_diffusion.rewards.clip import CLIPReward
-from nemo_aligner_diffusion.training.faults import RunWatch, watched
-from nemo_aligner_diffusion.training.interruption import Interruption
-from nemo_aligner_diffusion.training.metrics_logging import MetricsCSV
-from nemo_aligner_diffusion.training.non_finite import NonFinitePolicy
+from nemo_aligner_diffusion.rewards.clip.reward import CLIPReward
+from nemo_aligner_diffusion.runtime.faults import RunWatch, watched
+from nemo_aligner_diffusion.training.callbacks.interruption import Interruption
+from nemo_aligner_diffusion.training.callbacks.metrics import MetricsCSV
+from nemo_aligner_diffusion.training.callbacks.non_finite import NonFinitePolicy
+from nemo_aligner_diffusion.training.callbacks.progress import TrainingProgress
 from nemo_aligner_diffusion.training.optimizers import build_optimizer
-from nemo_aligner_diffusion.training.progress import TrainingProgress
 from nemo_aligner_diffusion.training.run_frame import RunFrame, plain, quiet
 from nemo_aligner_diffusion.training.schedules import build_schedule
-from nemo_aligner_diffusion.training.schema_checks import precision_name, world_size
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def run_reward_training(cfg: DictConfig, interruption: Interruption | None = Non
     ``export/reward.nemo`` holds the weights of the best validation, or the last ones where there was none.
 
     Args:
-        cfg: from :func:`~nemo_aligner_diffusion.reward_training.config.load_reward_config`.
+        cfg: from :func:`~nemo_aligner_diffusion.reward_training.configuration.load_reward_config`.
         interruption: takes signals already, while the program loads.
 
     Returns:

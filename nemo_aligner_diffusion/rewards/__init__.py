@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from nemo_aligner_diffusion.rewards.base import Reward
     from nemo_aligner_diffusion.rewards.build import build_reward
     from nemo_aligner_diffusion.rewards.classifier import ClassifierReward
-    from nemo_aligner_diffusion.rewards.clip import CLIPReward
-    from nemo_aligner_diffusion.rewards.clip_archive import convert_hf_clip_to_nemo
+    from nemo_aligner_diffusion.rewards.clip.archive import convert_hf_clip_to_nemo
+    from nemo_aligner_diffusion.rewards.clip.reward import CLIPReward
     from nemo_aligner_diffusion.rewards.composite import CompositeReward
     from nemo_aligner_diffusion.rewards.custom import CustomReward
     from nemo_aligner_diffusion.rewards.detection import DetectionReward
     from nemo_aligner_diffusion.rewards.ensemble import EnsembleReward
     from nemo_aligner_diffusion.rewards.feature_symmetry import FeatureSymmetry
-    from nemo_aligner_diffusion.rewards.image_reward import ImageReward
-    from nemo_aligner_diffusion.rewards.image_reward_archive import convert_image_reward_to_nemo
+    from nemo_aligner_diffusion.rewards.image_reward.archive import convert_image_reward_to_nemo
+    from nemo_aligner_diffusion.rewards.image_reward.reward import ImageReward
     from nemo_aligner_diffusion.rewards.jpeg import JPEGCompressibility
     from nemo_aligner_diffusion.rewards.restore import restore_reward
     from nemo_aligner_diffusion.rewards.symmetry import MirrorSymmetry
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "Reward": "base",
     "build_reward": "build",
-    "CLIPReward": "clip",
-    "convert_hf_clip_to_nemo": "clip_archive",
+    "CLIPReward": "clip.reward",
+    "convert_hf_clip_to_nemo": "clip.archive",
     "restore_reward": "restore",
     "CompositeReward": "composite",
     "AugmentedReward": "augmentation",
@@ -41,8 +41,8 @@ _HOMES = {
     "DetectionReward": "detection",
     "EnsembleReward": "ensemble",
     "FeatureSymmetry": "feature_symmetry",
-    "ImageReward": "image_reward",
-    "convert_image_reward_to_nemo": "image_reward_archive",
+    "ImageReward": "image_reward.reward",
+    "convert_image_reward_to_nemo": "image_reward.archive",
     "JPEGCompressibility": "jpeg",
     "MirrorSymmetry": "symmetry",
 }

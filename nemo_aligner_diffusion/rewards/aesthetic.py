@@ -32,11 +32,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nemo_aligner_diffusion.errors import ArchiveError, CheckpointError, RewardError
-from nemo_aligner_diffusion.nemo_archive import NemoArchive, save_nemo
+from nemo_aligner_diffusion.formats.nemo import NemoArchive, save_nemo
 from nemo_aligner_diffusion.rewards.archive_checks import check_fit, mapping
 from nemo_aligner_diffusion.rewards.base import Reward
-from nemo_aligner_diffusion.rewards.clip_archive import read_preprocessing, tower_fields
-from nemo_aligner_diffusion.rewards.clip_model import VISION_KEYS, fields, fill, on_meta, stored_tensors
+from nemo_aligner_diffusion.rewards.clip.archive import read_preprocessing, tower_fields
+from nemo_aligner_diffusion.rewards.clip.network import VISION_KEYS, fields, fill, on_meta, stored_tensors
 from nemo_aligner_diffusion.rewards.micro_batches import check_micro_batch_size, in_micro_batches, own_precision
 from nemo_aligner_diffusion.rewards.preprocessing import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, preprocess
 from nemo_aligner_diffusion.rewards.restore import RestoreOptions

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from nemo_aligner_diffusion.errors import ArchiveError
-from nemo_aligner_diffusion.nemo_archive import NemoArchive
+from nemo_aligner_diffusion.formats.nemo import NemoArchive
 
 _MOST_LISTED = 8
 

@@ -15,7 +15,7 @@ from nemo_aligner_diffusion.rewards.convert_kinds import KINDS
 if TYPE_CHECKING:
     import torch
 
-    from nemo_aligner_diffusion.rewards.clip_sources import ClipWeights
+    from nemo_aligner_diffusion.rewards.clip.sources import ClipWeights
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,8 @@ def _write(conversion: Conversion, path: Path) -> None:
 
 
 def _write_clip(conversion: Conversion, source: str, path: Path, common: dict[str, Any]) -> None:
-    from nemo_aligner_diffusion.rewards.clip_archive import convert_hf_clip_to_nemo
-    from nemo_aligner_diffusion.rewards.clip_tokenizer import locate_tokenizer, read_tokenizer_files
+    from nemo_aligner_diffusion.rewards.clip.archive import convert_hf_clip_to_nemo
+    from nemo_aligner_diffusion.rewards.clip.tokenizer import locate_tokenizer, read_tokenizer_files
 
     kind = KINDS[conversion.kind]
     weights, preprocessing = _clip_weights(conversion, source)
@@ -159,7 +159,7 @@ def _write_clip(conversion: Conversion, source: str, path: Path, common: dict[st
 
 
 def _write_aesthetic(conversion: Conversion, source: str, path: Path, common: dict[str, Any]) -> None:
-    from nemo_aligner_diffusion.diffusion.checkpoints import read_tensors
+    from nemo_aligner_diffusion.formats.checkpoints import read_tensors
     from nemo_aligner_diffusion.rewards.aesthetic import convert_aesthetic_to_nemo
 
     head = read_tensors(Path(source).expanduser())
@@ -173,8 +173,8 @@ def _write_aesthetic(conversion: Conversion, source: str, path: Path, common: di
 
 
 def _write_image_reward(conversion: Conversion, source: str, path: Path, common: dict[str, Any]) -> None:
-    from nemo_aligner_diffusion.rewards.hub import locate
-    from nemo_aligner_diffusion.rewards.image_reward_archive import convert_image_reward_to_nemo
+    from nemo_aligner_diffusion.formats.hub import locate
+    from nemo_aligner_diffusion.rewards.image_reward.archive import convert_image_reward_to_nemo
 
     kind = KINDS["image_reward"]
     checkpoint = _single_file(source, kind.file or "")
@@ -190,8 +190,8 @@ def _write_image_reward(conversion: Conversion, source: str, path: Path, common:
 
 
 def _clip_weights(conversion: Conversion, source: str) -> tuple[ClipWeights, dict[str, Any]]:
-    from nemo_aligner_diffusion.rewards.clip_sources import locate_clip, read_clip
-    from nemo_aligner_diffusion.rewards.open_clip_layout import OpenClipChoices
+    from nemo_aligner_diffusion.formats.open_clip import OpenClipChoices
+    from nemo_aligner_diffusion.rewards.clip.sources import locate_clip, read_clip
 
     kind = KINDS[conversion.kind]
     path = locate_clip(source) if kind.file is None else _single_file(source, kind.file)
@@ -206,7 +206,7 @@ def _clip_weights(conversion: Conversion, source: str) -> tuple[ClipWeights, dic
 
 def _single_file(source: str, file: str) -> Path:
     """``source`` itself, or the file of that name in it where it is a folder or a repository."""
-    from nemo_aligner_diffusion.rewards.hub import locate
+    from nemo_aligner_diffusion.formats.hub import locate
 
     path = locate(source, ((file,),), lambda folder: (folder / file).is_file(), f"a folder with {file}, or the file")
     if path.is_dir() and (path / file).is_file():
@@ -218,7 +218,7 @@ def _verify(path: Path) -> tuple[str, str, str, int, float, float]:
     """Restore the archive and score one picture: ``(target, name, score, parameters, its score, seconds)``."""
     import torch
 
-    from nemo_aligner_diffusion.nemo_archive import load_nemo
+    from nemo_aligner_diffusion.formats.nemo import load_nemo
     from nemo_aligner_diffusion.rewards.restore import restore_reward
 
     archive = load_nemo(path)

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from nemo_aligner_diffusion.errors import RewardError
 from nemo_aligner_diffusion.rewards.base import Reward
-from nemo_aligner_diffusion.rewards.clip import CLIPReward
+from nemo_aligner_diffusion.rewards.clip.reward import CLIPReward
 from nemo_aligner_diffusion.rewards.micro_batches import in_micro_batches, own_precision
 from nemo_aligner_diffusion.rewards.preprocessing import preprocess
 

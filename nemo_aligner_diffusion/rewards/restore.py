@@ -14,14 +14,14 @@ from pathlib import Path
 import torch
 
 from nemo_aligner_diffusion.errors import ArchiveError
-from nemo_aligner_diffusion.nemo_archive import Limits, NemoArchive, load_nemo
+from nemo_aligner_diffusion.formats.nemo import Limits, NemoArchive, load_nemo
 from nemo_aligner_diffusion.rewards.base import Reward
 
 # target -> "module:function"; function(archive, options) gives the reward, on the CPU in float32 or already converted.
 RESTORERS = {
-    "nemo_aligner_diffusion.rewards.clip.CLIPReward": "clip_archive:restore_clip",
+    "nemo_aligner_diffusion.rewards.clip.CLIPReward": "clip.archive:restore_clip",
     "nemo_aligner_diffusion.rewards.aesthetic.AestheticReward": "aesthetic:restore_aesthetic",
-    "nemo_aligner_diffusion.rewards.image_reward.ImageReward": "image_reward_archive:restore_image_reward",
+    "nemo_aligner_diffusion.rewards.image_reward.ImageReward": "image_reward.archive:restore_image_reward",
 }
 # What NeMo and NeMo-Aligner call their CLIP models, under whichever package path.
 MEGATRON_CLASSES = ("MegatronCLIPModel", "MegatronCLIPRewardModel")
@@ -75,7 +75,7 @@ def _restorer(archive: NemoArchive) -> Callable[[NemoArchive, RestoreOptions], R
     target = archive.target
     home = RESTORERS.get(target)
     if target.split(".")[0] in ("nemo", "nemo_aligner") and target.split(".")[-1] in MEGATRON_CLASSES:
-        home = "clip_archive:restore_megatron_clip"
+        home = "clip.archive:restore_megatron_clip"
     if home is None:
         known = (*RESTORERS, *(f"nemo….{name}" for name in MEGATRON_CLASSES))
         near = difflib.get_close_matches(target, known, n=1)

@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from nemo_aligner_diffusion.algorithms.base import Method
 from nemo_aligner_diffusion.algorithms.registry import method_of
 from nemo_aligner_diffusion.algorithms.reward_tuning import RewardTuning
+from nemo_aligner_diffusion.config.load import derived, loop_section
 from nemo_aligner_diffusion.data.datamodule import PromptDataModule
 from nemo_aligner_diffusion.data.prompts import read_prompts
 from nemo_aligner_diffusion.embedded_assets import embedded_prompts_path, embedded_reward_path
@@ -26,22 +27,21 @@ from nemo_aligner_diffusion.parallel.broadcast import load_once, on_every_proces
 from nemo_aligner_diffusion.rewards import build_reward, restore_reward
 from nemo_aligner_diffusion.rewards.base import Reward
 from nemo_aligner_diffusion.rewards.build import import_paths
-from nemo_aligner_diffusion.training.assemble import build_layout, build_model, build_module
-from nemo_aligner_diffusion.training.config import derived, loop_section
-from nemo_aligner_diffusion.training.ema import EMACallback
+from nemo_aligner_diffusion.runtime.directory import remove_if_not_begun, write_text_atomically
+from nemo_aligner_diffusion.runtime.faults import RunWatch, watched
+from nemo_aligner_diffusion.runtime.startup import Startup, take
+from nemo_aligner_diffusion.training.build import build_layout, build_model, build_module
+from nemo_aligner_diffusion.training.callbacks.ema import EMACallback
+from nemo_aligner_diffusion.training.callbacks.interruption import Interruption
+from nemo_aligner_diffusion.training.callbacks.metrics import MetricsCSV
+from nemo_aligner_diffusion.training.callbacks.non_finite import NonFinitePolicy
+from nemo_aligner_diffusion.training.callbacks.progress import TrainingProgress
+from nemo_aligner_diffusion.training.callbacks.reward_normalization import RewardNormalization
+from nemo_aligner_diffusion.training.callbacks.startup import StartupCallback
+from nemo_aligner_diffusion.training.callbacks.validation import ValidationFiles, validation_loader
 from nemo_aligner_diffusion.training.export import export_weights
-from nemo_aligner_diffusion.training.faults import RunWatch, watched
-from nemo_aligner_diffusion.training.interruption import Interruption
-from nemo_aligner_diffusion.training.metrics_logging import MetricsCSV
-from nemo_aligner_diffusion.training.non_finite import NonFinitePolicy
-from nemo_aligner_diffusion.training.progress import TrainingProgress
-from nemo_aligner_diffusion.training.reward_normalization import RewardNormalization
-from nemo_aligner_diffusion.training.run_directory import remove_if_not_begun, write_text_atomically
 from nemo_aligner_diffusion.training.run_frame import RunFrame, plain, quiet
-from nemo_aligner_diffusion.training.startup import Startup, take
-from nemo_aligner_diffusion.training.startup_callback import StartupCallback
 from nemo_aligner_diffusion.training.trial import try_out
-from nemo_aligner_diffusion.training.validation import ValidationFiles, validation_loader
 
 log = logging.getLogger(__name__)
 
@@ -97,10 +97,10 @@ def run_training(cfg: DictConfig, interruption: Interruption | None = None) -> i
     """Train as ``cfg`` says and leave the run directory complete.
 
     A program of several processes that calls this should leave by
-    :func:`~nemo_aligner_diffusion.parallel.launch.end`, which says why.
+    :func:`~nemo_aligner_diffusion.runtime.launch.end`, which says why.
 
     Args:
-        cfg: from :func:`~nemo_aligner_diffusion.training.config.load_config`.
+        cfg: from :func:`~nemo_aligner_diffusion.config.load.load_config`.
         interruption: takes signals already, while the program loads.
 
     Returns:

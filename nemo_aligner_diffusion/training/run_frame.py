@@ -17,27 +17,27 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from nemo_aligner_diffusion.config.checks import precision_name, world_size
 from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError
 from nemo_aligner_diffusion.parallel.broadcast import gather, on_every_process
-from nemo_aligner_diffusion.parallel.health import launch as launching
-from nemo_aligner_diffusion.parallel.launch import is_launched, join
 from nemo_aligner_diffusion.parallel.layout import Layout
 from nemo_aligner_diffusion.parallel.strategy import ParallelStrategy
-from nemo_aligner_diffusion.training.checkpointing import TrainingCheckpoint
-from nemo_aligner_diffusion.training.faults import RunWatch, began, explained, process_group_timeout
-from nemo_aligner_diffusion.training.interruption import (
+from nemo_aligner_diffusion.runtime.directory import RunDirectory
+from nemo_aligner_diffusion.runtime.faults import RunWatch, began, explained, process_group_timeout
+from nemo_aligner_diffusion.runtime.health import launch as launching
+from nemo_aligner_diffusion.runtime.launch import is_launched, join
+from nemo_aligner_diffusion.runtime.slurm import Requeue, lightning_plugins
+from nemo_aligner_diffusion.training.callbacks.interruption import (
     Interrupted,
     Interruption,
     InterruptionCallback,
     RunTimer,
     run_then_close,
 )
-from nemo_aligner_diffusion.training.metrics_logging import build_loggers
-from nemo_aligner_diffusion.training.missed_validation import MissedValidation
-from nemo_aligner_diffusion.training.resume_point import ResumePoint, find_resume_point
-from nemo_aligner_diffusion.training.run_directory import RunDirectory
-from nemo_aligner_diffusion.training.schema_checks import precision_name, world_size
-from nemo_aligner_diffusion.training.slurm import Requeue, lightning_plugins
+from nemo_aligner_diffusion.training.callbacks.metrics import build_loggers
+from nemo_aligner_diffusion.training.callbacks.missed_validation import MissedValidation
+from nemo_aligner_diffusion.training.checkpoints.callback import TrainingCheckpoint
+from nemo_aligner_diffusion.training.checkpoints.resume import ResumePoint, find_resume_point
 
 log = logging.getLogger(__name__)
 

@@ -47,7 +47,7 @@ class _Session:
     def __init__(self, sandbox: Path) -> None:
         import torch
 
-        from nemo_aligner_diffusion.nemo_archive import load_nemo
+        from nemo_aligner_diffusion.formats.nemo import load_nemo
         from nemo_aligner_diffusion.rewards.restore import restore_reward
         from tests.fuzz.guard import Guard
         from tests.fuzz.seeds import seeds

@@ -247,7 +247,14 @@ def foreign_targets(drawn: random.Random) -> bytes:
                 "nemo_evil.MegatronCLIPRewardModel",
                 "x" * 60_000,
             ),
-            *(None, 3, ["nemo.MegatronCLIPModel"], {"a": 1}, True, "nemo_aligner_diffusion.rewards.clip.CLIPReward\n"),
+            *(
+                None,
+                3,
+                ["nemo.MegatronCLIPModel"],
+                {"a": 1},
+                True,
+                "nemo_aligner_diffusion.rewards.clip.CLIPReward\n",
+            ),
         )
     )
     return seed.with_config({**seed.config, "target": target}).pack()

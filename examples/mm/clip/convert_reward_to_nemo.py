@@ -5,7 +5,7 @@ python examples/mm/clip/convert_reward_to_nemo.py --kind pickscore --output pick
 
 import sys
 
-from nemo_aligner_diffusion.rewards.convert_cli import main
+from nemo_aligner_diffusion.cli.convert_reward import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -5,7 +5,7 @@ python examples/mm/clip/folder_to_shards.py pictures/ pictures/labels.csv prefer
 
 import sys
 
-from nemo_aligner_diffusion.reward_training.convert_cli import folder_main
+from nemo_aligner_diffusion.cli.preferences_to_shards import folder_main
 
 if __name__ == "__main__":
     sys.exit(folder_main())

@@ -5,7 +5,7 @@ python examples/mm/clip/make_rule_preferences.py colourfulness preferences/
 
 import sys
 
-from nemo_aligner_diffusion.reward_training.rule_cli import main
+from nemo_aligner_diffusion.cli.make_rule_preferences import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -5,7 +5,7 @@ python examples/mm/clip/parquet_to_shards.py data/train-00000.parquet preference
 
 import sys
 
-from nemo_aligner_diffusion.reward_training.convert_cli import parquet_main
+from nemo_aligner_diffusion.cli.preferences_to_shards import parquet_main
 
 if __name__ == "__main__":
     sys.exit(parquet_main())

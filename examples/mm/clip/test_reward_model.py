@@ -5,7 +5,7 @@ python examples/mm/clip/test_reward_model.py results/reward/export/reward.nemo p
 
 import sys
 
-from nemo_aligner_diffusion.reward_training.evaluate_cli import main
+from nemo_aligner_diffusion.cli.evaluate_reward import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -5,7 +5,7 @@ python examples/mm/clip/train_reward_model.py --help
 
 import sys
 
-from nemo_aligner_diffusion.reward_training.train_cli import main
+from nemo_aligner_diffusion.cli.train_reward import main
 
 if __name__ == "__main__":
     sys.exit(main())

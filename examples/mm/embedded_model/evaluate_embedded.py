@@ -20,7 +20,7 @@ from prompts import BROAD_WORDS, SPECIFIC, VALIDATION, picture_of
 
 from nemo_aligner_diffusion.embedded_assets import embedded_model_path, embedded_reward_path
 from nemo_aligner_diffusion.rewards import restore_reward
-from nemo_aligner_diffusion.rewards.clip import CLIPReward
+from nemo_aligner_diffusion.rewards.clip.reward import CLIPReward
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from pipeline import GUIDANCE_SCALE, INFERENCE_STEPS, build_pipeline
 from prompts import VALIDATION, training_prompts
 from transformers import CLIPModel
 
-from nemo_aligner_diffusion.rewards.clip_archive import convert_hf_clip_to_nemo
+from nemo_aligner_diffusion.rewards.clip.archive import convert_hf_clip_to_nemo
 
 LARGEST_MODEL_BYTES = 25_000_000
 LARGEST_REWARD_BYTES = 10_000_000

@@ -5,7 +5,7 @@ python examples/mm/stable_diffusion/generate.py --help
 
 import sys
 
-from nemo_aligner_diffusion.evaluation.generate_cli import main
+from nemo_aligner_diffusion.cli.generate import main
 
 if __name__ == "__main__":
     sys.exit(main())

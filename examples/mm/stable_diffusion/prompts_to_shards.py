@@ -5,7 +5,7 @@ python examples/mm/stable_diffusion/prompts_to_shards.py prompts.txt shards/ --s
 
 import sys
 
-from nemo_aligner_diffusion.data.prompts_to_shards import main
+from nemo_aligner_diffusion.cli.prompts_to_shards import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -5,7 +5,7 @@ python examples/mm/stable_diffusion/train_sd_drtune.py --help
 
 import sys
 
-from nemo_aligner_diffusion.training.cli import main
+from nemo_aligner_diffusion.cli.train import main
 
 if __name__ == "__main__":
     sys.exit(main("drtune_sd"))

@@ -1,0 +1,202 @@
+"""The weights member of a ``.nemo``: tensors out of untrusted bytes, or an error."""
+
+from __future__ import annotations
+
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from nemo_aligner_diffusion.errors import ArchiveError
+from nemo_aligner_diffusion.formats.nemo.common import Limits, archive_error, short
+from nemo_aligner_diffusion.formats.nemo.state_dict_pickle import (
+    ForbiddenGlobalError,
+    NotDenseError,
+    check_state_dict_pickle,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+_ZIP_MAGIC = b"PK\x03\x04"
+_MOST_BYTES_A_RECORD = 256  # in the zip's table of contents: 46, the name, and 28 for large files
+
+
+def load_tensors(
+    path: Path, name: str, size_bytes: int, open_stream: Callable[[], IO[bytes]], limits: Limits
+) -> dict[str, torch.Tensor]:
+    """The state dict that ``torch.save`` wrote into member ``name`` of the archive ``path``.
+
+    ``open_stream`` gives a fresh seekable stream over the member's ``size_bytes`` bytes. The tensors are dense, on the
+    CPU and as saved; ``_extra_state`` entries are left out.
+
+    Raises:
+        ArchiveError: the member is damaged, holds anything but tensors, or asks for code.
+    """
+    import torch
+
+    try:
+        with open_stream() as stream:
+            stored = _check_records(path, name, size_bytes, stream, limits)
+        with open_stream() as stream:
+            loaded = torch.load(stream, map_location="cpu", weights_only=True)
+        tensors = _checked_tensors(path, loaded)
+        compare_with_records(path, name, tensors, stored)
+        return tensors
+    except ArchiveError:
+        raise
+    except MemoryError:
+        raise archive_error(path, f"needs more memory for {name} than this machine has", "Use a larger one.") from None
+    except ForbiddenGlobalError as error:
+        raise archive_error(
+            path,
+            f"has a {name} whose pickle asks for {short(error)!r}: code, not only tensors; none was run",
+            "Only plain state dicts are loaded (torch.load with weights_only=True). Do not trust this archive.",
+        ) from error
+    except NotDenseError as error:
+        raise archive_error(
+            path,
+            f"has a {name} with a tensor that is not dense: {short(error)}",
+            "Save it with .cpu().contiguous() and without quantisation.",
+        ) from error
+    # torch.load has no common base for what it raises on damaged or hostile input.
+    except Exception as error:
+        raise archive_error(
+            path,
+            f"has a {name} that cannot be loaded as plain tensors ({type(error).__name__}: {short(error)})",
+            "It should be a torch.save'd state dict; download or save the archive again.",
+        ) from error
+
+
+def _check_records(path: Path, name: str, size_bytes: int, stream: IO[bytes], limits: Limits) -> set[tuple[int, int]]:
+    """Refuse what torch's own reader would swallow: flipped bits, odd records, a pickle that takes memory.
+
+    The result holds size and checksum of every record.
+    """
+    if size_bytes > limits.weights_bytes:
+        raise archive_error(path, f"holds {size_bytes} bytes of weights", "Pass larger Limits if you trust the file.")
+    magic = stream.read(len(_ZIP_MAGIC))
+    if magic != _ZIP_MAGIC:
+        raise archive_error(
+            path,
+            f"has a {name} that is no torch.save file of PyTorch 1.6 or later",
+            "Load it with the program that wrote it and torch.save its state dict anew.",
+        )
+    # Before zipfile makes an object of each entry.
+    if (listed := _directory_bytes(stream, size_bytes)) > limits.records * _MOST_BYTES_A_RECORD:
+        raise archive_error(
+            path,
+            f"has a {name} with a table of contents of {listed} bytes; at most {limits.records} records are allowed",
+            "Pass larger Limits if you trust the file.",
+        )
+    stream.seek(0)
+    with zipfile.ZipFile(stream) as records:
+        entries = sorted(records.infolist(), key=lambda entry: entry.header_offset)
+        ends = [entry.header_offset + entry.file_size for entry in entries]
+        pickles = [entry for entry in entries if entry.filename.endswith(".pkl")]
+        if (
+            len({entry.filename for entry in entries}) != len(entries)
+            or len(entries) > limits.records
+            or any(end > after.header_offset for end, after in zip(ends, entries[1:], strict=False))
+            or any(end > size_bytes for end in ends)
+            or any(entry.compress_type != zipfile.ZIP_STORED or _is_folder(entry) for entry in entries)
+            or len({entry.filename.partition("/")[0] for entry in entries}) != 1
+            or len(pickles) != 1
+            or pickles[0].filename.partition("/")[2] != "data.pkl"
+            or pickles[0].file_size > limits.pickle_bytes
+        ):
+            raise archive_error(
+                path,
+                f"has a {name} with duplicate, compressed, overlapping or oversized records, which torch.save never "
+                "writes",
+                "Do not trust this archive; get it from another source.",
+            )
+        # PyTorch reads records without comparing checksums: a flipped bit would silently become another reward.
+        if (broken := records.testzip()) is not None:
+            raise archive_error(
+                path,
+                f"has a damaged {name}: the checksum of its record {short(broken)!r} is wrong",
+                "Download the file again (or save it with torch.serialization.set_crc32_options(True)).",
+            )
+        storages = pickles[0].filename.removesuffix("data.pkl") + "data/"
+        sizes = {
+            entry.filename.removeprefix(storages): entry.file_size
+            for entry in entries
+            if entry.filename.startswith(storages)
+        }
+        check_state_dict_pickle(records.read(pickles[0]), sizes)
+        return {(entry.file_size, entry.CRC) for entry in entries}
+
+
+def _is_folder(entry: zipfile.ZipInfo) -> bool:
+    # By its name, or by an attribute of MS-DOS: PyTorch's reader takes either, and then returns a tensor of whatever
+    # was in memory before.
+    return entry.is_dir() or bool(entry.external_attr & 0x10)
+
+
+def compare_with_records(
+    path: Path, name: str, tensors: Mapping[str, torch.Tensor], stored: set[tuple[int, int]]
+) -> None:
+    """The numbers in memory are those whose checksums were right: two readers of a zip may read different things."""
+    import torch
+
+    seen: set[int] = set()
+    for key, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in seen or not storage.nbytes():
+            continue
+        seen.add(storage.data_ptr())
+        content = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+        if (storage.nbytes(), zlib.crc32(content.data)) not in stored:
+            raise archive_error(
+                path,
+                f"has a {name} whose tensor {short(key)!r} is read differently by PyTorch than by its checksum",
+                "Do not trust this archive; download or save it again.",
+            )
+
+
+def _directory_bytes(stream: IO[bytes], size_bytes: int) -> int:
+    """Size of the zip's table of contents as its last 22 bytes (and, for large files, the zip64 record) give it."""
+    stream.seek(max(size_bytes - 22 - 20, 0))
+    tail = stream.read()
+    signature, size, comment = struct.unpack("<4s8xI4xH", tail[-22:])
+    if signature != b"PK\x05\x06" or comment:
+        raise ValueError("its zip file does not end as torch.save ends it; it may be cut short")
+    if tail[:4] == b"PK\x06\x07":
+        (offset,) = struct.unpack("<8xQ4x", tail[:20])
+        if offset > size_bytes:
+            raise ValueError("its zip file refers to a place beyond its end")
+        stream.seek(offset)
+        large: int = struct.unpack("<4s36xQ", stream.read(48))[1]
+        return max(large, 0 if size == 0xFFFFFFFF else size)
+    return int(size)
+
+
+def _checked_tensors(path: Path, loaded: Any) -> dict[str, torch.Tensor]:
+    import torch
+
+    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
+        loaded = loaded["state_dict"]  # a Lightning checkpoint saved in the state dict's place
+    tensors: dict[str, torch.Tensor] = {}
+    for name, value in loaded.items():
+        if isinstance(name, str) and name.endswith("_extra_state"):
+            continue  # Transformer Engine's scaling factors: nothing here uses them
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise archive_error(
+                path,
+                f"has a state dict whose entry {short(name)!r} is a {type(value).__name__}",
+                "Every entry of a state dict is a tensor with a string for its name.",
+            )
+        dense = value.layout == torch.strided and not value.is_quantized and value.device.type == "cpu"
+        # An expanded tensor (stride 0) claims more elements than are stored: copying it could fill the memory.
+        if not dense or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise archive_error(
+                path,
+                f"has a tensor {short(name)!r} that is not dense "
+                f"(shape {tuple(value.shape)}, {value.layout}, {value.device})",
+                "Save it with .cpu().contiguous() and without quantisation.",
+            )
+        tensors[name] = value.detach()
+    return tensors

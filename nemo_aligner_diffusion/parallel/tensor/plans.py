@@ -1,0 +1,330 @@
+"""Which layers of a model are cut over a tensor-parallel group, and how: one plan per family, applied from outside.
+
+A plan reads an unmodified model and names, block by block, the layers that hold a part of their outputs (*columns*),
+those that hold a part of their inputs (*rows*) and what lies between. Everything it does not name stays whole on every
+rank. In a UNet of ``diffusers``:
+
+- attention (self and cross): ``to_q``, ``to_k``, ``to_v`` by heads, ``to_out.0`` over its inputs;
+- feed-forward: ``net.0.proj`` (both halves of a gated one alike), ``net.2`` over its inputs;
+- residual block: ``conv1`` and ``time_emb_proj`` over their outputs, ``norm2`` over its groups, ``conv2`` over its
+  inputs.
+
+In CLIP of ``transformers`` (a reward): attention by heads, ``fc1`` over its outputs, ``fc2`` over its inputs.
+
+LoRA is put on the whole model before, by PEFT, and is cut here inside PEFT's own wrappers: before a column layer A is
+whole and B is cut, before a row layer A is cut and B is whole (docs/decisions/002-lora-before-cutting.md).
+
+Share of the parameters that is cut (and therefore held once per group): see ``cut_share``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from nemo_aligner_diffusion.errors import ConfigurationError
+
+if TYPE_CHECKING:  # the rest of this module needs torch only through the models that it is given
+    from torch import nn
+    from torch.distributed import ProcessGroup
+
+KEY = "model.tensor_model_parallel_size"
+
+
+@dataclass(frozen=True)
+class Block:
+    """One cut part of a model, from its column layers to its row layer. Names are relative to ``path``.
+
+    Attributes:
+        path: the module, relative to the model.
+        divides: what must divide by the size of the group: its name in words and its number.
+        columns: layers cut over their outputs, and of how many equal blocks those are made.
+        rows: layers cut over their inputs; each ends the cut part with one all-reduce.
+        norms: group norms in between, cut over their groups.
+        dropouts: dropouts in between, and the dimension along which their input is cut.
+        counts: attributes of the module to divide by the size.
+        shared_inputs: arguments of the module, in its order, that the columns and nothing else read: their gradients
+            are summed over the group once instead of once a column.
+    """
+
+    path: str
+    divides: Mapping[str, int]
+    columns: Mapping[str, int]
+    rows: tuple[str, ...]
+    norms: tuple[str, ...] = ()
+    dropouts: Mapping[str, int] = field(default_factory=dict)
+    counts: tuple[str, ...] = ()
+    shared_inputs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """How a family is cut.
+
+    Attributes:
+        rules: class name of a module in the model -> what of it is cut.
+        build: an empty model from its configuration; called with the meta device as default.
+    """
+
+    rules: Mapping[str, Callable[[str, Any], Block]]
+    build: Callable[[Mapping[str, Any]], nn.Module]
+
+    def blocks(self, model: nn.Module) -> Iterator[Block]:
+        """Every cut part of ``model``.
+
+        Raises:
+            ConfigurationError: a module is of a kind that cannot be cut.
+        """
+        for path, module in model.named_modules():
+            rule = self.rules.get(type(module).__name__)
+            if rule is not None:
+                yield rule(path, module)
+
+
+def check_tensor_parallel(config: Mapping[str, Any], size: int, key: str = KEY) -> None:
+    """Refuse a size that the model cannot be cut into, from its configuration alone: nothing is loaded.
+
+    Args:
+        config: the model's ``config.json``; ``_class_name`` (diffusers) or ``architectures`` names the class.
+        size: ranks in a tensor-parallel group.
+        key: the configuration key that gave ``size``, for the message.
+
+    Raises:
+        ConfigurationError: no plan for the class; a part that does not divide (the message lists the sizes that would
+            work); megatron-core is not installed.
+    """
+    if size < 1:
+        raise ConfigurationError(f"{key} is {size}; expected 1 or more ranks in a tensor-parallel group")
+    if size == 1:
+        return
+    import torch
+
+    architectures = config.get("architectures") or [""]  # as transformers names the class
+    plan = _plan(str(config.get("_class_name") or architectures[0]), key)
+    with torch.device("meta"):
+        model = plan.build(config)
+    _check_divides(model, _blocks(plan, model, key), size, key)
+    if importlib.util.find_spec("megatron") is None or importlib.util.find_spec("megatron.core") is None:
+        raise ConfigurationError(
+            f"{key} is {size}, which needs megatron-core; install it (pip install 'nemo-aligner-diffusion[megatron]') "
+            "or set the key to 1"
+        )
+
+
+def apply_tensor_parallel(denoiser: nn.Module, group: ProcessGroup, key: str = KEY) -> None:
+    """Replace layers of ``denoiser`` by this rank's part of them, in place; names of parameters stay.
+
+    The weights (and LoRA adapters) must be whole, and the same on every rank of ``group``. A group of one rank works.
+
+    Raises:
+        ConfigurationError: no plan for the class, or a part of the model cannot be cut.
+        ValueError: the model is cut already.
+    """
+    from nemo_aligner_diffusion.parallel.placements import CUTS
+    from nemo_aligner_diffusion.parallel.tensor import layers as tensor_layers
+    from nemo_aligner_diffusion.parallel.tensor.lora import check_layer, cut_layer_inputs, cut_layer_outputs
+
+    plan = _plan(type(denoiser).__name__, key)
+    if any(hasattr(module, CUTS) for module in denoiser.modules()):
+        raise ValueError(f"this {type(denoiser).__name__} is cut over a tensor-parallel group already")
+    blocks = _blocks(plan, denoiser, key)
+    size = group.size()
+    _check_divides(denoiser, blocks, size, key)
+    for block in blocks:  # all of them before anything is changed
+        for name in (*block.columns, *block.rows):
+            check_layer(denoiser.get_submodule(f"{block.path}.{name}"), f"{block.path}.{name}")
+    for block in blocks:
+        owner = denoiser.get_submodule(block.path)
+        shared = bool(block.shared_inputs)
+        for name, parts in block.columns.items():
+            _replace(owner, name, partial(cut_layer_outputs, group=group, blocks=parts, shared_input=shared))
+        for name in block.rows:
+            _replace(owner, name, partial(cut_layer_inputs, group=group))
+        for name in block.norms:
+            _replace(owner, name, partial(tensor_layers.cut_group_norm, group=group))
+        for name, dim in block.dropouts.items():
+            _replace(owner, name, partial(tensor_layers.cut_dropout, group=group, dim=dim))
+        for name in block.counts:
+            setattr(owner, name, getattr(owner, name) // size)
+        if shared:
+            tensor_layers.share_input(owner, block.shared_inputs, group)
+
+
+def cut_share(model: nn.Module) -> float:
+    """Share of the parameters of ``model``, whole and on any device, that a plan cuts; the rest is on every rank.
+
+    On the published configurations: SD 1.5 88.0 %, SD 2.1 88.1 %, SDXL 97.3 %; the embedded model 86.4 %. What stays
+    whole are mostly resampling convolutions, shortcuts and the projections around transformers.
+    """
+    plan = _plan(type(model).__name__, KEY)
+    cut = 0
+    for block in plan.blocks(model):
+        owner = model.get_submodule(block.path)
+        for name in (*block.columns, *block.norms):
+            cut += sum(p.numel() for p in owner.get_submodule(name).parameters())
+        cut += sum(owner.get_submodule(name).weight.numel() for name in block.rows)  # type: ignore[misc, operator]
+    return cut / sum(p.numel() for p in model.parameters())
+
+
+def _plan(class_name: str, key: str) -> TensorPlan:
+    if class_name not in TENSOR_PLANS:
+        raise ConfigurationError(
+            f"{key}: there is no tensor-parallel plan for {class_name or 'a model without _class_name'}; "
+            f"there is one for {', '.join(TENSOR_PLANS)}; set the key to 1, or add a plan to TENSOR_PLANS "
+            "(nemo_aligner_diffusion/parallel/tensor/plans.py)"
+        )
+    return TENSOR_PLANS[class_name]
+
+
+def _blocks(plan: TensorPlan, model: nn.Module, key: str) -> list[Block]:
+    try:
+        return list(plan.blocks(model))
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{key}: {error}; set the key to 1") from None
+
+
+def _check_divides(model: nn.Module, blocks: list[Block], size: int, key: str) -> None:
+    wrong: dict[str, dict[int, str]] = defaultdict(dict)  # what -> number -> where it is met first
+    for block in blocks:
+        for what, number in block.divides.items():
+            if number % size:
+                wrong[what].setdefault(number, block.path)
+    if not wrong:
+        return
+    common = math.gcd(*(number for block in blocks for number in block.divides.values()))
+    sizes = [candidate for candidate in range(1, common + 1) if common % candidate == 0]
+    parts = [
+        f"{what}: {', '.join(map(str, sorted(numbers)))} (first in {next(iter(numbers.values()))})"
+        for what, numbers in wrong.items()
+    ]
+    raise ConfigurationError(
+        f"{key} is {size}, but this {type(model).__name__} cannot be cut into {size} parts; what does not divide: "
+        f"{'; '.join(parts)}. Sizes that work: {', '.join(map(str, sizes))}"
+    )
+
+
+def _replace(owner: nn.Module, name: str, cut: Callable[[Any], nn.Module]) -> None:
+    parent, _, child = name.rpartition(".")
+    holder = owner.get_submodule(parent)
+    setattr(holder, child, cut(getattr(holder, child)))
+
+
+def _base(module: Any) -> Any:
+    """The layer itself where an adapter wraps it."""
+    return getattr(module, "base_layer", module)
+
+
+def _dropout(module: Any) -> bool:
+    return float(getattr(module, "p", 0.0)) > 0.0
+
+
+def _attention(path: str, attention: Any) -> Block:
+    """``diffusers``' Attention. Its norms lie before the projections, which give them the full gradient."""
+    processors = ("AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor", "SlicedAttnProcessor")
+    reasons = {
+        "added key and value projections (add_k_proj)": attention.add_k_proj is not None,
+        "query and key norms, whose weights all heads share": attention.norm_q is not None,
+        "fused projections; call unfuse_qkv_projections() before": attention.fused_projections,
+        "fewer key than query heads": attention.inner_kv_dim != attention.inner_dim,
+        f"the processor {type(attention.processor).__name__}": type(attention.processor).__name__ not in processors,
+    }
+    _refuse(path, reasons)
+    # norms and a residual read the input too; behind a shared copy their gradients would be counted once a rank
+    norms = (attention.group_norm, attention.spatial_norm, attention.norm_cross)
+    alone = all(norm is None for norm in norms) and not attention.residual_connection
+    return Block(
+        path,
+        divides={"attention heads": attention.heads},
+        columns={"to_q": 1, "to_k": 1, "to_v": 1},
+        rows=("to_out.0",),
+        counts=("heads", "inner_dim", "inner_kv_dim", "sliceable_head_dim"),
+        shared_inputs=("hidden_states", "encoder_hidden_states") if alone else (),
+    )
+
+
+def _feed_forward(path: str, feed_forward: Any) -> Block:
+    kind = type(feed_forward.net[0]).__name__
+    halves = {"GEGLU": 2, "SwiGLU": 2, "GELU": 1, "ApproximateGELU": 1, "LinearActivation": 1}
+    _refuse(path, {f"the activation {kind}": kind not in halves})
+    return Block(
+        path,
+        divides={"feed-forward features": _base(feed_forward.net[2]).in_features},
+        columns={"net.0.proj": halves[kind]},
+        rows=("net.2",),
+        dropouts={"net.1": -1} if _dropout(feed_forward.net[1]) else {},
+    )
+
+
+def _residual_block(path: str, block: Any) -> Block:
+    columns = {"conv1": 1}
+    if block.time_emb_proj is not None:
+        # scale and shift are two halves of one projection
+        columns["time_emb_proj"] = 2 if block.time_embedding_norm == "scale_shift" else 1
+    return Block(
+        path,
+        divides={
+            "group-norm groups": block.norm2.num_groups,
+            "channels of residual blocks": block.norm2.num_channels,
+        },
+        columns=columns,
+        rows=("conv2",),
+        norms=("norm2",),
+        dropouts={"dropout": 1} if _dropout(block.dropout) else {},
+    )
+
+
+def _clip_attention(path: str, attention: Any) -> Block:
+    return Block(
+        path,
+        divides={"attention heads": attention.num_heads},
+        columns={"q_proj": 1, "k_proj": 1, "v_proj": 1},
+        rows=("out_proj",),
+        counts=("num_heads",),
+        shared_inputs=("hidden_states",),
+    )
+
+
+def _clip_feed_forward(path: str, feed_forward: Any) -> Block:
+    features = _base(feed_forward.fc1).out_features
+    return Block(path, divides={"feed-forward features": features}, columns={"fc1": 1}, rows=("fc2",))
+
+
+def _refuse(path: str, reasons: Mapping[str, bool]) -> None:
+    found = [reason for reason, holds in reasons.items() if holds]
+    if found:
+        raise ConfigurationError(f"{path} cannot be cut, for {', '.join(found)}")
+
+
+def _build_diffusers(config: Mapping[str, Any]) -> nn.Module:
+    model_class = getattr(importlib.import_module("diffusers"), config["_class_name"])
+    model: nn.Module = model_class.from_config(dict(config))
+    return model
+
+
+def _build_clip(config: Mapping[str, Any]) -> nn.Module:
+    from transformers import CLIPConfig, CLIPModel
+
+    model: nn.Module = CLIPModel(CLIPConfig(**config))
+    return model
+
+
+TENSOR_PLANS: dict[str, TensorPlan] = {
+    "UNet2DConditionModel": TensorPlan(
+        rules={
+            "Attention": _attention,
+            "FeedForward": _feed_forward,
+            "ResnetBlock2D": _residual_block,
+        },
+        build=_build_diffusers,
+    ),
+    "CLIPModel": TensorPlan(
+        rules={"CLIPAttention": _clip_attention, "CLIPMLP": _clip_feed_forward},
+        build=_build_clip,
+    ),
+}

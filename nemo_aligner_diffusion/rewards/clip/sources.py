@@ -1,0 +1,266 @@
+"""CLIP weights as people have them, read without running any code: Hugging Face folders and OpenCLIP checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from nemo_aligner_diffusion.errors import CheckpointError, first_line
+from nemo_aligner_diffusion.formats import open_clip as open_clip_layout
+from nemo_aligner_diffusion.formats.checkpoints import read_tensors
+from nemo_aligner_diffusion.formats.hub import locate
+from nemo_aligner_diffusion.formats.open_clip import OpenClipChoices
+from nemo_aligner_diffusion.rewards.archive_checks import misfits
+from nemo_aligner_diffusion.rewards.clip.network import (
+    TEXT_KEYS,
+    TOP_KEYS,
+    VISION_KEYS,
+    fields,
+    fill,
+    on_meta,
+    stored_tensors,
+)
+from nemo_aligner_diffusion.rewards.preprocessing import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+if TYPE_CHECKING:
+    from transformers import CLIPConfig, CLIPModel, CLIPVisionModelWithProjection
+
+HF_WEIGHTS = (
+    *("model.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+OPEN_CLIP_WEIGHTS = (
+    *("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin"),
+)
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+_SMALL_FILES = ("*.json", "merges.txt")
+_PILLOW_FILTERS = {2: "bilinear", 3: "bicubic"}
+_OPEN_CLIP_RESIZES = {"shortest": "crop", "longest": "pad", "squash": "squash"}
+
+
+@dataclass(frozen=True)
+class ClipWeights:
+    """A CLIP, not yet built.
+
+    Attributes:
+        origin: where it was read from.
+        config: its architecture.
+        state: its tensors under Hugging Face's names, in the dtypes they were saved in.
+        preprocessing: what its pictures go through: ``mean``, ``std``, ``interpolation``, ``resize``.
+    """
+
+    origin: Path
+    config: CLIPConfig
+    state: Mapping[str, Tensor]
+    preprocessing: dict[str, Any]
+
+    def model(self) -> CLIPModel:
+        """The whole model; raises :class:`CheckpointError` where the tensors are not those of the architecture."""
+        from transformers import CLIPModel
+
+        model = self._build(lambda: CLIPModel(self.config))
+        self._fill(model, self.state)
+        return model
+
+    def vision_model(self) -> CLIPVisionModelWithProjection:
+        """The vision tower and its projection; raises as above."""
+        from transformers import CLIPVisionModelWithProjection
+
+        vision: Any = self.config.vision_config
+        vision.projection_dim = self.config.projection_dim
+        model = self._build(lambda: CLIPVisionModelWithProjection(vision))
+        wanted = ("vision_model.", "visual_projection.")
+        self._fill(model, {key: value for key, value in self.state.items() if key.startswith(wanted)})
+        return model
+
+    def _build(self, make: Any) -> Any:
+        try:
+            return on_meta(make)
+        # transformers raises its own validation errors, and plain ones, for sizes it cannot build a model from.
+        except Exception as error:
+            raise CheckpointError(
+                f"{self.origin}: no CLIP can be built with this architecture ({_in_one_line(error)}). "
+                "Check its config.json, or --vision-heads and --text-heads."
+            ) from error
+
+    def _fill(self, model: Any, state: Mapping[str, Tensor]) -> None:
+        state = stored_tensors(state)
+        if found := misfits(state, stored_tensors(model.state_dict())):
+            raise CheckpointError(
+                f"{self.origin}: {found} do not fit the architecture. Give the whole checkpoint of a CLIP, unchanged."
+            )
+        fill(model, state)
+
+
+def locate_clip(source: str | Path) -> Path:
+    """The local folder or file of a CLIP given as a path or as ``owner/name`` on the Hugging Face Hub."""
+    return locate(
+        source,
+        (
+            (*_SMALL_FILES, "model.safetensors", "model-*.safetensors"),
+            (*_SMALL_FILES, "pytorch_model.bin", "pytorch_model-*.bin"),
+            *((*_SMALL_FILES, name) for name in OPEN_CLIP_WEIGHTS),
+        ),
+        lambda folder: _first(folder, (*HF_WEIGHTS, *OPEN_CLIP_WEIGHTS)) is not None,
+        "the weights of a CLIP",
+    )
+
+
+def read_clip(path: Path, choices: OpenClipChoices) -> ClipWeights:
+    """The CLIP in a Hugging Face folder, an OpenCLIP folder or an OpenCLIP checkpoint.
+
+    Args:
+        path: see the module's docstring.
+        choices: what OpenCLIP's tensors don't say; heads and activation of a Hugging Face folder stand in its config.
+
+    Raises:
+        CheckpointError: there are no such weights, they cannot be read safely, or they are not a CLIP's.
+    """
+    if path.is_dir():
+        if (path / "config.json").is_file() and (weights := _first(path, HF_WEIGHTS)) is not None:
+            return _read_hf(path, weights, choices)
+        weights = _first(path, OPEN_CLIP_WEIGHTS)
+        if weights is None:
+            raise CheckpointError(
+                f"{path}: no CLIP here: it holds {', '.join(sorted(p.name for p in path.iterdir())[:8]) or 'nothing'}; "
+                f"expected config.json and one of {', '.join(HF_WEIGHTS)}, or one of {', '.join(OPEN_CLIP_WEIGHTS)}."
+            )
+        path = weights
+    state = read_tensors(path)
+    if not open_clip_layout.is_open_clip(state):
+        beside = "Give the folder it lies in, with its config.json." if "vision_model." in " ".join(state) else ""
+        raise CheckpointError(
+            f"{path}: its tensors ({', '.join(list(state)[:3])}, …) are not named as OpenCLIP names them. {beside}"
+        )
+    config_path = path.parent / OPEN_CLIP_CONFIG
+    given = _read_json(config_path) if config_path.is_file() else {}
+    sections, converted = open_clip_layout.hf_layout(state, path, choices, _section(given, "model_cfg"))
+    preprocessing = _section(given, "preprocess_cfg")
+    resize = str(preprocessing.get("resize_mode") or "shortest")
+    if resize not in _OPEN_CLIP_RESIZES:
+        raise CheckpointError(
+            f"{config_path}: resize_mode is {resize!r}; known are {', '.join(_OPEN_CLIP_RESIZES)}. Give --resize."
+        )
+    return ClipWeights(
+        path,
+        _clip_config(sections, path),
+        converted,
+        {
+            "mean": preprocessing.get("mean") or OPENAI_CLIP_MEAN,
+            "std": preprocessing.get("std") or OPENAI_CLIP_STD,
+            "interpolation": preprocessing.get("interpolation") or "bicubic",
+            "resize": _OPEN_CLIP_RESIZES[resize],
+        },
+    )
+
+
+def _read_hf(folder: Path, weights: Path, choices: OpenClipChoices) -> ClipWeights:
+    from transformers import CLIPConfig
+
+    kind = _read_json(folder / "config.json").get("model_type")
+    if kind != "clip":
+        raise CheckpointError(
+            f"{folder}: config.json describes a model of type {str(kind)[:100]!r}; expected 'clip'. SigLIP, BLIP and "
+            "other families cannot be converted as a CLIP."
+        )
+    if choices != OpenClipChoices():
+        raise CheckpointError(
+            f"{folder}: --activation, --vision-heads and --text-heads are for OpenCLIP checkpoints; this folder's "
+            "config.json states them. Leave them out."
+        )
+    # from_pretrained follows the older ways of writing this file; only known fields are taken from what it gives.
+    given: Any = CLIPConfig.from_pretrained(folder)
+    sections = {
+        **fields(given, TOP_KEYS),
+        "text_config": fields(given.text_config, TEXT_KEYS),
+        "vision_config": fields(given.vision_config, VISION_KEYS),
+    }
+    state: dict[str, Tensor] = {}
+    for file in _parts(weights):
+        state.update(read_tensors(file))
+    config = _clip_config(sections, folder)
+    return ClipWeights(folder, config, state, hf_preprocessing(folder, sections["vision_config"]["image_size"]))
+
+
+def _clip_config(sections: Mapping[str, Any], origin: Path) -> CLIPConfig:
+    from transformers import CLIPConfig
+
+    try:
+        return CLIPConfig(**sections)
+    # transformers raises validation errors of several libraries.
+    except Exception as error:
+        raise CheckpointError(
+            f"{origin}: no CLIP can be built with this architecture ({_in_one_line(error)}). "
+            "Check its config.json, or --vision-heads and --text-heads."
+        ) from error
+
+
+def hf_preprocessing(folder: Path, image_size: int) -> dict[str, Any]:
+    """``mean``, ``std``, ``interpolation`` and ``resize`` that a folder's image processor states; CLIP's own without.
+
+    Raises:
+        CheckpointError: it prepares pictures in a way that cannot be followed.
+    """
+    path = _first(folder, _PROCESSORS)
+    stated = _read_json(path) if path is not None else {}
+    given = _section(stated, "image_processor") or stated
+    size, crop = given.get("size"), given.get("crop_size")
+    resize = "crop_down"
+    if isinstance(size, Mapping) and "shortest_edge" not in size:
+        resize, size = "squash", size.get("height") if size.get("height") == size.get("width") else size
+    elif isinstance(size, Mapping):
+        size = size["shortest_edge"]
+    crop = crop.get("height") if isinstance(crop, Mapping) else crop
+    interpolation = _PILLOW_FILTERS.get(given.get("resample", 3))
+    sides = {side for side in (size, crop if resize == "crop_down" else None) if side is not None}
+    if interpolation is None or not sides <= {image_size}:
+        raise CheckpointError(
+            f"{path}: resizes to {given.get('size')} and crops to {given.get('crop_size')} with Pillow's filter "
+            f"{given.get('resample')}; expected {image_size} pixels, bicubic (3) or bilinear (2). Remove the "
+            "file to use CLIP's own preparation."
+        )
+    return {
+        "mean": given.get("image_mean") or OPENAI_CLIP_MEAN,
+        "std": given.get("image_std") or OPENAI_CLIP_STD,
+        "interpolation": interpolation,
+        "resize": resize,
+    }
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _parts(weights: Path) -> list[Path]:
+    """The files of a checkpoint that may be an index of several."""
+    if weights.suffix != ".json":
+        return [weights]
+    names = sorted({str(name) for name in _section(_read_json(weights), "weight_map").values()})
+    if not names or any(Path(name).name != name for name in names):
+        raise CheckpointError(f"{weights}: its weight_map names no files of this folder.")
+    return [weights.parent / name for name in names]
+
+
+def _first(folder: Path, names: tuple[str, ...]) -> Path | None:
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    section = config.get(key)
+    return section if isinstance(section, Mapping) else {}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: no readable JSON ({first_line(error)}).") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}; expected an object.")
+    return content

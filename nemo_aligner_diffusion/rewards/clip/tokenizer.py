@@ -1,0 +1,165 @@
+"""CLIP's byte-pair tokenizer out of a ``.nemo``, without unpacking it to disk."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_aligner_diffusion.errors import AlignerError, ArchiveError
+from nemo_aligner_diffusion.formats.hub import is_hub_name, locate
+from nemo_aligner_diffusion.formats.nemo import NemoArchive
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+VOCAB_FILE, MERGES_FILE, FAST_FILE = "vocab.json", "merges.txt", "tokenizer.json"
+MOST_BYTES = 4 << 20  # of either file in an archive; CLIP's have 862 and 525 kB
+
+
+def load_tokenizer(archive: NemoArchive, folder: str | Path | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of ``archive``: from ``folder`` if given, else from its artifacts, else by the name it gives.
+
+    NeMo's own archives often only name a Hugging Face repository (``tokenizer.type: openai/clip-vit-large-patch14``);
+    that one is taken from the local cache or, failing that, from the Hub. A tokenizer holds data only, never code.
+
+    Raises:
+        ArchiveError: there is none, or its files are damaged.
+    """
+    section = archive.config.get("tokenizer")
+    section = section if isinstance(section, dict) else {}
+    vocab_reference = section.get("vocab_file")
+    merges_reference = section.get("merges_file") or section.get("merge_file")  # the latter is NeMo's spelling
+    if folder is not None:
+        files = read_tokenizer_files(folder)
+        return tokenizer_from_bytes(files[VOCAB_FILE], files[MERGES_FILE], str(folder))
+    if vocab_reference and merges_reference:
+        return tokenizer_from_bytes(
+            archive.artifact(vocab_reference, MOST_BYTES),
+            archive.artifact(merges_reference, MOST_BYTES),
+            str(archive.path),
+        )
+    name = section.get("type")
+    if isinstance(name, str) and is_hub_name(name):
+        try:
+            files = read_tokenizer_files(locate_tokenizer(name))
+        except AlignerError as error:
+            raise ArchiveError(
+                f"{archive.path}: it holds no tokenizer files and names {name!r}, which could not be loaded ({error}) "
+                "Set rm.model.tokenizer to a folder with its vocab.json and merges.txt."
+            ) from error
+        return tokenizer_from_bytes(files[VOCAB_FILE], files[MERGES_FILE], name)
+    raise ArchiveError(
+        f"{archive.path}: its configuration names no tokenizer (tokenizer.vocab_file and tokenizer.merges_file as "
+        "nemo:<hash>_<name>). Set rm.model.tokenizer to a folder with vocab.json and merges.txt."
+    )
+
+
+def locate_tokenizer(source: str | Path) -> Path:
+    """The folder of a CLIP tokenizer given as a folder or as ``owner/name`` on the Hugging Face Hub."""
+    return locate(
+        source,
+        ((VOCAB_FILE, MERGES_FILE, FAST_FILE),),
+        lambda folder: _has_pair(folder) or (folder / FAST_FILE).is_file(),
+        f"a folder with CLIP's {VOCAB_FILE} and {MERGES_FILE}",
+    )
+
+
+def read_tokenizer_files(folder: str | Path) -> dict[str, bytes]:
+    """``vocab.json`` and ``merges.txt`` of a folder; where it holds ``tokenizer.json`` only, made out of that.
+
+    Raises:
+        ArchiveError: neither is there, or ``tokenizer.json`` is not of CLIP's kind.
+    """
+    folder = Path(folder)
+    try:
+        if not _has_pair(folder) and (folder / FAST_FILE).is_file():
+            return _from_fast_file(folder / FAST_FILE)
+        return {name: (folder / name).read_bytes() for name in (VOCAB_FILE, MERGES_FILE)}
+    except OSError as error:
+        raise ArchiveError(
+            f"{folder}: no CLIP tokenizer here ({error.strerror}: {error.filename}). "
+            f"Give a folder with {VOCAB_FILE} and {MERGES_FILE}, or with {FAST_FILE}."
+        ) from error
+
+
+def _has_pair(folder: Path) -> bool:
+    return (folder / VOCAB_FILE).is_file() and (folder / MERGES_FILE).is_file()
+
+
+def _from_fast_file(path: Path) -> dict[str, bytes]:
+    """What transformers 5 saves instead of the two files, taken apart again."""
+    try:
+        model = json.loads(path.read_bytes())["model"]
+        vocabulary, merges = model["vocab"], model["merges"]
+        if model["type"] != "BPE" or model["end_of_word_suffix"] != "</w>":
+            raise ValueError("no byte-pair encoding with </w> at the end of words")
+        pairs = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ArchiveError(
+            f"{path}: not the tokenizer of a CLIP ({type(error).__name__}: {str(error)[:200]}). "
+            f"Give a folder with CLIP's {VOCAB_FILE} and {MERGES_FILE}."
+        ) from error
+    lines = "\n".join(["#version: 0.2", *pairs, ""])
+    return {VOCAB_FILE: json.dumps(vocabulary, ensure_ascii=False).encode(), MERGES_FILE: lines.encode()}
+
+
+def tokenizer_from_bytes(vocab: bytes, merges: bytes, origin: str) -> PreTrainedTokenizerBase:
+    """A ``CLIPTokenizer`` from the contents of ``vocab.json`` and ``merges.txt``; ``origin`` is named in errors."""
+    from transformers import CLIPTokenizer
+
+    try:
+        vocabulary = _vocabulary(vocab)
+        pairs: Any = _merges(merges, vocabulary)
+        if "vocab" in inspect.signature(CLIPTokenizer.__init__).parameters:  # transformers 5
+            tokenizer: Any = CLIPTokenizer(vocab=vocabulary, merges=pairs)
+        else:  # transformers 4 reads files only
+            with tempfile.TemporaryDirectory() as folder:
+                vocab_path, merges_path = Path(folder, "vocab.json"), Path(folder, "merges.txt")
+                vocab_path.write_bytes(vocab)
+                merges_path.write_bytes(merges)
+                tokenizer = CLIPTokenizer(str(vocab_path), str(merges_path))
+    except ValueError as error:  # JSON and Unicode errors too
+        raise ArchiveError(
+            f"{origin}: its tokenizer files are damaged: {str(error)[:200]}. Save the archive again."
+        ) from (error)
+    # The tokenizers library raises bare Exception.
+    except Exception as error:
+        raise ArchiveError(
+            f"{origin}: its tokenizer files don't make a tokenizer ({str(error)[:200]}). Save the archive again."
+        ) from error
+    loaded: PreTrainedTokenizerBase = tokenizer
+    return loaded
+
+
+def _vocabulary(content: bytes) -> dict[str, int]:
+    try:
+        vocabulary = json.loads(content)
+    except RecursionError:
+        raise ValueError("the vocabulary is nested") from None
+    if not isinstance(vocabulary, dict) or not all(
+        isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 2**31
+        for number in vocabulary.values()
+    ):
+        raise ValueError("the vocabulary should map strings to token ids")
+    if len(set(vocabulary.values())) != len(vocabulary):
+        raise ValueError("two entries of the vocabulary share a token id")
+    for token in ("<|startoftext|>", "<|endoftext|>"):
+        if token not in vocabulary:
+            raise ValueError(f"the vocabulary lacks {token}")
+    return vocabulary
+
+
+def _merges(content: bytes, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
+    pairs = []
+    for number, line in enumerate(content.decode("utf-8").split("\n"), start=1):
+        line = line.rstrip("\r")
+        if not line or (number == 1 and line.startswith("#version")):
+            continue
+        parts = line.split(" ")
+        if len(parts) != 2 or not all(part in vocabulary for part in parts) or "".join(parts) not in vocabulary:
+            raise ValueError(f"line {number} of the merges, {line[:60]!r}, is no pair of vocabulary entries")
+        pairs.append((parts[0], parts[1]))
+    return pairs

@@ -1,0 +1,344 @@
+"""The thread of each process that reports its position to rank 0, hears the verdict, and brings the process down."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import multiprocessing
+import os
+import select
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from nemo_aligner_diffusion.runtime.health import launch as launching
+from nemo_aligner_diffusion.runtime.health import processes
+from nemo_aligner_diffusion.runtime.health.launch import Launch
+from nemo_aligner_diffusion.runtime.health.messages import LONGEST_DETAILS, Fault, Line, Member, Position
+from nemo_aligner_diffusion.runtime.health.progress import Progress
+
+log = logging.getLogger(__name__)
+
+_LINGER = 1.5  # seconds between verdict and end: the launcher must see the culprit's end first, and all hear of it
+_LINGER_LATEST = 10.0  # that long where the culprit takes its time
+_CLOSING_TIME = 60.0  # seconds that rank 0 gets for export and report where every rank has raised
+_ANSWER_WITHIN = 30.0  # seconds; it takes milliseconds, but a busy machine's rank 0 may stand still for some
+_OWNER_WITHIN = 3.0  # seconds that the rank whose error this is gets to say so, before launchers end it for our end
+_SETTLED_WITHIN = 10.0  # seconds; a firewall may drop what is sent to rank 0
+_NOT_OVER_WITHIN = 3.0  # seconds; who cannot reach rank 0 may just have come to a run that is ending
+_STACK_LINES = 6
+
+
+class HealthClient(threading.Thread):
+    """Start it on every rank, rank 0 included.
+
+    Args:
+        launch: this process.
+        progress: what the main thread marks.
+        interval: seconds between heartbeats.
+        silence: seconds without a sign of life of rank 0 after which it counts as gone.
+        on_fault: writes the verdict down; called on one rank, in this thread.
+    """
+
+    def __init__(
+        self,
+        launch: Launch,
+        progress: Progress,
+        interval: float,
+        silence: float,
+        on_fault: Callable[[Fault], None] | None = None,
+    ) -> None:
+        super().__init__(name="health client", daemon=True)
+        self.launch = launch
+        self.progress = progress
+        self.interval = interval
+        self.silence = silence
+        self.on_fault = on_fault
+        self.member = Member(launch.rank, launching.host_name(), os.getpid(), launch.local_rank)
+        self.verdict: Fault | None = None
+        self._members: dict[int, Member] = {}
+        self._birth: dict[int, int | None] = {}  # processes of this machine: when each began
+        self._rank0 = Position()
+        self._connected = threading.Event()
+        self._settled = threading.Event()  # connected, or given up
+        self._wake, self._woken = socket.socketpair()
+        self._outbox: list[dict[str, Any]] = []
+        self._closing = threading.Event()
+        self._raised = threading.Event()
+        self._over = threading.Event()  # raised or closing
+        self._first: bool | None = None
+        self._answered = threading.Event()
+        self._may_end = threading.Event()
+        self._killed_before = processes.out_of_memory_kills()
+        self._screen = os.dup(2)
+
+    # for the main thread
+
+    def settle(self) -> None:
+        """Wait until rank 0 knows this rank. Then errors find everybody in touch, and no rank ends unheard.
+
+        Call it once rank 0 can be found (see :func:`.launch.look_up`). After seconds it goes on without.
+        """
+        self._settled.wait(_SETTLED_WITHIN)
+
+    def failed(self, reason: str, details: str, exit_code: int, communication: bool, said: bool = False) -> bool:
+        """The main thread has met an error. True: this rank is the first, and should print it.
+
+        Does not return where another rank's fault explains the error: the process then ends here.
+
+        Args:
+            reason: in a line or a few.
+            details: the traceback.
+            exit_code: with which this process will end, and with it the others.
+            communication: whether the error may come from another rank's end (a closed connection).
+            said: it is another rank's, who has handed it on, and prints it.
+        """
+        if communication:
+            _pause(10.0)  # the verdict that explains it comes within milliseconds and ends the process
+        self._raised.set()
+        self._over.set()
+        if said:
+            self._mute()
+        if not self._connected.wait(1.0):
+            return self.verdict is None and not said
+        position = vars(self.progress.position())
+        content = {"reason": reason, "details": details[-LONGEST_DETAILS:], "exit_code": exit_code, "said": said}
+        self._post(kind="error", position=position, **content)
+        self._answered.wait(_OWNER_WITHIN if said else _ANSWER_WITHIN)
+        first = not said and (self.verdict is None if self._first is None else self._first)
+        if not first:
+            self._mute()
+        return first
+
+    def wait_for_rank_0(self) -> None:
+        """After :meth:`failed`, before this process ends: all ranks may have raised, and rank 0 may be exporting."""
+        if self._raised.is_set() and self.launch.rank != 0 and self._connected.is_set():
+            self._may_end.wait(_CLOSING_TIME)
+
+    def end_process(self, code: int, within: float) -> None:
+        """End this process now, or after ``within`` seconds if it is still there, waiting for ranks that are gone."""
+        if within <= 0:
+            self.close()
+            self._end(code)
+        timer = threading.Timer(within, self._end, (code,))
+        timer.daemon = True
+        timer.start()
+
+    @staticmethod
+    def _end(code: int) -> None:
+        for child in multiprocessing.active_children():  # data workers
+            child.kill()
+        os._exit(code)
+
+    def close(self) -> None:
+        """Goodbye: from here on this process is not missed."""
+        self._closing.set()
+        self._over.set()
+        self._notify()
+        self.join(timeout=5.0)
+
+    def _post(self, **message: Any) -> None:
+        self._outbox.append(message)
+        self._notify()
+
+    def _notify(self) -> None:
+        with contextlib.suppress(OSError):
+            self._wake.send(b"x")
+
+    # the thread
+
+    def run(self) -> None:
+        line = None
+        try:
+            line = self._connect()
+        except Exception as error:
+            self._settled.set()
+            if not self._over.wait(_NOT_OVER_WITHIN):
+                log.warning("rank %d is not watched: %s", self.launch.rank, error)
+        try:
+            if line is not None:
+                self._connected.set()
+                self._settled.set()
+                self._talk(line)
+        except OSError:
+            if line is None or not self._has_last_words(line):
+                self._rank_0_is_gone("lost", "the process is gone; it closed its connection without a word")
+        finally:
+            self._answered.set()
+            self._may_end.set()
+            if line is not None:
+                line.close()
+            self._wake.close()
+            self._woken.close()
+            os.close(self._screen)
+
+    def _connect(self) -> Line | None:
+        address = launching.look_up(self.launch, self._closing.is_set)
+        if address is None:
+            return None
+        host, port, token = address
+        line = Line(socket.create_connection((host, port), timeout=60.0))
+        line.send("hello", token=token, member=vars(self.member))
+        return line
+
+    def _talk(self, line: Line) -> None:
+        heard = looked = time.monotonic()
+        due = 0.0
+        while True:
+            readable, _, _ = select.select([line.connection, self._woken], [], [], max(due - time.monotonic(), 0.0))
+            if self._woken in readable:
+                self._woken.recv(4096)
+            while self._outbox:
+                line.send(**self._outbox.pop(0))
+            now = time.monotonic()
+            if now - looked > self.silence / 2:  # this process was stopped: rank 0 may have spoken meanwhile
+                heard += now - looked
+                self.progress.slept(now - looked)
+            looked = now
+            if line.connection in readable:
+                messages = line.receive()
+                if messages is None:
+                    raise ConnectionError
+                heard = now
+                for message in messages:
+                    if message["kind"] == "bye":
+                        return
+                    self._handle(line, message)
+            elif now - heard > self.silence:
+                self._rank_0_is_gone("silent", f"no sign of life for {now - heard:.0f} s, with its connection open")
+                return
+            if self._closing.is_set():
+                line.send("bye")
+                return
+            if now >= due:
+                due = now + self.interval
+                line.send("beat", position=vars(self.progress.position()))
+
+    def _has_last_words(self, line: Line) -> bool:
+        """Whether rank 0 has said why it closed the connection, which a message of ours has met before we read that."""
+        for message in line.receive() or []:
+            if message["kind"] == "verdict":
+                self._come_down(Fault.from_json(message["fault"]))
+            if message["kind"] in ("verdict", "bye"):
+                return True
+        return False
+
+    def _handle(self, line: Line, message: dict[str, Any]) -> None:
+        kind = message["kind"]
+        if kind == "alive":
+            self._rank0 = Position(**message["position"])
+        elif kind == "members":
+            self._members = {member["rank"]: Member(**member) for member in message["members"]}
+            here = [member for member in self._members.values() if member.host == self.member.host]
+            self._birth = {member.pid: processes.start_of(member.pid) for member in here}
+        elif kind == "stack":
+            line.send("stack", stack=processes.main_thread_stack())
+        elif kind == "first":
+            self._first = bool(message["first"])
+            self._answered.set()
+        elif kind == "end":
+            if not message["wait"]:
+                self._may_end.set()
+        elif kind == "verdict":
+            self._come_down(Fault.from_json(message["fault"]))
+
+    def _rank_0_is_gone(self, kind: str, reason: str) -> None:
+        if self._closing.is_set() or self.verdict is not None:
+            return
+        member = self._members.get(0, Member(0, "unknown", 0, 0))
+        self._come_down(Fault(kind, member, self._rank0.place, reason))
+
+    def _come_down(self, fault: Fault) -> None:
+        """Say it once a machine, write it down once, and end this process."""
+        self.verdict = fault = self._looked_at(fault)
+        spokesman, writer = self._is_spokesman(fault), self._is_writer(fault)
+        if spokesman and not self._raised.is_set():
+            with contextlib.suppress(OSError):
+                os.write(self._screen, (self._words(fault) + "\n").encode())
+        self._mute()  # what the libraries have to say about lost connections only hides the reason
+        if writer and self.on_fault is not None:
+            with contextlib.suppress(Exception):
+                self.on_fault(fault)
+        if spokesman:
+            self._settle(fault)
+        end, latest = time.monotonic() + _LINGER, time.monotonic() + _LINGER_LATEST
+        while time.monotonic() < end:
+            if self._raised.is_set() and fault.kind == "error":
+                self._answered.set()
+                return  # the same error here: the main thread ends the process by itself
+            if time.monotonic() < latest and self._is_closing(fault):
+                end = time.monotonic() + _LINGER / 3
+            time.sleep(0.02)
+        if fault.kind != "error":
+            launching.write_error_file(fault.headline)
+        self._end(fault.exit_code)
+
+    def _is_closing(self, fault: Fault) -> bool:
+        """Whether a culprit of this machine that has raised is still there."""
+        culprit = fault.culprit
+        return fault.kind == "error" and culprit.host == self.member.host and processes.is_running(culprit.pid)
+
+    def _is_spokesman(self, fault: Fault) -> bool:
+        """One a machine; where the culprit itself has said it, only on the other machines."""
+        if fault.kind == "error" and fault.culprit.host == self.member.host:
+            return False
+        here = [member.rank for member in self._members.values() if member.host == self.member.host]
+        return self.launch.rank == min(self._able(here, fault), default=self.launch.rank)
+
+    def _is_writer(self, fault: Fault) -> bool:
+        return self.launch.rank == min(self._able(list(self._members) or [0], fault), default=self.launch.rank)
+
+    @staticmethod
+    def _able(ranks: list[int], fault: Fault) -> list[int]:
+        return [rank for rank in ranks if rank != fault.culprit.rank or fault.kind in ("error", "hang", "slow")]
+
+    def _looked_at(self, fault: Fault) -> Fault:
+        """With what this machine's kernel knows of the culprit, if it is a process of this machine."""
+        culprit = fault.culprit
+        more = []
+        if culprit.host == self.member.host and culprit.pid and culprit.rank != self.launch.rank:
+            if fault.kind == "lost":
+                more.append(processes.death_of(culprit.pid))
+                if processes.out_of_memory_kills() > self._killed_before:
+                    more.append("this machine's kernel has killed a process for want of memory meanwhile")
+            elif fault.kind in ("silent", "hang"):
+                more.append(processes.state_of(culprit.pid))
+        return dataclasses.replace(fault, reason="; ".join([fault.reason, *filter(None, more)]))
+
+    def _words(self, fault: Fault) -> str:
+        lines = [fault.headline]
+        if fault.details and fault.kind == "hang":
+            lines += ["  its main thread, innermost call last:"]
+            lines += [f"    {line}" for line in fault.details.splitlines()[-_STACK_LINES:]]
+        lines += [f"  ending all {self.launch.world_size} processes with exit code {fault.exit_code}"]
+        return "\n".join(lines)
+
+    def _settle(self, fault: Fault) -> None:
+        """See to it that a culprit of this machine that can't end itself does end, and that torchrun knows why."""
+        culprit = fault.culprit
+        if culprit.host != self.member.host or culprit.rank == self.launch.rank or not culprit.pid:
+            return
+        if fault.kind in ("lost", "silent"):
+            launching.write_error_file(fault.headline, culprit.local_rank)
+        if fault.kind == "silent" and self._birth.get(culprit.pid) == processes.start_of(culprit.pid) is not None:
+            with contextlib.suppress(OSError):
+                if not processes.state_of(culprit.pid):  # it runs, but holds the interpreter: see faulthandler
+                    os.kill(culprit.pid, signal.SIGUSR2)
+                    _pause(0.5)
+                os.kill(culprit.pid, signal.SIGKILL)
+
+    def _mute(self) -> None:
+        null = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in (1, 2):
+            os.dup2(null, descriptor)
+        os.close(null)
+
+
+def _pause(seconds: float) -> None:
+    """Sleep in pieces: after a standstill of the whole machine, others then have time before this process goes on."""
+    for _ in range(round(seconds / 0.1)):
+        time.sleep(0.1)

@@ -1,0 +1,149 @@
+"""Who brings the run down: judged from the heartbeats of all ranks. No threads, no sockets, no clock of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from nemo_aligner_diffusion.runtime.health.messages import Fault, Member, Position
+from nemo_aligner_diffusion.runtime.health.processes import is_waiting
+
+_MOST_PLACES = 64  # lines about ranks; on more, those furthest behind
+
+
+@dataclass
+class _Rank:
+    member: Member
+    position: Position = field(default_factory=Position)
+    heard: float = 0.0
+    left: bool = False
+
+
+class Watch:
+    """The heartbeats of all ranks.
+
+    Args:
+        world_size: processes of the run.
+        silence: seconds without any sign of life after which a process counts as gone or stopped.
+        first: seconds after which a rank that has not come up is missed.
+        now: the present, on the clock of all later calls (monotonic, seconds).
+    """
+
+    def __init__(self, world_size: int, silence: float, first: float, now: float) -> None:
+        self.world_size = world_size
+        self.silence = silence
+        self.first = first
+        self._began = now
+        self.ranks: dict[int, _Rank] = {}
+
+    @property
+    def active(self) -> list[_Rank]:
+        """Ranks that have come up and not said goodbye."""
+        return [rank for rank in self.ranks.values() if not rank.left]
+
+    @property
+    def absent(self) -> list[int]:
+        return [rank for rank in range(self.world_size) if rank not in self.ranks]
+
+    def join(self, member: Member, now: float) -> None:
+        self.ranks[member.rank] = _Rank(member, heard=now)
+
+    def heard(self, rank: int, now: float, position: Position | None = None) -> None:
+        entry = self.ranks[rank]
+        entry.heard = now
+        if position is not None:
+            entry.position = position
+
+    def leave(self, rank: int) -> None:
+        self.ranks[rank].left = True
+
+    def forgive(self, now: float, slept: float) -> None:
+        """The watcher itself was stopped so long: whoever is silent may have spoken, or was stopped with it."""
+        self._began += slept
+        for entry in self.ranks.values():
+            entry.heard = min(entry.heard + slept, now)
+
+    def lost(self, rank: int, now: float) -> Fault:
+        """Its connection closed without a goodbye."""
+        entry = self.ranks[rank]
+        reason = "the process is gone; it closed its connection without a word"
+        return self._fault("lost", entry, reason, now)
+
+    def silent(self, now: float) -> Fault | None:
+        """A process that is connected and sends nothing: stopped, or its machine or network is gone."""
+        for entry in self.active:
+            if now - entry.heard > self.silence:
+                reason = f"no sign of life for {now - entry.heard:.0f} s, with its connection still open"
+                return self._fault("silent", entry, reason, now)
+        return None
+
+    def suspects(self, now: float) -> list[_Rank]:
+        """Empty unless every rank is past its limit; then those that may hold up the others, the likeliest first.
+
+        While one rank still gets on, nobody is accused: the others may just be waiting for it. Of ranks that all
+        stand still, the one to blame is not in a collective call and has passed fewer marks than the rest.
+        """
+        active = self.active
+        if not active or any(entry.position.idle + now - entry.heard <= entry.position.limit for entry in active):
+            return []
+        outside = [entry for entry in active if not entry.position.waiting] or active
+        least = min((entry.position.step, entry.position.events) for entry in outside)
+        behind = [entry for entry in outside if (entry.position.step, entry.position.events) == least]
+        return sorted(behind, key=lambda entry: entry.member.rank)
+
+    def missed(self, now: float, all_stand_still: bool = False) -> Fault | None:
+        """A rank that never came up, although there was time enough, or all the others have come to a stand.
+
+        Where others train, it is only out of reach (a firewall between nodes): nobody can train without it.
+        """
+        absent = self.absent
+        training = any(entry.position.step or entry.position.in_training for entry in self.active)
+        if not absent or not (all_stand_still or (not training and now - self._began > self.first)):
+            return None
+        reason = f"it has not come up within {now - self._began:.0f} s"
+        if len(absent) > 1:
+            reason += f"; nor have {len(absent) - 1} more: {', '.join(str(rank) for rank in absent[1:20])}"
+        return Fault("absent", Member(absent[0], "unknown", 0, 0), "starting", reason, places=self.places(now))
+
+    def hang(self, suspects: list[_Rank], stacks: dict[int, list[str]], now: float) -> Fault:
+        """The verdict over ranks that stand still, with the stacks that could be had of them."""
+        outside = [s for s in suspects if s.member.rank in stacks and not is_waiting(stacks[s.member.rank])]
+        entry = (outside or suspects)[0]
+        stack = stacks.get(entry.member.rank, [])
+        idle = entry.position.idle + now - entry.heard
+        reason = f"no progress for {idle:.0f} s; {entry.position.limit:.0f} s is the limit"
+        others = [other for other in self.active if other is not entry]
+        if others and not outside and len(suspects) > 1:
+            reason += "; every rank waits for the others in a collective call"
+        elif others:
+            one = others[0].member
+            reason += (
+                f"; {len(others)} others wait for it"
+                if len(others) > 1
+                else f"; rank {one.rank} waits for it [{others[0].position.place}]"
+            )
+        return self._fault("hang", entry, reason, now, "\n".join(stack))
+
+    def error(self, rank: int, reason: str, details: str, exit_code: int, now: float) -> Fault:
+        return self._fault("error", self.ranks[rank], reason, now, details, exit_code)
+
+    def places(self, now: float) -> tuple[str, ...]:
+        """A line for each rank: where it is, and for how long."""
+        entries = sorted(self.ranks.values(), key=lambda e: (e.left, e.position.step, e.position.events, e.member.rank))
+        lines = []
+        for entry in entries[:_MOST_PLACES]:
+            position, silent = entry.position, now - entry.heard
+            line = f"{entry.member}: " + (
+                "ended" if entry.left else f"{position.place}, {position.idle + silent:.1f} s"
+            )
+            if position.waiting:
+                line += ", in a collective call"
+            lines.append(line)
+        if len(entries) > _MOST_PLACES:
+            lines.append(f"and {len(entries) - _MOST_PLACES} more ranks, further on")
+        return tuple(lines)
+
+    def _fault(
+        self, kind: str, entry: _Rank, reason: str, now: float, details: str = "", exit_code: int | None = None
+    ) -> Fault:
+        code = {} if exit_code is None else {"exit_code": exit_code}
+        return Fault(kind, entry.member, entry.position.place, reason, details, places=self.places(now), **code)

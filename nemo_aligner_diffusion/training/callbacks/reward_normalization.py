@@ -1,0 +1,92 @@
+"""``normalize: base``: the scale of a reward's parts, measured once on the base model's pictures, before training."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from nemo_aligner_diffusion.algorithms.reward_tuning import RewardTuning
+from nemo_aligner_diffusion.rewards.parts import (
+    STATISTICS_FILE,
+    PartedReward,
+    apply_statistics,
+    known_statistics,
+    parted_rewards,
+    read_statistics,
+    statistics_of,
+)
+from nemo_aligner_diffusion.runtime.directory import write_text_atomically
+
+log = logging.getLogger(__name__)
+
+
+class RewardNormalization(pl.Callback):
+    """Measures what is not known yet before the first step, and keeps it in the run directory and the checkpoints.
+
+    The mean and the standard deviation of each part's raw score are taken over all validation prompts and seeds, by the
+    base model. A resumed run goes on with the figures that it began with.
+
+    Args:
+        run_dir: gets ``reward_normalization.json``: ``{"rm.parts.<part>": {"mean": …, "std": …}}``.
+        resumed: whether the file in ``run_dir`` is this run's own.
+    """
+
+    def __init__(self, run_dir: Path, resumed: bool) -> None:
+        self.run_dir = Path(run_dir)
+        self.statistics: dict[str, dict[str, float]] = read_statistics(self.run_dir) if resumed else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"statistics": self.statistics}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.statistics |= state_dict["statistics"]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._settle(trainer, pl_module)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._settle(trainer, pl_module)
+
+    def _settle(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, RewardTuning)
+        apply_statistics(pl_module.reward, self.statistics)
+        for parted in parted_rewards(pl_module.reward):
+            for part in parted.unmeasured():
+                parted.statistics[part] = statistics_of(
+                    parted.place(part), self._raw_scores(trainer, pl_module, parted, part)
+                )
+                if trainer.is_global_zero:
+                    log.info(
+                        "%s: mean %.5g, standard deviation %.5g over the base model's pictures",
+                        parted.place(part),
+                        *parted.statistics[part],
+                    )
+        known = known_statistics(pl_module.reward)
+        recorded = (self.run_dir / STATISTICS_FILE).is_file() and known == self.statistics
+        if known and not recorded and trainer.is_global_zero:
+            write_text_atomically(
+                self.run_dir / STATISTICS_FILE, json.dumps(known, indent=1, ensure_ascii=False) + "\n"
+            )
+        self.statistics = known
+
+    def _raw_scores(self, trainer: pl.Trainer, module: RewardTuning, parted: PartedReward, part: str) -> Tensor:
+        """``(N,)``: of every (prompt, seed) pair once, in order; ranks share the work."""
+        rows: list[int] = []
+        scores: list[Tensor] = []
+        for batch in trainer.datamodule.val_dataloader():  # type: ignore[attr-defined]
+            images = module.base_images(batch).to(module.device)
+            with torch.no_grad():
+                scores.append(parted.part(part)(images, batch["prompts"]))
+            rows += batch["rows"]
+        mine = {"rows": torch.tensor(rows, device=module.device), "scores": torch.cat(scores).double()}
+        if trainer.world_size > 1:
+            gathered: Any = module.all_gather(mine)
+            mine = {name: value.flatten() for name, value in gathered.items()}
+        by_row = dict(zip(mine["rows"].tolist(), mine["scores"].tolist(), strict=True))
+        return torch.tensor([by_row[row] for row in sorted(by_row)], dtype=torch.float64)

@@ -1,0 +1,91 @@
+"""Base against tuned on fixed prompts and seeds: the prompts, and the files and figures that come of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from torch.utils.data import DataLoader
+
+from nemo_aligner_diffusion.algorithms.picture_validation import ValidationPictures
+from nemo_aligner_diffusion.algorithms.reward_tuning import RewardTuning
+from nemo_aligner_diffusion.evaluation.diversity import Embedder, seed_diversity
+from nemo_aligner_diffusion.evaluation.figures import sample_grid, save_image
+from nemo_aligner_diffusion.runtime.directory import write_text_atomically
+
+
+def validation_loader(
+    prompts: Sequence[str], seeds: Sequence[int], batch_size: int, rank: int, world_size: int
+) -> DataLoader[Any]:
+    """Batches ``{"prompts": [...], "seeds": [...], "rows": [...]}`` of this rank's share of all (prompt, seed) pairs.
+
+    Seeds of a prompt stand together. Every rank gets equally many pairs: the last ones wrap around, and a row that
+    comes twice is the same picture twice.
+    """
+    pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
+    share = -(-len(pairs) // world_size)
+    rows = [(rank + world_size * i) % len(pairs) for i in range(share)]
+
+    def collate(chosen: list[int]) -> dict[str, Any]:
+        return {
+            "prompts": [pairs[row][0] for row in chosen],
+            "seeds": [pairs[row][1] for row in chosen],
+            "rows": chosen,
+        }
+
+    return DataLoader(rows, batch_size=batch_size, collate_fn=collate)  # type: ignore[arg-type]
+
+
+class ValidationFiles(pl.Callback):
+    """Writes ``samples/step_NNNNNN.png`` and ``validation_samples.json``, and adds diversity to the figures.
+
+    Args:
+        run_dir: the run directory.
+        embedder: measures how far apart pictures of one prompt are; ``None`` or a single seed: not measured.
+        max_prompts: prompts in the grid (all their seeds are shown).
+    """
+
+    def __init__(self, run_dir: Path, embedder: Embedder | None, max_prompts: int) -> None:
+        self.run_dir = run_dir
+        self.embedder = embedder
+        self.max_prompts = max_prompts
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, RewardTuning)
+        pictures = pl_module.validation_pictures
+        if pictures is None or trainer.sanity_checking:
+            return
+        step = trainer.global_step
+        here = trainer.is_global_zero or pl_module.parallel.layout.spreads_reward  # the embedder may be the reward
+        if here and self.embedder is not None and len(set(pictures.prompts)) < len(pictures.prompts):
+            base = seed_diversity(self.embedder, pictures.base, pictures.prompts).mean
+            tuned = seed_diversity(self.embedder, pictures.tuned, pictures.prompts).mean
+            pl_module.last_validation |= {"diversity": tuned, "base_diversity": base}
+        if not trainer.is_global_zero:
+            return
+        self._write_grid(pictures, step)
+        rows = [
+            {"prompt": prompt, "seed": seed, "base_reward": base, "reward": tuned}
+            for prompt, seed, base, tuned in zip(
+                pictures.prompts, pictures.seeds, pictures.base_rewards, pictures.tuned_rewards, strict=True
+            )
+        ]
+        text = json.dumps({"step": step, "prompts": rows}, indent=1, ensure_ascii=False)
+        write_text_atomically(self.run_dir / "validation_samples.json", text + "\n")
+
+    def _write_grid(self, pictures: ValidationPictures, step: int) -> None:
+        shown = list(dict.fromkeys(pictures.prompts))[: self.max_prompts]
+        rows = [row for row, prompt in enumerate(pictures.prompts) if prompt in shown]
+        grid = sample_grid(
+            pictures.base[rows],
+            pictures.tuned[rows],
+            [pictures.prompts[row] for row in rows],
+            [pictures.base_rewards[row] for row in rows],
+            [pictures.tuned_rewards[row] for row in rows],
+            seeds=[pictures.seeds[row] for row in rows],
+            title=f"step {step}",
+        )
+        save_image(grid, self.run_dir / "samples" / f"step_{step:06d}.png")

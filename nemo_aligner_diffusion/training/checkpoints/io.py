@@ -1,0 +1,329 @@
+"""A run's state from the processes that hold it to one folder, and back under any layout.
+
+Whole tensors are put together from their pieces (:mod:`nemo_aligner_diffusion.parallel.placements`), each for one
+process that writes it; each is read by one process, handed on, and cut for the layout that reads.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import logging
+import shutil
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from lightning_fabric.plugins import CheckpointIO
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+
+from nemo_aligner_diffusion.errors import CheckpointError, OutputError, first_line
+from nemo_aligner_diffusion.parallel.placements import Placement, is_sharded, placements
+from nemo_aligner_diffusion.runtime.launch import collective_timeout
+from nemo_aligner_diffusion.training.checkpoints.files import hidden_name, remove
+from nemo_aligner_diffusion.training.checkpoints.storage import DTYPES, FolderReader, FolderWriter, read_contents
+from nemo_aligner_diffusion.training.checkpoints.tree import Leaf, put_together, take_apart, tensors_of
+
+log = logging.getLogger(__name__)
+
+BYTES_A_WRITER = 32 * 2**20  # below this a further file costs more than it saves
+BYTES_A_MESSAGE = 32 * 2**20  # tensors handed on together
+
+
+class FolderCheckpointIO(CheckpointIO):
+    """Lightning's plugin; every process calls both methods, at the same moments and with equal trees.
+
+    Args:
+        module: whose parameters tell what is laid out how.
+        async_save: return from a save as soon as everything is copied to host memory, and write in the background.
+        bytes_a_writer: a process writes at least so many bytes before a further one takes part.
+    """
+
+    def __init__(self, module: nn.Module, async_save: bool = False, bytes_a_writer: int = BYTES_A_WRITER) -> None:
+        self.module = module
+        self.async_save = async_save
+        self.bytes_a_writer = bytes_a_writer
+        self.rank, self.size, self.group = 0, 1, None
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            self.rank, self.size = dist.get_rank(), dist.get_world_size()
+            # one of its own, so that a save in the background never meets the training's messages
+            self.group = dist.new_group(backend="gloo", timeout=collective_timeout())
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether a save was begun whose outcome has not been looked at; equal on all processes."""
+        return self._thread is not None
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this process's part of it is over, well or not."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Until the save in the background is complete.
+
+        Args:
+            seconds: at most so long; a save that takes longer is left behind.
+
+        Raises:
+            OutputError: it failed, on this or another process.
+        """
+        if self._thread is None:
+            return
+        self._thread.join(seconds)
+        self._thread = None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write ``checkpoint`` as the folder ``path``.
+
+        Raises:
+            OutputError: the disk is full or not writable; nothing of this checkpoint remains, earlier ones are whole.
+            CheckpointError: the state holds what no checkpoint can.
+        """
+        self.wait()
+        path = Path(path)
+        held = dict(self.module.named_parameters(remove_duplicate=False))
+        layout = placements(self.module)
+        in_pieces = {name for name in held if layout[name].cut is not None or is_sharded(held[name])}
+        tree, leaves = take_apart(checkpoint, held, in_pieces)
+        mine = dict(self._whole_tensors(leaves, held, layout))
+        if not self.async_save:
+            self._write(path, tree, mine)
+            return
+        self._thread = threading.Thread(
+            target=self._write_behind, args=(path, tree, mine), name=f"saving {path.name}", daemon=True
+        )
+        self._thread.start()
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """What was saved, with this process's piece of every tensor.
+
+        Raises:
+            CheckpointError: it cannot be read; every process raises it.
+        """
+        path = Path(path)
+        state = self._from_first(lambda: read_contents(path), path)
+        entries: dict[str, Any] = state["tensors"]
+        needed = tensors_of(state["tree"])
+        sizes = {name: _bytes(entries[name]) for name in entries if name in needed}
+        readers = share_out(sizes, self.size, self.bytes_a_writer)
+        mine = {
+            name: torch.empty(entries[name]["shape"], dtype=DTYPES[entries[name]["dtype"]])
+            for name, rank in readers.items()
+            if rank == self.rank
+        }
+        failure = ""
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".*single process.*")
+                dcp.load(
+                    mine,
+                    storage_reader=FolderReader(path, {name: entries[name] for name in mine}),
+                    planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+                    no_dist=True,
+                )
+        except (Exception, CheckpointException) as error:
+            failure = first_line(_cause(error)[1])
+        for rank, message in enumerate(self._gathered(failure)):
+            if message:
+                raise CheckpointError(f"the checkpoint {path} cannot be read{self._on(rank)}: {message}")
+        held = dict(self.module.named_parameters(remove_duplicate=False))
+        layout = placements(self.module)
+        placed: dict[str, Tensor] = {}
+        for name, whole in self._handed_on(mine, readers, entries):
+            like = needed[name]
+            placed[name] = whole if like not in held else _piece(whole, held[like], layout[like])
+        loaded: dict[str, Any] = put_together(state["tree"], placed)
+        return loaded
+
+    def remove_checkpoint(self, path: Any) -> None:
+        remove(Path(path))
+
+    # Saving
+
+    def _whole_tensors(
+        self, leaves: Mapping[str, Leaf], held: Mapping[str, Tensor], layout: Mapping[str, Placement]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Those that this process writes, on the CPU; every process helps to put each together."""
+        writers = share_out(
+            {name: leaf.value.numel() * leaf.value.element_size() for name, leaf in leaves.items()},
+            self.size,
+            self.bytes_a_writer,
+        )
+        for name, leaf in leaves.items():
+            value = leaf.value.detach()
+            if leaf.like is not None:
+                parameter = held[leaf.like]
+                if not is_sharded(value) and value.device != parameter.device and layout[leaf.like].cut is not None:
+                    value = value.to(parameter.device)  # averages kept in host memory: pieces meet where messages do
+                value = layout[leaf.like].full(value)
+            if writers[name] == self.rank:
+                yield name, value.to("cpu", copy=self.async_save)
+
+    def _write(self, path: Path, tree: Any, mine: dict[str, Tensor]) -> None:
+        started = time.perf_counter()
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".*single process.*")
+                dcp.save(
+                    mine,
+                    storage_writer=FolderWriter(path, tree),
+                    planner=DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+                    process_group=self.group,
+                    no_dist=self.group is None,
+                )
+        except (Exception, CheckpointException) as error:
+            if self.rank == 0:  # all processes are through with it, or no file was begun
+                shutil.rmtree(hidden_name(path), ignore_errors=True)
+            rank, cause = _cause(error)
+            raise OutputError(
+                f"the checkpoint {path} could not be written{self._on(rank)}: {first_line(cause)}. Is the disk full? "
+                "Earlier checkpoints are intact; make room and continue with exp_manager.resume_if_exists=True."
+            ) from error
+        if self.rank == 0:
+            log.info("saved %s in %.1f s", path, time.perf_counter() - started)
+
+    def _write_behind(self, path: Path, tree: Any, mine: dict[str, Tensor]) -> None:
+        try:
+            self._write(path, tree, mine)
+        except BaseException as error:  # whoever waits raises it
+            self._failure = error
+
+    # Loading
+
+    def _from_first(self, read: Callable[[], dict[str, Any]], path: Path) -> dict[str, Any]:
+        """What the first process reads, on all of them; as JSON text."""
+        answer: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                answer = [json.dumps(read()), None]
+            except Exception as error:  # whatever damage makes of JSON and headers
+                answer = [None, first_line(error)]
+        if self.group is not None:
+            dist.broadcast_object_list(answer, src=0, group=self.group)
+        if answer[1] is not None:
+            raise CheckpointError(f"the checkpoint {path} cannot be read: {answer[1]}")
+        content: dict[str, Any] = json.loads(answer[0])
+        return content
+
+    def _handed_on(
+        self, mine: dict[str, Tensor], readers: Mapping[str, int], entries: Mapping[str, Any]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor, whole, one message's worth at a time: a view into it, to be copied."""
+        if self.group is None:
+            yield from mine.items()
+            return
+        # between GPUs by NCCL, the default group's backend there; on the CPU by the plugin's own group
+        device = next(self.module.parameters()).device
+        group = None if device.type == "cuda" else self.group
+        for rank in range(self.size):
+            names = [name for name, reader in readers.items() if reader == rank]
+            for names_here in _messages(names, entries):
+                total = sum(_aligned(_bytes(entries[name])) for name in names_here)
+                message = torch.zeros(total, dtype=torch.uint8, device=device)
+                parts: dict[str, Tensor] = {}
+                offset = 0
+                for name in names_here:
+                    size = _bytes(entries[name])
+                    part = message[offset : offset + size].view(DTYPES[entries[name]["dtype"]])
+                    parts[name] = part.view(entries[name]["shape"])
+                    offset += _aligned(size)
+                    if rank == self.rank:
+                        parts[name].copy_(mine.pop(name))
+                dist.broadcast(message, src=rank, group=group)
+                for name, part in parts.items():
+                    yield name, part.to("cpu", copy=True)
+
+    def _gathered(self, value: str) -> list[str]:
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def gather_bytes(self, value: Tensor) -> Tensor:
+        """``(processes, n)`` from each process's ``(n,)`` bytes on the CPU."""
+        if self.group is None:
+            return value.reshape(1, -1)
+        values = [torch.empty_like(value) for _ in range(self.size)]
+        dist.all_gather(values, value.contiguous(), group=self.group)
+        return torch.stack(values)
+
+    def _on(self, rank: int) -> str:
+        return f" by process {rank} of {self.size}" if self.size > 1 else ""
+
+
+def share_out(sizes: Mapping[str, int], processes: int, least: int) -> dict[str, int]:
+    """Which process sees to which tensor: about equally many bytes each, the same answer everywhere.
+
+    Args:
+        sizes: bytes by name.
+        processes: how many there are; those that take part are spread evenly over them, so over nodes too.
+        least: bytes that a process should have before a further one takes part.
+    """
+    taking_part = max(1, min(processes, sum(sizes.values()) // max(least, 1)))
+    loads = [(0, number * processes // taking_part) for number in range(taking_part)]
+    result: dict[str, int] = {}
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        load, rank = heapq.heappop(loads)
+        result[name] = rank
+        heapq.heappush(loads, (load + sizes[name], rank))
+    return {name: result[name] for name in sizes}
+
+
+def _piece(whole: Tensor, parameter: Tensor, placement: Placement) -> Tensor:
+    # an average may be more precise than the parameter: its layout counts, not its dtype
+    like = parameter.detach()
+    if like.dtype != whole.dtype:
+        like = torch.empty_like(like, dtype=whole.dtype)
+    if placement.cut is None and not is_sharded(like):
+        if whole.shape != like.shape:
+            raise CheckpointError(f"a tensor of shape {tuple(whole.shape)} does not fit one of {tuple(like.shape)}")
+        return torch.empty_like(like, device="cpu").copy_(whole)  # in the parameter's memory format
+    return placement.local(whole, like)
+
+
+def _bytes(entry: Mapping[str, Any]) -> int:
+    count = 1
+    for length in entry["shape"]:
+        count *= int(length)
+    return count * DTYPES[entry["dtype"]].itemsize
+
+
+def _aligned(size: int) -> int:
+    return -(-size // 16) * 16
+
+
+def _messages(names: list[str], entries: Mapping[str, Any]) -> Iterator[list[str]]:
+    message: list[str] = []
+    size = 0
+    for name in names:
+        more = _bytes(entries[name])
+        if message and size + more > BYTES_A_MESSAGE:
+            yield message
+            message, size = [], 0
+        message.append(name)
+        size += more
+    if message:
+        yield message
+
+
+def _cause(error: BaseException) -> tuple[int, BaseException]:
+    """(rank, reason) of the first failure that torch.distributed.checkpoint reports."""
+    if isinstance(error, CheckpointException) and error.failures:
+        rank = min(error.failures)
+        return rank, error.failures[rank][0]
+    return 0, error
