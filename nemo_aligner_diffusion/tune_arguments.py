@@ -30,15 +30,15 @@ def read_method(method: Method | str) -> tuple[str, Method | None, list[str]]:
     known = methods()
     if isinstance(method, str) and ":" not in method:
         spellings = {spelling.lower(): kind for kind in known.values()
-                     for spelling in (kind.title, kind.__name__, kind.section, kind.name)}  # fmt: skip
+                     for spelling in (kind.title, kind.__name__, kind.option, kind.name)}  # fmt: skip
         if method.lower() not in spellings:
             raise ConfigurationError(
                 f"method={method!r}: no such method{closest(method, known)}; there are {', '.join(known)}"
             )
-        recipe, words = _recipe(spellings[method.lower()].section)
+        recipe, words = _recipe(spellings[method.lower()].option)
         return recipe, None, words
     if isinstance(method, Method) and known.get(method.name) is type(method):
-        recipe, words = _recipe(method.section)
+        recipe, words = _recipe(method.option)
         values = {key: getattr(method, field) for field, key in method.keys().items()}
         return recipe, None, [*words, *(f"{key}={written(value)}" for key, value in values.items())]
     recipe, words = _recipe("draft")  # what every method reads, and nothing of one's own

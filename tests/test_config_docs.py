@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from nemo_aligner_diffusion.config import reward_keys as schema_rewards
+from nemo_aligner_diffusion.config import schema
 from nemo_aligner_diffusion.config.docs import documented_keys, tables
 from nemo_aligner_diffusion.config.layers import flatten
 from nemo_aligner_diffusion.config.load import conf_directory, load_config, recipes
-from nemo_aligner_diffusion.training import schema, schema_rewards
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(conf_directory().rglob("*.yaml"))
@@ -71,7 +72,8 @@ def test_the_documentations_tables_are_current() -> None:
 
 def test_the_schema_knows_the_names_the_code_knows() -> None:
     from nemo_aligner_diffusion.diffusion.schedule import SAMPLER_ALIASES, SAMPLERS, sampler_name
-    from nemo_aligner_diffusion.rewards import build, classifier, clip, ensemble, feature_symmetry, jpeg, parts
+    from nemo_aligner_diffusion.rewards import build, classifier, ensemble, feature_symmetry, jpeg, parts
+    from nemo_aligner_diffusion.rewards.clip import reward as clip
     from nemo_aligner_diffusion.training.optimizers import OPTIMIZER_NAMES
     from nemo_aligner_diffusion.training.schedules import SCHEDULE_NAMES
 

@@ -24,9 +24,10 @@ from image_reward_toy import (
 )
 from safetensors.torch import save_file
 
+from nemo_aligner_diffusion.cli import convert_reward as convert_cli
 from nemo_aligner_diffusion.errors import AlignerError, ArchiveError, CheckpointError, RewardError
 from nemo_aligner_diffusion.formats.nemo import load_nemo, save_nemo
-from nemo_aligner_diffusion.rewards import build_reward, convert_cli, restore_reward
+from nemo_aligner_diffusion.rewards import build_reward, restore_reward
 from nemo_aligner_diffusion.rewards.clip.network import on_meta
 from nemo_aligner_diffusion.rewards.image_reward.archive import (
     architecture,

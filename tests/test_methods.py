@@ -157,7 +157,7 @@ def test_leapalign_and_lagrange_draw_two_leaps() -> None:
 @pytest.mark.parametrize("name", methods())
 def test_a_method_has_one_yaml_and_its_values_are_the_classs(name: str) -> None:
     method = methods()[name]
-    text = (conf_directory() / "algorithm" / f"{method.section}.yaml").read_text(encoding="utf-8")
+    text = (conf_directory() / "algorithm" / f"{method.option}.yaml").read_text(encoding="utf-8")
     leaves = OmegaConf.create({"model": yaml.safe_load(text)})
     assert leaves.model.algorithm == name
     comments = dict(re.findall(r"^ *(\w+): .*? # (.*)$", text, re.MULTILINE))
@@ -166,7 +166,7 @@ def test_a_method_has_one_yaml_and_its_values_are_the_classs(name: str) -> None:
         value = tuple(value) if OmegaConf.is_list(value) else value
         assert value == entry.default, entry.name
         assert comments[entry.name] == entry.metadata["meaning"]
-    assert method_of(load_config("draftp_sd", [f"algorithm={method.section}"])) == method()
+    assert method_of(load_config("draftp_sd", [f"algorithm={method.option}"])) == method()
     assert method_of(load_config("drtune_sd", [f"model.algorithm={name}"])) == method()
     assert title_of(name) == method.title
     assert getattr(package, method.__name__) is method

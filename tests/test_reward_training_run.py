@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 
+from nemo_aligner_diffusion.cli import evaluate_reward as evaluate_cli
+from nemo_aligner_diffusion.cli import train_reward as train_cli
 from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError, OutputError
-from nemo_aligner_diffusion.reward_training import evaluate_cli, train_cli
 from nemo_aligner_diffusion.reward_training.calibration import preference_figures
 from nemo_aligner_diffusion.reward_training.configuration import KEYS, accumulation, documented_keys, load_reward_config
 from nemo_aligner_diffusion.reward_training.evaluate import score_pairs

@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 
+from nemo_aligner_diffusion.cli import evaluate_reward as evaluate_cli
+from nemo_aligner_diffusion.cli import make_rule_preferences as rule_cli
+from nemo_aligner_diffusion.cli import train_reward as train_cli
 from nemo_aligner_diffusion.cli.preferences_to_shards import (
     folder_main,
     folder_parser,
@@ -19,7 +22,7 @@ from nemo_aligner_diffusion.cli.preferences_to_shards import (
     parquet_parser,
 )
 from nemo_aligner_diffusion.data.prompt_files import BadSamples
-from nemo_aligner_diffusion.reward_training import evaluate_cli, rule_cli, rule_judge, train_cli
+from nemo_aligner_diffusion.reward_training import rule_judge
 from nemo_aligner_diffusion.reward_training.preference_shards import PreferencePair, read_preference_file
 from tests.reward_training_toy import blue_pairs
 

@@ -249,7 +249,7 @@ def test_a_signal_while_the_program_loads(
     preempted = signal_number == signal.SIGTERM
     program = (
         "import os, sys, importlib.abc\n"
-        "from nemo_aligner_diffusion.training import cli\n"
+        "from nemo_aligner_diffusion.cli import train as cli\n"
         "class Tell(importlib.abc.MetaPathFinder):\n"
         "    def find_spec(self, name, path, target=None):\n"
         "        if name == 'torch':\n"

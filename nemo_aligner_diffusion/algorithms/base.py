@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -10,28 +9,18 @@ from typing import Any, ClassVar
 
 from nemo_aligner_diffusion.diffusion.plan import Plan, SamplingPath
 from nemo_aligner_diffusion.errors import ConfigurationError
-from nemo_aligner_diffusion.settings import Kind
+from nemo_aligner_diffusion.settings import Settings, setting
+
+__all__ = ["CUSTOM_SECTION", "Method", "setting"]
 
 CUSTOM_SECTION = "custom_algorithm"  # model.custom_algorithm.*: the settings of a user's own method
 
 
-def setting(default: Any, kind: Kind, meaning: str, key: str | None = None) -> Any:
-    """A field of a :class:`Method` that the configuration sets.
-
-    Args:
-        default: also the value in ``conf/algorithm/``.
-        kind: type and range.
-        meaning: with its range, as the comment in ``conf/algorithm/`` and the documentation show it.
-        key: dotted key; ``None``: ``model.<section>.<name of the field>``.
-    """
-    return dataclasses.field(default=default, metadata={"kind": kind, "meaning": meaning, "key": key})
-
-
 @dataclass(frozen=True)
-class Method(ABC):
+class Method(Settings, ABC):
     """A direct-gradient method: which steps of a trajectory are supervised, and where the reward looks.
 
-    A subclass in a file of this package is found by :func:`.registry.methods`; with ``conf/algorithm/<section>.yaml``
+    A subclass in a file of this package is found by :func:`.registry.methods`; with ``conf/algorithm/<option>.yaml``
     beside it, the command line, the configuration's checks, reports and documentation know it. The first line of its
     docstring is what ``docs/algorithms.md`` says of it.
 
@@ -39,7 +28,7 @@ class Method(ABC):
         name: value of ``model.algorithm``.
         title: the name people use.
         source: where it was published; ``arXiv`` numbers become links.
-        section: ``model.<section>`` holds its settings; by default ``name``.
+        option: ``algorithm=<option>`` picks it, ``model.<option>`` holds its settings; by default ``name``.
 
     Raises:
         ConfigurationError: a setting is not of its kind.
@@ -48,29 +37,15 @@ class Method(ABC):
     name: ClassVar[str] = ""
     title: ClassVar[str] = ""
     source: ClassVar[str] = ""
-    section: ClassVar[str] = CUSTOM_SECTION
+    option: ClassVar[str] = CUSTOM_SECTION
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "name" in cls.__dict__ and "section" not in cls.__dict__:
-            cls.section = cls.name
+        if "name" in cls.__dict__ and "option" not in cls.__dict__:
+            cls.option = cls.name
+        cls.section = f"model.{cls.option}"
 
-    def __post_init__(self) -> None:
-        for entry in dataclasses.fields(self):
-            if "kind" in entry.metadata:
-                value = entry.metadata["kind"].read(f"{type(self).__name__}.{entry.name}", getattr(self, entry.name))
-                object.__setattr__(self, entry.name, tuple(value) if isinstance(value, list) else value)
-
-    @classmethod
-    def keys(cls) -> dict[str, str]:
-        """Field -> its dotted key in the configuration."""
-        return {
-            entry.name: entry.metadata["key"] or f"model.{cls.section}.{entry.name}"
-            for entry in dataclasses.fields(cls)
-            if "kind" in entry.metadata
-        }
-
-    def check(self, steps: int) -> None:  # noqa: B027 (most have nothing to check)
+    def check(self, steps: int) -> None:  # most have nothing to check
         """Whether the settings fit ``steps`` sampling steps (``model.infer.inference_steps``).
 
         Raises:
@@ -80,10 +55,6 @@ class Method(ABC):
     @abstractmethod
     def plan(self, path: SamplingPath, rng: random.Random) -> Plan:
         """The rule: drawn once an optimizer step; ``rng`` is the same on every process, so the plan is too."""
-
-    def given(self, field: str) -> str:
-        """``key = value`` for a message."""
-        return f"{self.keys()[field]} = {getattr(self, field)}"
 
     def check_at_least_two(self, steps: int) -> None:
         """For methods that need a step before the last."""

@@ -22,6 +22,6 @@ class DRaFTPlus(DRaFTK):
     name = "draft+"
     title = "DRaFT+"
     source = "NVIDIA NeMo-Aligner"
-    section = "draft_plus"
+    option = "draft_plus"
 
     truncation_steps: int = setting(5, integer(1), TRUNCATION_MEANING, key=TRUNCATION_STEPS)

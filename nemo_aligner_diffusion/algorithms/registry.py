@@ -52,8 +52,7 @@ def method_keys() -> dict[str, Kind]:
     """Dotted key -> kind, of every method."""
     keys: dict[str, Kind] = {}
     for method in methods().values():
-        kinds = {entry.name: entry.metadata["kind"] for entry in dataclasses.fields(method) if entry.metadata}
-        keys |= {key: kinds[field] for field, key in method.keys().items()}
+        keys |= {key: method.kinds()[field] for field, key in method.keys().items()}
     return {**keys, f"model.{CUSTOM_SECTION}.*": ANY}
 
 

@@ -26,7 +26,7 @@ SECTIONS: dict[str, list[str]] = {
     "Method": [
         "algorithm/draft_plus.yaml",
         "algorithm/base.yaml",
-        *(f"algorithm/{method.section}.yaml" for method in methods().values()),
+        *(f"algorithm/{method.option}.yaml" for method in methods().values()),
     ],
     "What is trained": ["peft/sdlora.yaml"],
     "Optimizer": ["optim/fused_adam.yaml", "optim/sgd.yaml"],
@@ -99,10 +99,10 @@ def method_table() -> str:
     for method in methods().values():
         what = (method.__doc__ or "").strip().splitlines()[0]
         source = re.sub(r"arXiv (\S+)", r"[\1](https://arxiv.org/abs/\1)", method.source)
-        own = f"model.{method.section}."
+        own = f"model.{method.option}."
         short = dict.fromkeys(f"{own}*" if key.startswith(own) else key for key in method.keys().values())
         keys = ", ".join(f"`{key}`" for key in short) or "–"
-        lines.append(f"| `{method.section}` | {method.title} ({source}) | {what} | {keys} |")
+        lines.append(f"| `{method.option}` | {method.title} ({source}) | {what} | {keys} |")
     return "\n".join([*lines, ""])
 
 
