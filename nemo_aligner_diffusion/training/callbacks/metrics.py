@@ -19,7 +19,7 @@ import torch
 from pytorch_lightning.loggers import Logger
 
 from nemo_aligner_diffusion.errors import ConfigurationError
-from nemo_aligner_diffusion.runtime.directory import write_text_atomically
+from nemo_aligner_diffusion.runtime.files import write_atomic
 
 METRIC_COLUMNS = (
     "step",
@@ -95,7 +95,7 @@ class CSVTable:
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
         lines = [self._format(self.columns)] + [self._format([row.get(n, "") for n in self.columns]) for row in rows]
-        write_text_atomically(self.path, "".join(lines))
+        write_atomic(self.path, "".join(lines))
 
     @staticmethod
     def _format(values: Iterable[Any]) -> str:
