@@ -20,10 +20,9 @@ from nemo_aligner_diffusion.config.load import load_config
 from nemo_aligner_diffusion.errors import ConfigurationError, DataError
 from nemo_aligner_diffusion.rewards.base import Reward
 from nemo_aligner_diffusion.rewards.build import augmented
-from nemo_aligner_diffusion.runtime.faults import watched
 from nemo_aligner_diffusion.runtime.signals import Interrupted, Interruption
 from nemo_aligner_diffusion.training.run import Given, train
-from nemo_aligner_diffusion.training.run_frame import hushed, plain
+from nemo_aligner_diffusion.training.run_frame import hushed, plain, watched
 from nemo_aligner_diffusion.tune_arguments import (
     check_pipeline,
     read_method,

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from test_training_run import overrides
 from tiny import save_tiny_pipeline
 
-from nemo_aligner_diffusion.runtime.health.messages import EXIT_CODE
+from nemo_aligner_diffusion.errors import RankLostError
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = str(ROOT / "examples" / "mm" / "stable_diffusion" / "train_sd_draftp.py")
@@ -121,5 +121,5 @@ def test_a_hang_ends_with_its_place_and_no_process_stays(tmp_path, inputs) -> No
     assert "faulty_reward.py" in screen
     assert screen.index("torch.distributed.elastic.multiprocessing.errors.ChildFailedError") > screen.index(told)
     assert told in screen.split("Root Cause")[1]  # torchrun's summary shows the same
-    assert f"exitcode  : {EXIT_CODE}" in screen
+    assert f"exitcode  : {RankLostError.exit_code}" in screen
     assert state(directory)["error"] == told

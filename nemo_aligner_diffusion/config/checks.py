@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from omegaconf import DictConfig, ListConfig
@@ -179,22 +178,3 @@ def _check_loop(cfg: DictConfig) -> None:
                         f"trainer.{name}.limit_val_batches = {limit}: expected a whole number of batches, or a "
                         "fraction up to 1.0"
                     )
-
-
-def check_launcher(cfg: DictConfig, environment: Mapping[str, str]) -> None:
-    """Compare the configured devices with what ``torchrun`` started, where it did.
-
-    Raises:
-        ConfigurationError: they differ: the batch arithmetic would be wrong.
-    """
-    if "TORCHELASTIC_RUN_ID" not in environment or "WORLD_SIZE" not in environment:
-        return
-    started = int(environment["WORLD_SIZE"])
-    expected = world_size(cfg)
-    if started != expected:
-        local = int(environment.get("LOCAL_WORLD_SIZE", started))
-        raise ConfigurationError(
-            f"torchrun started {started} processes ({local} on this machine), but trainer.devices × "
-            f"trainer.num_nodes = {devices_per_node(cfg)} × {cfg.trainer.num_nodes} = {expected}: add "
-            f"trainer.devices={local} trainer.num_nodes={started // local}"
-        )

@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_aligner_diffusion.algorithms.registry import defaults, reads
 from nemo_aligner_diffusion.config import schema
-from nemo_aligner_diffusion.config.checks import Derived, check, check_launcher, derived
+from nemo_aligner_diffusion.config.checks import Derived, check, derived
 from nemo_aligner_diffusion.config.layers import (
     Layer,
     Note,
@@ -37,10 +37,10 @@ from nemo_aligner_diffusion.config.layers import (
     unflatten,
 )
 from nemo_aligner_diffusion.errors import ConfigurationError
+from nemo_aligner_diffusion.runtime.process import this_process
 
 __all__ = [
     "Derived",
-    "check_launcher",
     "conf_directory",
     "derived",
     "groups",
@@ -308,7 +308,7 @@ def _unread(given: Mapping[str, Any], cfg: DictConfig) -> list[Note]:
 
 def _warn(notes: Sequence[Note]) -> None:
     """One warning for all, keys with the same reason together, from the first process only."""
-    if not notes or os.environ.get("RANK", "0") != "0":
+    if not notes or not this_process().is_rank_zero:
         return
     by_reason: dict[str, list[str]] = {}
     for note in dict.fromkeys(notes):

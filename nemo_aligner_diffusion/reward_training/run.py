@@ -28,13 +28,13 @@ from nemo_aligner_diffusion.reward_training.outcome import write_reward_report
 from nemo_aligner_diffusion.reward_training.preference_clip import PreferenceCLIP, TrainedParts
 from nemo_aligner_diffusion.reward_training.preference_data import PreferenceDataModule
 from nemo_aligner_diffusion.rewards.clip.reward import CLIPReward
-from nemo_aligner_diffusion.runtime.faults import RunWatch, watched
+from nemo_aligner_diffusion.runtime.watch import RunWatch
 from nemo_aligner_diffusion.training.callbacks.interruption import Interruption
 from nemo_aligner_diffusion.training.callbacks.metrics import MetricsCSV
 from nemo_aligner_diffusion.training.callbacks.non_finite import NonFinitePolicy
 from nemo_aligner_diffusion.training.callbacks.progress import TrainingProgress
 from nemo_aligner_diffusion.training.optimizers import build_optimizer
-from nemo_aligner_diffusion.training.run_frame import RunFrame, plain, quiet
+from nemo_aligner_diffusion.training.run_frame import RunFrame, plain, quiet, watched
 from nemo_aligner_diffusion.training.schedules import build_schedule
 
 log = logging.getLogger(__name__)
@@ -76,12 +76,11 @@ def run_reward_training(cfg: DictConfig, interruption: Interruption | None = Non
         AlignerError: with one clear message; the run directory says ``failed``.
     """
     quiet()
-    with watched(cfg) as watch:
-        return _run(cfg, watch, interruption or Interruption())
+    with watched(cfg) as watch, RunFrame.open(cfg, watch, interruption or Interruption()) as frame:
+        return _run(cfg, watch, frame)
 
 
-def _run(cfg: DictConfig, watch: RunWatch, interruption: Interruption) -> int:
-    frame = RunFrame.open(cfg, watch, interruption)
+def _run(cfg: DictConfig, watch: RunWatch, frame: RunFrame) -> int:
     directory = frame.directory
     watch.phase("loading the model")
     reward = load_once(lambda: load_start(cfg), frame.device)
@@ -92,7 +91,7 @@ def _run(cfg: DictConfig, watch: RunWatch, interruption: Interruption) -> int:
     layout = Layout(data=world_size(cfg))
     module = build_module(cfg, reward, policy, Parallelism(layout))
 
-    frame.begin()
+    frame.begin(module)
     validates = data.validation is not None and cfg.trainer.val_check_interval > 0
     best = BestWeights(cfg.trainer.early_stopping.metric)
     stopping = cfg.trainer.early_stopping

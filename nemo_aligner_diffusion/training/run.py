@@ -27,10 +27,9 @@ from nemo_aligner_diffusion.parallel.broadcast import load_once, on_every_proces
 from nemo_aligner_diffusion.rewards import build_reward, restore_reward
 from nemo_aligner_diffusion.rewards.base import Reward
 from nemo_aligner_diffusion.rewards.build import import_paths
-from nemo_aligner_diffusion.runtime.directory import remove_if_not_begun
-from nemo_aligner_diffusion.runtime.faults import RunWatch, watched
 from nemo_aligner_diffusion.runtime.files import write_atomic
 from nemo_aligner_diffusion.runtime.startup import Startup, take
+from nemo_aligner_diffusion.runtime.watch import RunWatch
 from nemo_aligner_diffusion.training.build import build_layout, build_model, build_module
 from nemo_aligner_diffusion.training.callbacks.ema import EMACallback
 from nemo_aligner_diffusion.training.callbacks.interruption import Interruption
@@ -41,7 +40,7 @@ from nemo_aligner_diffusion.training.callbacks.reward_normalization import Rewar
 from nemo_aligner_diffusion.training.callbacks.startup import StartupCallback
 from nemo_aligner_diffusion.training.callbacks.validation import ValidationFiles, validation_loader
 from nemo_aligner_diffusion.training.export import export_weights
-from nemo_aligner_diffusion.training.run_frame import RunFrame, plain, quiet
+from nemo_aligner_diffusion.training.run_frame import RunFrame, plain, quiet, watched
 from nemo_aligner_diffusion.training.trial import try_out
 
 log = logging.getLogger(__name__)
@@ -98,7 +97,7 @@ def run_training(cfg: DictConfig, interruption: Interruption | None = None) -> i
     """Train as ``cfg`` says and leave the run directory complete.
 
     A program of several processes that calls this should leave by
-    :func:`~nemo_aligner_diffusion.runtime.launch.end`, which says why.
+    :func:`~nemo_aligner_diffusion.runtime.ending.end`, which says why.
 
     Args:
         cfg: from :func:`~nemo_aligner_diffusion.config.load.load_config`.
@@ -119,12 +118,8 @@ def run_training(cfg: DictConfig, interruption: Interruption | None = None) -> i
 def train(cfg: DictConfig, watch: RunWatch, interruption: Interruption, given: Given | None = None) -> Ended:
     """:func:`run_training` for programs: with objects of theirs, and what was tuned in their hands."""
     given, startup = given or Given(), take()
-    frame = RunFrame.open(cfg, watch, interruption, startup.enter)
-    try:
+    with RunFrame.open(cfg, watch, interruption, startup.enter) as frame:
         return _train(cfg, frame, startup, given)
-    except BaseException:
-        remove_if_not_begun(frame.directory.path, given.prompts)
-        raise
 
 
 def _train(cfg: DictConfig, frame: RunFrame, startup: Startup, given: Given) -> Ended:
@@ -134,6 +129,7 @@ def _train(cfg: DictConfig, frame: RunFrame, startup: Startup, given: Given) -> 
     # a user's own is imported before anything is loaded
     on_every_process(lambda: (given.method or method_of(cfg)).check(steps))
     for name, prompts in given.prompts.items():
+        frame.inputs.append(name)
         write_atomic(directory.path / name, "".join(f"{prompt}\n" for prompt in prompts))
     data = _build_data(cfg)
     watch.phase("opening the data")
@@ -156,7 +152,7 @@ def _train(cfg: DictConfig, frame: RunFrame, startup: Startup, given: Given) -> 
     startup.enter("checking the pipeline")
     on_every_process(module.check_pipeline)
     startup.enter("run directory")
-    frame.begin()
+    frame.begin(module)
     ema = EMACallback.from_config(cfg.exp_manager.ema)
     callbacks: list[pl.Callback] = [
         StartupCallback(startup, directory.path),
