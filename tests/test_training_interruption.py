@@ -234,7 +234,7 @@ def test_what_another_process_was_told_is_not_a_first_signal_of_this_one(caplog:
         os.kill(os.getpid(), signal.SIGTERM)
         done.append("went on")
 
-    assert run_then_close(interruption, lambda: interruption.hear_of(signal.SIGTERM), [export]) == 143
+    assert run_then_close(interruption, lambda: interruption.note_signal_elsewhere(signal.SIGTERM), [export]) == 143
     assert done == ["export"]
     assert "another process got SIGTERM" in caplog.text
 

@@ -13,6 +13,7 @@ from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError
 from nemo_aligner_diffusion.runtime import startup
 from nemo_aligner_diffusion.runtime.ending import EndAtExit, end
 from nemo_aligner_diffusion.runtime.said import is_first_to_say, write_error_file
+from nemo_aligner_diffusion.runtime.streams import outlive_readers
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -166,6 +167,8 @@ def exit_status(program: Callable[[], int], is_whole_program: bool) -> int:
     Args:
         is_whole_program: its exit status will be the process's; nothing of the caller's follows.
     """
+    if is_whole_program:
+        outlive_readers()
     ending = EndAtExit()  # before anything that registers what is to come before it
     try:
         code = program()

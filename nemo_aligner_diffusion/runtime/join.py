@@ -24,7 +24,7 @@ from nemo_aligner_diffusion.runtime.watch import RunWatch
 
 log = logging.getLogger(__name__)
 
-_SAID_AFTER = 15.0  # seconds of waiting; then again after four times as long, and so on
+_SAID_AFTER = 10.0  # seconds of waiting; then again after four times as long, and so on
 _KEY = "nemo_aligner_diffusion"
 _timeout = timedelta(minutes=30)  # torch's own default
 
