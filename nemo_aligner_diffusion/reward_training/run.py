@@ -56,6 +56,13 @@ class PreferenceProgress(TrainingProgress):
         )
 
 
+class ConfiguredEarlyStopping(EarlyStopping):
+    """Goes on from a checkpoint with the patience that is configured now."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict({**state_dict, "patience": self.patience})
+
+
 def run_reward_training(cfg: Mapping[str, Any], interruption: Interruption | None = None) -> int:
     """Train as ``cfg`` says and leave the run directory complete.
 
@@ -102,7 +109,7 @@ def _run(settings: RewardTrainingSettings, watch: RunWatch, interruption: Interr
     ]
     if validates and stopping.patience > 0:
         callbacks.append(
-            EarlyStopping(
+            ConfiguredEarlyStopping(
                 f"val_{stopping.metric}",
                 mode="min" if stopping.metric == "loss" else "max",
                 patience=stopping.patience,
