@@ -181,12 +181,12 @@ class RunDirectory:
         return cls(path=path, previous=previous)
 
     def write_config(self, cfg: Any) -> None:
-        """Write ``config.yaml``: the configuration with every reference resolved."""
+        """Write ``config.yaml``: the configuration, its references to the environment unresolved."""
         if not self.is_writer:
             return
         from omegaconf import OmegaConf
 
-        write_text_atomically(self.path / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+        write_text_atomically(self.path / "config.yaml", OmegaConf.to_yaml(cfg))
 
     def changed_keys(self, cfg: Any) -> dict[str, tuple[Any, Any]]:
         """Keys whose value differs from the ``config.yaml`` already here: ``{dotted key: (there, now)}``.
@@ -197,10 +197,10 @@ class RunDirectory:
         from omegaconf import OmegaConf
 
         try:
-            there = _flatten(OmegaConf.to_container(OmegaConf.load(self.path / "config.yaml"), resolve=True))
+            there = _flatten(OmegaConf.to_container(OmegaConf.load(self.path / "config.yaml")))
         except (OSError, ValueError):
             return {}
-        now = _flatten(OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(cfg, resolve=True))))
+        now = _flatten(OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(cfg))))
         return {
             key: (there.get(key), now.get(key))
             for key in sorted({*there, *now})

@@ -97,13 +97,13 @@ class RunFrame:
         directory = on_every_process(lambda: RunDirectory.prepare(settings.tree["exp_manager"], settings.name))
         resume = find_resume_point(directory.checkpoints) if settings.exp_manager.resume_if_exists else None
         if resume is not None and directory.is_writer:
-            for key, (before, now) in directory.changed_keys(settings.tree).items():
+            for key, (before, now) in directory.changed_keys(settings.shown).items():
                 log.warning("resuming with %s = %s; it was %s", key, now, before)
         return cls(settings, watch, interruption, device, directory, resume)
 
     def begin(self) -> None:
         """Claim the directory, now that everything has been built."""
-        self.directory.write_config(self.settings.tree)
+        self.directory.write_config(self.settings.shown)
         self.directory.begin()
         began(self.watch, self.directory)
         self._requeue = Requeue.from_config(self.settings.tree["exp_manager"], os.environ, self.directory.is_writer)
