@@ -9,12 +9,12 @@ from dataclasses import dataclass, field, replace
 
 from omegaconf import DictConfig
 
-from nemo_aligner_diffusion.cli.plan import Options
 from nemo_aligner_diffusion.config.checks import devices_per_node
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.planner.estimate import Assumptions
 from nemo_aligner_diffusion.planner.gpus import gpu_named
 from nemo_aligner_diffusion.planner.measure import Measurement, measure
+from nemo_aligner_diffusion.planner.options import Options
 from nemo_aligner_diffusion.planner.presets import ModelSpec
 from nemo_aligner_diffusion.planner.schedule import StepCounts, step_counts
 from nemo_aligner_diffusion.planner.search import Candidate, Machines, candidate, nothing_fits, search
