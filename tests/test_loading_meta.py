@@ -7,7 +7,7 @@ from typing import ClassVar
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_checkpoints import to_ldm_unet
+from test_formats_checkpoints import to_ldm_unet
 from tiny import save_tiny_pipeline, tiny_parts
 from torch import nn
 

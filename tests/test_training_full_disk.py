@@ -75,7 +75,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(pipeline: Path, prompts: Path, disk: Path, at: int, *more: str) -> int:
     custom = [
         "rm=custom",
-        "rm.import_path=test_faults_disk:FillingReward",
+        "rm.import_path=test_training_full_disk:FillingReward",
         f"+rm.kwargs={{at:{at},folder:{disk}}}",
         "model.global_batch_size=2",
         "report.enable=false",
