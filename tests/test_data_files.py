@@ -13,9 +13,9 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
-from data_toy import ODD_PROMPTS, tar
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny.prompts import ODD_PROMPTS, tar
 
 from nemo_aligner_diffusion.data.prompt_files import MAX_PROMPT_BYTES, BadSamples, clean_prompt, read_file
 from nemo_aligner_diffusion.errors import DataError

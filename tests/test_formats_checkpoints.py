@@ -12,7 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import save_tiny_pipeline, tiny_parts
+from tiny.stable_diffusion import save_tiny_pipeline, tiny_parts
 
 from nemo_aligner_diffusion.diffusion.loading import load_model
 from nemo_aligner_diffusion.diffusion.lora import add_lora, load_lora_weights, save_lora_weights

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from test_formats_checkpoints import to_ldm_unet
-from tiny import save_tiny_pipeline, tiny_parts
+from tiny.stable_diffusion import save_tiny_pipeline, tiny_parts
 from torch import nn
 
 from nemo_aligner_diffusion.diffusion.loading import load_model

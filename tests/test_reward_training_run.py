@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from process_pool import ProcessPool
+from tiny.reward_training import blue_shards, overrides, run_told, toy_nemo
 
 from nemo_aligner_diffusion.cli import evaluate_reward as evaluate_cli
 from nemo_aligner_diffusion.cli import train_reward as train_cli
@@ -25,8 +27,6 @@ from nemo_aligner_diffusion.reward_training.run import run_reward_training
 from nemo_aligner_diffusion.rewards import restore_reward
 from nemo_aligner_diffusion.rewards.symmetry import MirrorSymmetry
 from nemo_aligner_diffusion.runtime.signals import Interrupted, Interruption
-from tests.process_pool import ProcessPool
-from tests.reward_training_toy import blue_shards, overrides, run_told, toy_nemo
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = "model.data.train.webdataset.local_root_path"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny.reward_training import blue_pairs
 
 from nemo_aligner_diffusion.cli import evaluate_reward as evaluate_cli
 from nemo_aligner_diffusion.cli import judge_rule as rule_judge
@@ -24,7 +25,6 @@ from nemo_aligner_diffusion.cli.preferences_to_shards import (
 )
 from nemo_aligner_diffusion.data.prompt_files import BadSamples
 from nemo_aligner_diffusion.reward_training.preference_shards import PreferencePair, read_preference_file
-from tests.reward_training_toy import blue_pairs
 
 ROOT = Path(__file__).resolve().parents[1]
 

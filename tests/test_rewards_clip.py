@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from clip_toy import (
+from omegaconf import OmegaConf
+from tiny.clip import (
     END_OF_TEXT,
     VOCABULARY_SIZE,
     megatron_twin,
@@ -19,7 +20,6 @@ from clip_toy import (
     tokenizer_files,
     toy_clip,
 )
-from omegaconf import OmegaConf
 
 from nemo_aligner_diffusion.errors import AlignerError, ArchiveError, RewardError
 from nemo_aligner_diffusion.formats.nemo import Limits, load_nemo, save_nemo

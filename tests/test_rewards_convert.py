@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from clip_toy import END_OF_TEXT, open_clip_twin, tokenizer_files, toy_clip
-from natural_pictures import photograph
 from PIL import Image
 from safetensors.torch import save_file
+from tiny.clip import END_OF_TEXT, open_clip_twin, tokenizer_files, toy_clip
+from tiny.pictures import photograph
 from torch import Tensor
 from transformers import CLIPModel
 

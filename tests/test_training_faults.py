@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 from test_training_run import overrides
-from tiny import save_tiny_pipeline
+from tiny.stable_diffusion import save_tiny_pipeline
 
 from nemo_aligner_diffusion.runtime.health.messages import EXIT_CODE
 

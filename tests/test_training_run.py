@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import save_tiny_pipeline, tiny_stable_diffusion
+from tiny.stable_diffusion import save_tiny_pipeline, tiny_stable_diffusion
 
 from nemo_aligner_diffusion.config.load import load_config
 from nemo_aligner_diffusion.errors import ConfigurationError, NumericalError, OutputError

@@ -13,7 +13,7 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig
 from safetensors.torch import load_file
-from tiny import save_tiny_pipeline
+from tiny.stable_diffusion import save_tiny_pipeline
 
 from nemo_aligner_diffusion.config.load import load_config
 from nemo_aligner_diffusion.errors import ConfigurationError
@@ -37,7 +37,7 @@ def configured(*words: str) -> DictConfig:
 def timeouts(folder: Path) -> dict[str, timedelta]:
     """Of every process group that a run of two processes talks through."""
     import torch.distributed as dist
-    from training_toy import Toy, fit
+    from tiny.training import Toy, fit
 
     from nemo_aligner_diffusion.parallel import broadcast
     from nemo_aligner_diffusion.parallel.layout import Layout

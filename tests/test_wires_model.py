@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers.models.autoencoders.vae import Decoder
 from omegaconf import DictConfig
-from tiny import save_tiny_pipeline
+from tiny.stable_diffusion import save_tiny_pipeline
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from nemo_aligner_diffusion.algorithms import AlignProp, DRaFT, DRaFTK, DRaFTLV, DRaFTPlus, DRTune, ReFL
