@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import signal
@@ -16,6 +15,7 @@ import pytest
 import torch
 from process_pool import ProcessPool
 from tiny.reward_training import blue_shards, overrides, run_told, toy_nemo
+from tiny.runs import rows
 
 from nemo_aligner_diffusion.cli import evaluate_reward as evaluate_cli
 from nemo_aligner_diffusion.cli import train_reward as train_cli
@@ -44,11 +44,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(folder: Path, run: str, **changed: object) -> Path:
     assert run_reward_training(load_reward_config(overrides(folder, run, **changed))) == 0
     return folder / run
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")

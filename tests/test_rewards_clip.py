@@ -35,11 +35,6 @@ def archive_path(tmp_path: Path) -> Path:
     return convert_hf_clip_to_nemo(toy_clip(), tokenizer_files(), tmp_path / "clip.nemo")
 
 
-@pytest.fixture
-def images() -> torch.Tensor:
-    return torch.rand(3, 3, 40, 36, generator=torch.Generator().manual_seed(3))
-
-
 def restored(path: Path, **settings: Any) -> CLIPReward:
     reward = restore_reward(path, **settings)
     assert isinstance(reward, CLIPReward)

@@ -33,11 +33,6 @@ PROMPTS = ["a red apple", "cat", "Grün & 猫!"]
 
 
 @pytest.fixture
-def images() -> Tensor:
-    return torch.rand(3, 3, 40, 36, generator=torch.Generator().manual_seed(3))
-
-
-@pytest.fixture
 def tokenizer(tmp_path: Path) -> Path:
     return write_tokenizer(tmp_path / "tokenizer")
 

@@ -68,11 +68,6 @@ def archive_path(folder: Path) -> Path:
     return converted(folder)
 
 
-@pytest.fixture
-def images() -> torch.Tensor:
-    return torch.rand(3, 3, 40, 36, generator=torch.Generator().manual_seed(3))
-
-
 def restored(path: Path, **settings: Any) -> ImageReward:
     reward = restore_reward(path, **settings)
     assert isinstance(reward, ImageReward)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig
 from safetensors.torch import load_file
+from tiny.runs import rows
 from tiny.stable_diffusion import save_tiny_pipeline
 
 from nemo_aligner_diffusion.config.load import load_config
@@ -145,11 +145,6 @@ def test_closing_work_is_known_to_the_watch_over_ranks(tmp_path: Path) -> None:
 def test_devices_that_are_not_there_are_refused(devices: Any, accelerator: str, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         join(devices, 1, accelerator)
-
-
-def rows(file: Path) -> list[dict[str, str]]:
-    with file.open(encoding="utf-8", newline="") as handle:
-        return list(csv.DictReader(handle))
 
 
 def test_a_run_does_what_the_keys_of_the_loop_and_of_exp_manager_say(tmp_path: Path) -> None:

@@ -30,11 +30,6 @@ from nemo_aligner_diffusion.training.build import build_layout, build_model, bui
 from nemo_aligner_diffusion.training.run import _build_data, run_training
 
 
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_pipeline(tmp_path_factory.mktemp("model") / "pipeline")
-
-
 def configured(pipeline: Path, *words: str, recipe: str = "draftp_sd") -> DictConfig:
     model = [f"model.{word}" for word in words]
     return load_config(recipe, [f"model.from_pretrained={pipeline}", "rm=symmetry", *model])
