@@ -22,7 +22,7 @@ from nemo_aligner_diffusion.diffusion.noise import plan_random, sample_generator
 from nemo_aligner_diffusion.diffusion.schedule import SchedulerPath
 from nemo_aligner_diffusion.diffusion.trajectory import rollout
 from nemo_aligner_diffusion.errors import ConfigurationError
-from nemo_aligner_diffusion.evaluation.report_pictures import load_grid
+from nemo_aligner_diffusion.evaluation.report.pictures import load_grid
 from nemo_aligner_diffusion.evaluation.run_files import column, read_run
 from nemo_aligner_diffusion.parallel.layout import Layout
 from nemo_aligner_diffusion.rewards import build_reward

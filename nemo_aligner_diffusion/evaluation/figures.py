@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+from nemo_aligner_diffusion.evaluation.run_files import parse_json
 from nemo_aligner_diffusion.runtime.files import write_atomic
 
 GRID_KEY = "grid"  # name of the PNG text chunk that describes a grid
@@ -387,22 +388,19 @@ def read_grid(image: Image.Image) -> list[dict[str, Any]] | None:
     """The cells of a grid: ``prompt, seed, base_reward, reward`` and the rectangles ``base, tuned`` as
     ``[left, top, width, height]`` in pixels; None where the picture does not describe itself (or wrongly)."""
     try:
-        description = json.loads(image.info[GRID_KEY])
-        cells = description["cells"]
-        for cell in cells:
-            for row in ("base", "tuned"):
-                left, top, width, height = cell[row]
-                if (
-                    min(left, top) < 0
-                    or left + width > image.width
-                    or top + height > image.height
-                    or width < 1 > height
-                ):
-                    return None
-            str(cell["prompt"])
-    except (KeyError, TypeError, ValueError):
+        cells = parse_json(image.info[GRID_KEY])["cells"]
+        places = [cell[row] for cell in cells for row in ("base", "tuned")]
+        inside = all(_lies_in(image, *place) for place in places)
+        prompts = [cell["prompt"] for cell in cells]
+    except (KeyError, TypeError, ValueError, RecursionError):
         return None
-    return cells
+    return cells if cells and inside and all(isinstance(prompt, str) for prompt in prompts) else None
+
+
+def _lies_in(image: Image.Image, left: int, top: int, width: int, height: int) -> bool:
+    if not all(type(number) is int for number in (left, top, width, height)):
+        return False
+    return min(left, top) >= 0 < min(width, height) and left + width <= image.width and top + height <= image.height
 
 
 def encode_png(image: Image.Image, metadata: Mapping[str, str] | None = None) -> bytes:

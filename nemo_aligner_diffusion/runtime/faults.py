@@ -27,13 +27,13 @@ from omegaconf import DictConfig
 from nemo_aligner_diffusion.config.checks import devices_per_node, world_size
 from nemo_aligner_diffusion.errors import AlignerError, OutputError, first_line
 from nemo_aligner_diffusion.parallel.strategy import layout_of
+from nemo_aligner_diffusion.runtime.csv_table import CSVTable
 from nemo_aligner_diffusion.runtime.directory import FULL_DISK, RunDirectory, write_text_atomically
 from nemo_aligner_diffusion.runtime.health import Fault, HealthClient, HealthServer, Launch, Limits, Progress
 from nemo_aligner_diffusion.runtime.health import launch as launching
 from nemo_aligner_diffusion.runtime.health.progress import waited_seconds
 from nemo_aligner_diffusion.runtime.health.stragglers import StragglerReport, StragglerWatch
 from nemo_aligner_diffusion.runtime.health.verdict import Watch
-from nemo_aligner_diffusion.training.callbacks.metrics import CSVTable
 
 log = logging.getLogger(__name__)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from nemo_aligner_diffusion.data.datamodule import PromptDataModule
 from nemo_aligner_diffusion.data.prompts import read_prompts
 from nemo_aligner_diffusion.embedded_assets import embedded_prompts_path, embedded_reward_path
 from nemo_aligner_diffusion.evaluation.diversity import Embedder
+from nemo_aligner_diffusion.evaluation.metrics.registry import validation_figures
 from nemo_aligner_diffusion.evaluation.report import write_report
 from nemo_aligner_diffusion.parallel.broadcast import load_once, on_every_process
 from nemo_aligner_diffusion.rewards import build_reward, restore_reward
@@ -148,6 +150,7 @@ def _train(cfg: DictConfig, frame: RunFrame, startup: Startup, given: Given) -> 
     startup.enter("building")
     module = build_module(cfg, model, reward, loop.max_steps, policy, given.method)
     module.validation_prompts = [prompt for prompt in data.validation_prompts for _ in data.validation_seeds]
+    module.measure_validation = functools.partial(validation_figures, embedder=_embedder(cfg, reward))
     if given.reward is not None:
         section, size = cfg.model.data, cfg.model.micro_batch_size
         prompts = read_prompts(data.train, size, section.on_bad_sample, section.on_bad_shard)
@@ -161,7 +164,7 @@ def _train(cfg: DictConfig, frame: RunFrame, startup: Startup, given: Given) -> 
         StartupCallback(startup, directory.path),
         RewardNormalization(directory.path, resumed=resume is not None),
         *([ema] if ema is not None else []),
-        ValidationFiles(directory.path, _embedder(cfg, reward), cfg.report.max_prompts),
+        ValidationFiles(directory.path, cfg.report.max_prompts),
         MetricsCSV(directory.path),
         TrainingProgress(silent=given.silent),
         *frame.callbacks(loop.save_interval if given.keep else None, loop.val_check_interval),
