@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from nemo_aligner_diffusion.evaluation.curves import Curve
-from nemo_aligner_diffusion.evaluation.figures import format_gain, format_number
 from nemo_aligner_diffusion.evaluation.run_files import RunFiles, Table, column, last
+from nemo_aligner_diffusion.evaluation.text import format_gain, format_number
 
 if TYPE_CHECKING:
     from torch import Tensor

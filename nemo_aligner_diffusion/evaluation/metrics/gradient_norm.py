@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from statistics import median
 
-from nemo_aligner_diffusion.evaluation.figures import format_number
 from nemo_aligner_diffusion.evaluation.metrics.base import ENOUGH_ROWS, Finding, TrainingMetric
 from nemo_aligner_diffusion.evaluation.run_files import RunFiles
+from nemo_aligner_diffusion.evaluation.text import format_number
 
 
 class GradientNorm(TrainingMetric):

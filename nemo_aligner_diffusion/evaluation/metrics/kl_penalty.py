@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from nemo_aligner_diffusion.evaluation.figures import format_number
 from nemo_aligner_diffusion.evaluation.metrics.base import ENOUGH_ROWS, Finding, Tile, TrainingMetric
 from nemo_aligner_diffusion.evaluation.run_files import RunFiles, column, last
+from nemo_aligner_diffusion.evaluation.text import format_number
 
 
 class KLPenalty(TrainingMetric):

@@ -6,9 +6,9 @@ import math
 import re
 
 from nemo_aligner_diffusion.evaluation.curves import Curve
-from nemo_aligner_diffusion.evaluation.figures import format_number
 from nemo_aligner_diffusion.evaluation.metrics.base import Chart, Tile, TrainingMetric
 from nemo_aligner_diffusion.evaluation.run_files import RunFiles, Table
+from nemo_aligner_diffusion.evaluation.text import format_number
 
 _COLOURS = ("tuned", "second", "third", "fourth", "base")
 

@@ -13,8 +13,9 @@ from markupsafe import Markup
 from PIL import Image
 
 from nemo_aligner_diffusion.errors import first_line
-from nemo_aligner_diffusion.evaluation.figures import encode_png, format_gain, format_number, read_grid
+from nemo_aligner_diffusion.evaluation.figures import encode_png, read_grid
 from nemo_aligner_diffusion.evaluation.run_files import RunFiles
+from nemo_aligner_diffusion.evaluation.text import format_gain, format_number
 
 _MOST_PAIRS = 48
 _MOST_PROMPTS_OVER_TIME = 8

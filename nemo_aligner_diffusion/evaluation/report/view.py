@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from nemo_aligner_diffusion.algorithms.registry import title_of
-from nemo_aligner_diffusion.evaluation.figures import format_gain, format_number
 from nemo_aligner_diffusion.evaluation.metrics.base import Tile
 from nemo_aligner_diffusion.evaluation.metrics.registry import metrics
 from nemo_aligner_diffusion.evaluation.report.charts import charts
@@ -16,6 +15,7 @@ from nemo_aligner_diffusion.evaluation.report.findings import findings, planned_
 from nemo_aligner_diffusion.evaluation.report.pictures import before_after, over_training
 from nemo_aligner_diffusion.evaluation.report.usage import usage
 from nemo_aligner_diffusion.evaluation.run_files import RunFiles, last
+from nemo_aligner_diffusion.evaluation.text import format_gain, format_number
 
 _SHOWN_ELSEWHERE = {"skipped_steps", "truncated_prompts", "pid", "pipeline"}
 _MOST_ROWS = 1000  # of a table
