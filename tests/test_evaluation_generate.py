@@ -250,7 +250,7 @@ WRONG = [
     (["--prompt", "a", "--model", "{model}", "--height", "17"], "--height 17: .* multiples of 4; the nearest is 16"),
     (
         ["--prompt", "a", "--model", "{model}", "--sampler", "ddmi"],
-        "--sampler='ddmi' is not .*did you mean 'ddim'",
+        "--sampler='ddmi' is not .*did you mean DDIM",
     ),
     (["--prompt", "a", "--model", "{model}", "--reward", "aesthetics"], "--reward aesthetics: neither a file"),
     (["--prompt", "a", "--model", "{model}", "--device", "cuda:99"], "--device cuda:99"),

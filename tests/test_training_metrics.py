@@ -7,13 +7,13 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
 from training_toy import Toy, fit
 
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.evaluation.metrics.peak_memory import peak_memory_bytes
 from nemo_aligner_diffusion.runtime.csv_table import CSVTable
 from nemo_aligner_diffusion.training.callbacks.metrics import build_loggers, wandb_arguments
+from nemo_aligner_diffusion.training.callbacks.settings import LoggerSettings
 from nemo_aligner_diffusion.training.checkpoints.callback import find_resume_point
 
 
@@ -90,8 +90,7 @@ def test_peak_memory_grows_with_what_is_held() -> None:
 def test_tensorboard_gets_the_same_figures(tmp_path: Path, every: int) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    cfg = OmegaConf.create({"exp_manager": {"create_tensorboard_logger": True, "create_wandb_logger": False}})
-    loggers = build_loggers(cfg, tmp_path)
+    loggers = build_loggers(LoggerSettings(), "mine", tmp_path)
     fit(tmp_path, Toy(), 3, val_every=3, logger=loggers, log_every_n_steps=every)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
@@ -102,19 +101,19 @@ def test_tensorboard_gets_the_same_figures(tmp_path: Path, every: int) -> None:
 
 
 def test_weights_and_biases_gets_the_runs_name(tmp_path: Path) -> None:
-    given = {"name": "mine", "exp_manager": {"wandb_logger_kwargs": {"project": "p", "group": None}}}
-    assert wandb_arguments(given, tmp_path) == {"save_dir": str(tmp_path), "name": "mine", "project": "p"}
-    given["exp_manager"]["wandb_logger_kwargs"] = {"name": "other"}
-    assert wandb_arguments(given, tmp_path)["name"] == "other"
+    given = LoggerSettings(wandb_logger_kwargs={"project": "p", "group": None})
+    assert wandb_arguments(given, "mine", tmp_path) == {"save_dir": str(tmp_path), "name": "mine", "project": "p"}
+    given = LoggerSettings(wandb_logger_kwargs={"name": "other"})
+    assert wandb_arguments(given, "mine", tmp_path)["name"] == "other"
     with pytest.raises(ConfigurationError, match=r"wandb_logger_kwargs\.project or \.name"):
-        wandb_arguments({"name": "mine", "exp_manager": {"wandb_logger_kwargs": {}}}, tmp_path)
+        wandb_arguments(LoggerSettings(), "mine", tmp_path)
 
 
 def test_no_logger(tmp_path: Path) -> None:
-    assert build_loggers({"create_tensorboard_logger": False}, tmp_path) == []
+    assert build_loggers(LoggerSettings(create_tensorboard_logger=False), "mine", tmp_path) == []
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
 def test_a_logger_without_its_package(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"create_wandb_logger=True needs the package 'wandb'.*pip install"):
-        build_loggers({"exp_manager": {"create_wandb_logger": True}}, tmp_path)
+        build_loggers(LoggerSettings(create_wandb_logger=True), "mine", tmp_path)

@@ -115,7 +115,8 @@ def _identifier(name: Any, otherwise: str) -> str:
 
 def _solver(run: RunFiles) -> tuple[str, dict[str, Any]] | None:
     """The class of ``diffusers`` and the options of ``model.infer.sampler_type``; ``None``: the pipeline's own."""
-    from nemo_aligner_diffusion.diffusion.schedule import SAMPLERS, sampler_name
+    from nemo_aligner_diffusion.diffusion.schedule import sampler_name
+    from nemo_aligner_diffusion.diffusion.settings import SAMPLERS
 
     try:
         return SAMPLERS[sampler_name(str(run.setting("model.infer.sampler_type")))]

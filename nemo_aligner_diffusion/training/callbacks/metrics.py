@@ -16,6 +16,7 @@ from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.evaluation.metrics.base import Step
 from nemo_aligner_diffusion.evaluation.metrics.registry import training_columns, training_figures
 from nemo_aligner_diffusion.runtime.csv_table import CSVTable
+from nemo_aligner_diffusion.training.callbacks.settings import LoggerSettings
 
 
 class MetricsCSV(pl.Callback):
@@ -103,45 +104,43 @@ class MetricsCSV(pl.Callback):
         self._started = time.monotonic()  # so that validation does not count as training time
 
 
-def build_loggers(cfg: Mapping[str, Any], run_dir: Path, resumed_step: int = 0) -> list[Logger]:
+def build_loggers(settings: LoggerSettings, name: str, run_dir: Path, resumed_step: int = 0) -> list[Logger]:
     """The Lightning loggers that ``exp_manager`` asks for; ``metrics.csv`` needs none of them.
 
     Args:
-        cfg: the whole configuration, or its ``exp_manager`` section.
+        name: of the run.
         run_dir: TensorBoard files go to ``run_dir/tensorboard``, Weights & Biases to ``run_dir/wandb``.
         resumed_step: what TensorBoard holds past this step is hidden (it cannot be deleted there).
 
     Raises:
         ConfigurationError: the package of a requested logger is not installed, or W&B was given no project or name.
     """
-    section: Mapping[str, Any] = cfg.get("exp_manager", cfg)
     loggers: list[Logger] = []
-    if section.get("create_tensorboard_logger", True):
+    if settings.create_tensorboard_logger:
         _require("tensorboard", "exp_manager.create_tensorboard_logger")
         from pytorch_lightning.loggers import TensorBoardLogger
 
         purge: dict[str, Any] = {"purge_step": resumed_step + 1} if resumed_step else {}
         loggers.append(TensorBoardLogger(save_dir=str(run_dir), name="", version="tensorboard", **purge))
-    if section.get("create_wandb_logger", False):
+    if settings.create_wandb_logger:
         _require("wandb", "exp_manager.create_wandb_logger")
         from pytorch_lightning.loggers import WandbLogger
 
-        loggers.append(WandbLogger(**wandb_arguments(cfg, run_dir)))
+        loggers.append(WandbLogger(**wandb_arguments(settings, name, run_dir)))
     return loggers
 
 
-def wandb_arguments(cfg: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
+def wandb_arguments(settings: LoggerSettings, name: str, run_dir: Path) -> dict[str, Any]:
     """For Lightning's WandbLogger: what the configuration gives, and else the run's name and directory.
 
     Args, Raises: as for :func:`build_loggers`.
     """
-    given = cfg.get("exp_manager", cfg).get("wandb_logger_kwargs") or {}
-    kwargs = {str(key): value for key, value in given.items() if value is not None}
+    kwargs = {str(key): value for key, value in settings.wandb_logger_kwargs.items() if value is not None}
     if "name" not in kwargs and "project" not in kwargs:
         raise ConfigurationError(
             "exp_manager.create_wandb_logger=True needs exp_manager.wandb_logger_kwargs.project or .name"
         )
-    return {"save_dir": str(run_dir), "name": cfg.get("name"), **kwargs}
+    return {"save_dir": str(run_dir), "name": name, **kwargs}
 
 
 def _require(package: str, key: str) -> None:
