@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_aligner_diffusion.runtime.directory import write_text_atomically
+from nemo_aligner_diffusion.runtime.files import write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class CSVTable:
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
         lines = [self._format(self.columns)] + [self._format([row.get(n, "") for n in self.columns]) for row in rows]
-        write_text_atomically(self.path, "".join(lines))
+        write_atomic(self.path, "".join(lines))
 
     @staticmethod
     def _format(values: Iterable[Any]) -> str:

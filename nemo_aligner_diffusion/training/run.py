@@ -26,8 +26,9 @@ from nemo_aligner_diffusion.parallel.broadcast import load_once, on_every_proces
 from nemo_aligner_diffusion.rewards import build_reward, restore_reward
 from nemo_aligner_diffusion.rewards.base import Reward
 from nemo_aligner_diffusion.rewards.build import import_paths
-from nemo_aligner_diffusion.runtime.directory import remove_if_not_begun, write_text_atomically
+from nemo_aligner_diffusion.runtime.directory import remove_if_not_begun
 from nemo_aligner_diffusion.runtime.faults import RunWatch, watched
+from nemo_aligner_diffusion.runtime.files import write_atomic
 from nemo_aligner_diffusion.runtime.startup import Startup, take
 from nemo_aligner_diffusion.training.build import build_model, build_module
 from nemo_aligner_diffusion.training.callbacks.ema import EMACallback
@@ -134,7 +135,7 @@ def _train(settings: RunSettings, frame: RunFrame, startup: Startup, given: Give
     # a user's own is imported before anything is loaded
     on_every_process(lambda: (given.method or settings.method()).check(section.infer.inference_steps))
     for name, prompts in given.prompts.items():
-        write_text_atomically(directory.path / name, "".join(f"{prompt}\n" for prompt in prompts))
+        write_atomic(directory.path / name, "".join(f"{prompt}\n" for prompt in prompts))
     data = _build_data(settings)
     watch.phase("opening the data")
     startup.enter("data index")

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from nemo_aligner_diffusion.algorithms.picture_validation import ValidationPictures
 from nemo_aligner_diffusion.algorithms.reward_tuning import RewardTuning
 from nemo_aligner_diffusion.evaluation.figures import sample_grid, save_image
-from nemo_aligner_diffusion.runtime.directory import write_text_atomically
+from nemo_aligner_diffusion.runtime.files import write_atomic
 
 
 def validation_loader(
@@ -64,7 +64,7 @@ class ValidationFiles(pl.Callback):
             )
         ]
         text = json.dumps({"step": step, "prompts": rows}, indent=1, ensure_ascii=False)
-        write_text_atomically(self.run_dir / "validation_samples.json", text + "\n")
+        write_atomic(self.run_dir / "validation_samples.json", text + "\n")
 
     def _write_grid(self, pictures: ValidationPictures, step: int) -> None:
         shown = list(dict.fromkeys(pictures.prompts))[: self.max_prompts]
