@@ -256,7 +256,7 @@ WRONG = [
     (["--prompt", "a", "--model", "{model}", "--device", "cuda:99"], "--device cuda:99"),
     (["--prompt", "a", "--model", "{model}", "--lora", "{model}/unet/config.json"], "config.json"),
     (["--prompts-file", "{tmp}/nowhere.txt"], "No such file"),
-    (["--prompts-file", "{tmp}/latin.txt"], "line 2: not UTF-8"),
+    (["--prompts-file", "{tmp}/latin.txt"], "line 2 is not UTF-8"),
     (["--prompts-file", "{tmp}/empty.txt"], "holds no prompt"),
     (["--prompt", "a", "--model", "{model}", "--reward", "none", "--output", "{tmp}/empty.txt"], "--output"),
 ]
