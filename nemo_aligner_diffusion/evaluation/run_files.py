@@ -18,13 +18,6 @@ _MOST_CONFIG, _DEEPEST = 4_000_000, 50  # characters of a config.yaml, and its l
 _MOST_COLUMNS = 200  # of a table
 
 
-def bounded(value: Any, most: int = 2000) -> str:
-    """Text of others for a reader: cut after ``most`` characters, those that cannot be seen as escapes."""
-    text = str(value)
-    text = text if len(text) <= most else f"{text[:most]}…"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 @dataclass(frozen=True)
 class RunFiles:
     """What a run directory holds. Missing or damaged files are empty here and named in ``problems``."""

@@ -105,7 +105,7 @@ def wrap_text(text: str, width: int, face: ImageFont.FreeTypeFont, max_lines: in
         if line:
             lines.append(line)
         while len(word) > 1 and len(lines) <= max_lines and face.getlength(word) > width:  # longer than a line
-            longest = bisect.bisect_right(range(1, len(word)), width, key=lambda n: face.getlength(word[:n]))
+            longest = bisect.bisect_right(range(1, len(word)), width, key=lambda n: math.ceil(face.getlength(word[:n])))
             lines.append(word[: max(1, longest)])
             word = word[max(1, longest) :]
         line = word

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_aligner_diffusion.command_line import command
-from nemo_aligner_diffusion.errors import OutputError
+from nemo_aligner_diffusion.errors import OutputError, printable
 from nemo_aligner_diffusion.evaluation.report.view import build_view
-from nemo_aligner_diffusion.evaluation.run_files import RunFiles, bounded, read_run
+from nemo_aligner_diffusion.evaluation.run_files import RunFiles, read_run
 from nemo_aligner_diffusion.runtime.files import write_atomic
 
 __all__ = ["main", "render_report", "write_report"]
@@ -49,7 +49,7 @@ def render_report(run: RunFiles) -> str:
 
     def shown(value: Any) -> Any:
         """Whatever is not our own HTML is text of others: bounded and of printable characters, then escaped."""
-        return value if isinstance(value, Markup) else bounded(value)
+        return value if isinstance(value, Markup) else printable(value, 2000)
 
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),

@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 
 from markupsafe import Markup, escape
 
+from nemo_aligner_diffusion.errors import printable
 from nemo_aligner_diffusion.evaluation.curves import GRID_LINE, INK, PALETTE, PAPER, QUIET, Curve, curve_plot
 from nemo_aligner_diffusion.evaluation.metrics.base import Chart, TrainingMetric
 from nemo_aligner_diffusion.evaluation.metrics.registry import metrics
-from nemo_aligner_diffusion.evaluation.run_files import RunFiles, Table, bounded
+from nemo_aligner_diffusion.evaluation.run_files import RunFiles, Table
 
 _MOST_POINTS = 1200  # a curve; more cannot be seen at this width and only make the page heavy
 _MOST_OTHERS = 24  # charts of columns that are no metric's
@@ -43,10 +44,12 @@ def _others(run: RunFiles, name: str) -> list[Chart]:
     table: Table = getattr(run, name)
     own = [metric for metric in metrics() if isinstance(metric, TrainingMetric) == (name == "metrics")]
     shown = {"step", *(column for metric in own for column in metric.columns(table))}
+    steps = table.get("step", [])
+    columns = {printable(column, 60): values for column, values in table.items() if column not in shown}
     return [
-        Chart(bounded(column, 60), [Curve(bounded(column, 60), table.get("step", []), values, smooth=True)], main=False)
-        for column, values in table.items()
-        if column not in shown and len(set(values)) > 1  # constants tell nothing
+        Chart(title, [Curve(title, steps, values, smooth=True)], main=False)
+        for title, values in columns.items()
+        if len(set(values)) > 1  # constants tell nothing
     ]
 
 

@@ -7,14 +7,14 @@ from typing import Any
 
 from markupsafe import Markup
 
-from nemo_aligner_diffusion.errors import ConfigurationError
-from nemo_aligner_diffusion.evaluation.run_files import RunFiles, bounded
+from nemo_aligner_diffusion.errors import ConfigurationError, printable
+from nemo_aligner_diffusion.evaluation.run_files import RunFiles
 
 
 def usage(run: RunFiles) -> dict[str, Any]:
     """``commands`` and ``code``: how to generate with the export, in this project and in plain diffusers."""
     folder = str(run.setting("exp_manager.explicit_log_dir", run.folder))
-    prompt = bounded(run.prompt_rewards[0]["prompt"]) if run.prompt_rewards else "a red apple"
+    prompt = printable(run.prompt_rewards[0]["prompt"], 2000) if run.prompt_rewards else "a red apple"
     script = "python examples/mm/stable_diffusion/generate.py"
     model = run.setting("model.from_pretrained")
     base = f" --model {shlex.quote(str(model))}" if model else ""
@@ -45,7 +45,7 @@ def usage(run: RunFiles) -> dict[str, Any]:
 
 
 def _lines(lines: list[str]) -> Markup:
-    return Markup("\n").join(bounded(line, 4000) for line in lines)
+    return Markup("\n").join(printable(line, 4000) for line in lines)
 
 
 def _diffusers(run: RunFiles, folder: str, prompt: str, model: Any) -> list[str]:
@@ -59,7 +59,7 @@ def _diffusers(run: RunFiles, folder: str, prompt: str, model: Any) -> list[str]
     for key, part in (("unet_config", "denoiser"), ("first_stage_config", "VAE")):
         weights = run.setting(f"model.{key}.from_pretrained")
         if weights and (part == "VAE" or run.lora_export):
-            imports.append(f"# the run was based on the {part} of {bounded(weights)}: the pipeline must hold it too")
+            imports.append(f"# the run was based on the {part} of {printable(weights)}: the pipeline must hold it too")
     facts = _facts(run)
     if run.lora_export:
         weights = f'{folder + "/export"!r}, weight_name="pytorch_lora_weights.safetensors"'
