@@ -9,20 +9,20 @@ from typing import Any
 
 import diffusers
 import torch
-from omegaconf import DictConfig
 
 from nemo_aligner_diffusion.algorithms.base import Method
 from nemo_aligner_diffusion.algorithms.custom import CustomMethod
 from nemo_aligner_diffusion.algorithms.registry import methods
-from nemo_aligner_diffusion.config.layers import closest
 from nemo_aligner_diffusion.config.load import groups, recipes
 from nemo_aligner_diffusion.data.paths import expand_paths
 from nemo_aligner_diffusion.data.prompt_files import clean_prompt
 from nemo_aligner_diffusion.diffusion.families import DENOISERS
 from nemo_aligner_diffusion.errors import ConfigurationError, DataError, RewardError
 from nemo_aligner_diffusion.import_path import check_call
+from nemo_aligner_diffusion.keys import closest
 from nemo_aligner_diffusion.rewards.base import Reward
 from nemo_aligner_diffusion.rewards.custom import CustomReward
+from nemo_aligner_diffusion.training.settings import ModelSettings
 
 
 def read_method(method: Method | str) -> tuple[str, Method | None, list[str]]:
@@ -76,13 +76,11 @@ def read_model(model: Any) -> tuple[Any, list[str]]:
     return model, [f"trainer.devices=[{device.index}]"] if device.type == "cuda" and device.index else []
 
 
-def check_pipeline(pipe: Any, cfg: DictConfig) -> None:
+def check_pipeline(pipe: Any, section: ModelSettings) -> None:
     """What is known to be wrong about a pipeline object before anything of it is changed."""
-    for section in (cfg.model, cfg.model.unet_config, cfg.model.first_stage_config):
-        if section.from_pretrained is not None:
-            raise ConfigurationError(
-                f"overrides name {section.from_pretrained!r}, but model is a pipeline already; load it into that"
-            )
+    for path in (section.from_pretrained, section.denoiser_path, section.vae_path):
+        if path is not None:
+            raise ConfigurationError(f"overrides name {path!r}, but model is a pipeline already; load it into that")
     networks = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     for name, part in networks.items():
         if any(hasattr(module, "_hf_hook") for module in part.modules()):
@@ -97,7 +95,7 @@ def check_pipeline(pipe: Any, cfg: DictConfig) -> None:
                 "from is needed; load it anew, or make the adapter part of it by pipeline.fuse_lora() and "
                 "pipeline.unload_lora_weights()"
             )
-    if cfg.model.peft.peft_scheme == "none":
+    if not section.peft.is_lora:
         for name in (name for name in DENOISERS if name in networks):
             if networks[name].dtype in (torch.float16, torch.bfloat16):
                 raise ConfigurationError(

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_config import message
 
-from nemo_aligner_diffusion.config.load import derived, load_config
+from nemo_aligner_diffusion.config.load import load_config, load_settings
 from nemo_aligner_diffusion.errors import ConfigurationError
 
 
@@ -20,8 +20,8 @@ def test_batch_arithmetic(micro: int, devices: int, nodes: int, whole: int) -> N
     words = [f"model.micro_batch_size={micro}", f"trainer.devices={devices}", f"trainer.num_nodes={nodes}"]
     step = micro * devices * nodes
     if whole % step == 0:
-        result = derived(load_config("draftp_sd", [*words, f"model.global_batch_size={whole}"]))
-        assert (result.world_size, result.data_parallel_size) == (devices * nodes, devices * nodes)
+        result = load_settings("draftp_sd", [*words, f"model.global_batch_size={whole}"])
+        assert (result.trainer.world_size, result.layout.data) == (devices * nodes, devices * nodes)
         assert result.accumulation * step == whole
         return
     text = message(*words, f"model.global_batch_size={whole}")
@@ -44,8 +44,7 @@ def test_precisions_of_one_process() -> None:
 
 
 def test_a_list_of_devices_counts_its_entries() -> None:
-    cfg = load_config("draftp_sd", ["trainer.devices=[1,3]", "model.micro_batch_size=2"])
-    assert derived(cfg).accumulation == 4
+    assert load_settings("draftp_sd", ["trainer.devices=[1,3]", "model.micro_batch_size=2"]).accumulation == 4
 
 
 @pytest.mark.parametrize(

@@ -250,13 +250,13 @@ WRONG = [
     (["--prompt", "a", "--model", "{model}", "--height", "17"], "--height 17: .* multiples of 4; the nearest is 16"),
     (
         ["--prompt", "a", "--model", "{model}", "--sampler", "ddmi"],
-        "--sampler='ddmi' is not .*did you mean 'ddim'",
+        "--sampler='ddmi' is not .*did you mean DDIM",
     ),
     (["--prompt", "a", "--model", "{model}", "--reward", "aesthetics"], "--reward aesthetics: neither a file"),
     (["--prompt", "a", "--model", "{model}", "--device", "cuda:99"], "--device cuda:99"),
     (["--prompt", "a", "--model", "{model}", "--lora", "{model}/unet/config.json"], "config.json"),
     (["--prompts-file", "{tmp}/nowhere.txt"], "No such file"),
-    (["--prompts-file", "{tmp}/latin.txt"], "line 2: not UTF-8"),
+    (["--prompts-file", "{tmp}/latin.txt"], "line 2 is not UTF-8"),
     (["--prompts-file", "{tmp}/empty.txt"], "holds no prompt"),
     (["--prompt", "a", "--model", "{model}", "--reward", "none", "--output", "{tmp}/empty.txt"], "--output"),
 ]

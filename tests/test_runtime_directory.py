@@ -14,13 +14,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from nemo_aligner_diffusion.errors import OutputError
-from nemo_aligner_diffusion.runtime.directory import (
-    RunDirectory,
-    atomic_path,
-    read_state,
-    resolve_run_directory,
-    write_text_atomically,
-)
+from nemo_aligner_diffusion.runtime.directory import RunDirectory, read_state, resolve_run_directory
+from nemo_aligner_diffusion.runtime.files import atomic_path, write_atomic
 
 
 @pytest.fixture(autouse=True)
@@ -158,7 +153,7 @@ def test_what_changed_between_two_runs(tmp_path: Path) -> None:
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    write_text_atomically(path, "old")
+    write_atomic(path, "old")
 
     def fail() -> None:
         with atomic_path(path) as temporary:

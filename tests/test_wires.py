@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig
 from safetensors.torch import load_file
 from tiny.runs import rows
 from tiny.stable_diffusion import save_tiny_pipeline
 
-from nemo_aligner_diffusion.config.load import load_config
+from nemo_aligner_diffusion.config.load import load_settings
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.rewards import build_reward
 from nemo_aligner_diffusion.runtime.directory import RunDirectory
@@ -26,12 +25,17 @@ from nemo_aligner_diffusion.training.build import build_model, build_module
 from nemo_aligner_diffusion.training.callbacks.interruption import Interruption
 from nemo_aligner_diffusion.training.run import run_training
 from nemo_aligner_diffusion.training.run_frame import RunFrame
+from nemo_aligner_diffusion.training.settings import RunSettings
 
 TWO = ["trainer.devices=2", "model.micro_batch_size=1", "model.global_batch_size=2"]
 
 
-def configured(*words: str) -> DictConfig:
-    return load_config("draftp_sd", [*TWO, *(f"exp_manager.{word}" for word in words)])
+def configured(*words: str) -> RunSettings:
+    return load_settings("draftp_sd", [*TWO, *(f"exp_manager.{word}" for word in words)])
+
+
+def watch_of(settings: RunSettings) -> RunWatch:
+    return RunWatch.start(settings.trainer, settings.exp_manager)
 
 
 def timeouts(folder: Path) -> dict[str, timedelta]:
@@ -49,7 +53,8 @@ def timeouts(folder: Path) -> dict[str, timedelta]:
         def configure_model(self) -> None:
             """Lightning's strategy wants one."""
 
-    limit = process_group_timeout(configured("fault_tolerance.rank_heartbeat_timeout=20000"))
+    settings = configured("fault_tolerance.rank_heartbeat_timeout=20000")
+    limit = process_group_timeout(settings.exp_manager.fault_tolerance)
     join(2, 1, "cpu", limit)
     broadcast.gather(None)
     trainer = fit(folder, Replica(), 1, devices=2, strategy=ParallelStrategy(Layout(data=2), limit))
@@ -75,7 +80,7 @@ def test_no_collective_call_gives_up_before_the_watch_over_ranks(processes: Any,
 
 
 def test_the_watch_over_ranks_is_as_configured() -> None:
-    watch = RunWatch.start(
+    watch = watch_of(
         configured(
             "fault_tolerance.workload_check_interval=0.25",
             "fault_tolerance.silence_timeout=11",
@@ -107,12 +112,12 @@ def test_the_watch_over_ranks_is_as_configured() -> None:
 
 
 def test_what_the_watch_over_ranks_leaves_out_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    watch = RunWatch.start(configured("create_straggler_detection_callback=false"))
+    watch = watch_of(configured("create_straggler_detection_callback=false"))
     watch.close()
     assert watch.server is not None
     assert watch.server.stragglers is None
     assert caplog.text == ""
-    assert RunWatch.start(configured("create_fault_tolerance_callback=false")).callbacks() == []
+    assert watch_of(configured("create_fault_tolerance_callback=false")).callbacks() == []
     assert "slow ranks are not looked for" in caplog.text
 
 
@@ -182,7 +187,7 @@ def test_a_run_does_what_the_keys_of_the_loop_and_of_exp_manager_say(tmp_path: P
         "exp_manager.ema.every_n_steps=2",
     ]
     run = tmp_path / "run"
-    assert run_training(load_config("draftp_sd", [*words, f"exp_manager.explicit_log_dir={run}"])) == 0
+    assert run_training(load_settings("draftp_sd", [*words, f"exp_manager.explicit_log_dir={run}"])) == 0
     metrics = rows(run / "metrics.csv")
     assert [row["step"] for row in metrics] == ["1", "2", "3", "4"]  # max_epochs
     assert len(json.loads((run / "validation_samples.json").read_text())["prompts"]) == 8  # limit_val_batches
@@ -210,13 +215,13 @@ def test_a_run_does_what_the_keys_of_the_loop_and_of_exp_manager_say(tmp_path: P
 
     more = ["trainer.precision=bf16", "trainer.draftp_sd.max_steps=1", "trainer.draftp_sd.val_check_interval=1"]
     other = tmp_path / "other"
-    run_training(load_config("draftp_sd", [*words, *more, f"exp_manager.explicit_log_dir={other}"]))
+    run_training(load_settings("draftp_sd", [*words, *more, f"exp_manager.explicit_log_dir={other}"]))
     whole, half = (float(rows(folder / "validation.csv")[0]["base_reward"]) for folder in (run, other))
     assert 1e-6 < abs(whole - half) < 1e-2  # precision
 
 
 @pytest.mark.parametrize(("precision", "fused"), [("bf16", True), ("16", False)])
 def test_the_fused_optimizer_is_left_out_only_where_there_is_a_loss_scale(precision: str, fused: bool) -> None:
-    cfg = load_config("draftp_sd", ["rm=symmetry", "optim=fused_adam", f"trainer.precision={precision}"])
+    cfg = load_settings("draftp_sd", ["rm=symmetry", "optim=fused_adam", f"trainer.precision={precision}"])
     module = build_module(cfg, build_model(cfg), build_reward(cfg.rm), 5)
     assert bool(module.configure_optimizers()["optimizer"].defaults["fused"]) == fused

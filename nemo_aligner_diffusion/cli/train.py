@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from nemo_aligner_diffusion.runtime.signals import Interruption
+    from nemo_aligner_diffusion.training.settings import ProgramSettings
 
 _TOO_EARLY = "interrupted before training began"
 
@@ -138,6 +139,7 @@ def _main(config_name: str, argv: Sequence[str], phases: startup.Startup) -> int
         print(help_text(os.path.basename(sys.argv[0]) or "train", arguments.config_name))
         return 0
     from nemo_aligner_diffusion.config.load import load_config
+    from nemo_aligner_diffusion.training.settings import RunSettings
 
     cfg = load_config(arguments.config_name, arguments.overrides, config_dir=arguments.config_path, recipe=config_name)
     if arguments.show_config:
@@ -150,7 +152,7 @@ def _main(config_name: str, argv: Sequence[str], phases: startup.Startup) -> int
 
         return run_training(cfg, interruption)
 
-    return launch(cfg, run)
+    return launch(RunSettings.of(cfg), run)
 
 
 def show(cfg: DictConfig) -> None:
@@ -182,26 +184,25 @@ def told(program: Callable[[], int], is_whole_program: bool) -> int:
         return 130
 
 
-def launch(cfg: DictConfig, run: Callable[[Interruption], int]) -> int:
+def launch(settings: ProgramSettings, run: Callable[[Interruption], int]) -> int:
     """Start the processes of a run where nobody has, or be one of them.
 
     Args:
-        cfg: with the sections ``trainer`` and ``exp_manager``.
         run: imports torch and all, and trains; signals are taken from here on.
 
     Returns:
         the exit status.
     """
-    from nemo_aligner_diffusion.config.checks import check_launcher, devices_per_node
     from nemo_aligner_diffusion.runtime.directory import process_rank, resolve_run_directory
     from nemo_aligner_diffusion.runtime.launch import start_processes
     from nemo_aligner_diffusion.runtime.signals import Interrupted, Interruption
     from nemo_aligner_diffusion.runtime.slurm import Requeue, check_tasks
 
-    devices, nodes = devices_per_node(cfg), int(cfg.trainer.num_nodes)
-    check_launcher(cfg, os.environ)
+    section = settings.tree["exp_manager"]
+    devices, nodes = settings.trainer.devices_per_node, settings.trainer.num_nodes
+    settings.trainer.check_launcher(os.environ)
     # a directory that is named after the time is named here, for all of them
-    code = start_processes(devices, nodes, prepare=lambda: resolve_run_directory(cfg.exp_manager, cfg.name))
+    code = start_processes(devices, nodes, prepare=lambda: resolve_run_directory(section, settings.name))
     if code is not None:
         return code
     check_tasks(devices, nodes, os.environ)
@@ -217,7 +218,7 @@ def launch(cfg: DictConfig, run: Callable[[Interruption], int]) -> int:
             logging.basicConfig(level=logging.INFO, format="%(message)s")  # it may not have come to that
             if interruption.speaks:
                 print(_TOO_EARLY, file=sys.stderr)
-            requeue = Requeue.from_config(cfg.exp_manager, os.environ, is_writer=interruption.speaks)
+            requeue = Requeue.from_config(section, os.environ, is_writer=interruption.speaks)
             if requeue is None:
                 return interruption.exit_code
             interruption.dismiss()

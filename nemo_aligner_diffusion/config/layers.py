@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,6 +15,9 @@ from nemo_aligner_diffusion.config.nemo_names import (
     reason_without_effect,
 )
 from nemo_aligner_diffusion.errors import ConfigurationError
+from nemo_aligner_diffusion.keys import closest
+from nemo_aligner_diffusion.settings import ANY, LOOP
+from nemo_aligner_diffusion.training.schedules import EITHER_OR
 
 KEY = re.compile(r"[A-Za-z_][\w@/+-]*(\.[\w@/+-]+)*")
 
@@ -43,39 +45,6 @@ class Note(NamedTuple):
 
     key: str
     reason: str
-
-
-def flatten(tree: Mapping[str, Any], dotted: bool = False) -> dict[str, Any]:
-    """Nested mappings as ``{dotted key: value}``; lists and empty mappings are values.
-
-    ``dotted``: the keys of the outermost mapping may contain dots, as those of the command line do.
-    """
-    leaves: dict[str, Any] = {}
-
-    def visit(prefix: str, value: Any) -> None:
-        if isinstance(value, Mapping) and value:
-            for key, below in value.items():
-                visit(f"{prefix}.{key}" if prefix else str(key), below)
-        else:
-            leaves[prefix] = value
-
-    for key, value in tree.items():
-        if not dotted and "." in str(key):
-            raise ConfigurationError(f"key {key!r} in YAML: write the sections indented, not with dots")
-        visit(str(key), value)
-    return leaves
-
-
-def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of :func:`flatten`."""
-    tree: dict[str, Any] = {}
-    for key, value in leaves.items():
-        *sections, last = key.split(".")
-        node = tree
-        for section in sections:
-            node = node.setdefault(section, {})
-        node[last] = value
-    return tree
 
 
 def parse_override(text: str) -> Override:
@@ -135,7 +104,7 @@ def add_layer(
         _check_known(key, value, loop, layer.origin)
         alias = ALIASES.get(key)
         if alias is not None:
-            target = alias.target.replace(schema.LOOP, loop)
+            target = alias.target.replace(LOOP, loop)
             converted = alias.convert(value) if alias.convert else value
             if alias.weak and target in layer.leaves:
                 notes.append(Note(key, f"{target} is given too"))
@@ -150,7 +119,7 @@ def add_layer(
             reason = reason_without_effect(key)
             if reason is not None:
                 notes.append(Note(key, reason))
-    for key, other in schema.EITHER_OR.items():
+    for key, other in EITHER_OR.items():
         if given.get(key) is not None and other not in given and other in tree:
             given[other] = None
     result = dict(tree)
@@ -200,29 +169,13 @@ def _nearly_known(key: str, loop: str) -> bool:
         for known in (*schema.known_keys(loop), *ALIASES)
         if known.rpartition(".")[0] == section
     ]
-    return bool(difflib.get_close_matches(last, siblings, n=1, cutoff=0.85))
-
-
-def closest(wrong: str, known: Iterable[str]) -> str:
-    """``; did you mean …?`` with up to three names, or nothing. A dotted key is also compared by its last parts."""
-
-    def likeness(candidate: str) -> float:
-        whole = difflib.SequenceMatcher(None, wrong.lower(), candidate.lower()).ratio()
-        depth = wrong.count(".") + 1
-        tail = ".".join(candidate.split(".")[-depth:])
-        tails = difflib.SequenceMatcher(None, wrong.lower(), tail.lower()).ratio()
-        last = difflib.SequenceMatcher(None, wrong.lower().split(".")[-1], candidate.lower().split(".")[-1]).ratio()
-        return max(whole, 0.98 * tails, 0.9 * last)
-
-    ranked = sorted(((likeness(candidate), candidate) for candidate in known), reverse=True)
-    best = [candidate for score, candidate in ranked[:3] if score > 0.7 and score > ranked[0][0] - 0.08]
-    return f"; did you mean {' or '.join(best)}?" if best else ""
+    return bool(closest(last, siblings, least=0.85))
 
 
 def _delete(tree: dict[str, Any], key: str, loop: str) -> None:
     """``~key``: only what is free content may go; a setting of the schema goes back by naming its value."""
     kind = schema.kind_of(key, loop)
-    if kind is not schema.ANY:
+    if kind is not ANY:
         raise ConfigurationError(f"~{key}: a setting cannot be deleted; set it, for example {key}=null")
     found = [leaf for leaf in tree if leaf == key or leaf.startswith(f"{key}.")]
     if not found:

@@ -22,18 +22,18 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig
 
-from nemo_aligner_diffusion.config.checks import devices_per_node, world_size
 from nemo_aligner_diffusion.errors import AlignerError, OutputError, first_line
 from nemo_aligner_diffusion.parallel.strategy import layout_of
-from nemo_aligner_diffusion.runtime.directory import FULL_DISK, RunDirectory, write_text_atomically
+from nemo_aligner_diffusion.runtime.csv_table import CSVTable
+from nemo_aligner_diffusion.runtime.directory import FULL_DISK, RunDirectory
+from nemo_aligner_diffusion.runtime.files import write_atomic
 from nemo_aligner_diffusion.runtime.health import Fault, HealthClient, HealthServer, Launch, Limits, Progress
 from nemo_aligner_diffusion.runtime.health import launch as launching
 from nemo_aligner_diffusion.runtime.health.progress import waited_seconds
 from nemo_aligner_diffusion.runtime.health.stragglers import StragglerReport, StragglerWatch
 from nemo_aligner_diffusion.runtime.health.verdict import Watch
-from nemo_aligner_diffusion.training.callbacks.metrics import CSVTable
+from nemo_aligner_diffusion.runtime.settings import FaultToleranceSettings, MachineSettings, WatchSettings
 
 log = logging.getLogger(__name__)
 
@@ -74,10 +74,9 @@ class RunWatch:
         self.report_interval = 60.0
 
     @classmethod
-    def start(cls, cfg: DictConfig) -> RunWatch:
-        """Threads and sockets for ``cfg``'s run, where it has more than one process."""
-        launch = launching.find_launch(world_size(cfg), devices_per_node(cfg))
-        section = cfg.exp_manager
+    def start(cls, machine: MachineSettings, section: WatchSettings) -> RunWatch:
+        """Threads and sockets of a run, where it has more than one process."""
+        launch = launching.find_launch(machine.world_size, machine.devices_per_node)
         if launch.world_size == 1 or not section.create_fault_tolerance_callback:
             if launch.world_size > 1 and section.create_straggler_detection_callback and launch.rank == 0:
                 log.warning(
@@ -97,7 +96,7 @@ class RunWatch:
         watch.report_interval = float(section.straggler_detection_params.report_time_interval)
         interval, silence = float(settings.workload_check_interval), float(settings.silence_timeout)
         if launch.rank == 0:
-            watch.server = watch._build_server(cfg, interval, silence, limits.first)
+            watch.server = watch._build_server(machine, section, interval, silence, limits.first)
             watch.server.start()
         assert watch.progress is not None
         watch.client = HealthClient(launch, watch.progress, interval, silence, watch.write_down)
@@ -105,14 +104,16 @@ class RunWatch:
         faulthandler.register(signal.SIGUSR2, all_threads=False)  # a stack even where the interpreter is held
         return watch
 
-    def _build_server(self, cfg: DictConfig, interval: float, silence: float, first: float) -> HealthServer:
-        section, now = cfg.exp_manager.straggler_detection_params, time.monotonic()
+    def _build_server(
+        self, machine: MachineSettings, watched: WatchSettings, interval: float, silence: float, first: float
+    ) -> HealthServer:
+        section, now = watched.straggler_detection_params, time.monotonic()
         stragglers = None
-        if cfg.exp_manager.create_straggler_detection_callback:
+        if watched.create_straggler_detection_callback:
             stragglers = StragglerWatch(section.report_time_interval, section.gpu_relative_perf_threshold, now)
         return HealthServer(
             self.launch,
-            cfg.trainer.num_nodes > 1,
+            machine.num_nodes > 1,
             Watch(self.launch.world_size, silence, first, now),
             interval,
             stragglers,
@@ -180,7 +181,7 @@ class RunWatch:
         earlier = (
             file.read_text(encoding="utf-8") + "\n" if file.exists() else ""
         )  # a run may be resumed, and fail again
-        write_text_atomically(file, earlier + "\n".join(lines) + "\n")
+        write_atomic(file, earlier + "\n".join(lines) + "\n")
         step = self.progress.step if self.progress is not None else None
         dataclasses.replace(self.directory, is_writer=True).finish("failed", step=step, error=fault.headline)
 
@@ -332,12 +333,12 @@ def probe(device: torch.device) -> float:
 
 
 @contextlib.contextmanager
-def watched(cfg: DictConfig) -> Iterator[RunWatch]:
+def watched(machine: MachineSettings, section: WatchSettings) -> Iterator[RunWatch]:
     """Around a whole run. Errors come out as one clear :class:`AlignerError` where we know what they mean."""
-    if world_size(cfg) > 1:  # a failed collective ends the process: torch's own
+    if machine.world_size > 1:  # a failed collective ends the process: torch's own
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")
     before, threading.excepthook = threading.excepthook, _of_a_thread
-    watch = RunWatch.start(cfg)
+    watch = RunWatch.start(machine, section)
     try:
         yield watch
     except Exception as error:
@@ -355,9 +356,8 @@ def watched(cfg: DictConfig) -> Iterator[RunWatch]:
         threading.excepthook = before
 
 
-def process_group_timeout(cfg: DictConfig) -> datetime.timedelta:
+def process_group_timeout(settings: FaultToleranceSettings) -> datetime.timedelta:
     """For collective calls: longer than any limit of ours, which say who is to blame where a timeout cannot."""
-    settings = cfg.exp_manager.fault_tolerance
     longest = max(_seconds(settings.initial_rank_heartbeat_timeout), _seconds(settings.rank_heartbeat_timeout))
     return datetime.timedelta(seconds=min(longest + 600.0, 7 * 86400.0))
 

@@ -15,9 +15,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig, OmegaConf, open_dict
 
-from nemo_aligner_diffusion.config.checks import precision_name, world_size
 from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError
 from nemo_aligner_diffusion.parallel.broadcast import gather, on_every_process
 from nemo_aligner_diffusion.parallel.layout import Layout
@@ -38,6 +36,7 @@ from nemo_aligner_diffusion.training.callbacks.metrics import build_loggers
 from nemo_aligner_diffusion.training.callbacks.missed_validation import MissedValidation
 from nemo_aligner_diffusion.training.checkpoints.callback import TrainingCheckpoint
 from nemo_aligner_diffusion.training.checkpoints.resume import ResumePoint, find_resume_point
+from nemo_aligner_diffusion.training.settings import ExperimentSettings, LoopSettings, ProgramSettings
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +50,7 @@ class RunFrame:
         resume: the checkpoint to go on from, if any.
     """
 
-    cfg: DictConfig
+    settings: ProgramSettings
     watch: RunWatch
     interruption: Interruption
     device: torch.device
@@ -60,12 +59,12 @@ class RunFrame:
     _requeue: Requeue | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        self._timer = RunTimer.from_config(self.cfg.exp_manager)
+        self._timer = RunTimer.from_settings(self.settings.exp_manager)
 
     @classmethod
     def open(
         cls,
-        cfg: DictConfig,
+        settings: ProgramSettings,
         watch: RunWatch,
         interruption: Interruption,
         enter: Callable[[str], None] = lambda phase: None,
@@ -79,32 +78,35 @@ class RunFrame:
             ConfigurationError: nobody has started the other processes.
             OutputError, CheckpointError: the directory, or what is in it, cannot be used.
         """
-        if world_size(cfg) > 1 and not is_launched(os.environ):
+        machine = settings.trainer
+        if machine.world_size > 1 and not is_launched(os.environ):
             raise ConfigurationError(
-                f"trainer.devices × trainer.num_nodes = {world_size(cfg)}, but no launcher has started the processes: "
-                "start the program with torchrun or srun, or by its own command line, which starts them itself"
+                f"trainer.devices × trainer.num_nodes = {machine.world_size}, but no launcher has started the "
+                "processes: start the program with torchrun or srun, or by its own command line, which starts "
+                "them itself"
             )
         enter("process group")
         watch.phase("joining the process group")
-        trainer = cfg.trainer
-        device = join(plain(trainer.devices), trainer.num_nodes, trainer.accelerator, process_group_timeout(cfg))
+        limit = process_group_timeout(settings.exp_manager.fault_tolerance)
+        device = join(machine.lightning_devices, machine.num_nodes, machine.accelerator, limit)
         watch.joined()
-        _agree_on_version(cfg, watch)
-        _resume_after_restart(cfg, watch)
+        _agree_on_version(settings.exp_manager, watch)
+        if _is_restart(watch):
+            settings = settings.resuming()
         enter("run directory")
-        directory = on_every_process(lambda: RunDirectory.prepare(cfg.exp_manager, default_name=cfg.name))
-        resume = find_resume_point(directory.checkpoints) if cfg.exp_manager.resume_if_exists else None
+        directory = on_every_process(lambda: RunDirectory.prepare(settings.tree["exp_manager"], settings.name))
+        resume = find_resume_point(directory.checkpoints) if settings.exp_manager.resume_if_exists else None
         if resume is not None and directory.is_writer:
-            for key, (before, now) in directory.changed_keys(cfg).items():
+            for key, (before, now) in directory.changed_keys(settings.tree).items():
                 log.warning("resuming with %s = %s; it was %s", key, now, before)
-        return cls(cfg, watch, interruption, device, directory, resume)
+        return cls(settings, watch, interruption, device, directory, resume)
 
     def begin(self) -> None:
         """Claim the directory, now that everything has been built."""
-        self.directory.write_config(self.cfg)
+        self.directory.write_config(self.settings.tree)
         self.directory.begin()
         began(self.watch, self.directory)
-        self._requeue = Requeue.from_config(self.cfg.exp_manager, os.environ, self.directory.is_writer)
+        self._requeue = Requeue.from_config(self.settings.tree["exp_manager"], os.environ, self.directory.is_writer)
         self.interruption.patient = self._requeue is not None
 
     def callbacks(
@@ -123,7 +125,7 @@ class RunFrame:
                 self.directory.checkpoints,
                 every_n_optimizer_steps=save_interval or None,
                 resume=self.resume,
-                **self.cfg.exp_manager.checkpoint_callback_params,
+                **self.settings.tree["exp_manager"]["checkpoint_callback_params"],
             )
         return [
             InterruptionCallback(self.interruption),
@@ -134,7 +136,7 @@ class RunFrame:
         ]
 
     def trainer(
-        self, loop: DictConfig, layout: Layout, accumulation: int, callbacks: list[pl.Callback], validates: bool
+        self, loop: LoopSettings, layout: Layout, accumulation: int, callbacks: list[pl.Callback], validates: bool
     ) -> pl.Trainer:
         """Lightning's Trainer as all runs have it.
 
@@ -142,14 +144,15 @@ class RunFrame:
             loop: the section that holds ``max_steps``, ``val_check_interval`` (optimizer steps) …
             accumulation: micro-batches an optimizer step.
         """
-        cfg = self.cfg
+        machine, experiment = self.settings.trainer, self.settings.exp_manager
+        limit = process_group_timeout(experiment.fault_tolerance)
         interval = loop.val_check_interval * accumulation if validates else 0
         return pl.Trainer(
-            accelerator=cfg.trainer.accelerator,
-            devices=plain(cfg.trainer.devices),
-            num_nodes=cfg.trainer.num_nodes,
-            precision=precision_name(cfg),  # type: ignore[arg-type]
-            strategy="auto" if layout.is_single else ParallelStrategy(layout, process_group_timeout(cfg)),
+            accelerator=machine.accelerator,
+            devices=machine.lightning_devices,
+            num_nodes=machine.num_nodes,
+            precision=machine.lightning_precision,  # type: ignore[arg-type]
+            strategy="auto" if layout.is_single else ParallelStrategy(layout, limit),
             max_steps=loop.max_steps,
             max_epochs=1,  # one pass of the loader is all passes over the samples
             accumulate_grad_batches=accumulation,
@@ -158,8 +161,10 @@ class RunFrame:
             check_val_every_n_epoch=None,
             limit_val_batches=loop.limit_val_batches if interval else 0,
             num_sanity_val_steps=0,
-            log_every_n_steps=cfg.trainer.log_every_n_steps,
-            logger=build_loggers(cfg, self.directory.path, self.resume.step if self.resume is not None else 0),
+            log_every_n_steps=machine.log_every_n_steps,
+            logger=build_loggers(
+                experiment, self.settings.name, self.directory.path, self.resume.step if self.resume is not None else 0
+            ),
             callbacks=callbacks,
             plugins=lightning_plugins(),
             use_distributed_sampler=False,
@@ -244,11 +249,6 @@ class RunFrame:
         return left
 
 
-def plain(value: Any) -> Any:
-    """A list or number instead of OmegaConf's."""
-    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-
-
 _LIGHTNING = ("pytorch_lightning", "lightning.pytorch", "lightning_fabric")
 _PIPELINES = ("diffusers", "transformers")
 
@@ -299,9 +299,8 @@ def _hush() -> None:
         warnings.filterwarnings("ignore", pattern)
 
 
-def _agree_on_version(cfg: DictConfig, watch: RunWatch) -> None:
+def _agree_on_version(section: ExperimentSettings, watch: RunWatch) -> None:
     """A directory named after the time has one name in all processes, also after torchrun has started them again."""
-    section = cfg.exp_manager
     if section.explicit_log_dir or section.version or section.resume_if_exists:
         return
     mine = os.environ.get("NEMO_EXPM_VERSION") or launching.agree_on_version(
@@ -310,12 +309,10 @@ def _agree_on_version(cfg: DictConfig, watch: RunWatch) -> None:
     os.environ["NEMO_EXPM_VERSION"] = gather(mine)[0]
 
 
-def _resume_after_restart(cfg: DictConfig, watch: RunWatch) -> None:
-    """Where torchrun has started the processes again, the run goes on in its own directory."""
+def _is_restart(watch: RunWatch) -> bool:
+    """Whether torchrun has started the processes again: then the run goes on in its own directory."""
     if watch.launch.restart == 0 or not launching.is_noted("began"):
-        return  # what a first attempt refused to touch, a second one does not touch either
-    with open_dict(cfg):
-        cfg.exp_manager.resume_if_exists = True
-        cfg.exp_manager.resume_ignore_no_checkpoint = True
+        return False  # what a first attempt refused to touch, a second one does not touch either
     if watch.launch.rank == 0:
         log.warning("torchrun has started the processes again (restart %d): resuming this run", watch.launch.restart)
+    return True

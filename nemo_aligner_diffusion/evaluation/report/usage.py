@@ -3,49 +3,52 @@
 from __future__ import annotations
 
 import shlex
-from html import escape
 from typing import Any
 
-from nemo_aligner_diffusion.errors import ConfigurationError
+from markupsafe import Markup
+
+from nemo_aligner_diffusion.errors import ConfigurationError, printable
 from nemo_aligner_diffusion.evaluation.run_files import RunFiles
 
 
-def usage(run: RunFiles) -> str:
-    """HTML: how to generate with the export, in this project and in plain diffusers."""
+def usage(run: RunFiles) -> dict[str, Any]:
+    """``commands`` and ``code``: how to generate with the export, in this project and in plain diffusers."""
     folder = str(run.setting("exp_manager.explicit_log_dir", run.folder))
-    prompt = run.prompt_rewards[0]["prompt"] if run.prompt_rewards else "a red apple"
+    prompt = printable(run.prompt_rewards[0]["prompt"], 2000) if run.prompt_rewards else "a red apple"
     script = "python examples/mm/stable_diffusion/generate.py"
     model = run.setting("model.from_pretrained")
     base = f" --model {shlex.quote(str(model))}" if model else ""
+    asked = f"--prompt {shlex.quote(prompt)}"
     if run.lora_export:
         export = shlex.quote(f"{folder}/export")
         commands = [
             "# the base model beside the tuned one, same seeds",
-            f"{script}{base} --lora {export} --compare --prompt {shlex.quote(prompt)} --num-images 4",
+            f"{script}{base} --lora {export} --compare {asked} --num-images 4",
             "# less or more of what was learnt: a grid over the adapter's scale",
-            f"{script}{base} --lora {export} --scales 0,0.5,1,1.5 --prompt {shlex.quote(prompt)}",
+            f"{script}{base} --lora {export} --scales 0,0.5,1,1.5 {asked}",
             "# anneal from the base model to the tuned one along the sampling steps",
-            f"{script}{base} --lora {export} --weights base,draft,linear,power_2 --prompt {shlex.quote(prompt)}",
+            f"{script}{base} --lora {export} --weights base,draft,linear,power_2 {asked}",
         ]
     elif run.denoiser_export:
         export = shlex.quote(f"{folder}/export/{run.denoiser_export.name}")
         commands = [
             "# the base model beside the tuned one, same seeds",
-            f"{script}{base} --unet {export} --compare --prompt {shlex.quote(prompt)} --num-images 4",
+            f"{script}{base} --unet {export} --compare {asked} --num-images 4",
         ]
     else:
-        return (
-            '<p class="quiet">Nothing has been exported yet: export/ holds neither pytorch_lora_weights.safetensors '
-            "nor a network's folder such as unet/ or transformer/. It is written at the end of a run and when a run is "
-            "interrupted.</p>"
+        nothing = (
+            "Nothing has been exported yet: export/ holds neither pytorch_lora_weights.safetensors nor a network's "
+            "folder such as unet/ or transformer/. It is written at the end of a run and when a run is interrupted."
         )
-    return (
-        f"<h3>With this project</h3><pre>{escape(chr(10).join(commands))}</pre>"
-        f"<h3>With plain diffusers</h3><pre>{escape(_diffusers(run, folder, prompt, model))}</pre>"
-    )
+        return {"nothing": nothing}
+    return {"commands": _lines(commands), "code": _lines(_diffusers(run, folder, prompt, model))}
 
 
-def _diffusers(run: RunFiles, folder: str, prompt: str, model: Any) -> str:
+def _lines(lines: list[str]) -> Markup:
+    return Markup("\n").join(printable(line, 4000) for line in lines)
+
+
+def _diffusers(run: RunFiles, folder: str, prompt: str, model: Any) -> list[str]:
     imports, source = [], repr(str(model))
     if not model:
         imports, source = (
@@ -56,14 +59,13 @@ def _diffusers(run: RunFiles, folder: str, prompt: str, model: Any) -> str:
     for key, part in (("unet_config", "denoiser"), ("first_stage_config", "VAE")):
         weights = run.setting(f"model.{key}.from_pretrained")
         if weights and (part == "VAE" or run.lora_export):
-            imports.append(f"# the run was based on the {part} of {weights}: the pipeline must hold it too")
-    pipeline = run.run.get("pipeline")
-    facts = pipeline if isinstance(pipeline, dict) else {}
+            imports.append(f"# the run was based on the {part} of {printable(weights)}: the pipeline must hold it too")
+    facts = _facts(run)
     if run.lora_export:
         weights = f'{folder + "/export"!r}, weight_name="pytorch_lora_weights.safetensors"'
         load = f"load_lora_weights({weights})"
-        if not facts.get("loads_lora", True):
-            load = f'{facts.get("trained")}.load_lora_adapter({weights}, prefix="transformer")'
+        if not facts["loads_lora"]:
+            load = f'{facts["trained"]}.load_lora_adapter({weights}, prefix="transformer")'
         lines = [f"pipeline = DiffusionPipeline.from_pretrained({source})", f"pipeline.{load}"]
     else:
         assert run.denoiser_export is not None
@@ -80,22 +82,41 @@ def _diffusers(run: RunFiles, folder: str, prompt: str, model: Any) -> str:
         lines.append(f"pipeline.scheduler = {solver[0]}.from_config(pipeline.scheduler.config{options})")
     given = {
         "num_inference_steps": run.setting("model.infer.inference_steps"),
-        facts.get("guidance_argument", "guidance_scale"): run.setting("model.infer.unconditional_guidance_scale"),
+        facts["guidance_argument"]: run.setting("model.infer.unconditional_guidance_scale"),
         "height": run.setting("model.infer.height"),
         "width": run.setting("model.infer.width"),
         "eta": run.setting("model.infer.eta") or None,
-        **(facts.get("arguments") or {}),
+        **facts["arguments"],
     }
-    written = "".join(f", {name}={value!r}" for name, value in given.items() if name and value is not None)
-    seed = next(iter(run.setting("model.data.validation.seeds", None) or [0]))
+    written = "".join(f", {name}={value!r}" for name, value in given.items() if value is not None)
+    seeds = run.setting("model.data.validation.seeds")
+    seed = seeds[0] if isinstance(seeds, list) and seeds and isinstance(seeds[0], int) else 0
     lines.append(f"generator = torch.Generator().manual_seed({seed})  # as in the pictures above")
     lines.append(f"picture = pipeline({prompt!r}, generator=generator{written})[0][0]")
-    return "\n".join(["import torch", f"from diffusers import {', '.join(sorted(names))}", *imports, "", *lines])
+    return ["import torch", f"from diffusers import {', '.join(sorted(names))}", *imports, "", *lines]
+
+
+def _facts(run: RunFiles) -> dict[str, Any]:
+    """What ``run.json`` says of the pipeline, as far as it may stand in code, which a reader copies and runs."""
+    said = run.run.get("pipeline")
+    said = said if isinstance(said, dict) else {}
+    arguments = said.get("arguments")
+    return {
+        "trained": _identifier(said.get("trained"), "transformer"),
+        "guidance_argument": _identifier(said.get("guidance_argument"), "guidance_scale"),
+        "loads_lora": said.get("loads_lora", True),
+        "arguments": {k: v for k, v in arguments.items() if k.isidentifier()} if isinstance(arguments, dict) else {},
+    }
+
+
+def _identifier(name: Any, otherwise: str) -> str:
+    return name if isinstance(name, str) and name.isidentifier() else otherwise
 
 
 def _solver(run: RunFiles) -> tuple[str, dict[str, Any]] | None:
     """The class of ``diffusers`` and the options of ``model.infer.sampler_type``; ``None``: the pipeline's own."""
-    from nemo_aligner_diffusion.diffusion.schedule import SAMPLERS, sampler_name
+    from nemo_aligner_diffusion.diffusion.schedule import sampler_name
+    from nemo_aligner_diffusion.diffusion.settings import SAMPLERS
 
     try:
         return SAMPLERS[sampler_name(str(run.setting("model.infer.sampler_type")))]
