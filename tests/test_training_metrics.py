@@ -7,15 +7,12 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-from training_toy import Toy, fit
+from tiny.training import Toy, fit
 
 from nemo_aligner_diffusion.errors import ConfigurationError
-from nemo_aligner_diffusion.training.callbacks.metrics import (
-    CSVTable,
-    build_loggers,
-    peak_memory_bytes,
-    wandb_arguments,
-)
+from nemo_aligner_diffusion.evaluation.metrics.peak_memory import peak_memory_bytes
+from nemo_aligner_diffusion.runtime.csv_table import CSVTable
+from nemo_aligner_diffusion.training.callbacks.metrics import build_loggers, wandb_arguments
 from nemo_aligner_diffusion.training.callbacks.settings import LoggerSettings
 from nemo_aligner_diffusion.training.checkpoints.callback import find_resume_point
 
@@ -57,6 +54,18 @@ def test_resuming_drops_the_rows_of_steps_that_are_done_again(tmp_path: Path) ->
         rows = _rows(tmp_path / name)
         assert [row["step"] for row in rows] == ["1", "2", "3", "4", "5", "6"]
         assert all(None not in row and row["reward"] != "-1.0" for row in rows)
+
+
+def test_bytes_that_are_no_text_cost_their_row_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "metrics.csv"
+    content = b"step,reward\n1,1.0\n2,\xff\xfe\nthree,3.0\n4,4.0\n5,"
+    path.write_bytes(content)
+    table = CSVTable(path, ["step", "reward"])
+    assert table.steps() == {1, 4}
+    assert table.drop(lambda step: step > 3) == 4
+    assert path.read_text() == "step,reward\n1,1.0\n"
+    assert (tmp_path / "metrics.csv.damaged").read_bytes() == content
+    assert "2 damaged rows are left out; the file as it was is metrics.csv.damaged" in caplog.text
 
 
 def test_a_column_that_comes_later(tmp_path: Path) -> None:

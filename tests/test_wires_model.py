@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.autoencoders.vae import Decoder
-from tiny import save_tiny_pipeline
+from tiny.stable_diffusion import save_tiny_pipeline
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from nemo_aligner_diffusion.algorithms import AlignProp, DRaFT, DRaFTK, DRaFTLV, DRaFTPlus, DRTune, ReFL
@@ -21,18 +21,13 @@ from nemo_aligner_diffusion.diffusion.noise import plan_random, sample_generator
 from nemo_aligner_diffusion.diffusion.schedule import SchedulerPath
 from nemo_aligner_diffusion.diffusion.trajectory import rollout
 from nemo_aligner_diffusion.errors import ConfigurationError
-from nemo_aligner_diffusion.evaluation.report_pictures import load_grid
+from nemo_aligner_diffusion.evaluation.report.pictures import load_grid
 from nemo_aligner_diffusion.evaluation.run_files import column, read_run
 from nemo_aligner_diffusion.parallel.layout import Layout
 from nemo_aligner_diffusion.rewards import build_reward
 from nemo_aligner_diffusion.training.build import build_model, build_module
 from nemo_aligner_diffusion.training.run import _build_data, run_training
 from nemo_aligner_diffusion.training.settings import RunSettings
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_pipeline(tmp_path_factory.mktemp("model") / "pipeline")
 
 
 def configured(

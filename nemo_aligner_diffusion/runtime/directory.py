@@ -9,17 +9,17 @@ import json
 import os
 import platform
 import re
-import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nemo_aligner_diffusion.errors import OutputError
+from nemo_aligner_diffusion.runtime.files import atomic_path, remove_leftovers, write_atomic
 from nemo_aligner_diffusion.runtime.slurm import SlurmJob, is_interactive
 
 STATE_FILE = "run.json"
@@ -28,7 +28,6 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _HOW_TO_RESUME = ("exp_manager.resume_", "exp_manager.explicit_log_dir", "exp_manager.exp_dir", "exp_manager.version")
 CHECKPOINT_PATTERN = re.compile(r"step_(\d+)")
 OLD_CHECKPOINT_PATTERN = re.compile(r"step_\d+\.ckpt")  # single files, before there were folders
-UNFINISHED = ".tmp"  # what a write that was cut short leaves ends so, and begins with a dot
 PACKAGES = (
     "nemo-aligner-diffusion",
     "torch",
@@ -42,36 +41,6 @@ PACKAGES = (
     "hydra-core",
     "numpy",
 )
-
-
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary neighbour of ``path`` to write to; on leaving it is flushed to disk and takes ``path``'s place.
-
-    Whoever looks sees the old file or the complete new one. On an exception nothing remains.
-    """
-    path = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=UNFINISHED, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner can read
-        os.replace(temporary, path)
-        sync_directory(path.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """Replace ``path`` by a UTF-8 file with this text, completely or not at all."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def process_rank() -> int:
@@ -186,7 +155,7 @@ class RunDirectory:
             return
         from omegaconf import OmegaConf
 
-        write_text_atomically(self.path / "config.yaml", OmegaConf.to_yaml(cfg))
+        write_atomic(self.path / "config.yaml", OmegaConf.to_yaml(cfg))
 
     def changed_keys(self, cfg: Any) -> dict[str, tuple[Any, Any]]:
         """Keys whose value differs from the ``config.yaml`` already here: ``{dotted key: (there, now)}``.
@@ -245,7 +214,8 @@ class RunDirectory:
     def _write_state(self, state: dict[str, Any]) -> None:
         text = json.dumps(state, indent=2, ensure_ascii=False) + "\n"
         try:
-            write_text_atomically(self.path / STATE_FILE, text)
+            with atomic_path(self.path / STATE_FILE) as temporary:
+                temporary.write_text(text, encoding="utf-8")
         except OSError as error:
             if error.errno not in FULL_DISK or not (self.path / STATE_FILE).exists():
                 raise
@@ -277,19 +247,6 @@ def old_checkpoint_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if OLD_CHECKPOINT_PATTERN.fullmatch(path.name))
-
-
-def remove_leftovers(folder: Path) -> list[str]:
-    """Delete what writes that were cut short left in ``folder`` (not below it), and give their names."""
-    if not folder.is_dir():
-        return []
-    leftovers = [path for path in folder.iterdir() if path.name.startswith(".") and path.name.endswith(UNFINISHED)]
-    for path in leftovers:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-    return sorted(path.name for path in leftovers)
 
 
 def package_versions() -> dict[str, str]:
@@ -386,19 +343,6 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 def _now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-
-
-def sync_directory(path: Path) -> None:
-    # A rename is on disk only when the directory is; some file systems cannot sync one, which must not stop a run.
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        with suppress(OSError):
-            os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def remove_if_not_begun(path: Path, files: Iterable[str] = ()) -> None:

@@ -25,14 +25,15 @@ import torch
 
 from nemo_aligner_diffusion.errors import AlignerError, OutputError, first_line
 from nemo_aligner_diffusion.parallel.strategy import layout_of
-from nemo_aligner_diffusion.runtime.directory import FULL_DISK, RunDirectory, write_text_atomically
+from nemo_aligner_diffusion.runtime.csv_table import CSVTable
+from nemo_aligner_diffusion.runtime.directory import FULL_DISK, RunDirectory
+from nemo_aligner_diffusion.runtime.files import write_atomic
 from nemo_aligner_diffusion.runtime.health import Fault, HealthClient, HealthServer, Launch, Limits, Progress
 from nemo_aligner_diffusion.runtime.health import launch as launching
 from nemo_aligner_diffusion.runtime.health.progress import waited_seconds
 from nemo_aligner_diffusion.runtime.health.stragglers import StragglerReport, StragglerWatch
 from nemo_aligner_diffusion.runtime.health.verdict import Watch
 from nemo_aligner_diffusion.runtime.settings import FaultToleranceSettings, MachineSettings, WatchSettings
-from nemo_aligner_diffusion.training.callbacks.metrics import CSVTable
 
 log = logging.getLogger(__name__)
 
@@ -180,7 +181,7 @@ class RunWatch:
         earlier = (
             file.read_text(encoding="utf-8") + "\n" if file.exists() else ""
         )  # a run may be resumed, and fail again
-        write_text_atomically(file, earlier + "\n".join(lines) + "\n")
+        write_atomic(file, earlier + "\n".join(lines) + "\n")
         step = self.progress.step if self.progress is not None else None
         dataclasses.replace(self.directory, is_writer=True).finish("failed", step=step, error=fault.headline)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
@@ -19,13 +20,15 @@ from nemo_aligner_diffusion.data.datamodule import PromptDataModule
 from nemo_aligner_diffusion.data.prompts import read_prompts
 from nemo_aligner_diffusion.embedded_assets import embedded_prompts_path, embedded_reward_path
 from nemo_aligner_diffusion.evaluation.diversity import Embedder
+from nemo_aligner_diffusion.evaluation.metrics.registry import validation_figures
 from nemo_aligner_diffusion.evaluation.report import write_report
 from nemo_aligner_diffusion.parallel.broadcast import load_once, on_every_process
 from nemo_aligner_diffusion.rewards import build_reward, restore_reward
 from nemo_aligner_diffusion.rewards.base import Reward
 from nemo_aligner_diffusion.rewards.build import import_paths
-from nemo_aligner_diffusion.runtime.directory import remove_if_not_begun, write_text_atomically
+from nemo_aligner_diffusion.runtime.directory import remove_if_not_begun
 from nemo_aligner_diffusion.runtime.faults import RunWatch, watched
+from nemo_aligner_diffusion.runtime.files import write_atomic
 from nemo_aligner_diffusion.runtime.startup import Startup, take
 from nemo_aligner_diffusion.training.build import build_model, build_module
 from nemo_aligner_diffusion.training.callbacks.ema import EMACallback
@@ -132,7 +135,7 @@ def _train(settings: RunSettings, frame: RunFrame, startup: Startup, given: Give
     # a user's own is imported before anything is loaded
     on_every_process(lambda: (given.method or settings.method()).check(section.infer.inference_steps))
     for name, prompts in given.prompts.items():
-        write_text_atomically(directory.path / name, "".join(f"{prompt}\n" for prompt in prompts))
+        write_atomic(directory.path / name, "".join(f"{prompt}\n" for prompt in prompts))
     data = _build_data(settings)
     watch.phase("opening the data")
     startup.enter("data index")
@@ -146,6 +149,7 @@ def _train(settings: RunSettings, frame: RunFrame, startup: Startup, given: Give
     startup.enter("building")
     module = build_module(settings, model, reward, loop.max_steps, policy, given.method)
     module.validation_prompts = [prompt for prompt in data.validation_prompts for _ in data.validation_seeds]
+    module.measure_validation = functools.partial(validation_figures, embedder=_embedder(section, reward))
     if given.reward is not None:
         size = section.micro_batch_size
         prompts = read_prompts(data.train, size, section.data.on_bad_sample, section.data.on_bad_shard)
@@ -159,7 +163,7 @@ def _train(settings: RunSettings, frame: RunFrame, startup: Startup, given: Give
         StartupCallback(startup, directory.path),
         RewardNormalization(directory.path, resumed=resume is not None),
         *([ema] if ema is not None else []),
-        ValidationFiles(directory.path, _embedder(section, reward), settings.report.max_prompts),
+        ValidationFiles(directory.path, settings.report.max_prompts),
         MetricsCSV(directory.path),
         TrainingProgress(silent=given.silent),
         *frame.callbacks(loop.save_interval if given.keep else None, loop.val_check_interval),

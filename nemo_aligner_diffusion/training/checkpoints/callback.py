@@ -23,7 +23,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from nemo_aligner_diffusion.errors import CheckpointError, OutputError
 from nemo_aligner_diffusion.parallel.strategy import layout_of
-from nemo_aligner_diffusion.runtime.directory import checkpoint_files, remove_leftovers, write_text_atomically
+from nemo_aligner_diffusion.runtime.directory import checkpoint_files
+from nemo_aligner_diffusion.runtime.files import remove_leftovers, write_atomic
 from nemo_aligner_diffusion.training.checkpoints.files import mark_last, remove
 from nemo_aligner_diffusion.training.checkpoints.io import FolderCheckpointIO
 from nemo_aligner_diffusion.training.checkpoints.resume import (
@@ -156,7 +157,7 @@ class TrainingCheckpoint(Checkpoint):
             return
         if trainer.global_step == self._saved_step:
             scores = {**self._scores(), trainer.global_step: float(reward)}
-            write_text_atomically(self.folder / SCORES_FILE, json.dumps(scores, indent=1) + "\n")
+            write_atomic(self.folder / SCORES_FILE, json.dumps(scores, indent=1) + "\n")
             self._prune()
 
     def save(self, trainer: pl.Trainer) -> Path:
