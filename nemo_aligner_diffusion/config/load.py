@@ -130,13 +130,13 @@ def load_config(
 
     leaves = _resolve(tree)
     leaves = {key: value for key, value in leaves.items() if schema.kind_of(key, loop) is not None}
-    values = _methods_own(schema.read_values(leaves, loop))
-    values |= {
+    used = _methods_own(schema.read_used(leaves, loop))
+    used |= {
         key: text
         for key, text in of_the_environment(tree).items()
-        if key in values and is_secret(schema.kind_of(key, loop) or ANY)
+        if key in used and is_secret(schema.kind_of(key, loop) or ANY)
     }
-    cfg = OmegaConf.create(unflatten(values))
+    cfg = OmegaConf.create(unflatten(used))
     settings = RunSettings.of(cfg)
     check_reward(cfg)
     notes.extend(_unread(command_line.leaves, settings))
@@ -240,7 +240,7 @@ def _read_user_file(folder: Path, name: str, selections: list[Override]) -> dict
     # Groups that the file itself composes are picked in it; others only in the recipe below it.
     inside = [item for item in selections if re.search(rf"(^|/|\s){item.key}\b", str(container["defaults"]))]
     composed = _compose(folder, name, [f"{item.key}={item.value}" for item in inside], conf_directory())
-    return with_yaml_words(composed, text)  # type: ignore[no-any-return]
+    return with_yaml_words(composed, text)
 
 
 def _selected_layer(item: Override, base: str, own_folder: Path) -> Layer:

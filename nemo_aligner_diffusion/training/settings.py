@@ -124,11 +124,10 @@ class ProgramSettings(Settings):
         """
         if isinstance(cfg, cls):
             return cfg
-        tree, shown = (
-            OmegaConf.to_container(cfg, resolve=resolve) if isinstance(cfg, DictConfig) else cfg
-            for resolve in (True, False)
-        )
-        assert isinstance(tree, Mapping)
+        tree: Any = cfg
+        shown: Any = cfg
+        if isinstance(cfg, DictConfig):
+            tree, shown = (OmegaConf.to_container(cfg, resolve=resolve) for resolve in (True, False))
         loops = [name for name, section in tree["trainer"].items() if isinstance(section, Mapping)]
         settings = replace(cls.from_tree(tree, *loops[:1]), tree=tree, shown=shown)
         settings.check()
