@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
-from tiny import save_tiny_pipeline
+from tiny.stable_diffusion import save_tiny_pipeline
 
 from nemo_aligner_diffusion.cli import generate as generate_cli
 from nemo_aligner_diffusion.cli.generate import build_parser, main, parse_seeds, read_request
@@ -250,13 +250,13 @@ WRONG = [
     (["--prompt", "a", "--model", "{model}", "--height", "17"], "--height 17: .* multiples of 4; the nearest is 16"),
     (
         ["--prompt", "a", "--model", "{model}", "--sampler", "ddmi"],
-        "--sampler='ddmi' is not .*did you mean 'ddim'",
+        "--sampler='ddmi' is not .*did you mean DDIM",
     ),
     (["--prompt", "a", "--model", "{model}", "--reward", "aesthetics"], "--reward aesthetics: neither a file"),
     (["--prompt", "a", "--model", "{model}", "--device", "cuda:99"], "--device cuda:99"),
     (["--prompt", "a", "--model", "{model}", "--lora", "{model}/unet/config.json"], "config.json"),
     (["--prompts-file", "{tmp}/nowhere.txt"], "No such file"),
-    (["--prompts-file", "{tmp}/latin.txt"], "line 2: not UTF-8"),
+    (["--prompts-file", "{tmp}/latin.txt"], "line 2 is not UTF-8"),
     (["--prompts-file", "{tmp}/empty.txt"], "holds no prompt"),
     (["--prompt", "a", "--model", "{model}", "--reward", "none", "--output", "{tmp}/empty.txt"], "--output"),
 ]

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_aligner_diffusion.command_line import command
+from nemo_aligner_diffusion.data.prompt_files import MAX_PROMPT_BYTES, clean_prompt
 from nemo_aligner_diffusion.errors import ConfigurationError, DataError
+from nemo_aligner_diffusion.formats.files import decode_utf8, open_regular, text_lines
 
 # As in conf/model/stable_diffusion.yaml; an adapter made by a run brings that run's settings instead.
 DEFAULT_STEPS, DEFAULT_GUIDANCE, DEFAULT_ETA = 20, 2.0, 0.0
@@ -284,18 +286,18 @@ def _number(option: str, text: str) -> float:
 
 
 def _read_prompts(path: Path) -> list[str]:
+    prompts = []
     try:
-        raw = path.read_bytes()
+        with open_regular(path) as stream:
+            for number, (_, line) in enumerate(text_lines(stream, MAX_PROMPT_BYTES + 3), start=1):
+                if not line.strip():
+                    continue
+                try:
+                    prompts.append(clean_prompt(decode_utf8(line)).strip())
+                except ValueError as error:
+                    raise DataError(f"{path}: line {number} {error}") from error
     except OSError as error:
         raise DataError(f"--prompts-file {path}: {error.strerror or error}; expected a text file of prompts") from error
-    prompts = []
-    for number, line in enumerate(raw.splitlines(), start=1):
-        try:
-            prompt = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}, line {number}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
-        if prompt:
-            prompts.append(prompt)
     if not prompts:
         raise DataError(f"{path} holds no prompt; expected one prompt a line")
     return prompts

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from nemo_aligner_diffusion.runtime.signals import Interruption
+    from nemo_aligner_diffusion.training.settings import ProgramSettings
 
 _TOO_EARLY = "interrupted before training began"
 
@@ -139,6 +140,7 @@ def _main(config_name: str, argv: Sequence[str], phases: startup.Startup) -> int
         print(help_text(os.path.basename(sys.argv[0]) or "train", arguments.config_name))
         return 0
     from nemo_aligner_diffusion.config.load import load_config
+    from nemo_aligner_diffusion.training.settings import RunSettings
 
     cfg = load_config(arguments.config_name, arguments.overrides, config_dir=arguments.config_path, recipe=config_name)
     if arguments.show_config:
@@ -151,7 +153,7 @@ def _main(config_name: str, argv: Sequence[str], phases: startup.Startup) -> int
 
         return run_training(cfg, interruption)
 
-    return launch(cfg, run)
+    return launch(RunSettings.of(cfg), run)
 
 
 def show(cfg: DictConfig) -> None:
@@ -185,31 +187,26 @@ def exit_status(program: Callable[[], int], is_whole_program: bool) -> int:
         return 130
 
 
-def launch(cfg: DictConfig, run: Callable[[Interruption], int]) -> int:
+def launch(settings: ProgramSettings, run: Callable[[Interruption], int]) -> int:
     """Start the processes of a run where nobody has, or be one of them.
 
     Args:
-        cfg: with the sections ``trainer`` and ``exp_manager``.
         run: imports torch and all, and trains; signals are taken from here on.
 
     Returns:
         the exit status.
     """
-    from nemo_aligner_diffusion.config.checks import devices_per_node
     from nemo_aligner_diffusion.runtime.directory import resolve_run_directory
     from nemo_aligner_diffusion.runtime.launch import start_processes
     from nemo_aligner_diffusion.runtime.process import check_agrees, this_process
     from nemo_aligner_diffusion.runtime.signals import Interrupted, Interruption
     from nemo_aligner_diffusion.runtime.slurm import Requeue
 
-    devices, nodes, section = devices_per_node(cfg), int(cfg.trainer.num_nodes), cfg.exp_manager
-    process = this_process()
+    section, process = settings.exp_manager, this_process()
+    devices, nodes = settings.trainer.devices_per_node, settings.trainer.num_nodes
     check_agrees(process, devices, nodes)
-
-    def name_directory() -> None:  # one that is named after the time is named here, for all of them
-        resolve_run_directory(section.explicit_log_dir, version=section.version, resume=section.resume_if_exists)
-
-    code = start_processes(devices, nodes, prepare=name_directory)
+    # a directory that is named after the time is named here, for all of them
+    code = start_processes(devices, nodes, prepare=lambda: resolve_run_directory(section))
     if code is not None:
         return code
     interruption = Interruption()
@@ -224,13 +221,7 @@ def launch(cfg: DictConfig, run: Callable[[Interruption], int]) -> int:
             logging.basicConfig(level=logging.INFO, format="%(message)s")  # it may not have come to that
             if interruption.speaks:
                 print(_TOO_EARLY, file=sys.stderr)
-            requeue = Requeue.for_this_run(
-                section.requeue_on_preemption,
-                section.resume_if_exists,
-                section.resume_ignore_no_checkpoint,
-                section.requeue_on_max_time,
-                is_writer=process.is_rank_zero,
-            )
+            requeue = Requeue.for_this_run(section, section, is_writer=process.is_rank_zero)
             if requeue is None:
                 return interruption.exit_code
             interruption.dismiss()

@@ -42,7 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> int:
-    from nemo_aligner_diffusion.reward_training.configuration import CONFIG_NAME, load_reward_config
+    from nemo_aligner_diffusion.reward_training.configuration import (
+        CONFIG_NAME,
+        RewardTrainingSettings,
+        load_reward_config,
+    )
 
     arguments = parse_arguments(CONFIG_NAME, argv)
     if arguments.show_help:
@@ -58,4 +62,4 @@ def _main(argv: Sequence[str]) -> int:
 
         return run_reward_training(cfg, interruption)
 
-    return launch(cfg, run)
+    return launch(RewardTrainingSettings.of(cfg), run)

@@ -6,11 +6,16 @@ import csv
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nemo_aligner_diffusion.errors import first_line
+
 Table = dict[str, list[float]]
+_MOST_CONFIG, _DEEPEST = 4_000_000, 50  # characters of a config.yaml, and its levels
+_MOST_COLUMNS = 200  # of a table
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,8 @@ class RunFiles:
     @property
     def denoiser_export(self) -> Path | None:
         """A fully fine-tuned denoiser: ``export/unet``, ``export/transformer`` or whatever component was trained."""
-        return next((path.parent for path in sorted((self.folder / "export").glob("[!.]*/config.json"))), None)
+        found = sorted((self.folder / "export").glob("[!.]*/config.json"))
+        return next((path.parent for path in found if path.parent.name.isidentifier()), None)
 
     def has(self, dotted: str) -> bool:
         """Whether the configuration has this key, be it null."""
@@ -54,16 +60,24 @@ class RunFiles:
         return default if value is None else value
 
 
-def read_table(path: Path) -> Table:
+def read_table(path: Path, problems: list[str] | None = None) -> Table:
     """A CSV of numbers as columns of equal length; what is no number is NaN, an incomplete last line is dropped.
 
-    After a resume some steps may be written twice: of rows with the same ``step`` the last one counts.
+    After a resume some steps may be written twice: of rows with the same ``step`` the last one counts. Rows of another
+    length, or with bytes that are no UTF-8, are left out and counted in ``problems``.
     """
-    with path.open(newline="", encoding="utf-8", errors="replace") as stream:
-        reader = csv.reader(stream)
-        header = [name.strip() for name in next(reader, [])]
-        rows = [row for row in reader if len(row) == len(header)]
-    table = {name: [_number(row[i]) for row in rows] for i, name in enumerate(header) if name}
+    lines = path.read_text(encoding="utf-8", errors="replace").replace("\0", "\ufffd").splitlines()
+    header, *rows = list(csv.reader(lines[:1])) + list(csv.reader(lines[1:])) or [[]]
+
+    def is_whole(row: list[str]) -> bool:
+        return len(row) == len(header) and not any("\ufffd" in cell for cell in row)
+
+    whole = [row for row in rows if is_whole(row)]
+    damaged = len(rows) - len(whole) - (1 if rows and not is_whole(rows[-1]) else 0)  # the last one is cut at times
+    if problems is not None and damaged:
+        problems.append(f"{path.name}: {damaged} of {len(rows)} rows are damaged and left out")
+    names = [name.strip() for name in header[:_MOST_COLUMNS]]
+    table = {name: [_number(row[i]) for row in whole] for i, name in enumerate(names) if name}
     if "step" not in table:
         return table
     last = {step: index for index, step in enumerate(table["step"]) if math.isfinite(step)}
@@ -90,21 +104,14 @@ def read_run(folder: str | Path) -> RunFiles:
     problems: list[str] = []
 
     def attempt(name: str, read: Any, empty: Any) -> Any:
-        path = folder / name
-        if not path.is_file():
-            return empty
-        try:
-            return read(path)
-        except Exception as error:  # a damaged file must not take the report of the others with it
-            problems.append(f"{name} cannot be read ({type(error).__name__}: {error})")
-            return empty
+        return _attempt(folder / name, read, empty, problems)
 
     scores = attempt("validation_samples.json", _read_prompt_rewards, (None, []))
     return RunFiles(
         folder=folder,
-        config=attempt("config.yaml", _read_config, {}),
-        metrics=attempt("metrics.csv", read_table, {}),
-        validation=attempt("validation.csv", read_table, {}),
+        config=read_config(folder, problems),
+        metrics=attempt("metrics.csv", lambda path: read_table(path, problems), {}),
+        validation=attempt("validation.csv", lambda path: read_table(path, problems), {}),
         samples=_samples(folder / "samples"),
         run=attempt("run.json", _read_object, {}),
         prompt_rewards=scores[1],
@@ -114,15 +121,55 @@ def read_run(folder: str | Path) -> RunFiles:
     )
 
 
+def _attempt(path: Path, read: Callable[[Path], Any], empty: Any, problems: list[str]) -> Any:
+    if not path.is_file():
+        return empty
+    try:
+        return read(path)
+    except Exception as error:  # a damaged file must not take the report of the others with it
+        problems.append(f"{path.name} cannot be read ({type(error).__name__}: {first_line(error)})")
+        return empty
+
+
+def read_config(folder: Path, problems: list[str]) -> dict[str, Any]:
+    """``config.yaml`` of a run directory; empty where there is none, or where it is damaged, which is a problem."""
+    return _attempt(folder / "config.yaml", _read_config, {}, problems)
+
+
 def _read_config(path: Path) -> dict[str, Any]:
+    import yaml
     from omegaconf import OmegaConf
 
-    config = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    return {str(key): value for key, value in config.items()} if isinstance(config, dict) else {}
+    text = path.read_text(encoding="utf-8")
+    if len(text) > _MOST_CONFIG:
+        raise ValueError(f"it has {len(text):,} characters, a configuration has a few thousand")
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):  # eight lines of them are a configuration that takes all memory
+            raise ValueError("it has YAML aliases, which no run writes")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:
+            raise ValueError(f"it is nested more than {_DEEPEST} deep")
+    config = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    if not isinstance(config, dict):
+        raise ValueError("expected a mapping of keys")
+    return {str(key): value for key, value in config.items()}
+
+
+def parse_json(text: str) -> Any:
+    """A document of others: integers of any length are floats, and deep nesting is a ``ValueError``."""
+    value = json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 19 else float(digits))
+    level, depth = [value], 0
+    while level:
+        if depth > _DEEPEST:
+            raise ValueError(f"it is nested more than {_DEEPEST} deep")
+        inner = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, (dict, list))]
+        level, depth = [value for values in inner for value in values], depth + 1
+    return value
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    value = json.loads(path.read_text(encoding="utf-8"))
+    value = parse_json(path.read_text(encoding="utf-8"))
     if not isinstance(value, dict):
         raise ValueError("expected a JSON object")
     return value
@@ -130,7 +177,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 def _read_prompt_rewards(path: Path) -> tuple[int | None, list[dict[str, Any]]]:
     """``{"step": n, "prompts": [{prompt, seed, base_reward, reward}, …]}``, or a list of such (the last one counts)."""
-    value = json.loads(path.read_text(encoding="utf-8"))
+    value = parse_json(path.read_text(encoding="utf-8"))
     if isinstance(value, list):
         value = value[-1]
     rows = [

@@ -21,6 +21,7 @@ from typing import Any
 from nemo_aligner_diffusion.errors import OutputError, first_line
 from nemo_aligner_diffusion.runtime.claim import Claim, in_use, is_alive
 from nemo_aligner_diffusion.runtime.files import atomic_path, remove_leftovers, write_atomic
+from nemo_aligner_diffusion.runtime.settings import RunDirectorySettings
 from nemo_aligner_diffusion.runtime.slurm import SlurmJob
 
 log = logging.getLogger(__name__)
@@ -61,24 +62,17 @@ PACKAGES = (
 )
 
 
-def resolve_run_directory(
-    explicit_log_dir: str | None = None,
-    exp_dir: str | None = None,
-    name: str = "default",
-    version: str | None = None,
-    resume: bool = False,
-    now: datetime.datetime | None = None,
-) -> Path:
+def resolve_run_directory(section: RunDirectorySettings, now: datetime.datetime | None = None) -> Path:
     """The run directory as NeMo's ``exp_manager`` chooses it.
 
     ``explicit_log_dir`` as it is; else ``exp_dir/name/version`` with ``exp_dir`` ``./nemo_experiments`` by default and
-    ``version`` the date and time. To ``resume`` there is no version folder, so that the next run finds it.
+    ``version`` the date and time. With ``resume_if_exists`` there is no version folder, so that the next run finds it.
     """
-    if explicit_log_dir:
-        return Path(explicit_log_dir).expanduser().absolute()
-    directory = Path(exp_dir or "nemo_experiments").expanduser() / name
-    version = version or os.environ.get("NEMO_EXPM_VERSION")
-    if not version and not resume:
+    if section.explicit_log_dir:
+        return Path(section.explicit_log_dir).expanduser().absolute()
+    directory = Path(section.exp_dir or "nemo_experiments").expanduser() / section.name
+    version = section.version or os.environ.get("NEMO_EXPM_VERSION")
+    if not version and not section.resume_if_exists:
         version = (now or datetime.datetime.now()).strftime("%Y-%m-%d_%H-%M-%S")
         # processes that this one launches inherit it and agree on the directory
         os.environ["NEMO_EXPM_VERSION"] = version
@@ -201,7 +195,7 @@ class RunDirectory:
         if not path.exists():
             return {}
         try:
-            there = _flatten(OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8")), resolve=True))
+            there = _flatten(OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8"))))
         except Exception as error:  # whatever damage makes of YAML
             log.warning("%s cannot be read (%s): whether settings have changed is not known", path, first_line(error))
             return {}
@@ -216,7 +210,7 @@ class RunDirectory:
         """Write ``config.yaml`` and ``run.json`` with status ``running``, the command line and versions.
 
         Args:
-            config: YAML, with every reference resolved.
+            config: YAML.
         """
         self.has_begun = True
         if not self.is_writer:

@@ -100,7 +100,7 @@ def meet(process: Process, timeout: timedelta, greeting: str = "") -> tuple[Any,
 def join(process: Process, device: torch.device, watch: RunWatch) -> None:
     """Meet the others, have them watched, and make the process group; nothing where there is one, or one process."""
     global _timeout
-    _timeout = watch.settings.collective_timeout
+    _timeout = watch.collective_timeout
     if process.world_size == 1 or dist.is_initialized():
         return
     store, address = meet(process, _timeout, watch.serve())

@@ -10,24 +10,23 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import OmegaConf
 
-from nemo_aligner_diffusion.config.checks import devices_per_node, precision_name, world_size
-from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError
+from nemo_aligner_diffusion.errors import AlignerError
 from nemo_aligner_diffusion.parallel.broadcast import gather, on_every_process
 from nemo_aligner_diffusion.parallel.layout import Layout
 from nemo_aligner_diffusion.parallel.strategy import LaunchedProcesses, ParallelStrategy
 from nemo_aligner_diffusion.runtime.directory import RunDirectory, resolve_run_directory
-from nemo_aligner_diffusion.runtime.health.progress import Limits
 from nemo_aligner_diffusion.runtime.join import AgentNotes, find_device, join
-from nemo_aligner_diffusion.runtime.process import Process, check_agrees, left_over, this_process
+from nemo_aligner_diffusion.runtime.process import Process, left_over
+from nemo_aligner_diffusion.runtime.settings import RunDirectorySettings
 from nemo_aligner_diffusion.runtime.slurm import Requeue
-from nemo_aligner_diffusion.runtime.watch import RunWatch, WatchSettings, explained, seconds, watching
+from nemo_aligner_diffusion.runtime.watch import RunWatch, explained
 from nemo_aligner_diffusion.training.callbacks.health import HealthCallback
 from nemo_aligner_diffusion.training.callbacks.interruption import (
     Interrupted,
@@ -40,45 +39,11 @@ from nemo_aligner_diffusion.training.callbacks.metrics import build_loggers
 from nemo_aligner_diffusion.training.callbacks.missed_validation import MissedValidation
 from nemo_aligner_diffusion.training.checkpoints.callback import TrainingCheckpoint
 from nemo_aligner_diffusion.training.checkpoints.resume import ResumePoint, check_fits, find_resume_point
+from nemo_aligner_diffusion.training.settings import LoopSettings, ProgramSettings
 
 log = logging.getLogger(__name__)
 
 _BEGUN = "begun"  # a note for the next start by torchrun: this run's directory is in use
-
-
-@contextlib.contextmanager
-def watched(cfg: DictConfig) -> Iterator[RunWatch]:
-    """Around a whole run: its processes are watched, and errors come out as one clear line."""
-    section = cfg.exp_manager
-    ranks, slow = section.fault_tolerance, section.straggler_detection_params
-    settings = WatchSettings(
-        enabled=section.create_fault_tolerance_callback,
-        limits=Limits(
-            first=seconds(ranks.initial_rank_heartbeat_timeout),
-            later=seconds(ranks.rank_heartbeat_timeout),
-            calculate=ranks.calculate_timeouts,
-            safety_factor=ranks.safety_factor,
-            least=ranks.minimum_heartbeat_timeout,
-        ),
-        interval=float(ranks.workload_check_interval),
-        silence=float(ranks.silence_timeout),
-        stragglers=section.create_straggler_detection_callback,
-        report_interval=float(slow.report_time_interval),
-        threshold=slow.gpu_relative_perf_threshold,
-        stop_if_slow=slow.stop_if_detected,
-    )
-    process = this_process()
-    if process.launcher:
-        check_agrees(process, devices_per_node(cfg), cfg.trainer.num_nodes)
-    if world_size(cfg) > 1 and not process.launcher:
-        raise ConfigurationError(
-            f"trainer.devices × trainer.num_nodes = {world_size(cfg)}, but no launcher has started the processes: "
-            "start the program with torchrun or srun, or by its own command line, which starts them itself"
-        )
-    if process.launcher == "environment":  # which says nothing of machines
-        process = replace(process, local_world_size=devices_per_node(cfg))
-    with watching(process, settings) as watch:
-        yield watch
 
 
 @dataclass
@@ -93,7 +58,7 @@ class RunFrame:
         inputs: names of files that were put into the directory before the run began.
     """
 
-    cfg: DictConfig
+    settings: ProgramSettings
     watch: RunWatch
     interruption: Interruption
     device: torch.device
@@ -104,7 +69,7 @@ class RunFrame:
     _requeue: Requeue | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        self._timer = RunTimer.from_config(self.cfg.exp_manager)
+        self._timer = RunTimer.from_settings(self.settings.exp_manager)
 
     def __enter__(self) -> RunFrame:
         return self
@@ -115,7 +80,7 @@ class RunFrame:
     @classmethod
     def open(
         cls,
-        cfg: DictConfig,
+        settings: ProgramSettings,
         watch: RunWatch,
         interruption: Interruption,
         enter: Callable[[str], None] = lambda phase: None,
@@ -130,31 +95,31 @@ class RunFrame:
         """
         enter("process group")
         watch.phase("joining the process group")
-        trainer, section, process = cfg.trainer, cfg.exp_manager, watch.process
-        device = find_device(process, plain(trainer.devices), trainer.accelerator)
+        process = watch.process
+        device = find_device(process, settings.trainer.lightning_devices, settings.trainer.accelerator)
         if message := left_over(process):
             log.warning("%s", message)
         join(process, device, watch)
         notes = AgentNotes(process)
-        _agree_on_version(section, process, notes)
-        _resume_after_restart(section, process, notes)
+        _agree_on_version(settings.exp_manager, process, notes)
+        if _is_restart(process, notes):
+            settings = settings.resuming()
         enter("run directory")
-        resumes, anew = section.resume_if_exists, section.resume_ignore_no_checkpoint
-        path = resolve_run_directory(
-            section.explicit_log_dir, section.exp_dir, section.name or cfg.name, section.version, resumes
-        )
+        section = settings.exp_manager
+        path, resumes = resolve_run_directory(section), section.resume_if_exists
+        anew = section.resume_ignore_no_checkpoint
         directory = on_every_process(lambda: RunDirectory.prepare(path, resumes, anew, process.is_rank_zero))
         try:
             resume = find_resume_point(directory.checkpoints) if resumes else None
             if resume is not None and directory.is_writer:
-                for key, (before, now) in directory.changed_keys(OmegaConf.to_yaml(cfg, resolve=True)).items():
+                for key, (before, now) in directory.changed_keys(OmegaConf.to_yaml(settings.shown)).items():
                     log.warning("resuming with %s = %s; it was %s", key, now, before)
         except BaseException:
             directory.release()
             raise
-        return cls(cfg, watch, interruption, device, directory, resume, notes)
+        return cls(settings, watch, interruption, device, directory, resume, notes)
 
-    def begin(self, module: torch.nn.Module | None = None) -> None:
+    def begin(self, module: torch.nn.Module) -> None:
         """Take the directory into use, now that everything has been built.
 
         Args:
@@ -163,13 +128,14 @@ class RunFrame:
         Raises:
             CheckpointError: it does not. Nothing has been written.
         """
-        if self.resume is not None and module is not None:
+        if self.resume is not None:
             check_fits(self.resume, module)
-        self.directory.begin(OmegaConf.to_yaml(self.cfg, resolve=True))
+        self.directory.begin(OmegaConf.to_yaml(self.settings.shown))
         self.watch.directory = self.directory
         if self.directory.is_writer:
             self.notes.set(_BEGUN, "1")
-        self._requeue = requeue(self.cfg.exp_manager, self.directory.is_writer)
+        section = self.settings.exp_manager
+        self._requeue = Requeue.for_this_run(section, section, self.directory.is_writer)
         self.interruption.patient = self._requeue is not None
 
     def callbacks(
@@ -188,10 +154,9 @@ class RunFrame:
                 self.directory.checkpoints,
                 every_n_optimizer_steps=save_interval or None,
                 resume=self.resume,
-                **self.cfg.exp_manager.checkpoint_callback_params,
+                **self.settings.tree["exp_manager"]["checkpoint_callback_params"],
             )
-        watched = self.watch.progress is not None
-        health = [HealthCallback(self.watch, self.watch.settings.report_interval / 4)] if watched else []
+        health = [HealthCallback(self.watch)] if self.watch.progress is not None else []
         return [
             InterruptionCallback(self.interruption),
             MissedValidation(self.directory.path, validation_interval, always=validate_again),
@@ -201,7 +166,7 @@ class RunFrame:
         ]
 
     def trainer(
-        self, loop: DictConfig, layout: Layout, accumulation: int, callbacks: list[pl.Callback], validates: bool
+        self, loop: LoopSettings, layout: Layout, accumulation: int, callbacks: list[pl.Callback], validates: bool
     ) -> pl.Trainer:
         """Lightning's Trainer as all runs have it.
 
@@ -209,14 +174,14 @@ class RunFrame:
             loop: the section that holds ``max_steps``, ``val_check_interval`` (optimizer steps) …
             accumulation: micro-batches an optimizer step.
         """
-        cfg = self.cfg
+        machine, experiment = self.settings.trainer, self.settings.exp_manager
         interval = loop.val_check_interval * accumulation if validates else 0
         return pl.Trainer(
-            accelerator=cfg.trainer.accelerator,
-            devices=plain(cfg.trainer.devices),
-            num_nodes=cfg.trainer.num_nodes,
-            precision=precision_name(cfg),  # type: ignore[arg-type]
-            strategy="auto" if layout.is_single else ParallelStrategy(layout, self.watch.settings.collective_timeout),
+            accelerator=machine.accelerator,
+            devices=machine.lightning_devices,
+            num_nodes=machine.num_nodes,
+            precision=machine.lightning_precision,  # type: ignore[arg-type]
+            strategy="auto" if layout.is_single else ParallelStrategy(layout, self.watch.collective_timeout),
             max_steps=loop.max_steps,
             max_epochs=1,  # one pass of the loader is all passes over the samples
             accumulate_grad_batches=accumulation,
@@ -225,8 +190,10 @@ class RunFrame:
             check_val_every_n_epoch=None,
             limit_val_batches=loop.limit_val_batches if interval else 0,
             num_sanity_val_steps=0,
-            log_every_n_steps=cfg.trainer.log_every_n_steps,
-            logger=build_loggers(cfg, self.directory.path, self.resume.step if self.resume is not None else 0),
+            log_every_n_steps=machine.log_every_n_steps,
+            logger=build_loggers(
+                experiment, self.settings.name, self.directory.path, self.resume.step if self.resume is not None else 0
+            ),
             callbacks=callbacks,
             plugins=[LaunchedProcesses(self.watch.process)],
             use_distributed_sampler=False,
@@ -311,11 +278,6 @@ class RunFrame:
         return left
 
 
-def plain(value: Any) -> Any:
-    """A list or number instead of OmegaConf's."""
-    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-
-
 _LIGHTNING = ("pytorch_lightning", "lightning.pytorch", "lightning_fabric")
 _PIPELINES = ("diffusers", "transformers")
 
@@ -360,24 +322,13 @@ def _hush() -> None:
         ".*isinstance.treespec.*",
         ".*IterableDataset.*__len__.*",
         ".*in eval mode at the start of training.*",  # frozen parts, on purpose
-        ".*`srun` command is available.*",  # slurm.check_tasks says what matters
+        ".*`srun` command is available.*",  # process.check_agrees says what matters
         ".*functional.all_gather is deprecated.*",  # Lightning's to mend
     ):
         warnings.filterwarnings("ignore", pattern)
 
 
-def requeue(section: DictConfig, is_writer: bool) -> Requeue | None:
-    """As ``exp_manager`` asks; see :class:`Requeue`."""
-    return Requeue.for_this_run(
-        section.requeue_on_preemption,
-        section.resume_if_exists,
-        section.resume_ignore_no_checkpoint,
-        section.requeue_on_max_time,
-        is_writer,
-    )
-
-
-def _agree_on_version(section: DictConfig, process: Process, notes: AgentNotes) -> None:
+def _agree_on_version(section: RunDirectorySettings, process: Process, notes: AgentNotes) -> None:
     """A directory named after the time has one name in all processes, also after torchrun has started them again."""
     if section.explicit_log_dir or section.version or section.resume_if_exists:
         return
@@ -388,12 +339,10 @@ def _agree_on_version(section: DictConfig, process: Process, notes: AgentNotes) 
         notes.set("version", version)
 
 
-def _resume_after_restart(section: DictConfig, process: Process, notes: AgentNotes) -> None:
-    """Where torchrun has started the processes again, the run goes on in its own directory."""
+def _is_restart(process: Process, notes: AgentNotes) -> bool:
+    """Whether torchrun has started the processes again: then the run goes on in its own directory."""
     if process.restart == 0 or notes.get(_BEGUN) is None:
-        return  # what a first attempt refused to touch, a second one does not touch either
-    with open_dict(section):
-        section.resume_if_exists = True
-        section.resume_ignore_no_checkpoint = True
+        return False  # what a first attempt refused to touch, a second one does not touch either
     if process.is_rank_zero:
         log.warning("torchrun has started the processes again (restart %d): resuming this run", process.restart)
+    return True

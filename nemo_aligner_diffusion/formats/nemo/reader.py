@@ -244,7 +244,8 @@ class NemoArchive:
 
         try:
             # Extension headers (long names) come before a member's own.
-            for _ in walk_stream(self.path, file, total_bytes, check, most_header_blocks=2 * self._limits.members):
+            most = 2 * self._limits.members
+            for _ in walk_stream(self.path, file, total_bytes, check, most_header_blocks=most, single=True):
                 pass
         except DataError as error:
             found = str(error).removeprefix(str(self.path)).lstrip(": ")
