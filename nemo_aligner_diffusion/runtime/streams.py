@@ -36,5 +36,5 @@ def _lasting(stream: TextIO) -> TextIO:
     except (OSError, ValueError, AttributeError):  # closed, or not a file: a program's own
         return stream
     return io.TextIOWrapper(
-        io.BufferedWriter(raw), encoding=stream.encoding, errors=stream.errors, line_buffering=True, write_through=True
+        io.BufferedWriter(raw), encoding=stream.encoding, errors=stream.errors, line_buffering=True
     )
