@@ -18,8 +18,7 @@ from tiny.runs import overrides
 
 from nemo_aligner_diffusion.config.load import load_config
 from nemo_aligner_diffusion.errors import AlignerError, OutputError
-from nemo_aligner_diffusion.runtime.directory import RunDirectory, read_state
-from nemo_aligner_diffusion.runtime.faults import full_disk
+from nemo_aligner_diffusion.runtime.directory import RunDirectory, read_state, unusable_disk
 from nemo_aligner_diffusion.training.run import run_training
 
 SIZE = 4 << 20  # bytes
@@ -116,8 +115,8 @@ def test_no_room_for_the_export(pipeline, prompts, small_disk) -> None:
 
 
 def test_how_a_run_ended_is_written_in_place_where_there_is_no_room(small_disk: Path) -> None:
-    directory = RunDirectory.prepare({"explicit_log_dir": str(small_disk / "run")})
-    directory.begin([])
+    directory = RunDirectory.prepare(small_disk / "run")
+    directory.begin("")
     fill(small_disk)
     with pytest.raises(OSError, match="No space left"):
         (small_disk / "other").write_text("x")
@@ -127,13 +126,13 @@ def test_how_a_run_ended_is_written_in_place_where_there_is_no_room(small_disk: 
 
 def test_a_full_disk_is_known_by_whatever_name() -> None:
     plain = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/results/metrics.csv")
-    found = full_disk(plain, None)
+    found = unusable_disk(plain, None)
     assert isinstance(found, OutputError)
     assert str(found).startswith("/results/metrics.csv could not be written: [Errno 28] No space left on device")
     wrapped = RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
-    assert full_disk(wrapped, None) is not None
+    assert unusable_disk(wrapped, None) is not None
     consequence = ValueError("the writer is closed")
     consequence.__context__ = plain
-    assert full_disk(consequence, None) is not None
-    assert full_disk(OSError(errno.ENOENT, "No such file"), None) is None
-    assert full_disk(ValueError("something else"), None) is None
+    assert unusable_disk(consequence, None) is not None
+    assert unusable_disk(OSError(errno.ENOENT, "No such file"), None) is None
+    assert unusable_disk(ValueError("something else"), None) is None

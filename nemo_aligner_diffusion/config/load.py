@@ -37,6 +37,7 @@ from nemo_aligner_diffusion.config.reward_keys import REWARDS
 from nemo_aligner_diffusion.config.words import is_secret, of_the_environment, with_yaml_words
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.keys import closest, flatten, unflatten
+from nemo_aligner_diffusion.runtime.process import this_process
 from nemo_aligner_diffusion.settings import ANY
 from nemo_aligner_diffusion.training.settings import RunSettings
 
@@ -130,7 +131,7 @@ def load_config(
 
     leaves = _resolve(tree)
     leaves = {key: value for key, value in leaves.items() if schema.kind_of(key, loop) is not None}
-    used = _methods_own(schema.read_used(leaves, loop))
+    used = _methods_own(schema.read_values(leaves, loop))
     used |= {
         key: text
         for key, text in of_the_environment(tree).items()
@@ -312,7 +313,7 @@ def _unread(given: Mapping[str, Any], settings: RunSettings) -> list[Note]:
 
 def _warn(notes: Sequence[Note]) -> None:
     """One warning for all, keys with the same reason together, from the first process only."""
-    if not notes or os.environ.get("RANK", "0") != "0":
+    if not notes or not this_process().is_rank_zero:
         return
     by_reason: dict[str, list[str]] = {}
     for note in dict.fromkeys(notes):
