@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 from nemo_aligner_diffusion.config import reward_keys as schema_rewards
 from nemo_aligner_diffusion.config import schema
 from nemo_aligner_diffusion.config.docs import LINE, documented_keys, tables
-from nemo_aligner_diffusion.config.load import conf_directory, load_config, load_settings, recipes
+from nemo_aligner_diffusion.config.load import load_config, load_settings
+from nemo_aligner_diffusion.config.recipes import conf_directory, recipes
 from nemo_aligner_diffusion.keys import flatten
 from nemo_aligner_diffusion.runtime.settings import PRECISIONS
 from nemo_aligner_diffusion.settings import LOOP

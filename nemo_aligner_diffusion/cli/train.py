@@ -95,7 +95,7 @@ def parse_arguments(config_name: str, argv: Sequence[str]) -> Arguments:
 
 def help_text(program: str, config_name: str) -> str:
     """Usage, recipes, groups and the keys used most."""
-    from nemo_aligner_diffusion.config.load import groups, recipes
+    from nemo_aligner_diffusion.config.recipes import groups, recipes
 
     lines = [
         f"usage: {program} [key=value …] [group=option …] [--config-name NAME] [--config-path FOLDER] [--cfg] [--help]",

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_aligner_diffusion.config.layers import parse_override
-from nemo_aligner_diffusion.config.load import conf_directory
+from nemo_aligner_diffusion.config.recipes import conf_directory
 from nemo_aligner_diffusion.config.words import is_secret, of_the_environment, settled, with_yaml_words
 from nemo_aligner_diffusion.data.settings import ReadingSettings
 from nemo_aligner_diffusion.errors import ConfigurationError
