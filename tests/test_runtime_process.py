@@ -13,6 +13,7 @@ import pytest
 
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.runtime.process import Process, check_agrees, is_interactive, left_over, this_process
+from nemo_aligner_diffusion.runtime.said import is_first_to_say, write_error_file
 
 ROOT = Path(__file__).parent.parent
 PATIENCE = 120.0
@@ -109,6 +110,19 @@ def test_what_is_left_over_is_said() -> None:
     assert "RANK='1', WORLD_SIZE='2' in the environment without effect" in left_over(
         Process(), {"RANK": "1", "WORLD_SIZE": "2"}
     )
+
+
+def test_an_error_is_told_although_another_launchers_folder_holds_its_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program that a rank of another run has started inherits where those agree on who speaks."""
+    (tmp_path / "0").mkdir()
+    monkeypatch.setenv("NAD_CLAIMS", str(tmp_path))
+    monkeypatch.setenv("NAD_LAUNCHER", "1")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "0" / "error.json"))
+    assert [is_first_to_say("no such file") for _ in range(2)] == [True, True]
+    write_error_file("no such file")
+    assert list((tmp_path / "0").iterdir()) == []
 
 
 # Two processes of a run meet; rank 0 says at which addresses it listens then.

@@ -196,7 +196,6 @@ def launch(settings: ProgramSettings, run: Callable[[Interruption], int]) -> int
     Returns:
         the exit status.
     """
-    from nemo_aligner_diffusion.runtime.directory import resolve_run_directory
     from nemo_aligner_diffusion.runtime.launch import start_processes
     from nemo_aligner_diffusion.runtime.process import check_agrees, this_process
     from nemo_aligner_diffusion.runtime.signals import Interrupted, Interruption
@@ -205,8 +204,7 @@ def launch(settings: ProgramSettings, run: Callable[[Interruption], int]) -> int
     section, process = settings.exp_manager, this_process()
     devices, nodes = settings.trainer.devices_per_node, settings.trainer.num_nodes
     check_agrees(process, devices, nodes)
-    # a directory that is named after the time is named here, for all of them
-    code = start_processes(devices, nodes, prepare=lambda: resolve_run_directory(section))
+    code = start_processes(devices, nodes)
     if code is not None:
         return code
     interruption = Interruption()

@@ -74,8 +74,6 @@ def resolve_run_directory(section: RunDirectorySettings, now: datetime.datetime 
     version = section.version or os.environ.get("NEMO_EXPM_VERSION")
     if not version and not section.resume_if_exists:
         version = (now or datetime.datetime.now()).strftime("%Y-%m-%d_%H-%M-%S")
-        # processes that this one launches inherit it and agree on the directory
-        os.environ["NEMO_EXPM_VERSION"] = version
     return (directory / version if version else directory).absolute()
 
 

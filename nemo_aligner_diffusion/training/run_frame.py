@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import functools
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -24,7 +23,6 @@ from nemo_aligner_diffusion.parallel.strategy import LaunchedProcesses, Parallel
 from nemo_aligner_diffusion.runtime.directory import RunDirectory, resolve_run_directory
 from nemo_aligner_diffusion.runtime.join import AgentNotes, find_device, join
 from nemo_aligner_diffusion.runtime.process import Process, left_over
-from nemo_aligner_diffusion.runtime.settings import RunDirectorySettings
 from nemo_aligner_diffusion.runtime.slurm import Requeue
 from nemo_aligner_diffusion.runtime.watch import RunWatch, explained
 from nemo_aligner_diffusion.training.callbacks.health import HealthCallback
@@ -101,13 +99,15 @@ class RunFrame:
             log.warning("%s", message)
         join(process, device, watch)
         notes = AgentNotes(process)
-        _agree_on_version(settings.exp_manager, process, notes)
+        # one that is named after the time has one name in all processes, also after torchrun has started them again
+        path = Path(notes.get("directory") or gather(str(resolve_run_directory(settings.exp_manager)))[0])
+        if process.is_rank_zero:
+            notes.set("directory", str(path))
         if _is_restart(process, notes):
             settings = settings.resuming()
         enter("run directory")
         section = settings.exp_manager
-        path, resumes = resolve_run_directory(section), section.resume_if_exists
-        anew = section.resume_ignore_no_checkpoint
+        resumes, anew = section.resume_if_exists, section.resume_ignore_no_checkpoint
         directory = on_every_process(lambda: RunDirectory.prepare(path, resumes, anew, process.is_rank_zero))
         try:
             resume = find_resume_point(directory.checkpoints) if resumes else None
@@ -326,17 +326,6 @@ def _hush() -> None:
         ".*functional.all_gather is deprecated.*",  # Lightning's to mend
     ):
         warnings.filterwarnings("ignore", pattern)
-
-
-def _agree_on_version(section: RunDirectorySettings, process: Process, notes: AgentNotes) -> None:
-    """A directory named after the time has one name in all processes, also after torchrun has started them again."""
-    if section.explicit_log_dir or section.version or section.resume_if_exists:
-        return
-    mine = os.environ.get("NEMO_EXPM_VERSION") or notes.get("version")
-    version = gather(mine or datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))[0]
-    os.environ["NEMO_EXPM_VERSION"] = version
-    if process.is_rank_zero:
-        notes.set("version", version)
 
 
 def _is_restart(process: Process, notes: AgentNotes) -> bool:
