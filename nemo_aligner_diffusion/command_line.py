@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -17,12 +18,17 @@ NO_READER = 141  # what a shell says of a process that SIGPIPE ended
 def output_is_gone() -> bool:
     """Whether whoever read the output has gone, as ``head`` does: then it goes nowhere, without a word at the exit."""
     try:
-        sys.stdout.flush()
+        descriptor = sys.stdout.fileno()
+    except (AttributeError, OSError, ValueError):  # it is no file: a notebook's, a test's
         return False
-    except BrokenPipeError:
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
+    pipe = select.poll()
+    pipe.register(descriptor, 0)
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in pipe.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    return True
 
 
 class Main(Protocol):
