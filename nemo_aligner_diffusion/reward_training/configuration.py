@@ -243,7 +243,7 @@ def load_reward_config(
 
 
 def documented_keys() -> list[tuple[str, str, str]]:
-    """(dotted key, default, meaning) of each key, in the order of the file; then those that it leaves at their default."""
+    """(dotted key, default, meaning) of each key: in the order of the file, then those that it leaves at a default."""
     result, sections = [], list[str]()
     for line in (conf_directory() / f"{CONFIG_NAME}.yaml").read_text(encoding="utf-8").splitlines():
         match = re.fullmatch(r"(?P<indent> *)(?P<key>\w+):(?P<value>.*?) # (?P<comment>.*)", line)
