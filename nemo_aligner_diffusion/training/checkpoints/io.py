@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, Def
 
 from nemo_aligner_diffusion.errors import CheckpointError, OutputError, first_line
 from nemo_aligner_diffusion.parallel.placements import Placement, is_sharded, placements
-from nemo_aligner_diffusion.runtime.launch import collective_timeout
+from nemo_aligner_diffusion.runtime.join import collective_timeout
 from nemo_aligner_diffusion.training.checkpoints.files import hidden_name, remove
 from nemo_aligner_diffusion.training.checkpoints.storage import DTYPES, FolderReader, FolderWriter, read_contents
 from nemo_aligner_diffusion.training.checkpoints.tree import Leaf, put_together, take_apart, tensors_of
