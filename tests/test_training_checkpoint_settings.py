@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from training_toy import Toy, fit
+from tiny.training import Toy, fit
 
 from nemo_aligner_diffusion.errors import CheckpointError
 from nemo_aligner_diffusion.reward_training.run import ConfiguredEarlyStopping
