@@ -14,11 +14,9 @@ from pathlib import Path
 
 from nemo_aligner_diffusion.command_line import command
 from nemo_aligner_diffusion.data.prompt_files import MAX_PROMPT_BYTES, clean_prompt
+from nemo_aligner_diffusion.diffusion.settings import SamplingSettings
 from nemo_aligner_diffusion.errors import ConfigurationError, DataError
 from nemo_aligner_diffusion.formats.files import decode_utf8, open_regular, text_lines
-
-# As in conf/model/stable_diffusion.yaml; an adapter made by a run brings that run's settings instead.
-DEFAULT_STEPS, DEFAULT_GUIDANCE, DEFAULT_ETA = 20, 2.0, 0.0
 
 EXAMPLES = """\
 examples:
@@ -129,9 +127,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="annealed guidance between base and tuned: base, draft, linear, power_P or numbers, comma-separated",
     )
 
+    shipped = SamplingSettings()  # an adapter made by a run brings that run's settings instead
     sampling = parser.add_argument_group("sampling (default: as the adapter's run, else as shipped)")
-    sampling.add_argument("--steps", type=int, metavar="N", help=f"sampling steps (shipped: {DEFAULT_STEPS})")
-    sampling.add_argument("--guidance", type=float, metavar="G", help=f"guidance scale (shipped: {DEFAULT_GUIDANCE:g})")
+    sampling.add_argument("--steps", type=int, metavar="N", help=f"sampling steps (shipped: {shipped.inference_steps})")
+    guidance = f"guidance scale (shipped: {shipped.unconditional_guidance_scale:g})"
+    sampling.add_argument("--guidance", type=float, metavar="G", help=guidance)
     sampling.add_argument("--sampler", metavar="NAME", help="ddim, euler, dpm++2m, … (shipped: the pipeline's own)")
     sampling.add_argument("--eta", type=float, metavar="ETA", help="DDIM's noise, 0 to 1 (shipped: 0)")
     sampling.add_argument("--height", type=int, metavar="PX", help="default: the model's own")
@@ -200,29 +200,15 @@ def read_request(arguments: argparse.Namespace) -> Request:
         value = getattr(arguments, option)
         if value is not None and not math.isfinite(value):
             raise ConfigurationError(f"--{option} must be a finite number, got {value}")
-    return Request(
-        prompts=prompts,
-        seeds=list(range(arguments.num_images)) if arguments.num_images else parse_seeds(arguments.seeds or "0"),
-        model=arguments.model,
-        unet=arguments.unet,
-        vae=arguments.vae,
-        adapters=adapters,
-        scales=scales,
-        weights=weights,
-        compare=arguments.compare,
-        steps=arguments.steps,
-        guidance=arguments.guidance,
-        sampler=arguments.sampler,
-        eta=arguments.eta,
-        height=arguments.height,
-        width=arguments.width,
-        batch_size=arguments.batch_size,
-        device=arguments.device,
-        precision=arguments.precision,
-        reward=arguments.reward,
-        output=arguments.output,
-        overwrite=arguments.overwrite,
-    )
+    made = {
+        "prompts": prompts,
+        "seeds": list(range(arguments.num_images)) if arguments.num_images else parse_seeds(arguments.seeds or "0"),
+        "adapters": adapters,
+        "scales": scales,
+        "weights": weights,
+    }
+    asked = {name: value for name, value in vars(arguments).items() if name in Request.__annotations__}
+    return Request(**{**asked, **made})
 
 
 def parse_adapter(text: str) -> Adapter:
