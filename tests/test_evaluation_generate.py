@@ -294,8 +294,9 @@ WRONG = [
     (["--prompt", "a", "--lora", "{adapter}", "--scales", "-1,x"], "'x' is no finite number"),
     (["--prompt", "a", "--lora", "{adapter}", "--weights", "cubic"], "'cubic' is unknown"),
     (["--prompt", "a", "--seeds", "0", "--num-images", "2"], "exclude each other"),
-    (["--prompt", "a", "--num-images", "0"], "--num-images must be at least 1"),
-    (["--prompt", "a", "--steps", "0"], "--steps must be at least 1"),
+    (["--prompt", "a", "--num-images", "0"], "--num-images = 0: expected an integer >= 1"),
+    (["--prompt", "a", "--guidance", "nan"], "--guidance = nan: expected a number"),
+    (["--prompt", "a", "--steps", "0"], "--steps = 0: expected an integer >= 1"),
     (["--prompt", "a", "--model", "{tmp}"], "no model_index.json"),
     (["--prompt", "a", "--model", "{model}", "--height", "17"], "--height 17: .* multiples of 4; the nearest is 16"),
     (

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nemo_aligner_diffusion.cli.generate import Request
 from nemo_aligner_diffusion.diffusion.generate import Sampling, generate
 from nemo_aligner_diffusion.diffusion.loading import is_hub_id, load_model
 from nemo_aligner_diffusion.diffusion.lora import load_lora_weights, mix
@@ -27,6 +26,7 @@ from nemo_aligner_diffusion.diffusion.trajectory import check_repeatable
 from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError, printable
 from nemo_aligner_diffusion.evaluation.annealing import annealed_weights
 from nemo_aligner_diffusion.evaluation.generation_output import claim_folder, print_rewards, write_grid, write_pictures
+from nemo_aligner_diffusion.evaluation.request import Request
 from nemo_aligner_diffusion.evaluation.run_files import RunFiles, read_config
 from nemo_aligner_diffusion.formats.checkpoints import load_component
 
