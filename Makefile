@@ -42,7 +42,7 @@ test-slurm: $(VENV)/.installed
 install-nemo: $(VENV)/.installed-nemo
 
 test-nemo: $(VENV)/.installed-nemo
-	NAD_REQUIRE_NEMO=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_nemo_interoperability.py $(PYTEST_ARGS)
+	NAD_REQUIRE_NEMO=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_formats_nemo_interoperability.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -8,10 +8,14 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
 from process_pool import ProcessPool
+
+if TYPE_CHECKING:
+    import torch
 
 # Before torch is imported anywhere: several test processes share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -60,6 +64,30 @@ def open_folder() -> Iterator[Path]:
     folder.chmod(0o777)
     yield folder
     shutil.rmtree(folder)
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    """Three pictures for three prompts, of a size that no reward takes as it is."""
+    import torch
+
+    return torch.rand(3, 3, 40, 36, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="session")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Stable Diffusion's folder, for all tests of this process: not to be changed."""
+    from tiny.stable_diffusion import save_tiny_pipeline
+
+    return save_tiny_pipeline(tmp_path_factory.mktemp("model") / "pipeline")
+
+
+@pytest.fixture(scope="session")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of forty prompts, for all tests of this process: not to be changed."""
+    file = tmp_path_factory.mktemp("data") / "prompts.txt"
+    file.write_text("".join(f"p{i}\n" for i in range(40)), encoding="utf-8")
+    return file
 
 
 @pytest.fixture(scope="session")

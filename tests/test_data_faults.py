@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from data_toy import LONGER, prompts_of, tar, uneven_shards
 from process_pool import ProcessPool
+from tiny.prompts import LONGER, prompts_of, tar, uneven_shards
+from tiny.reward_training import blue_shards
 
 from nemo_aligner_diffusion.data.datamodule import PromptDataModule
 from nemo_aligner_diffusion.data.prompts import PromptDataset, PromptLoader, build_prompt_loader
 from nemo_aligner_diffusion.errors import DataError
 from nemo_aligner_diffusion.reward_training.preference_data import PreferenceDataset
-from tests.reward_training_toy import blue_shards
 
 
 def shards(folder: Path) -> list[str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_toy import LONGER, prompts_of, uneven_shards
+from tiny.prompts import LONGER, prompts_of, uneven_shards
 
 from nemo_aligner_diffusion.data.prompts import build_prompt_loader
 from nemo_aligner_diffusion.errors import DataError

@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
-from tiny import save_tiny_pipeline
+from tiny.stable_diffusion import save_tiny_pipeline
 
 from nemo_aligner_diffusion.cli.generate import build_parser, main, parse_seeds, read_request
 from nemo_aligner_diffusion.diffusion.loading import load_model

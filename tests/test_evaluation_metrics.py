@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_evaluation_report import make_run
-from training_toy import Toy, fit
+from tiny.training import Toy, fit
 
 from nemo_aligner_diffusion.algorithms.picture_validation import ValidationPictures
 from nemo_aligner_diffusion.evaluation.diversity import seed_diversity
@@ -108,7 +108,7 @@ def test_a_metric_of_one_file_is_everywhere(tmp_path: Path) -> None:
         f"package.__path__.append({str(folder)!r})\n"
         "from pytorch_lightning.loggers import TensorBoardLogger\n"
         "from test_evaluation_metrics import pictures\n"
-        "from training_toy import Toy, fit\n"
+        "from tiny.training import Toy, fit\n"
         "from nemo_aligner_diffusion.evaluation.metrics.registry import validation_figures\n"
         "from nemo_aligner_diffusion.evaluation.report import write_report\n"
         f"run, trained = Path({str(run)!r}), Path({str(tmp_path / 'trained')!r})\n"

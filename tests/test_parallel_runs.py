@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import save_tiny_pipeline
+from tiny.stable_diffusion import save_tiny_pipeline
 
 LAYOUTS = {
     "DP2": (2, []),
@@ -170,7 +170,7 @@ def test_mixed_precision(processes, inputs, tmp_path, layout):
 
 def save_clip_reward(folder: Path) -> Path:
     """A reward whose towers have an even number of heads."""
-    from clip_toy import tokenizer_files, toy_clip
+    from tiny.clip import tokenizer_files, toy_clip
 
     from nemo_aligner_diffusion.rewards.clip.archive import convert_hf_clip_to_nemo
 

@@ -7,8 +7,8 @@ import torch
 from diffusers import ConfigMixin, DDIMPipeline, DDIMScheduler, DiffusionPipeline, ModelMixin, UNet2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils.torch_utils import randn_tensor
-from gradient_toy import flat, generators, relative, reward, run
-from tiny import tiny_pipeline
+from tiny.gradients import flat, generators, relative, reward, run
+from tiny.stable_diffusion import tiny_pipeline
 
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.diffusion.plan import Plan

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import save_tiny_pipeline
+from tiny.stable_diffusion import save_tiny_pipeline
 
 from benchmarks.planner_check import load, measured, planned
 from nemo_aligner_diffusion.cli.plan import main, take_options

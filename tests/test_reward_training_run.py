@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import signal
@@ -14,6 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from process_pool import ProcessPool
+from tiny.reward_training import blue_shards, overrides, run_told, toy_nemo
+from tiny.runs import rows
 
 from nemo_aligner_diffusion.cli import evaluate_reward as evaluate_cli
 from nemo_aligner_diffusion.cli import train_reward as train_cli
@@ -30,8 +32,6 @@ from nemo_aligner_diffusion.reward_training.run import run_reward_training
 from nemo_aligner_diffusion.rewards import restore_reward
 from nemo_aligner_diffusion.rewards.symmetry import MirrorSymmetry
 from nemo_aligner_diffusion.runtime.signals import Interrupted, Interruption
-from tests.process_pool import ProcessPool
-from tests.reward_training_toy import blue_shards, overrides, run_told, toy_nemo
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = "model.data.train.webdataset.local_root_path"
@@ -49,11 +49,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(folder: Path, run: str, **changed: object) -> Path:
     assert run_reward_training(load_reward_config(overrides(folder, run, **changed))) == 0
     return folder / run
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")

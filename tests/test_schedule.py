@@ -14,8 +14,8 @@ from diffusers import (
     HeunDiscreteScheduler,
     LCMScheduler,
 )
-from gradient_toy import generators
-from tiny import SCHEDULER
+from tiny.gradients import generators
+from tiny.stable_diffusion import SCHEDULER
 
 from nemo_aligner_diffusion.diffusion.schedule import (
     KeyedNoise,

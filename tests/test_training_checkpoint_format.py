@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from training_toy import Toy, fit
+from tiny.training import Toy, fit
 
 from nemo_aligner_diffusion.errors import CheckpointError, OutputError
 from nemo_aligner_diffusion.training.callbacks.ema import EMACallback
@@ -156,7 +156,7 @@ import os, resource, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import torch
-from training_toy import Toy, fit
+from tiny.training import Toy, fit
 from nemo_aligner_diffusion.errors import OutputError
 from nemo_aligner_diffusion.training.callbacks.interruption import Interruption, InterruptionCallback
 

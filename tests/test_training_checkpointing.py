@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_toy import Toy, fit
+from tiny.training import Toy, fit
 
 from nemo_aligner_diffusion.errors import CheckpointError
 from nemo_aligner_diffusion.training.callbacks.ema import EMACallback

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from training_toy import Toy, fit
+from tiny.training import Toy, fit
 
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.training.callbacks.ema import EMACallback

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny.training import Numbers, Toy, fit
 from torch.utils.data import DataLoader
-from training_toy import Numbers, Toy, fit
 
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.runtime.directory import RunDirectory, read_state
@@ -31,7 +31,7 @@ from nemo_aligner_diffusion.training.checkpoints.callback import find_resume_poi
 PROGRAM = """
 import sys, time
 sys.path.insert(0, {tests!r})
-from training_toy import Toy, fit
+from tiny.training import Toy, fit
 from nemo_aligner_diffusion.training.callbacks.interruption import Interruption, InterruptionCallback, run_then_close
 from nemo_aligner_diffusion.runtime.directory import RunDirectory
 

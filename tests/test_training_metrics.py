@@ -7,7 +7,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-from training_toy import Toy, fit
+from tiny.training import Toy, fit
 
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.evaluation.metrics.peak_memory import peak_memory_bytes

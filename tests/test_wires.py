@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from datetime import timedelta
 from pathlib import Path
@@ -12,7 +11,8 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from safetensors.torch import load_file
-from tiny import save_tiny_pipeline
+from tiny.runs import rows
+from tiny.stable_diffusion import save_tiny_pipeline
 
 from nemo_aligner_diffusion.config.load import load_settings
 from nemo_aligner_diffusion.errors import ConfigurationError
@@ -41,7 +41,7 @@ def watch_of(settings: RunSettings) -> RunWatch:
 def timeouts(folder: Path) -> dict[str, timedelta]:
     """Of every process group that a run of two processes talks through."""
     import torch.distributed as dist
-    from training_toy import Toy, fit
+    from tiny.training import Toy, fit
 
     from nemo_aligner_diffusion.parallel import broadcast
     from nemo_aligner_diffusion.parallel.layout import Layout
@@ -150,11 +150,6 @@ def test_closing_work_is_known_to_the_watch_over_ranks(tmp_path: Path) -> None:
 def test_devices_that_are_not_there_are_refused(devices: Any, accelerator: str, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         join(devices, 1, accelerator)
-
-
-def rows(file: Path) -> list[dict[str, str]]:
-    with file.open(encoding="utf-8", newline="") as handle:
-        return list(csv.DictReader(handle))
 
 
 def test_a_run_does_what_the_keys_of_the_loop_and_of_exp_manager_say(tmp_path: Path) -> None:

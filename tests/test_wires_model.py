@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.autoencoders.vae import Decoder
-from tiny import save_tiny_pipeline
+from tiny.stable_diffusion import save_tiny_pipeline
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from nemo_aligner_diffusion.algorithms import AlignProp, DRaFT, DRaFTK, DRaFTLV, DRaFTPlus, DRTune, ReFL
@@ -28,11 +28,6 @@ from nemo_aligner_diffusion.rewards import build_reward
 from nemo_aligner_diffusion.training.build import build_model, build_module
 from nemo_aligner_diffusion.training.run import _build_data, run_training
 from nemo_aligner_diffusion.training.settings import RunSettings
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_pipeline(tmp_path_factory.mktemp("model") / "pipeline")
 
 
 def configured(

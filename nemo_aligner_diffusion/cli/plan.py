@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from nemo_aligner_diffusion.command_line import command
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.keys import closest
 from nemo_aligner_diffusion.planner.gpus import GPUS, gpu_named
+from nemo_aligner_diffusion.planner.options import Options
 from nemo_aligner_diffusion.planner.presets import MODELS, REWARDS, model_spec
 
 HELP = f"""\
@@ -49,19 +49,6 @@ Assumptions and what was checked: docs/planner.md"""
 
 _FLAGS = ("--layouts", "--no-sharding", "--json")
 _WITH_VALUES = ("--model", "--reward", "--gpu", "--gpus-per-node", "--tensor-sizes", "--attention")
-
-
-@dataclass
-class Options:
-    model: str | None = None
-    reward: str | None = None
-    gpu: str = "h100-80gb"
-    gpus_per_node: int | None = None
-    layouts: bool = False
-    tensor_sizes: tuple[int, ...] = (1, 2, 4, 8)
-    sharding: bool = True
-    attention: str = "auto"
-    json: bool = False
 
 
 def take_options(argv: Sequence[str]) -> tuple[Options, list[str]]:

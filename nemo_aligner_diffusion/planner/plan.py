@@ -7,11 +7,11 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from nemo_aligner_diffusion.cli.plan import Options
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.planner.estimate import Assumptions
 from nemo_aligner_diffusion.planner.gpus import gpu_named
 from nemo_aligner_diffusion.planner.measure import Measurement, measure
+from nemo_aligner_diffusion.planner.options import Options
 from nemo_aligner_diffusion.planner.presets import ModelSpec
 from nemo_aligner_diffusion.planner.schedule import StepCounts, step_counts
 from nemo_aligner_diffusion.planner.search import Candidate, Machines, candidate, nothing_fits, search

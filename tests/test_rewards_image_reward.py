@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from image_reward_toy import (
+from safetensors.torch import save_file
+from tiny.image_reward import (
     CLS,
     MAX_LENGTH,
     PAD,
@@ -22,7 +23,6 @@ from image_reward_toy import (
     reference_score,
     toy_checkpoint,
 )
-from safetensors.torch import save_file
 
 from nemo_aligner_diffusion.cli import convert_reward as convert_cli
 from nemo_aligner_diffusion.errors import AlignerError, ArchiveError, CheckpointError, RewardError
@@ -66,11 +66,6 @@ def converted(folder: Path, checkpoint: str = "ImageReward.pt", **settings: Any)
 @pytest.fixture
 def archive_path(folder: Path) -> Path:
     return converted(folder)
-
-
-@pytest.fixture
-def images() -> torch.Tensor:
-    return torch.rand(3, 3, 40, 36, generator=torch.Generator().manual_seed(3))
 
 
 def restored(path: Path, **settings: Any) -> ImageReward:

@@ -1,4 +1,4 @@
-"""Who is to blame: the rules by which a fault or a straggler is named, without processes. With them: test_faults.py."""
+"""Who is to blame: the rules by which a fault or a straggler is named; no processes. See test_runtime_health.py."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """One rank of a small run with the real watching and, instead of a process group, sockets that all ranks wait at.
 
-Run as ``python faults_toy.py WHAT RANK SIZE FOLDER``; imports no torch, so that a test takes seconds. Like gloo's, the
+Run with the words WHAT RANK SIZE FOLDER; imports no torch, so that a test takes seconds. Like gloo's, the
 sockets break when a rank goes, and the main threads of the others then raise.
 """
 

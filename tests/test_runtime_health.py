@@ -37,7 +37,7 @@ class Run:
         with open(self.screen, "wb") as screen:
             self.processes = [
                 subprocess.Popen(
-                    [sys.executable, str(HERE / "faults_toy.py"), what, str(rank), str(size), str(folder)],
+                    [sys.executable, str(HERE / "tiny" / "watched_rank.py"), what, str(rank), str(size), str(folder)],
                     stdout=screen,
                     stderr=screen,
                     env=environment,
@@ -152,7 +152,7 @@ def test_a_rank_that_hangs_is_named_with_the_line_it_hangs_in(tmp_path: Path) ->
     assert first.startswith("error on rank 1 ")
     assert "forward pass of step 31: no progress for" in first
     assert "2 others wait for it" in first
-    assert any("faults_toy.py" in line and "in endless_loop" in line for line in others)
+    assert any("watched_rank.py" in line and "in endless_loop" in line for line in others)
     assert run.text().count("error on") == 1
     assert sum("in a collective call" in line for line in run.fault()) == 2
 

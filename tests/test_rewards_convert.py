@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from clip_toy import END_OF_TEXT, open_clip_twin, tokenizer_files, toy_clip
-from natural_pictures import photograph
 from PIL import Image
 from safetensors.torch import save_file
+from tiny.clip import END_OF_TEXT, open_clip_twin, tokenizer_files, toy_clip
+from tiny.pictures import photograph
 from torch import Tensor
 from transformers import CLIPModel
 
@@ -30,11 +30,6 @@ from nemo_aligner_diffusion.rewards.preprocessing import preprocess
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "examples" / "mm" / "clip" / "convert_reward_to_nemo.py"
 PROMPTS = ["a red apple", "cat", "Grün & 猫!"]
-
-
-@pytest.fixture
-def images() -> Tensor:
-    return torch.rand(3, 3, 40, 36, generator=torch.Generator().manual_seed(3))
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import save_tiny_pipeline, tiny_parts
+from tiny.stable_diffusion import save_tiny_pipeline, tiny_parts, to_ldm_unet
 
 from nemo_aligner_diffusion.diffusion.loading import load_model
 from nemo_aligner_diffusion.diffusion.lora import add_lora, load_lora_weights, save_lora_weights
@@ -59,48 +59,6 @@ def test_diffusers_layouts(parts, name, layout, tmp_path):
     loaded = target(parts, name)
     load_component(loaded, name, path)
     assert same(loaded, parts[name])
-
-
-def to_ldm_unet(unet):
-    """diffusers → LDM names for a UNet of two levels with one layer each, written out by hand from LDM's layout."""
-    rules = [
-        ("time_embedding.linear_1", "time_embed.0"),
-        ("time_embedding.linear_2", "time_embed.2"),
-        ("conv_in", "input_blocks.0.0"),
-        ("down_blocks.0.resnets.0", "input_blocks.1.0"),
-        ("down_blocks.0.downsamplers.0.conv", "input_blocks.2.0.op"),
-        ("down_blocks.1.resnets.0", "input_blocks.3.0"),
-        ("down_blocks.1.attentions.0", "input_blocks.3.1"),
-        ("mid_block.resnets.0", "middle_block.0"),
-        ("mid_block.attentions.0", "middle_block.1"),
-        ("mid_block.resnets.1", "middle_block.2"),
-        ("up_blocks.0.resnets.0", "output_blocks.0.0"),
-        ("up_blocks.0.attentions.0", "output_blocks.0.1"),
-        ("up_blocks.0.resnets.1", "output_blocks.1.0"),
-        ("up_blocks.0.attentions.1", "output_blocks.1.1"),
-        ("up_blocks.0.upsamplers.0.conv", "output_blocks.1.2.conv"),
-        ("up_blocks.1.resnets.0", "output_blocks.2.0"),
-        ("up_blocks.1.resnets.1", "output_blocks.3.0"),
-        ("conv_norm_out", "out.0"),
-        ("conv_out", "out.2"),
-    ]
-    inner = {
-        "norm1": "in_layers.0",
-        "conv1": "in_layers.2",
-        "norm2": "out_layers.0",
-        "conv2": "out_layers.3",
-        "time_emb_proj": "emb_layers.1",
-        "conv_shortcut": "skip_connection",
-    }
-    renamed = {}
-    for key, value in unet.state_dict().items():
-        old, new = next((old, new) for old, new in rules if key.startswith(old + "."))
-        rest = key[len(old) + 1 :]
-        if ".resnets." in f".{old}." or ".resnets." in key.split(rest)[0]:
-            first, _, tail = rest.partition(".")
-            rest = f"{inner.get(first, first)}.{tail}"
-        renamed[f"{new}.{rest}"] = value
-    return renamed
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "model.model.diffusion_model."])

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clip_toy import END_OF_TEXT, VOCABULARY_SIZE, tokenizer_files
 from transformers import (
     CLIPTokenizer,
     Owlv2Config,
@@ -19,6 +18,8 @@ from transformers import (
 from transformers.models.owlv2.image_processing_pil_owlv2 import Owlv2ImageProcessorPil
 from transformers.models.owlvit.image_processing_pil_owlvit import OwlViTImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from .clip import END_OF_TEXT, VOCABULARY_SIZE, tokenizer_files
 
 LABELS = ["goldfish, Carassius auratus", "tabby, tabby cat", "golden retriever", "banana", "Egyptian cat"]
 

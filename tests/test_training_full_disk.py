@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training_run import overrides
-from tiny import save_tiny_pipeline
+from tiny.runs import overrides
 
 from nemo_aligner_diffusion.config.load import load_config
 from nemo_aligner_diffusion.errors import AlignerError, OutputError
@@ -60,22 +59,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", folder], check=True)
 
 
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_pipeline(tmp_path_factory.mktemp("model") / "pipeline")
-
-
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("data") / "prompts.txt"
-    file.write_text("".join(f"p{i}\n" for i in range(40)), encoding="utf-8")
-    return file
-
-
 def start(pipeline: Path, prompts: Path, disk: Path, at: int, *more: str) -> int:
     custom = [
         "rm=custom",
-        "rm.import_path=test_faults_disk:FillingReward",
+        "rm.import_path=test_training_full_disk:FillingReward",
         f"+rm.kwargs={{at:{at},folder:{disk}}}",
         "model.global_batch_size=2",
         "report.enable=false",

@@ -14,7 +14,8 @@ from PIL import Image
 
 from nemo_aligner_diffusion.reward_training.preference_shards import PreferencePair, write_preference_shards
 from nemo_aligner_diffusion.rewards.clip.archive import convert_hf_clip_to_nemo
-from tests.clip_toy import tokenizer_files, toy_clip
+
+from .clip import tokenizer_files, toy_clip
 
 
 def encode(array: np.ndarray, kind: str = "PNG") -> bytes:

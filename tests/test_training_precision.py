@@ -6,8 +6,8 @@ import csv
 
 import pytest
 import torch
-from gradient_toy import with_adapters
-from tiny import save_tiny_pipeline, tiny_stable_diffusion
+from tiny.gradients import with_adapters
+from tiny.stable_diffusion import save_tiny_pipeline, tiny_stable_diffusion
 
 from benchmarks.precision_of_gradients import PRECISIONS, cosine, gradients, tiny
 from nemo_aligner_diffusion.config.load import load_config

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from reward_training_toy import blue_shards, overrides, run_told, toy_nemo
+from tiny.reward_training import blue_shards, overrides, run_told, toy_nemo
 
 from nemo_aligner_diffusion.errors import ConfigurationError, OutputError
 from nemo_aligner_diffusion.rewards import restore_reward

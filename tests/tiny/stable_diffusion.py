@@ -98,3 +98,45 @@ def save_tiny_pipeline(folder: Path, seed: int = 0, channels: tuple[int, int] = 
     """The same model as a ``diffusers`` pipeline folder."""
     tiny_pipeline(seed=seed, channels=channels).save_pretrained(folder)
     return folder
+
+
+def to_ldm_unet(unet: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """diffusers → LDM names for a UNet of two levels with one layer each, written out by hand from LDM's layout."""
+    rules = [
+        ("time_embedding.linear_1", "time_embed.0"),
+        ("time_embedding.linear_2", "time_embed.2"),
+        ("conv_in", "input_blocks.0.0"),
+        ("down_blocks.0.resnets.0", "input_blocks.1.0"),
+        ("down_blocks.0.downsamplers.0.conv", "input_blocks.2.0.op"),
+        ("down_blocks.1.resnets.0", "input_blocks.3.0"),
+        ("down_blocks.1.attentions.0", "input_blocks.3.1"),
+        ("mid_block.resnets.0", "middle_block.0"),
+        ("mid_block.attentions.0", "middle_block.1"),
+        ("mid_block.resnets.1", "middle_block.2"),
+        ("up_blocks.0.resnets.0", "output_blocks.0.0"),
+        ("up_blocks.0.attentions.0", "output_blocks.0.1"),
+        ("up_blocks.0.resnets.1", "output_blocks.1.0"),
+        ("up_blocks.0.attentions.1", "output_blocks.1.1"),
+        ("up_blocks.0.upsamplers.0.conv", "output_blocks.1.2.conv"),
+        ("up_blocks.1.resnets.0", "output_blocks.2.0"),
+        ("up_blocks.1.resnets.1", "output_blocks.3.0"),
+        ("conv_norm_out", "out.0"),
+        ("conv_out", "out.2"),
+    ]
+    inner = {
+        "norm1": "in_layers.0",
+        "conv1": "in_layers.2",
+        "norm2": "out_layers.0",
+        "conv2": "out_layers.3",
+        "time_emb_proj": "emb_layers.1",
+        "conv_shortcut": "skip_connection",
+    }
+    renamed = {}
+    for key, value in unet.state_dict().items():
+        old, new = next((old, new) for old, new in rules if key.startswith(old + "."))
+        rest = key[len(old) + 1 :]
+        if ".resnets." in f".{old}." or ".resnets." in key.split(rest)[0]:
+            first, _, tail = rest.partition(".")
+            rest = f"{inner.get(first, first)}.{tail}"
+        renamed[f"{new}.{rest}"] = value
+    return renamed

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from clip_toy import megatron_twin, tokenizer_files, toy_clip
 from omegaconf import OmegaConf
+from tiny.clip import megatron_twin, tokenizer_files, toy_clip
 from torch import Tensor, nn
 from transformers import CLIPModel
 

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from test_training_run import overrides
-from tiny import save_tiny_pipeline
+from tiny.runs import overrides
 
 from nemo_aligner_diffusion.runtime.health.messages import EXIT_CODE
 
@@ -25,11 +24,8 @@ VARYING = {"images_per_second", "peak_memory_bytes", "seconds"}
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("inputs")
-    prompts = folder / "prompts.txt"
-    prompts.write_text("".join(f"p{i}\n" for i in range(40)), encoding="utf-8")
-    return save_tiny_pipeline(folder / "pipeline"), prompts
+def inputs(pipeline: Path, prompts: Path) -> tuple[Path, Path]:
+    return pipeline, prompts
 
 
 def run(launcher: list[str], inputs: tuple[Path, Path], directory: Path, reward: str, *more: str) -> tuple[int, str]:

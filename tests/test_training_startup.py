@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import save_tiny_pipeline
+from tiny.stable_diffusion import save_tiny_pipeline
 
 from nemo_aligner_diffusion.config.load import load_config
 from nemo_aligner_diffusion.evaluation.report import write_report

@@ -7,8 +7,7 @@ from typing import ClassVar
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_checkpoints import to_ldm_unet
-from tiny import save_tiny_pipeline, tiny_parts
+from tiny.stable_diffusion import tiny_parts, to_ldm_unet
 from torch import nn
 
 from nemo_aligner_diffusion.diffusion.loading import load_model
@@ -19,11 +18,6 @@ from nemo_aligner_diffusion.formats.checkpoints import empty_module, load_compon
 @pytest.fixture(scope="module")
 def unet():
     return tiny_parts(seed=7)["unet"]
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    return save_tiny_pipeline(tmp_path_factory.mktemp("model") / "pipeline")
 
 
 def write(unet, layout, path):
