@@ -23,13 +23,14 @@ class RunFiles:
     """What a run directory holds. Missing or damaged files are empty here and named in ``problems``."""
 
     folder: Path
-    config: dict[str, Any]
-    metrics: Table
-    validation: Table
-    samples: list[tuple[int, Path]]  # (optimizer step, grid), ascending
-    run: dict[str, Any]
-    prompt_rewards: list[dict[str, Any]]  # of the last validation: prompt, seed, base_reward, reward
-    prompt_rewards_step: int | None
+    config: dict[str, Any] = field(default_factory=dict)
+    metrics: Table = field(default_factory=dict)
+    validation: Table = field(default_factory=dict)
+    samples: list[tuple[int, Path]] = field(default_factory=list)  # (optimizer step, grid), ascending
+    run: dict[str, Any] = field(default_factory=dict)
+    # of the last validation: prompt, seed, base_reward, reward
+    prompt_rewards: list[dict[str, Any]] = field(default_factory=list)
+    prompt_rewards_step: int | None = None
     problems: list[str] = field(default_factory=list)
     startup: dict[str, Any] = field(default_factory=dict)  # startup.json: seconds to the first step, by phase
 
@@ -43,12 +44,6 @@ class RunFiles:
         """A fully fine-tuned denoiser: ``export/unet``, ``export/transformer`` or whatever component was trained."""
         found = sorted((self.folder / "export").glob("[!.]*/config.json"))
         return next((path.parent for path in found if path.parent.name.isidentifier()), None)
-
-    def has(self, dotted: str) -> bool:
-        """Whether the configuration has this key, be it null."""
-        *sections, name = dotted.split(".")
-        section = self.setting(".".join(sections))
-        return isinstance(section, dict) and name in section
 
     def setting(self, dotted: str, default: Any = None) -> Any:
         """A value of the configuration by its dotted key; ``default`` where it is absent or null."""
