@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from nemo_aligner_diffusion.errors import first_line
+from nemo_aligner_diffusion.formats.files import parse_json, read_bytes
+from nemo_aligner_diffusion.formats.yaml_reader import read_yaml
 
 Table = dict[str, list[float]]
 
@@ -96,7 +99,7 @@ def read_run(folder: str | Path) -> RunFiles:
         try:
             return read(path)
         except Exception as error:  # a damaged file must not take the report of the others with it
-            problems.append(f"{name} cannot be read ({type(error).__name__}: {error})")
+            problems.append(f"{name} cannot be read ({type(error).__name__}: {first_line(error)})")
             return empty
 
     scores = attempt("validation_samples.json", _read_prompt_rewards, (None, []))
@@ -115,14 +118,12 @@ def read_run(folder: str | Path) -> RunFiles:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    from omegaconf import OmegaConf
-
-    config = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    config = read_yaml(path)
     return {str(key): value for key, value in config.items()} if isinstance(config, dict) else {}
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    value = json.loads(path.read_text(encoding="utf-8"))
+    value = parse_json(read_bytes(path))
     if not isinstance(value, dict):
         raise ValueError("expected a JSON object")
     return value
@@ -130,7 +131,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 def _read_prompt_rewards(path: Path) -> tuple[int | None, list[dict[str, Any]]]:
     """``{"step": n, "prompts": [{prompt, seed, base_reward, reward}, …]}``, or a list of such (the last one counts)."""
-    value = json.loads(path.read_text(encoding="utf-8"))
+    value = parse_json(read_bytes(path))
     if isinstance(value, list):
         value = value[-1]
     rows = [

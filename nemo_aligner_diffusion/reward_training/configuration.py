@@ -21,6 +21,7 @@ from nemo_aligner_diffusion.config.layers import closest, flatten, parse_overrid
 from nemo_aligner_diffusion.config.load import conf_directory
 from nemo_aligner_diffusion.config.schema import BOOL, PATH, TEXT, Kind, choice, integer, number
 from nemo_aligner_diffusion.errors import ConfigurationError
+from nemo_aligner_diffusion.formats.yaml_reader import read_yaml
 
 CONFIG_NAME = "reward_model"
 # Other spellings: NeMo-Aligner's examples/mm/clip, and the shorter ones.
@@ -146,9 +147,11 @@ def _read(file: Path) -> dict[str, Any]:
             f"{file} does not exist; expected a YAML file with the keys of conf/{CONFIG_NAME}.yaml"
         )
     try:
-        container = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-    except Exception as error:  # PyYAML's errors have no common base that OmegaConf keeps
-        raise ConfigurationError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
+        container = read_yaml(file)
+    except OSError as error:
+        raise ConfigurationError(f"{file} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ConfigurationError(f"{file} {error}") from error
     if not isinstance(container, dict):
         raise ConfigurationError(f"{file}: expected keys and values, found {type(container).__name__}")
     return flatten({str(key): value for key, value in container.items()})

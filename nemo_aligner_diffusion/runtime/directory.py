@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_aligner_diffusion.errors import OutputError
+from nemo_aligner_diffusion.formats.files import parse_json, read_bytes
+from nemo_aligner_diffusion.formats.yaml_reader import read_yaml
 from nemo_aligner_diffusion.runtime.slurm import SlurmJob, is_interactive
 
 STATE_FILE = "run.json"
@@ -197,7 +199,7 @@ class RunDirectory:
         from omegaconf import OmegaConf
 
         try:
-            there = _flatten(OmegaConf.to_container(OmegaConf.load(self.path / "config.yaml"), resolve=True))
+            there = _flatten(read_yaml(self.path / "config.yaml"))
         except (OSError, ValueError):
             return {}
         now = _flatten(OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(cfg, resolve=True))))
@@ -258,7 +260,7 @@ class RunDirectory:
 def read_state(path: Path) -> dict[str, Any]:
     """``run.json`` of a directory; ``{}`` if there is none or it is unreadable."""
     try:
-        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        state = parse_json(read_bytes(path / STATE_FILE))
     except (OSError, ValueError):
         return {}
     return state if isinstance(state, dict) else {}
