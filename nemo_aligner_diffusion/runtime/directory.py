@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_aligner_diffusion.errors import OutputError, first_line
+from nemo_aligner_diffusion.formats.files import parse_json, read_bytes
+from nemo_aligner_diffusion.formats.yaml_reader import read_yaml
 from nemo_aligner_diffusion.runtime.claim import Claim, in_use, is_alive
 from nemo_aligner_diffusion.runtime.files import atomic_path, remove_leftovers, write_atomic
 from nemo_aligner_diffusion.runtime.settings import RunDirectorySettings
@@ -195,8 +197,8 @@ class RunDirectory:
         if not path.exists():
             return {}
         try:
-            there = _flatten(OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8"))))
-        except Exception as error:  # whatever damage makes of YAML
+            there = _flatten(read_yaml(path))
+        except (OSError, ValueError) as error:
             log.warning("%s cannot be read (%s): whether settings have changed is not known", path, first_line(error))
             return {}
         now = _flatten(OmegaConf.to_container(OmegaConf.create(config)))
@@ -264,8 +266,8 @@ class RunDirectory:
 def read_state(path: Path) -> dict[str, Any]:
     """``run.json`` of a directory; ``{}`` if there is none or it is unreadable. What is of another type is left out."""
     try:
-        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        state = parse_json(read_bytes(path / STATE_FILE))
+    except (OSError, ValueError):
         return {}
     if not isinstance(state, dict):
         return {}
