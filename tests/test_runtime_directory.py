@@ -15,6 +15,7 @@ import pytest
 from nemo_aligner_diffusion.errors import OutputError
 from nemo_aligner_diffusion.runtime.directory import RunDirectory, read_state, resolve_run_directory
 from nemo_aligner_diffusion.runtime.files import atomic_path, write_atomic
+from nemo_aligner_diffusion.runtime.settings import RunDirectorySettings
 
 
 @pytest.fixture(autouse=True)
@@ -38,12 +39,15 @@ def _finished_run(path: Path, status: str = "finished") -> None:
 def test_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     now = datetime.datetime(2026, 11, 20, 6, 13, 5)
-    assert resolve_run_directory("here", "ignored") == tmp_path / "here"
-    assert resolve_run_directory(exp_dir="runs", name="n", resume=True) == tmp_path / "runs" / "n"
+    assert resolve_run_directory(RunDirectorySettings(explicit_log_dir="here", exp_dir="ignored")) == tmp_path / "here"
+    assert (
+        resolve_run_directory(RunDirectorySettings(exp_dir="runs", name="n", resume_if_exists=True))
+        == tmp_path / "runs" / "n"
+    )
     assert "NEMO_EXPM_VERSION" not in os.environ
-    dated = resolve_run_directory(name="draftp_sd", now=now)
+    dated = resolve_run_directory(RunDirectorySettings(name="draftp_sd"), now)
     assert dated == tmp_path / "nemo_experiments" / "draftp_sd" / "2026-11-20_06-13-05"
-    assert resolve_run_directory(name="draftp_sd") == dated  # as a process that this one launches
+    assert resolve_run_directory(RunDirectorySettings(name="draftp_sd")) == dated  # as a process that this one launches
 
 
 def test_a_new_directory(tmp_path: Path) -> None:

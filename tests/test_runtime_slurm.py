@@ -17,6 +17,7 @@ from nemo_aligner_diffusion.errors import ConfigurationError, OutputError
 from nemo_aligner_diffusion.rewards import restore_reward
 from nemo_aligner_diffusion.runtime.directory import RunDirectory, read_state
 from nemo_aligner_diffusion.runtime.process import check_agrees, this_process
+from nemo_aligner_diffusion.runtime.settings import RequeueSettings, RunDirectorySettings
 from nemo_aligner_diffusion.runtime.slurm import EXIT_REQUEUE, Requeue, SlurmJob
 
 RUNNING = {"JobState": "RUNNING", "Requeue": "1", "Restarts": "0", "BatchFlag": "1", "PreemptTime": "None"}
@@ -168,15 +169,16 @@ def test_what_makes_a_job(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.
     assert SlurmJob.from_environment({"SLURM_JOB_ID": "7"}) is None  # salloc's shell
     array = {"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "4", "SLURM_RESTART_COUNT": "2"}
     assert SlurmJob.from_environment({**array, "SLURM_PROCID": "0"}) == SlurmJob("9_4", 2)
-    assert Requeue.for_this_run(True, True, True, False, is_writer=True) is None
+    resumes, wanted = RunDirectorySettings(resume_if_exists=True), RequeueSettings()
+    assert Requeue.for_this_run(wanted, resumes, is_writer=True) is None
     for name, value in {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_PROCID": "0"}.items():
         monkeypatch.setenv(name, value)
-    made = Requeue.for_this_run(True, True, True, False, is_writer=True)
+    made = Requeue.for_this_run(wanted, resumes, is_writer=True)
     assert made is not None
     assert made.job == SlurmJob("7", 0, "n[1-2]")
-    assert Requeue.for_this_run(False, True, True, False, is_writer=True) is None
+    assert Requeue.for_this_run(RequeueSettings(requeue_on_preemption=False), resumes, is_writer=True) is None
     with caplog.at_level("INFO"):
-        assert Requeue.for_this_run(True, False, True, False, is_writer=True) is None
+        assert Requeue.for_this_run(wanted, RunDirectorySettings(), is_writer=True) is None
     assert "exp_manager.resume_if_exists=True" in caplog.text
 
 

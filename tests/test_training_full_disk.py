@@ -26,15 +26,18 @@ TELLS = r"(could not be written|cannot write).*No space left on device.*room"
 
 
 class FillingReward:
-    """A user's reward that, at one of its calls, leaves no room on a file system."""
+    """A user's reward that, at one of its calls, leaves no room on a file system, or makes it read-only."""
 
-    def __init__(self, at: int, folder: str) -> None:
-        self.at, self.folder, self.calls = at, Path(folder), 0
+    def __init__(self, at: int, folder: str, shut: bool = False) -> None:
+        self.at, self.folder, self.shut, self.calls = at, Path(folder), shut, 0
 
     def __call__(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         self.calls += 1
         if self.calls == self.at:
-            fill(self.folder)
+            if self.shut:  # as the kernel does with a failing disk: whatever is open for writing
+                subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", self.folder / "run"], check=True)
+            else:
+                fill(self.folder)
         return images.mean(dim=(1, 2, 3))
 
 
@@ -102,6 +105,20 @@ def test_a_full_disk_is_told_and_earlier_checkpoints_stay(pipeline, prompts, sma
     assert steps == list(range(1, 1 + (2 if "trainer.draftp_sd.max_steps=2" in more else 4)))
     assert read_state(small_disk / "run")["status"] == "finished"
     assert (small_disk / "run" / "export" / "pytorch_lora_weights.safetensors").exists()
+
+
+def test_a_disk_that_becomes_read_only_is_told(pipeline, prompts, small_disk, capsys) -> None:
+    more = ["trainer.draftp_sd.val_check_interval=0", "exp_manager.create_tensorboard_logger=false"]
+    try:
+        with pytest.raises(AlignerError, match=r"(could not be written|cannot write).*Read-only file system.*resume"):
+            start(pipeline, prompts, small_disk, 4, *more, "+rm.kwargs.shut=true")
+    finally:
+        subprocess.run(["umount", "-l", small_disk / "run"], check=True)
+    assert "Traceback" not in capsys.readouterr().err
+    assert start(pipeline, prompts, small_disk, 1000, *more, "exp_manager.resume_if_exists=true") == 0
+    with (small_disk / "run" / "metrics.csv").open(newline="") as file:
+        assert [int(row["step"]) for row in csv.DictReader(file)] == [1, 2, 3, 4]
+    assert read_state(small_disk / "run")["status"] == "finished"
 
 
 def test_no_room_for_the_export(pipeline, prompts, small_disk) -> None:

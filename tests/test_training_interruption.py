@@ -61,6 +61,7 @@ sys.exit(run_then_close(interruption, train, [export, report]))
 """
 
 
+@pytest.mark.alone
 def test_a_signal_ends_the_run_well(tmp_path: Path) -> None:
     program = PROGRAM.format(tests=str(Path(__file__).parent))
     with subprocess.Popen(
@@ -234,7 +235,7 @@ def test_what_another_process_was_told_is_not_a_first_signal_of_this_one(caplog:
         os.kill(os.getpid(), signal.SIGTERM)
         done.append("went on")
 
-    assert run_then_close(interruption, lambda: interruption.hear_of(signal.SIGTERM), [export]) == 143
+    assert run_then_close(interruption, lambda: interruption.note_signal_elsewhere(signal.SIGTERM), [export]) == 143
     assert done == ["export"]
     assert "another process got SIGTERM" in caplog.text
 

@@ -21,11 +21,12 @@ from nemo_aligner_diffusion.runtime.directory import RunDirectory
 from nemo_aligner_diffusion.runtime.health.progress import Limits
 from nemo_aligner_diffusion.runtime.join import AgentNotes, find_device
 from nemo_aligner_diffusion.runtime.process import Process
-from nemo_aligner_diffusion.runtime.watch import RunWatch, WatchSettings
+from nemo_aligner_diffusion.runtime.watch import RunWatch, watched
 from nemo_aligner_diffusion.training.build import build_model, build_module
+from nemo_aligner_diffusion.training.callbacks.health import HealthCallback
 from nemo_aligner_diffusion.training.callbacks.interruption import Interruption
 from nemo_aligner_diffusion.training.run import run_training
-from nemo_aligner_diffusion.training.run_frame import RunFrame, watched
+from nemo_aligner_diffusion.training.run_frame import RunFrame
 from nemo_aligner_diffusion.training.settings import RunSettings
 
 TWO = ["trainer.devices=2", "model.micro_batch_size=1", "model.global_batch_size=2"]
@@ -44,16 +45,16 @@ def timeouts(folder: Path) -> dict[str, timedelta]:
     from nemo_aligner_diffusion.parallel.layout import Layout
     from nemo_aligner_diffusion.parallel.strategy import ParallelStrategy
     from nemo_aligner_diffusion.runtime.join import join
-    from nemo_aligner_diffusion.runtime.process import this_process
     from nemo_aligner_diffusion.training.checkpoints.callback import TrainingCheckpoint
 
     class Replica(Toy):
         def configure_model(self) -> None:
             """Lightning's strategy wants one."""
 
-    with watched(configured("fault_tolerance.rank_heartbeat_timeout=20000")) as watch:
-        limit = watch.settings.collective_timeout
-        join(this_process(), torch.device("cpu"), watch)
+    settings = configured("fault_tolerance.rank_heartbeat_timeout=20000")
+    with watched(settings.trainer, settings.exp_manager) as watch:
+        limit = watch.collective_timeout
+        join(watch.process, torch.device("cpu"), watch)
     broadcast.gather(None)
     trainer = fit(folder, Replica(), 1, devices=2, strategy=ParallelStrategy(Layout(data=2), limit))
     (checkpoint,) = [callback for callback in trainer.callbacks if isinstance(callback, TrainingCheckpoint)]
@@ -86,7 +87,7 @@ def first_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("first_of_two")
 def test_the_watch_over_ranks_is_as_configured() -> None:
-    cfg = configured(
+    settings = configured(
         "fault_tolerance.workload_check_interval=0.25",
         "fault_tolerance.silence_timeout=11",
         "fault_tolerance.initial_rank_heartbeat_timeout=12",
@@ -98,7 +99,7 @@ def test_the_watch_over_ranks_is_as_configured() -> None:
         "straggler_detection_params.gpu_relative_perf_threshold=0.6",
         "straggler_detection_params.stop_if_detected=true",
     )
-    with watched(cfg) as watch:
+    with watched(settings.trainer, settings.exp_manager) as watch:
         watch.begin(watch.serve(), "")
         assert watch.progress is not None
         assert watch.progress.limits == Limits(12.0, float("inf"), calculate=False, safety_factor=13.0, least=14.0)
@@ -109,23 +110,26 @@ def test_the_watch_over_ranks_is_as_configured() -> None:
         assert (client.interval, client.silence) == (server.interval, server.watch.silence) == (0.25, 11.0)
         assert (server.stragglers.interval, server.stragglers.threshold) == (16.0, 0.6)
         assert server.stop_if_straggler
+        assert HealthCallback(watch).probe_interval == 4.0
 
 
 @pytest.mark.usefixtures("first_of_two")
 def test_what_the_watch_over_ranks_leaves_out_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    with watched(configured("create_straggler_detection_callback=false")) as watch:
+    settings = configured("create_straggler_detection_callback=false")
+    with watched(settings.trainer, settings.exp_manager) as watch:
         watch.serve()
         assert watch.server is not None
         assert watch.server.stragglers is None
     assert caplog.text == ""
-    with watched(configured("create_fault_tolerance_callback=false")) as watch:
+    settings = configured("create_fault_tolerance_callback=false")
+    with watched(settings.trainer, settings.exp_manager) as watch:
         assert watch.serve() == ""
     assert "slow ranks are not looked for" in caplog.text
 
 
 def test_closing_work_is_known_to_the_watch_over_ranks(tmp_path: Path) -> None:
     """After the last validation the phase of a step would be on: five minutes for an export, then it counts as hung."""
-    watch = RunWatch(Process(0, 2, 0, 2), WatchSettings())
+    watch = RunWatch(Process(0, 2, 0, 2), configured().exp_manager)
     progress, seen = watch.progress, []
     assert progress is not None
     directory = RunDirectory.prepare(tmp_path)

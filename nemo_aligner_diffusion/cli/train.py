@@ -14,6 +14,7 @@ from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError
 from nemo_aligner_diffusion.runtime import startup
 from nemo_aligner_diffusion.runtime.ending import EndAtExit, end
 from nemo_aligner_diffusion.runtime.said import is_first_to_say, write_error_file
+from nemo_aligner_diffusion.runtime.streams import outlive_readers
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -169,6 +170,8 @@ def exit_status(program: Callable[[], int], is_whole_program: bool) -> int:
     Args:
         is_whole_program: its exit status will be the process's; nothing of the caller's follows.
     """
+    if is_whole_program:
+        outlive_readers()
     ending = EndAtExit()  # before anything that registers what is to come before it
     try:
         code = program()
@@ -206,14 +209,11 @@ def launch(settings: ProgramSettings, run: Callable[[Interruption], int]) -> int
     from nemo_aligner_diffusion.runtime.signals import Interrupted, Interruption
     from nemo_aligner_diffusion.runtime.slurm import Requeue
 
-    machine, section = settings.trainer, settings.exp_manager
-    process = this_process()
-    check_agrees(process, machine.devices_per_node, machine.num_nodes)
-
-    def name_directory() -> None:  # one that is named after the time is named here, for all of them
-        resolve_run_directory(section.explicit_log_dir, version=section.version, resume=section.resume_if_exists)
-
-    code = start_processes(machine.devices_per_node, machine.num_nodes, prepare=name_directory)
+    section, process = settings.exp_manager, this_process()
+    devices, nodes = settings.trainer.devices_per_node, settings.trainer.num_nodes
+    check_agrees(process, devices, nodes)
+    # a directory that is named after the time is named here, for all of them
+    code = start_processes(devices, nodes, prepare=lambda: resolve_run_directory(section))
     if code is not None:
         return code
     interruption = Interruption()
@@ -228,13 +228,7 @@ def launch(settings: ProgramSettings, run: Callable[[Interruption], int]) -> int
             logging.basicConfig(level=logging.INFO, format="%(message)s")  # it may not have come to that
             if interruption.speaks:
                 print(_TOO_EARLY, file=sys.stderr)
-            requeue = Requeue.for_this_run(
-                section.requeue_on_preemption,
-                section.resume_if_exists,
-                section.resume_ignore_no_checkpoint,
-                section.requeue_on_max_time,
-                is_writer=process.is_rank_zero,
-            )
+            requeue = Requeue.for_this_run(section, section, is_writer=process.is_rank_zero)
             if requeue is None:
                 return interruption.exit_code
             interruption.dismiss()

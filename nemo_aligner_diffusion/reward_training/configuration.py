@@ -22,6 +22,7 @@ from nemo_aligner_diffusion.config.recipes import conf_directory
 from nemo_aligner_diffusion.config.words import is_secret, of_the_environment, settled, with_yaml_words
 from nemo_aligner_diffusion.data.settings import ReadingSettings
 from nemo_aligner_diffusion.errors import ConfigurationError
+from nemo_aligner_diffusion.formats.yaml_reader import read_yaml
 from nemo_aligner_diffusion.keys import closest, flatten, unflatten
 from nemo_aligner_diffusion.runtime.settings import MachineSettings
 from nemo_aligner_diffusion.settings import (
@@ -266,9 +267,11 @@ def _read(file: Path) -> dict[str, Any]:
             f"{file} does not exist; expected a YAML file with the keys of conf/{CONFIG_NAME}.yaml"
         )
     try:
-        container = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-    except Exception as error:  # PyYAML's errors have no common base that OmegaConf keeps
-        raise ConfigurationError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
+        container = read_yaml(file)
+    except OSError as error:
+        raise ConfigurationError(f"{file} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ConfigurationError(f"{file} {error}") from error
     if not isinstance(container, dict):
         raise ConfigurationError(f"{file}: expected keys and values, found {type(container).__name__}")
     worded = with_yaml_words(container, file.read_text(encoding="utf-8"))

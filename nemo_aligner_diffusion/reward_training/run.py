@@ -26,13 +26,13 @@ from nemo_aligner_diffusion.reward_training.outcome import write_reward_report
 from nemo_aligner_diffusion.reward_training.preference_clip import PreferenceCLIP, TrainedParts
 from nemo_aligner_diffusion.reward_training.preference_data import PreferenceDataModule
 from nemo_aligner_diffusion.rewards.clip.reward import CLIPReward
-from nemo_aligner_diffusion.runtime.watch import RunWatch
+from nemo_aligner_diffusion.runtime.watch import watched
 from nemo_aligner_diffusion.training.build import optimizer_factory
 from nemo_aligner_diffusion.training.callbacks.interruption import Interruption
 from nemo_aligner_diffusion.training.callbacks.metrics import MetricsCSV
 from nemo_aligner_diffusion.training.callbacks.non_finite import NonFinitePolicy
 from nemo_aligner_diffusion.training.callbacks.progress import TrainingProgress
-from nemo_aligner_diffusion.training.run_frame import RunFrame, quiet, watched
+from nemo_aligner_diffusion.training.run_frame import RunFrame, quiet
 
 log = logging.getLogger(__name__)
 
@@ -81,11 +81,15 @@ def run_reward_training(cfg: Mapping[str, Any], interruption: Interruption | Non
     """
     quiet()
     settings = RewardTrainingSettings.of(cfg)
-    with watched(settings) as watch, RunFrame.open(settings, watch, interruption or Interruption()) as frame:
-        return _run(settings, watch, frame)
+    with (
+        watched(settings.trainer, settings.exp_manager) as watch,
+        RunFrame.open(settings, watch, interruption or Interruption()) as frame,
+    ):
+        return _run(settings, frame)
 
 
-def _run(settings: RewardTrainingSettings, watch: RunWatch, frame: RunFrame) -> int:
+def _run(settings: RewardTrainingSettings, frame: RunFrame) -> int:
+    watch = frame.watch
     loop, section = settings.loop, settings.model
     directory = frame.directory
     watch.phase("loading the model")

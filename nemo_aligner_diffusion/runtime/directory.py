@@ -19,8 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from nemo_aligner_diffusion.errors import OutputError, first_line
+from nemo_aligner_diffusion.formats.files import parse_json, read_bytes
+from nemo_aligner_diffusion.formats.yaml_reader import read_yaml
 from nemo_aligner_diffusion.runtime.claim import Claim, in_use, is_alive
 from nemo_aligner_diffusion.runtime.files import atomic_path, remove_leftovers, write_atomic
+from nemo_aligner_diffusion.runtime.settings import RunDirectorySettings
 from nemo_aligner_diffusion.runtime.slurm import SlurmJob
 
 log = logging.getLogger(__name__)
@@ -61,24 +64,17 @@ PACKAGES = (
 )
 
 
-def resolve_run_directory(
-    explicit_log_dir: str | None = None,
-    exp_dir: str | None = None,
-    name: str = "default",
-    version: str | None = None,
-    resume: bool = False,
-    now: datetime.datetime | None = None,
-) -> Path:
+def resolve_run_directory(section: RunDirectorySettings, now: datetime.datetime | None = None) -> Path:
     """The run directory as NeMo's ``exp_manager`` chooses it.
 
     ``explicit_log_dir`` as it is; else ``exp_dir/name/version`` with ``exp_dir`` ``./nemo_experiments`` by default and
-    ``version`` the date and time. To ``resume`` there is no version folder, so that the next run finds it.
+    ``version`` the date and time. With ``resume_if_exists`` there is no version folder, so that the next run finds it.
     """
-    if explicit_log_dir:
-        return Path(explicit_log_dir).expanduser().absolute()
-    directory = Path(exp_dir or "nemo_experiments").expanduser() / name
-    version = version or os.environ.get("NEMO_EXPM_VERSION")
-    if not version and not resume:
+    if section.explicit_log_dir:
+        return Path(section.explicit_log_dir).expanduser().absolute()
+    directory = Path(section.exp_dir or "nemo_experiments").expanduser() / section.name
+    version = section.version or os.environ.get("NEMO_EXPM_VERSION")
+    if not version and not section.resume_if_exists:
         version = (now or datetime.datetime.now()).strftime("%Y-%m-%d_%H-%M-%S")
         # processes that this one launches inherit it and agree on the directory
         os.environ["NEMO_EXPM_VERSION"] = version
@@ -201,8 +197,8 @@ class RunDirectory:
         if not path.exists():
             return {}
         try:
-            there = _flatten(OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8"))))
-        except Exception as error:  # whatever damage makes of YAML
+            there = _flatten(read_yaml(path))
+        except (OSError, ValueError) as error:
             log.warning("%s cannot be read (%s): whether settings have changed is not known", path, first_line(error))
             return {}
         now = _flatten(OmegaConf.to_container(OmegaConf.create(config)))
@@ -216,7 +212,7 @@ class RunDirectory:
         """Write ``config.yaml`` and ``run.json`` with status ``running``, the command line and versions.
 
         Args:
-            config: YAML, with every reference resolved.
+            config: YAML.
         """
         self.has_begun = True
         if not self.is_writer:
@@ -270,8 +266,8 @@ class RunDirectory:
 def read_state(path: Path) -> dict[str, Any]:
     """``run.json`` of a directory; ``{}`` if there is none or it is unreadable. What is of another type is left out."""
     try:
-        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        state = parse_json(read_bytes(path / STATE_FILE))
+    except (OSError, ValueError):
         return {}
     if not isinstance(state, dict):
         return {}

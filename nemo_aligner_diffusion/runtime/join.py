@@ -24,7 +24,7 @@ from nemo_aligner_diffusion.runtime.watch import RunWatch
 
 log = logging.getLogger(__name__)
 
-_SAID_AFTER = 15.0  # seconds of waiting; then again after four times as long, and so on
+_SAID_AFTER = 10.0  # seconds of waiting; then again after four times as long, and so on
 _KEY = "nemo_aligner_diffusion"
 _timeout = timedelta(minutes=30)  # torch's own default
 
@@ -100,7 +100,7 @@ def meet(process: Process, timeout: timedelta, greeting: str = "") -> tuple[Any,
 def join(process: Process, device: torch.device, watch: RunWatch) -> None:
     """Meet the others, have them watched, and make the process group; nothing where there is one, or one process."""
     global _timeout
-    _timeout = watch.settings.collective_timeout
+    _timeout = watch.collective_timeout
     if process.world_size == 1 or dist.is_initialized():
         return
     store, address = meet(process, _timeout, watch.serve())

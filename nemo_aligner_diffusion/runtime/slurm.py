@@ -27,6 +27,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from nemo_aligner_diffusion.runtime.process import is_interactive
+from nemo_aligner_diffusion.runtime.settings import RequeueSettings, RunDirectorySettings
 
 log = logging.getLogger(__name__)
 
@@ -139,20 +140,12 @@ class Requeue:
         self._exit_code: int | None = None
 
     @classmethod
-    def for_this_run(
-        cls, wanted: bool, resumes: bool, may_start_anew: bool, on_max_time: bool, is_writer: bool
-    ) -> Requeue | None:
-        """None outside Slurm, and where the configuration does not let the run continue by itself.
-
-        Args:
-            wanted, resumes, may_start_anew, on_max_time: ``exp_manager.requeue_on_preemption``, ``resume_if_exists``,
-                ``resume_ignore_no_checkpoint``, ``requeue_on_max_time``.
-        """
+    def for_this_run(cls, section: RequeueSettings, directory: RunDirectorySettings, is_writer: bool) -> Requeue | None:
+        """None outside Slurm, and where the configuration does not let the run continue by itself."""
         job = SlurmJob.from_environment(os.environ)
-        if job is None or not wanted:
+        if job is None or not section.requeue_on_preemption:
             return None
-        needed = {"resume_if_exists": resumes, "resume_ignore_no_checkpoint": may_start_anew}
-        lacking = [key for key, value in needed.items() if not value]
+        lacking = [key for key in ("resume_if_exists", "resume_ignore_no_checkpoint") if not getattr(directory, key)]
         if lacking:
             if is_writer:
                 log.info(
@@ -165,7 +158,7 @@ class Requeue:
         if is_writer:
             again = f", restarted {job.restarts} time{'' if job.restarts == 1 else 's'}" if job.restarts else ""
             log.info("Slurm job %s on %s%s", job.job_id, job.nodes, again)
-        return cls(job, is_writer, on_max_time)
+        return cls(job, is_writer, section.requeue_on_max_time)
 
     def leave(
         self,

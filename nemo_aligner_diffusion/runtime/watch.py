@@ -7,7 +7,6 @@ process none of it is started.
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
 import faulthandler
 import logging
@@ -19,10 +18,10 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from datetime import timedelta
 
-from nemo_aligner_diffusion.errors import AlignerError, OutputError, first_line
+from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError, OutputError, first_line
+from nemo_aligner_diffusion.runtime.csv_table import CSVTable
 from nemo_aligner_diffusion.runtime.directory import RunDirectory, unusable_disk
 from nemo_aligner_diffusion.runtime.files import write_atomic
 from nemo_aligner_diffusion.runtime.health.client import HealthClient
@@ -31,8 +30,9 @@ from nemo_aligner_diffusion.runtime.health.progress import Limits, Progress
 from nemo_aligner_diffusion.runtime.health.server import HealthServer
 from nemo_aligner_diffusion.runtime.health.stragglers import StragglerReport, StragglerWatch
 from nemo_aligner_diffusion.runtime.health.verdict import Watch
-from nemo_aligner_diffusion.runtime.process import Process
+from nemo_aligner_diffusion.runtime.process import Process, check_agrees, this_process
 from nemo_aligner_diffusion.runtime.said import is_first_to_say, write_error_file
+from nemo_aligner_diffusion.runtime.settings import MachineSettings, WatchSettings
 
 log = logging.getLogger(__name__)
 
@@ -53,36 +53,6 @@ _OTHER_SIDE_GONE = (
 )
 
 
-@dataclass(frozen=True)
-class WatchSettings:
-    """``exp_manager.fault_tolerance`` and ``exp_manager.straggler_detection_params``. Seconds.
-
-    Attributes:
-        enabled: whether ranks are watched at all.
-        limits: how long the main thread of a rank may take.
-        interval: between heartbeats.
-        silence: without a sign of life after which a process counts as stopped.
-        stragglers: whether slow ranks are looked for.
-        report_interval: between two reports on them.
-        threshold: of the median's speed, below which a rank is slow.
-        stop_if_slow: end the run then.
-    """
-
-    enabled: bool = True
-    limits: Limits = field(default_factory=Limits)
-    interval: float = 1.0
-    silence: float = 120.0
-    stragglers: bool = True
-    report_interval: float = 60.0
-    threshold: float = 0.7
-    stop_if_slow: bool = False
-
-    @property
-    def collective_timeout(self) -> timedelta:
-        """For collective calls: longer than any limit of ours, which say who is to blame where a timeout cannot."""
-        return timedelta(seconds=min(max(self.limits.first, self.limits.later) + 600.0, 7 * 86400.0))
-
-
 class RunWatch:
     """A run's health: every rank's position, and what to do about a fault.
 
@@ -94,14 +64,23 @@ class RunWatch:
     def __init__(self, process: Process, settings: WatchSettings) -> None:
         self.process = process
         self.settings = settings
-        several = process.world_size > 1
-        self.progress = Progress(settings.limits) if several and settings.enabled else None
+        several, ranks = process.world_size > 1, settings.fault_tolerance
+        limits = Limits(
+            first=_seconds(ranks.initial_rank_heartbeat_timeout),
+            later=_seconds(ranks.rank_heartbeat_timeout),
+            calculate=ranks.calculate_timeouts,
+            safety_factor=ranks.safety_factor,
+            least=ranks.minimum_heartbeat_timeout,
+        )
+        # for collective calls: longer than any limit of ours, which say who is to blame where a timeout cannot
+        self.collective_timeout = timedelta(seconds=min(max(limits.first, limits.later) + 600.0, 7 * 86400.0))
+        self.progress = Progress(limits) if several and settings.create_fault_tolerance_callback else None
         self.client: HealthClient | None = None
         self.server: HealthServer | None = None
         self.directory: RunDirectory | None = None
         self._reported: BaseException | None = None
         self._named: set[int] = set()
-        if several and settings.stragglers and not settings.enabled and process.is_rank_zero:
+        if several and self.progress is None and settings.create_straggler_detection_callback and process.is_rank_zero:
             log.warning(
                 "slow ranks are not looked for: exp_manager.create_straggler_detection_callback needs "
                 "exp_manager.create_fault_tolerance_callback=true, whose heartbeats tell how fast each rank is"
@@ -111,17 +90,17 @@ class RunWatch:
         """On rank 0, before the processes meet: what to tell the others then. Empty: nobody watches."""
         if self.progress is None or not self.process.is_rank_zero:
             return ""
-        chosen = self.settings
-        stragglers = (
-            StragglerWatch(chosen.report_interval, chosen.threshold, time.monotonic()) if chosen.stragglers else None
-        )
+        slow, stragglers = self.settings.straggler_detection_params, None
+        if self.settings.create_straggler_detection_callback:
+            now = time.monotonic()
+            stragglers = StragglerWatch(slow.report_time_interval, slow.gpu_relative_perf_threshold, now)
         self.server = HealthServer(
             self.process.is_one_node,
-            Watch(self.process.world_size, chosen.silence),
-            chosen.interval,
+            Watch(self.process.world_size, self.settings.fault_tolerance.silence_timeout),
+            self.settings.fault_tolerance.workload_check_interval,
             stragglers,
             self.write_straggler_report,
-            chosen.stop_if_slow,
+            slow.stop_if_detected,
         )
         self.server.start()
         return self.server.address
@@ -135,10 +114,9 @@ class RunWatch:
         """
         if self.progress is None or not address:
             return
-        chosen = self.settings
-        self.client = HealthClient(
-            self.process, address, host, self.progress, chosen.interval, chosen.silence, self.write_down
-        )
+        ranks = self.settings.fault_tolerance
+        times = ranks.workload_check_interval, ranks.silence_timeout
+        self.client = HealthClient(self.process, address, host, self.progress, *times, self.write_down)
         self.client.start()
         faulthandler.register(signal.SIGUSR2, all_threads=False)  # a stack even where the interpreter is held
         self.client.settle()
@@ -199,11 +177,9 @@ class RunWatch:
         """A row of ``stragglers.csv``, and a warning for a rank that has newly become slow. In the server's thread."""
         if self.directory is not None:
             member, factor = report.slowest, report.seconds / report.median
-            with open(self.directory.path / "stragglers.csv", "a", encoding="utf-8", newline="") as file:
-                table = csv.writer(file, lineterminator="\n")
-                if file.tell() == 0:
-                    table.writerow(STRAGGLER_COLUMNS)
-                table.writerow([report.step, report.median, member.rank, member.host, report.seconds, factor])
+            row = (report.step, report.median, member.rank, member.host, report.seconds, factor)
+            table = CSVTable(self.directory.path / "stragglers.csv", STRAGGLER_COLUMNS)
+            table.append(dict(zip(STRAGGLER_COLUMNS, row, strict=True)))
         for member, seconds in report.stragglers:
             if member.rank not in self._named:
                 log.warning(
@@ -224,12 +200,26 @@ class RunWatch:
 
 
 @contextlib.contextmanager
-def watching(process: Process, settings: WatchSettings) -> Iterator[RunWatch]:
-    """Around a whole run. Errors come out as one clear :class:`AlignerError` where we know what they mean."""
+def watched(machine: MachineSettings, section: WatchSettings) -> Iterator[RunWatch]:
+    """Around a whole run. Errors come out as one clear :class:`AlignerError` where we know what they mean.
+
+    Raises:
+        ConfigurationError: the processes that were started are not those configured, or nobody has started them.
+    """
+    process = this_process()
+    if process.launcher:
+        check_agrees(process, machine.devices_per_node, machine.num_nodes)
+    elif machine.world_size > 1:
+        raise ConfigurationError(
+            f"trainer.devices × trainer.num_nodes = {machine.world_size}, but no launcher has started the processes: "
+            "start the program with torchrun or srun, or by its own command line, which starts them itself"
+        )
+    if process.launcher == "environment":  # which says nothing of machines
+        process = dataclasses.replace(process, local_world_size=machine.devices_per_node)
     if process.world_size > 1:  # a failed collective ends the process: torch's own
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")
     before, threading.excepthook = threading.excepthook, _of_a_thread
-    watch = RunWatch(process, settings)
+    watch = RunWatch(process, section)
     try:
         yield watch
     except Exception as error:
@@ -254,7 +244,7 @@ def explained(error: Exception, directory: RunDirectory | None) -> Exception:
     return unusable_disk(error, directory.path if directory is not None else None) or error
 
 
-def seconds(value: float | None) -> float:
+def _seconds(value: float | None) -> float:
     """A time limit of the configuration; None: there is none."""
     return math.inf if value is None else float(value)
 

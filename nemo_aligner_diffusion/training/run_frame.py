@@ -10,23 +10,23 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
 
-from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError
+from nemo_aligner_diffusion.errors import AlignerError
 from nemo_aligner_diffusion.parallel.broadcast import gather, on_every_process
 from nemo_aligner_diffusion.parallel.layout import Layout
 from nemo_aligner_diffusion.parallel.strategy import LaunchedProcesses, ParallelStrategy
 from nemo_aligner_diffusion.runtime.directory import RunDirectory, resolve_run_directory
-from nemo_aligner_diffusion.runtime.health.progress import Limits
 from nemo_aligner_diffusion.runtime.join import AgentNotes, find_device, join
-from nemo_aligner_diffusion.runtime.process import Process, check_agrees, left_over, this_process
+from nemo_aligner_diffusion.runtime.process import Process, left_over
+from nemo_aligner_diffusion.runtime.settings import RunDirectorySettings
 from nemo_aligner_diffusion.runtime.slurm import Requeue
-from nemo_aligner_diffusion.runtime.watch import RunWatch, WatchSettings, explained, seconds, watching
+from nemo_aligner_diffusion.runtime.watch import RunWatch, explained
 from nemo_aligner_diffusion.training.callbacks.health import HealthCallback
 from nemo_aligner_diffusion.training.callbacks.interruption import (
     Interrupted,
@@ -39,46 +39,11 @@ from nemo_aligner_diffusion.training.callbacks.metrics import build_loggers
 from nemo_aligner_diffusion.training.callbacks.missed_validation import MissedValidation
 from nemo_aligner_diffusion.training.checkpoints.callback import TrainingCheckpoint
 from nemo_aligner_diffusion.training.checkpoints.resume import ResumePoint, check_fits, find_resume_point
-from nemo_aligner_diffusion.training.settings import ExperimentSettings, LoopSettings, ProgramSettings
+from nemo_aligner_diffusion.training.settings import LoopSettings, ProgramSettings
 
 log = logging.getLogger(__name__)
 
 _BEGUN = "begun"  # a note for the next start by torchrun: this run's directory is in use
-
-
-@contextlib.contextmanager
-def watched(program: ProgramSettings) -> Iterator[RunWatch]:
-    """Around a whole run: its processes are watched, and errors come out as one clear line."""
-    machine, section = program.trainer, program.exp_manager
-    ranks, slow = section.fault_tolerance, section.straggler_detection_params
-    settings = WatchSettings(
-        enabled=section.create_fault_tolerance_callback,
-        limits=Limits(
-            first=seconds(ranks.initial_rank_heartbeat_timeout),
-            later=seconds(ranks.rank_heartbeat_timeout),
-            calculate=ranks.calculate_timeouts,
-            safety_factor=ranks.safety_factor,
-            least=ranks.minimum_heartbeat_timeout,
-        ),
-        interval=float(ranks.workload_check_interval),
-        silence=float(ranks.silence_timeout),
-        stragglers=section.create_straggler_detection_callback,
-        report_interval=float(slow.report_time_interval),
-        threshold=slow.gpu_relative_perf_threshold,
-        stop_if_slow=slow.stop_if_detected,
-    )
-    process = this_process()
-    if process.launcher:
-        check_agrees(process, machine.devices_per_node, machine.num_nodes)
-    if machine.world_size > 1 and not process.launcher:
-        raise ConfigurationError(
-            f"trainer.devices × trainer.num_nodes = {machine.world_size}, but no launcher has started the processes: "
-            "start the program with torchrun or srun, or by its own command line, which starts them itself"
-        )
-    if process.launcher == "environment":  # which says nothing of machines
-        process = replace(process, local_world_size=machine.devices_per_node)
-    with watching(process, settings) as watch:
-        yield watch
 
 
 @dataclass
@@ -130,8 +95,8 @@ class RunFrame:
         """
         enter("process group")
         watch.phase("joining the process group")
-        machine, process = settings.trainer, watch.process
-        device = find_device(process, machine.lightning_devices, machine.accelerator)
+        process = watch.process
+        device = find_device(process, settings.trainer.lightning_devices, settings.trainer.accelerator)
         if message := left_over(process):
             log.warning("%s", message)
         join(process, device, watch)
@@ -141,10 +106,8 @@ class RunFrame:
             settings = settings.resuming()
         enter("run directory")
         section = settings.exp_manager
-        resumes, anew = section.resume_if_exists, section.resume_ignore_no_checkpoint
-        path = resolve_run_directory(
-            section.explicit_log_dir, section.exp_dir, section.name or settings.name, section.version, resumes
-        )
+        path, resumes = resolve_run_directory(section), section.resume_if_exists
+        anew = section.resume_ignore_no_checkpoint
         directory = on_every_process(lambda: RunDirectory.prepare(path, resumes, anew, process.is_rank_zero))
         try:
             resume = find_resume_point(directory.checkpoints) if resumes else None
@@ -156,7 +119,7 @@ class RunFrame:
             raise
         return cls(settings, watch, interruption, device, directory, resume, notes)
 
-    def begin(self, module: torch.nn.Module | None = None) -> None:
+    def begin(self, module: torch.nn.Module) -> None:
         """Take the directory into use, now that everything has been built.
 
         Args:
@@ -165,13 +128,14 @@ class RunFrame:
         Raises:
             CheckpointError: it does not. Nothing has been written.
         """
-        if self.resume is not None and module is not None:
+        if self.resume is not None:
             check_fits(self.resume, module)
         self.directory.begin(OmegaConf.to_yaml(self.settings.shown))
         self.watch.directory = self.directory
         if self.directory.is_writer:
             self.notes.set(_BEGUN, "1")
-        self._requeue = requeue(self.settings.exp_manager, self.directory.is_writer)
+        section = self.settings.exp_manager
+        self._requeue = Requeue.for_this_run(section, section, self.directory.is_writer)
         self.interruption.patient = self._requeue is not None
 
     def callbacks(
@@ -192,8 +156,7 @@ class RunFrame:
                 resume=self.resume,
                 **self.settings.tree["exp_manager"]["checkpoint_callback_params"],
             )
-        watched = self.watch.progress is not None
-        health = [HealthCallback(self.watch, self.watch.settings.report_interval / 4)] if watched else []
+        health = [HealthCallback(self.watch)] if self.watch.progress is not None else []
         return [
             InterruptionCallback(self.interruption),
             MissedValidation(self.directory.path, validation_interval, always=validate_again),
@@ -218,7 +181,7 @@ class RunFrame:
             devices=machine.lightning_devices,
             num_nodes=machine.num_nodes,
             precision=machine.lightning_precision,  # type: ignore[arg-type]
-            strategy="auto" if layout.is_single else ParallelStrategy(layout, self.watch.settings.collective_timeout),
+            strategy="auto" if layout.is_single else ParallelStrategy(layout, self.watch.collective_timeout),
             max_steps=loop.max_steps,
             max_epochs=1,  # one pass of the loader is all passes over the samples
             accumulate_grad_batches=accumulation,
@@ -359,24 +322,13 @@ def _hush() -> None:
         ".*isinstance.treespec.*",
         ".*IterableDataset.*__len__.*",
         ".*in eval mode at the start of training.*",  # frozen parts, on purpose
-        ".*`srun` command is available.*",  # slurm.check_tasks says what matters
+        ".*`srun` command is available.*",  # process.check_agrees says what matters
         ".*functional.all_gather is deprecated.*",  # Lightning's to mend
     ):
         warnings.filterwarnings("ignore", pattern)
 
 
-def requeue(section: ExperimentSettings, is_writer: bool) -> Requeue | None:
-    """As ``exp_manager`` asks; see :class:`Requeue`."""
-    return Requeue.for_this_run(
-        section.requeue_on_preemption,
-        section.resume_if_exists,
-        section.resume_ignore_no_checkpoint,
-        section.requeue_on_max_time,
-        is_writer,
-    )
-
-
-def _agree_on_version(section: ExperimentSettings, process: Process, notes: AgentNotes) -> None:
+def _agree_on_version(section: RunDirectorySettings, process: Process, notes: AgentNotes) -> None:
     """A directory named after the time has one name in all processes, also after torchrun has started them again."""
     if section.explicit_log_dir or section.version or section.resume_if_exists:
         return

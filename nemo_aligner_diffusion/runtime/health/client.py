@@ -256,7 +256,7 @@ class HealthClient(threading.Thread):
         if self._closing.is_set() or self.verdict is not None:
             return
         member = self._members.get(0, Member(0, "unknown", 0, 0))
-        self._come_down(Fault(kind, member, self._rank0.place, reason))
+        self._come_down(Fault(kind, member, f"last heard of in {self._rank0.place}", reason))
 
     def _come_down(self, fault: Fault) -> None:
         """Say it once a machine, write it down once, and end this process."""

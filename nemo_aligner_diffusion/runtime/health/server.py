@@ -77,7 +77,7 @@ class HealthServer(threading.Thread):
 
     def run(self) -> None:
         self._selector.register(self._listener, selectors.EVENT_READ, None)
-        told = looked = time.monotonic()
+        said = looked = time.monotonic()
         while not self._closing.is_set():
             for key, _ in self._selector.select(_TICK):
                 if key.data is None:
@@ -95,8 +95,8 @@ class HealthServer(threading.Thread):
                 self._judge(now)
             except Exception:  # a bug must not end the watching, which then says that everybody is silent
                 log.exception("the watch over ranks could not judge")
-            if now - told >= self.interval:
-                told = now
+            if now - said >= self.interval:
+                said = now
                 self._tell_position()
         self._say_goodbye()
 

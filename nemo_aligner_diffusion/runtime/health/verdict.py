@@ -128,4 +128,7 @@ class Watch:
         self, kind: str, entry: _Rank, reason: str, now: float, details: str = "", exit_code: int | None = None
     ) -> Fault:
         code = {} if exit_code is None else {"exit_code": exit_code}
-        return Fault(kind, entry.member, entry.position.place, reason, details, places=self.places(now), **code)
+        place = entry.position.place
+        if kind in ("lost", "silent"):  # as of its last heartbeat: it may have got further
+            place = f"last heard of in {place}"
+        return Fault(kind, entry.member, place, reason, details, places=self.places(now), **code)

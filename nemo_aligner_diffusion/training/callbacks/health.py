@@ -20,15 +20,12 @@ class HealthCallback(pl.Callback):
     calls that say so (:func:`~nemo_aligner_diffusion.runtime.health.progress.waiting`) are taken out. Under tensor
     parallelism and FSDP the passes themselves keep the ranks in step: there a fixed piece of computing, now and then,
     is timed.
-
-    Args:
-        probe_interval: seconds between two of those.
     """
 
-    def __init__(self, watch: RunWatch, probe_interval: float = 15.0) -> None:
+    def __init__(self, watch: RunWatch) -> None:
         assert watch.progress is not None
         self.watch = watch
-        self.probe_interval = probe_interval
+        self.probe_interval = watch.settings.straggler_detection_params.report_time_interval / 4
         self._in_step = False
         self._probed = 0.0
         self.progress = watch.progress

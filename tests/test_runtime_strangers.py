@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_faults import EXIT_CODE, PATIENCE, Run
+from test_runtime_health import EXIT_CODE, PATIENCE, Run
 
 from nemo_aligner_diffusion.runtime.health import server as health_server
 from nemo_aligner_diffusion.runtime.health.lines import SECRET_VARIABLE, Line, call

@@ -168,8 +168,9 @@ with Interruption() as interruption:
 """
 
 
-@pytest.mark.parametrize(("rank", "whom"), [(0, "rank 1"), (1, "rank 0")])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, None])
+@pytest.mark.parametrize(
+    ("rank", "whom", "number"), [(0, "rank 1", signal.SIGTERM), (1, "rank 0", signal.SIGINT), (1, "rank 0", None)]
+)
 def test_a_wait_for_others_says_for_whom_and_ends(rank: int, whom: str, number: signal.Signals | None) -> None:
     """As in a shell that srun has opened for two tasks: the other one never comes."""
     job = {**SRUN, "SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "1", "SLURM_PROCID": str(rank), "SLURM_JOB_NAME": "zsh"}
