@@ -68,25 +68,6 @@ def test_help_and_errors_import_nothing_heavy_and_are_quick(words: list[str], st
     assert seconds < 3
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--cfg"]])
-def test_an_output_that_nobody_reads_is_no_traceback(words: list[str], tmp_path: Path) -> None:
-    """``--help | head -1``: the reader has gone before the first word."""
-    reading, writing = os.pipe()
-    os.close(reading)
-    script = ROOT / "examples" / "mm" / "stable_diffusion" / "train_sd.py"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, str(script), *words],
-        cwd=tmp_path,
-        env=environment,
-        stdout=writing,
-        stderr=subprocess.PIPE,
-        timeout=60,
-    )
-    os.close(writing)
-    assert (done.returncode, done.stderr) == (141, b"")
-
-
 def test_an_error_is_one_line_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     assert main("draftp_sd", ["model.kl_coef=1"]) == 2
     captured = capsys.readouterr()

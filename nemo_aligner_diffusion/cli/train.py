@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from nemo_aligner_diffusion.command_line import NO_READER, output_is_gone
 from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError
 from nemo_aligner_diffusion.runtime import startup
 from nemo_aligner_diffusion.runtime.ending import EndAtExit, end
@@ -175,14 +174,8 @@ def exit_status(program: Callable[[], int], is_whole_program: bool) -> int:
     ending = EndAtExit()  # before anything that registers what is to come before it
     try:
         code = program()
-        if output_is_gone():
-            code = NO_READER
         ending.code = code if is_whole_program else None
         return code
-    except BrokenPipeError:
-        if not output_is_gone():
-            raise
-        return NO_READER
     except AlignerError as error:
         if not error.said and is_first_to_say(str(error)):
             print(f"error: {error}", file=sys.stderr)
