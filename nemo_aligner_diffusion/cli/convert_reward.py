@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nemo_aligner_diffusion.command_line import command
-from nemo_aligner_diffusion.rewards.convert_kinds import KINDS
+from nemo_aligner_diffusion.rewards.convert.kinds import KINDS
 
 _EXAMPLES = """examples:
   convert_reward_to_nemo.py --kind pickscore --output pickscore.nemo

@@ -12,6 +12,7 @@ from pathlib import Path
 from nemo_aligner_diffusion.algorithms.registry import methods
 from nemo_aligner_diffusion.config.load import conf_directory
 from nemo_aligner_diffusion.config.schema import LOOP, kind_of
+from nemo_aligner_diffusion.rewards.registry import rewards
 
 BEGIN, END = "<!-- keys: begin -->\n", "<!-- keys: end -->"
 LINE = re.compile(r"(?P<indent> *)(?P<key>[\w+]+):(?P<value>.*?) # (?P<comment>.*)")
@@ -35,13 +36,7 @@ SECTIONS: dict[str, list[str]] = {
     "Reward": [
         "rm/clip.yaml",
         "rm/base.yaml",
-        "rm/compressibility.yaml",
-        "rm/feature_symmetry.yaml",
-        "rm/classifier.yaml",
-        "rm/detection.yaml",
-        "rm/custom.yaml",
-        "rm/composite.yaml",
-        "rm/ensemble.yaml",
+        *(f"rm/{name}.yaml" for name in rewards()),
     ],
     "Report": ["report/default.yaml"],
 }

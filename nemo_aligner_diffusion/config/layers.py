@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,6 +16,9 @@ from nemo_aligner_diffusion.config.nemo_names import (
     reason_without_effect,
 )
 from nemo_aligner_diffusion.errors import ConfigurationError
+from nemo_aligner_diffusion.keys import closest as closest
+from nemo_aligner_diffusion.keys import flatten as flatten
+from nemo_aligner_diffusion.keys import unflatten as unflatten
 
 KEY = re.compile(r"[A-Za-z_][\w@/+-]*(\.[\w@/+-]+)*")
 
@@ -43,39 +46,6 @@ class Note(NamedTuple):
 
     key: str
     reason: str
-
-
-def flatten(tree: Mapping[str, Any], dotted: bool = False) -> dict[str, Any]:
-    """Nested mappings as ``{dotted key: value}``; lists and empty mappings are values.
-
-    ``dotted``: the keys of the outermost mapping may contain dots, as those of the command line do.
-    """
-    leaves: dict[str, Any] = {}
-
-    def visit(prefix: str, value: Any) -> None:
-        if isinstance(value, Mapping) and value:
-            for key, below in value.items():
-                visit(f"{prefix}.{key}" if prefix else str(key), below)
-        else:
-            leaves[prefix] = value
-
-    for key, value in tree.items():
-        if not dotted and "." in str(key):
-            raise ConfigurationError(f"key {key!r} in YAML: write the sections indented, not with dots")
-        visit(str(key), value)
-    return leaves
-
-
-def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of :func:`flatten`."""
-    tree: dict[str, Any] = {}
-    for key, value in leaves.items():
-        *sections, last = key.split(".")
-        node = tree
-        for section in sections:
-            node = node.setdefault(section, {})
-        node[last] = value
-    return tree
 
 
 def parse_override(text: str) -> Override:
@@ -201,22 +171,6 @@ def _nearly_known(key: str, loop: str) -> bool:
         if known.rpartition(".")[0] == section
     ]
     return bool(difflib.get_close_matches(last, siblings, n=1, cutoff=0.85))
-
-
-def closest(wrong: str, known: Iterable[str]) -> str:
-    """``; did you mean …?`` with up to three names, or nothing. A dotted key is also compared by its last parts."""
-
-    def likeness(candidate: str) -> float:
-        whole = difflib.SequenceMatcher(None, wrong.lower(), candidate.lower()).ratio()
-        depth = wrong.count(".") + 1
-        tail = ".".join(candidate.split(".")[-depth:])
-        tails = difflib.SequenceMatcher(None, wrong.lower(), tail.lower()).ratio()
-        last = difflib.SequenceMatcher(None, wrong.lower().split(".")[-1], candidate.lower().split(".")[-1]).ratio()
-        return max(whole, 0.98 * tails, 0.9 * last)
-
-    ranked = sorted(((likeness(candidate), candidate) for candidate in known), reverse=True)
-    best = [candidate for score, candidate in ranked[:3] if score > 0.7 and score > ranked[0][0] - 0.08]
-    return f"; did you mean {' or '.join(best)}?" if best else ""
 
 
 def _delete(tree: dict[str, Any], key: str, loop: str) -> None:

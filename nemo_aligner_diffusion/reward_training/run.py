@@ -168,8 +168,7 @@ def build_data(cfg: DictConfig, reward: CLIPReward) -> PreferenceDataModule:
     return PreferenceDataModule(
         plain(section.train.webdataset.local_root_path),
         plain(section.validation.webdataset.local_root_path),
-        image_size=reward.image_size,
-        interpolation=reward.interpolation,
+        preprocessing=reward.preprocessing,
         micro_batch_size=cfg.model.micro_batch_size,
         global_batch_size=cfg.model.global_batch_size,
         seed=cfg.model.seed,

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from nemo_aligner_diffusion.errors import RewardError
+
 # Statistics of OpenAI's CLIP training pictures, for RGB in [0, 1]; PickScore, HPSv2 and OpenCLIP use them too.
 OPENAI_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 INTERPOLATIONS = ("bicubic", "bilinear")
-# How a picture of any shape becomes the square a model takes, see preprocess.
+# How a picture of any shape becomes the square a model takes, see Preprocessing.
 RESIZES = ("crop", "crop_down", "pad", "squash")
 
 
@@ -84,28 +87,63 @@ def centre_crop(images: Tensor, size: int, down: bool = False) -> Tensor:
     return images[..., top : top + size, left : left + size]
 
 
-def preprocess(
-    images: Tensor,
-    size: int,
-    mean: Sequence[float] = OPENAI_CLIP_MEAN,
-    std: Sequence[float] = OPENAI_CLIP_STD,
-    interpolation: str = "bicubic",
-    resize: str = "crop",
-) -> Tensor:
-    """``(B, 3, H, W)`` in ``[0, 1]`` to normalised ``(B, 3, size, size)``, in float32 or the images' float64.
+@dataclass(frozen=True)
+class Preprocessing:
+    """What a CLIP-like vision model does to a picture first.
 
-    ``resize`` says how another shape becomes a square: ``crop`` (short side to ``size``, the middle kept, as
-    torchvision does it: OpenAI's and OpenCLIP's code, NeMo), ``crop_down`` (the same, as transformers does it:
-    PickScore), ``pad`` (long side to ``size``, black around it: HPSv2) or ``squash`` (both sides to ``size``).
+    Attributes:
+        size: side in pixels that the model sees.
+        mean, std: statistics of RGB in ``[0, 1]``.
+        interpolation: ``bicubic`` or ``bilinear``, antialiased.
+        resize: how another shape becomes a square: ``crop`` (short side to ``size``, the middle kept, as torchvision
+            does it: OpenAI's and OpenCLIP's code, NeMo), ``crop_down`` (the same, as transformers does it: PickScore),
+            ``pad`` (long side to ``size``, black around it: HPSv2) or ``squash`` (both sides to ``size``).
+
+    Raises:
+        RewardError: a value is impossible; says which.
     """
-    if images.dtype != torch.float64:
-        images = images.float()  # half precision has too few digits for an antialiased sum
-    if resize == "pad":
-        images = pad_to_square(images, size, interpolation)
-    elif resize == "squash":
-        images = antialiased_resize(images, (size, size), interpolation)
-    else:
-        images = centre_crop(resize_short_side(images, size, interpolation), size, down=resize == "crop_down")
-    shift = images.new_tensor(mean).view(1, -1, 1, 1)
-    scale = images.new_tensor(std).view(1, -1, 1, 1)
-    return (images - shift) / scale
+
+    size: int
+    mean: tuple[float, ...] = OPENAI_CLIP_MEAN
+    std: tuple[float, ...] = OPENAI_CLIP_STD
+    interpolation: str = "bicubic"
+    resize: str = "crop"
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            numbers = isinstance(values, list | tuple) and all(map(_is_number, values))
+            if not numbers or len(values) != 3 or (name == "std" and min(values) <= 0):
+                kind = "numbers above 0" if name == "std" else "numbers"
+                raise RewardError(f"preprocessing.{name} is {values!r}; expected three {kind} for R, G, B.")
+            object.__setattr__(self, name, tuple(map(float, values)))
+        for name, known in (("interpolation", INTERPOLATIONS), ("resize", RESIZES)):
+            value = getattr(self, name)
+            if value not in known:
+                raise RewardError(f"preprocessing.{name} is {str(value)[:100]!r}; known are {', '.join(known)}.")
+
+    def square(self, images: Tensor) -> Tensor:
+        """``(B, 3, H, W)`` as ``(B, 3, size, size)``, in float32 or the images' float64; one of that size as it is."""
+        if images.dtype != torch.float64:
+            images = images.float()  # half precision has too few digits for an antialiased sum
+        if self.resize == "pad":
+            return pad_to_square(images, self.size, self.interpolation)
+        if self.resize == "squash":
+            return antialiased_resize(images, (self.size, self.size), self.interpolation)
+        resized = resize_short_side(images, self.size, self.interpolation)
+        return centre_crop(resized, self.size, down=self.resize == "crop_down")
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """``(B, 3, H, W)`` in ``[0, 1]`` to the model's input, normalised."""
+        images = self.square(images)
+        shift = images.new_tensor(self.mean).view(1, -1, 1, 1)
+        return (images - shift) / images.new_tensor(self.std).view(1, -1, 1, 1)
+
+    def as_config(self) -> dict[str, Any]:
+        """As ``model_config.yaml`` of an archive has it."""
+        values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return {"image_size": values.pop("size"), **values}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e6  # neither NaN nor inf

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from nemo_aligner_diffusion.errors import RewardError
-from nemo_aligner_diffusion.rewards.pretrained import load_processor
 
 # PIL's numbers for its filters, as preprocessor_config.json holds them. torch has no Lanczos; bicubic differs from it
 # by 0.9 grey levels on average where a photograph shrinks to 224 pixels.
@@ -50,17 +49,6 @@ class ImageProcessor:
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
     reverse_channels: bool = False
-
-    @classmethod
-    def from_pretrained(cls, source: str, where: str) -> ImageProcessor:
-        """Of a folder or hub id.
-
-        Raises:
-            RewardError: there is none, or its steps are not known here.
-        """
-        from transformers import AutoImageProcessor
-
-        return cls.of(load_processor(AutoImageProcessor, source, where, "an image processor"), where)
 
     @classmethod
     def of(cls, processor: Any, where: str) -> ImageProcessor:
