@@ -25,6 +25,7 @@ from nemo_aligner_diffusion.rewards import (
     convert_hf_clip_to_nemo,
 )
 from nemo_aligner_diffusion.rewards.jpeg import CHROMINANCE, LUMINANCE, jpeg, quantisation_steps
+from nemo_aligner_diffusion.rewards.settings import RewardSettings
 from nemo_aligner_diffusion.rewards.support.preprocessing import centre_crop, resize_short_side
 
 
@@ -95,6 +96,51 @@ def test_resize_matches_pillow_on_natural_pictures(height: int, width: int) -> N
             assert ours.amax() <= 1
 
 
+def bicubic_matrix(length: int, target: int) -> Tensor:
+    """Weights ``(target, length)`` of the antialiased bicubic filter (a = −1/2), float64, by its formula."""
+    scale = max(length / target, 1)
+    centres = (torch.arange(target, dtype=torch.float64) + 0.5) * length / target
+    distance = ((torch.arange(length, dtype=torch.float64) + 0.5 - centres[:, None]) / scale).abs()
+    near = (1.5 * distance - 2.5) * distance**2 + 1
+    far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
+    weights = torch.where(distance < 1, near, torch.where(distance < 2, far, 0))
+    return weights / weights.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize(("height", "width"), [(90, 120), (120, 75)])
+def test_a_pad_that_keeps_overshoot_is_the_filter_itself(height: int, width: int) -> None:
+    """HPSv2's own transform resizes the float tensor; the default cuts as Pillow does."""
+    picture = photograph(height, width)[None].double()
+    picture[..., 20:60, 30:50] = 1  # hard edges
+    picture[..., 20:60, 50:70] = 0
+    scale = 32 / max(height, width)
+    target = round(height * scale), round(width * scale)
+    exact = bicubic_matrix(height, target[0]) @ picture @ bicubic_matrix(width, target[1]).T
+    top, left = (32 - target[0]) // 2, (32 - target[1]) // 2
+    uncut = Preprocessing(32, resize="pad_uncut").square(picture)[..., top:, left:][..., : target[0], : target[1]]
+    torch.testing.assert_close(uncut, exact, rtol=0, atol=1e-6)
+    cut = Preprocessing(32, resize="pad").square(picture)
+    assert exact.amax() > 1.02
+    assert (cut.amin(), cut.amax()) == (0, 1)
+
+
+@pytest.mark.parametrize("reward", [Symmetry(), Compressibility(), Incompressibility(quality=80, reduction="mean")])
+def test_rewards_without_a_network_compute_in_their_own_precision(reward: RewardSettings) -> None:
+    pictures, built = smooth_pictures(2, 32, 40), reward.build()
+
+    def scored(dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+        given = pictures.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            score = built(given, ["", ""])
+        return score.detach(), torch.autograd.grad(score.sum(), given)[0]
+
+    exact = built(pictures.double(), ["", ""])
+    for got, expected in zip(scored(torch.bfloat16), scored(None), strict=True):
+        assert torch.equal(got, expected), "the training loop's autocast has no say"
+    torch.testing.assert_close(scored(torch.bfloat16)[0].double(), exact, rtol=1e-4, atol=1e-7)
+    assert exact.dtype == torch.float64
+
+
 def test_resize_keeps_what_lies_outside_and_each_picture_to_itself() -> None:
     pixels = from_pil(to_pil(photograph(96, 120))).unsqueeze(0)
     wide = torch.cat([pixels, 3 * pixels - 1])
@@ -105,14 +151,14 @@ def test_resize_keeps_what_lies_outside_and_each_picture_to_itself() -> None:
     assert (together[1] - (3 * together[0] - 1)).abs().mean() < 1e-3
 
 
-@pytest.mark.parametrize("resize", ["crop", "crop_down", "pad", "squash"])
+@pytest.mark.parametrize("resize", ["crop", "crop_down", "pad", "pad_uncut", "squash"])
 @pytest.mark.parametrize(("height", "width"), [(45, 30), (30, 45), (7, 13), (32, 32)])
 def test_ways_to_a_square(resize: str, height: int, width: int) -> None:
     picture = smooth_pictures(1, height, width)
     square = Preprocessing(20, mean=(0, 0, 0), std=(1, 1, 1), resize=resize)(picture)
     assert square.shape == (1, 3, 20, 20)
     black = (square.abs().amax(dim=1)[0] == 0).sum().item()
-    if resize == "pad" and height != width:  # HPSv2: the long side fills the square, the short one is rounded
+    if resize.startswith("pad") and height != width:  # HPSv2: the long side fills the square, the short one is rounded
         short = round(20 * min(height, width) / max(height, width))
         assert black == 20 * (20 - short)
         before = (20 - short) // 2

@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--name", help="the reward's name in metrics (default: the kind)")
     parser.add_argument(
         "--resize",
-        choices=("crop", "crop_down", "pad", "squash"),
+        choices=("crop", "crop_down", "pad", "pad_uncut", "squash"),
         help="how pictures that are no squares become one (default: as the weights' own code does)",
     )
     open_clip = parser.add_argument_group("OpenCLIP checkpoints: what their tensors don't say")

@@ -32,7 +32,7 @@ class Conversion:
         dtype: name of the floating dtype to save in; as in the source when left out.
         activation, vision_heads, text_heads: of an OpenCLIP checkpoint, see :mod:`.open_clip_layout`.
         head_activation: aesthetic: between the head's layers.
-        resize: ``crop``, ``crop_down``, ``pad`` or ``squash``, see :class:`.Preprocessing`.
+        resize: one of :data:`.preprocessing.RESIZES`, see :class:`.Preprocessing`.
         prompt_prefix: words before every prompt.
         name: of the reward in metrics.
         gzip: compress the archive.

@@ -17,21 +17,25 @@ OPENAI_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 INTERPOLATIONS = ("bicubic", "bilinear")
 # How a picture of any shape becomes the square a model takes, see Preprocessing.
-RESIZES = ("crop", "crop_down", "pad", "squash")
+RESIZES = ("crop", "crop_down", "pad", "pad_uncut", "squash")
 
 
-def antialiased_resize(images: Tensor, target: tuple[int, int], interpolation: str = "bicubic") -> Tensor:
+def antialiased_resize(
+    images: Tensor, target: tuple[int, int], interpolation: str = "bicubic", cut: bool = True
+) -> Tensor:
     """``(B, C, H, W)`` to ``target`` (height, width) with Pillow's filter, differentiably.
 
     Like Pillow, bicubic goes along the width first and cuts off after each direction what overshoots: at a hard edge
     that makes a difference of up to 0.1, and a score must not depend on brightness that no saved picture could hold.
     The limits are 0 and 1, or a picture's own extremes where these lie outside. Within them agreement is to 0.005
     (Pillow rounds to 8 bits), but for pictures over twice as high as wide made smaller by Pillow 13 and later, which
-    go along the height first there (0.03).
+    go along the height first there (0.03). Without ``cut`` what overshoots stays, as where a tensor is resized.
     """
     if target == tuple(images.shape[-2:]):
         return images
-    if interpolation != "bicubic":  # a weighted mean: nothing overshoots
+    if interpolation == "nearest-exact":
+        return functional.interpolate(images, size=target, mode=interpolation)
+    if interpolation != "bicubic" or not cut:  # a weighted mean overshoots nowhere
         return functional.interpolate(images, size=target, mode=interpolation, align_corners=False, antialias=True)
     if images.requires_grad and torch.is_grad_enabled():
         # Each cut keeps its input for the backward pass, together more than a vision model's: cheaper to do it again.
@@ -62,7 +66,7 @@ def resize_short_side(images: Tensor, size: int, interpolation: str = "bicubic")
     return antialiased_resize(images, target, interpolation)
 
 
-def pad_to_square(images: Tensor, size: int, interpolation: str = "bicubic") -> Tensor:
+def pad_to_square(images: Tensor, size: int, interpolation: str = "bicubic", cut: bool = True) -> Tensor:
     """Antialiased resize of ``(B, C, H, W)`` so that the long side is ``size``, centred on a black square of that side.
 
     HPSv2's own preparation of pictures (``ResizeMaxSize`` in its ``open_clip`` fork): both sides are rounded to the
@@ -71,7 +75,7 @@ def pad_to_square(images: Tensor, size: int, interpolation: str = "bicubic") -> 
     height, width = images.shape[-2:]
     scale = size / max(height, width)
     target = max(round(height * scale), 1), max(round(width * scale), 1)
-    images = antialiased_resize(images, target, interpolation)
+    images = antialiased_resize(images, target, interpolation, cut)
     rows, columns = size - target[0], size - target[1]
     return functional.pad(images, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
 
@@ -97,7 +101,9 @@ class Preprocessing:
         interpolation: ``bicubic`` or ``bilinear``, antialiased.
         resize: how another shape becomes a square: ``crop`` (short side to ``size``, the middle kept, as torchvision
             does it: OpenAI's and OpenCLIP's code, NeMo), ``crop_down`` (the same, as transformers does it: PickScore),
-            ``pad`` (long side to ``size``, black around it: HPSv2) or ``squash`` (both sides to ``size``).
+            ``pad`` (long side to ``size``, black around it: HPSv2), ``pad_uncut`` (the same, and what bicubic
+            overshoots at hard edges is kept: HPSv2's own transform resizes the float tensor, not an 8-bit picture) or
+            ``squash`` (both sides to ``size``).
 
     Raises:
         RewardError: a value is impossible; says which.
@@ -126,8 +132,8 @@ class Preprocessing:
         """``(B, 3, H, W)`` as ``(B, 3, size, size)``, in float32 or the images' float64; one of that size as it is."""
         if images.dtype != torch.float64:
             images = images.float()  # half precision has too few digits for an antialiased sum
-        if self.resize == "pad":
-            return pad_to_square(images, self.size, self.interpolation)
+        if self.resize.startswith("pad"):
+            return pad_to_square(images, self.size, self.interpolation, cut=self.resize == "pad")
         if self.resize == "squash":
             return antialiased_resize(images, (self.size, self.size), self.interpolation)
         resized = resize_short_side(images, self.size, self.interpolation)
