@@ -253,7 +253,7 @@ def documented_keys() -> list[tuple[str, str, str]]:
             if match["value"].strip():
                 result.append((".".join(sections), match["value"].strip(), match["comment"].strip()))
     there = {key for key, _, _ in result}
-    for section in RewardTrainingSettings.sections():
+    for section in RewardTrainingSettings.all_sections():
         defaults, meanings = section.defaults(), section.meanings()
         for field, key in section.keys().items():
             if key not in there and not key.startswith("exp_manager.wandb_logger_kwargs"):
