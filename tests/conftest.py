@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
-from process_pool import ProcessPool
+from process_pool import DIED_OF_A_SIGNAL, ProcessPool
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +35,12 @@ hypothesis.settings.load_profile("this project")
 # A test session started by torchrun or srun must not look like a rank to the code under test.
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK", "MASTER_ADDR",
                       "MASTER_PORT")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "processes" in getattr(item, "fixturenames", ()) and not item.get_closest_marker("alone"):
+            item.add_marker(pytest.mark.flaky(reruns=1, only_rerun=[DIED_OF_A_SIGNAL]))
 
 
 @pytest.fixture(autouse=True)

@@ -134,6 +134,7 @@ def test_a_rank_that_leaves_without_a_word_is_named(tmp_path: Path) -> None:
     assert "it exited with code 7" in run.text()
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("victim", [1, 0])
 def test_a_stopped_rank_is_told_from_a_dead_one_and_does_not_stay(tmp_path: Path, victim: int) -> None:
     with Run("stop", tmp_path) as run:
@@ -149,6 +150,7 @@ def test_a_stopped_rank_is_told_from_a_dead_one_and_does_not_stay(tmp_path: Path
     assert others == [f"  ending all 3 processes with exit code {EXIT_CODE}"]
 
 
+@pytest.mark.alone
 def test_a_rank_that_hangs_is_named_with_the_line_it_hangs_in(tmp_path: Path) -> None:
     with Run("loop", tmp_path) as run:
         assert run.codes() == [EXIT_CODE] * 3
@@ -161,6 +163,7 @@ def test_a_rank_that_hangs_is_named_with_the_line_it_hangs_in(tmp_path: Path) ->
     assert sum("in a collective call" in line for line in run.fault()) == 2
 
 
+@pytest.mark.alone
 def test_a_rank_that_holds_the_interpreter_shows_its_stack_all_the_same(tmp_path: Path) -> None:
     with Run("hold", tmp_path) as run:
         codes = run.codes()
@@ -179,6 +182,7 @@ def test_an_exception_is_told_by_its_own_rank_first_and_once(tmp_path: Path) -> 
     assert headline.endswith("forward pass of step 31: ValueError: the reward is broken")
 
 
+@pytest.mark.alone
 def test_an_error_of_every_rank_is_told_once_and_rank_0_may_export(tmp_path: Path) -> None:
     with Run("raise everywhere", tmp_path) as run:
         assert run.codes() == [3, 3, 3]
@@ -188,6 +192,7 @@ def test_an_error_of_every_rank_is_told_once_and_rank_0_may_export(tmp_path: Pat
     assert (tmp_path / "exported").exists()
 
 
+@pytest.mark.alone
 def test_an_error_handed_on_is_told_by_the_rank_that_met_it_although_others_report_it_first(tmp_path: Path) -> None:
     with Run("hand on", tmp_path) as run:
         assert run.codes() == [3] * 3
@@ -195,6 +200,7 @@ def test_an_error_handed_on_is_told_by_the_rank_that_met_it_although_others_repo
     assert run.fault()[1].startswith("error on rank 1 ")
 
 
+@pytest.mark.alone
 def test_a_straggler_is_named(tmp_path: Path) -> None:
     with Run("straggler", tmp_path) as run:
         run.all_work()

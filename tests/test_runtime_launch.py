@@ -93,6 +93,7 @@ def test_processes_know_their_places_and_have_the_same_words(tmp_path):
     assert all(place["argv"] == ["exit", str(tmp_path), "3"] for place in found)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_reaches_every_process_once_and_they_may_close(tmp_path, number):
     parent = start(tmp_path, "polite")
@@ -104,6 +105,7 @@ def test_a_signal_reaches_every_process_once_and_they_may_close(tmp_path, number
     assert errors == ""
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("word", "code", "says"),
     [
@@ -130,6 +132,7 @@ def test_what_all_have_to_say_is_said_once(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("nad-*"))  # where they agreed on who says it
 
 
+@pytest.mark.alone
 def test_after_an_error_that_was_told_the_others_may_finish(tmp_path):
     parent = start(tmp_path, "error")
     _, errors = parent.communicate(timeout=PATIENCE)

@@ -61,6 +61,7 @@ sys.exit(run_then_close(interruption, train, [export, report]))
 """
 
 
+@pytest.mark.alone
 def test_a_signal_ends_the_run_well(tmp_path: Path) -> None:
     program = PROGRAM.format(tests=str(Path(__file__).parent))
     with subprocess.Popen(

@@ -37,6 +37,7 @@ from nemo_aligner_diffusion.config.reward_checks import check_reward
 from nemo_aligner_diffusion.config.reward_keys import REWARDS
 from nemo_aligner_diffusion.config.words import is_secret, of_the_environment, with_yaml_words
 from nemo_aligner_diffusion.errors import ConfigurationError
+from nemo_aligner_diffusion.formats.yaml_reader import read_yaml
 from nemo_aligner_diffusion.keys import closest, flatten, unflatten
 from nemo_aligner_diffusion.runtime.process import this_process
 from nemo_aligner_diffusion.settings import ANY
@@ -191,14 +192,11 @@ def _read_user_file(folder: Path, name: str, selections: list[Override]) -> dict
         holds = f"it holds {', '.join(there)}" if there else "it holds no YAML file"
         raise ConfigurationError(f"--config-name {name!r}: there is no {name}.yaml in {folder}; {holds}")
     try:
-        loaded = OmegaConf.load(file)
-        container = OmegaConf.to_container(loaded, resolve=False)
-    except UnicodeDecodeError as error:
-        raise ConfigurationError(f"{file} is not UTF-8 text: {error}") from error
+        container = read_yaml(file)
     except OSError as error:
         raise ConfigurationError(f"{file} cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # PyYAML's errors have no common base that OmegaConf keeps
-        raise ConfigurationError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise ConfigurationError(f"{file} {error}") from error
     if not isinstance(container, dict):
         raise ConfigurationError(f"{file}: expected keys and values, found {type(container).__name__}")
     text = file.read_text(encoding="utf-8")

@@ -6,6 +6,7 @@ in ``conf/reward_model.yaml`` with its meaning. Imports neither torch nor Lightn
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from nemo_aligner_diffusion.config.recipes import conf_directory
 from nemo_aligner_diffusion.config.words import is_secret, of_the_environment, settled, with_yaml_words
 from nemo_aligner_diffusion.data.settings import ReadingSettings
 from nemo_aligner_diffusion.errors import ConfigurationError
+from nemo_aligner_diffusion.formats.yaml_reader import read_yaml
 from nemo_aligner_diffusion.keys import closest, flatten, unflatten
 from nemo_aligner_diffusion.runtime.settings import MachineSettings
 from nemo_aligner_diffusion.settings import (
@@ -242,7 +244,7 @@ def load_reward_config(
 
 
 def documented_keys() -> list[tuple[str, str, str]]:
-    """(dotted key, default, meaning) of each key, in the order of the file."""
+    """(dotted key, default, meaning) of each key: in the order of the file, then those that it leaves at a default."""
     result, sections = [], list[str]()
     for line in (conf_directory() / f"{CONFIG_NAME}.yaml").read_text(encoding="utf-8").splitlines():
         match = re.fullmatch(r"(?P<indent> *)(?P<key>\w+):(?P<value>.*?) # (?P<comment>.*)", line)
@@ -250,6 +252,12 @@ def documented_keys() -> list[tuple[str, str, str]]:
             sections[len(match["indent"]) // 2 :] = [match["key"]]
             if match["value"].strip():
                 result.append((".".join(sections), match["value"].strip(), match["comment"].strip()))
+    there = {key for key, _, _ in result}
+    for section in RewardTrainingSettings.all_sections():
+        defaults, meanings = section.defaults(), section.meanings()
+        for field, key in section.keys().items():
+            if key not in there and not key.startswith("exp_manager.wandb_logger_kwargs"):
+                result.append((key, json.dumps(defaults[field]), meanings[field]))
     return result
 
 
@@ -259,9 +267,11 @@ def _read(file: Path) -> dict[str, Any]:
             f"{file} does not exist; expected a YAML file with the keys of conf/{CONFIG_NAME}.yaml"
         )
     try:
-        container = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-    except Exception as error:  # PyYAML's errors have no common base that OmegaConf keeps
-        raise ConfigurationError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
+        container = read_yaml(file)
+    except OSError as error:
+        raise ConfigurationError(f"{file} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ConfigurationError(f"{file} {error}") from error
     if not isinstance(container, dict):
         raise ConfigurationError(f"{file}: expected keys and values, found {type(container).__name__}")
     worded = with_yaml_words(container, file.read_text(encoding="utf-8"))

@@ -26,13 +26,14 @@ from nemo_aligner_diffusion.reward_training.outcome import write_reward_report
 from nemo_aligner_diffusion.reward_training.preference_clip import PreferenceCLIP, TrainedParts
 from nemo_aligner_diffusion.reward_training.preference_data import PreferenceDataModule
 from nemo_aligner_diffusion.rewards.clip.reward import CLIPReward
+from nemo_aligner_diffusion.runtime.messages import log_to_screen
 from nemo_aligner_diffusion.runtime.watch import watched
 from nemo_aligner_diffusion.training.build import optimizer_factory
 from nemo_aligner_diffusion.training.callbacks.interruption import Interruption
 from nemo_aligner_diffusion.training.callbacks.metrics import MetricsCSV
 from nemo_aligner_diffusion.training.callbacks.non_finite import NonFinitePolicy
 from nemo_aligner_diffusion.training.callbacks.progress import TrainingProgress
-from nemo_aligner_diffusion.training.run_frame import RunFrame, quiet
+from nemo_aligner_diffusion.training.run_frame import RunFrame
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ def run_reward_training(cfg: Mapping[str, Any], interruption: Interruption | Non
     Raises:
         AlignerError: with one clear message; the run directory says ``failed``.
     """
-    quiet()
+    log_to_screen()
     settings = RewardTrainingSettings.of(cfg)
     with (
         watched(settings.trainer, settings.exp_manager) as watch,
@@ -177,8 +178,7 @@ def build_data(settings: RewardTrainingSettings, reward: CLIPReward) -> Preferen
     return PreferenceDataModule(
         section.train_path,
         section.validation_path,
-        image_size=reward.image_size,
-        interpolation=reward.interpolation,
+        preprocessing=reward.preprocessing,
         micro_batch_size=model.micro_batch_size,
         global_batch_size=model.global_batch_size,
         seed=model.seed,

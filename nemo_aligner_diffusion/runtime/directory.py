@@ -19,6 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_aligner_diffusion.errors import OutputError, first_line
+from nemo_aligner_diffusion.formats.files import parse_json, read_bytes
+from nemo_aligner_diffusion.formats.yaml_reader import read_yaml
+from nemo_aligner_diffusion.keys import flatten
 from nemo_aligner_diffusion.runtime.claim import Claim, in_use, is_alive
 from nemo_aligner_diffusion.runtime.files import atomic_path, remove_leftovers, write_atomic
 from nemo_aligner_diffusion.runtime.settings import RunDirectorySettings
@@ -193,11 +196,12 @@ class RunDirectory:
         if not path.exists():
             return {}
         try:
-            there = _flatten(OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8"))))
-        except Exception as error:  # whatever damage makes of YAML
+            found = read_yaml(path)
+        except (OSError, ValueError) as error:
             log.warning("%s cannot be read (%s): whether settings have changed is not known", path, first_line(error))
             return {}
-        now = _flatten(OmegaConf.to_container(OmegaConf.create(config)))
+        trees: list[Any] = [found, OmegaConf.to_container(OmegaConf.create(config))]
+        there, now = (flatten(tree, dotted=True) if isinstance(tree, dict) else {} for tree in trees)
         return {
             key: (there.get(key), now.get(key))
             for key in sorted({*there, *now})
@@ -262,8 +266,8 @@ class RunDirectory:
 def read_state(path: Path) -> dict[str, Any]:
     """``run.json`` of a directory; ``{}`` if there is none or it is unreadable. What is of another type is left out."""
     try:
-        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        state = parse_json(read_bytes(path / STATE_FILE))
+    except (OSError, ValueError):
         return {}
     if not isinstance(state, dict):
         return {}
@@ -365,15 +369,6 @@ def _rows(path: Path) -> int:
             return max(sum(1 for line in file if line.strip()) - 1, 0)
     except OSError:
         return 0
-
-
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat.update(_flatten(value, f"{prefix}.{key}" if prefix else str(key)))
-    return flat
 
 
 def _now() -> str:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import sys
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -154,7 +152,7 @@ class RunFrame:
                 self.directory.checkpoints,
                 every_n_optimizer_steps=save_interval or None,
                 resume=self.resume,
-                **self.settings.tree["exp_manager"]["checkpoint_callback_params"],
+                **vars(self.settings.exp_manager.checkpoint_callback_params),
             )
         health = [HealthCallback(self.watch)] if self.watch.progress is not None else []
         return [
@@ -276,56 +274,6 @@ class RunFrame:
         if left:
             self.interruption.dismiss()
         return left
-
-
-_LIGHTNING = ("pytorch_lightning", "lightning.pytorch", "lightning_fabric")
-_PIPELINES = ("diffusers", "transformers")
-
-
-def quiet() -> None:
-    """Our own lines on the screen, and of the libraries only what concerns the user."""
-    if not logging.getLogger().handlers:
-        logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("nemo_aligner_diffusion").setLevel(logging.INFO)
-    _hush()
-
-
-@contextlib.contextmanager
-def hushed() -> Iterator[None]:
-    """Within, the libraries say only what concerns the user; for a run inside a program that logs as it likes."""
-    levels = {name: logging.getLogger(name).level for name in (*_LIGHTNING, *_PIPELINES)}
-    shown = [
-        library for name in _PIPELINES if name in sys.modules
-        and (library := sys.modules[name].utils.logging).is_progress_bar_enabled()
-    ]  # fmt: skip
-    try:
-        with warnings.catch_warnings():
-            _hush()
-            yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
-        for library in shown:
-            library.enable_progress_bar()
-
-
-def _hush() -> None:
-    for noisy in _LIGHTNING:
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-    for name in _PIPELINES:
-        if name in sys.modules:
-            library = sys.modules[name].utils.logging
-            library.set_verbosity_error()
-            library.disable_progress_bar()
-    for pattern in (
-        ".*does not have many workers.*",
-        ".*isinstance.treespec.*",
-        ".*IterableDataset.*__len__.*",
-        ".*in eval mode at the start of training.*",  # frozen parts, on purpose
-        ".*`srun` command is available.*",  # process.check_agrees says what matters
-        ".*functional.all_gather is deprecated.*",  # Lightning's to mend
-    ):
-        warnings.filterwarnings("ignore", pattern)
 
 
 def _is_restart(process: Process, notes: AgentNotes) -> bool:

@@ -17,14 +17,12 @@ Example::
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from nemo_aligner_diffusion.evaluation.curves import Curve
 from nemo_aligner_diffusion.evaluation.run_files import RunFiles, Table, column, last
-from nemo_aligner_diffusion.evaluation.text import format_gain, format_number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -193,13 +191,3 @@ class ValidationMetric(Metric):
         values = {label: column(run.validation, name) for label, name in shown.items()}
         markers = len(steps) <= 40
         return [Curve(label, steps, of, label, markers=markers) for label, of in values.items()]
-
-    def compared(self, run: RunFiles, under: str) -> Tile | None:
-        """A tile ``base → tuned``, the difference green where it is in the metric's direction."""
-        tuned, base = self.ends(run)
-        if tuned is None or base is None:
-            return None
-        gain = (tuned - base) * (-1 if self.direction == "lower" else 1)
-        kind = "quiet" if self.direction is None or gain == 0 or math.isnan(gain) else "gain" if gain > 0 else "loss"
-        value = f"{format_number(base)} → {format_number(tuned)}"
-        return Tile(self.title, value, under, format_gain(tuned - base, tuned), kind)

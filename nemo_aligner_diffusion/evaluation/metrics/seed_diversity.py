@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from nemo_aligner_diffusion.evaluation.curves import Curve
 from nemo_aligner_diffusion.evaluation.metrics.base import Finding, Pictures, Tile, ValidationMetric
-from nemo_aligner_diffusion.evaluation.run_files import RunFiles, Table, column, last
+from nemo_aligner_diffusion.evaluation.run_files import RunFiles
 
 KEPT = 0.8  # share of the base model's below which a run is said to have lost it
 
@@ -21,21 +20,10 @@ class SeedDiversity(ValidationMetric):
 
         return diversity_of(pictures.embeddings, pictures.prompts).mean
 
-    def columns(self, table: Table) -> list[str]:
-        return [*super().columns(table), "diversity_ratio"]
-
-    def curves(self, run: RunFiles) -> list[Curve]:
-        curves = super().curves(run)
-        if not curves[0].values:  # of another writer
-            ratio = column(run.validation, "diversity_ratio")
-            curves = [Curve("tuned / base", run.validation.get("step", []), ratio, markers=True)]
-        return curves
-
     def kept(self, run: RunFiles) -> float | None:
         """At the last validation, tuned divided by base; ``None`` where it was not measured."""
-        given = last(column(run.validation, "diversity_ratio"))
         tuned, base = self.ends(run)
-        return given if given is not None else tuned / base if tuned is not None and base else None
+        return tuned / base if tuned is not None and base else None
 
     def tile(self, run: RunFiles) -> Tile | None:
         kept = self.kept(run)

@@ -6,7 +6,7 @@ import math
 
 from nemo_aligner_diffusion.evaluation.metrics.base import Finding, Pictures, Tile, ValidationMetric
 from nemo_aligner_diffusion.evaluation.run_files import RunFiles, column
-from nemo_aligner_diffusion.evaluation.text import format_number
+from nemo_aligner_diffusion.evaluation.text import format_gain, format_number
 
 
 class ValidationReward(ValidationMetric):
@@ -20,7 +20,12 @@ class ValidationReward(ValidationMetric):
         return self.caption
 
     def tile(self, run: RunFiles) -> Tile | None:
-        return self.compared(run, "on fixed prompts and seeds")
+        tuned, base = self.ends(run)
+        if tuned is None or base is None:
+            return None
+        kind = "gain" if tuned > base else "loss" if tuned < base else "quiet"
+        value = f"{format_number(base)} → {format_number(tuned)}"
+        return Tile(self.title, value, "on fixed prompts and seeds", format_gain(tuned - base, tuned), kind)
 
     def findings(self, run: RunFiles) -> list[Finding]:
         found = []

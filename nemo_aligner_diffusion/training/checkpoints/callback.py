@@ -169,9 +169,7 @@ class TrainingCheckpoint(Checkpoint):
         self._complete(trainer)
         step = trainer.global_step
         path = self.folder / f"step_{step:06d}"
-        # Trainer.save_checkpoint leaves it to the strategy on which ranks the plugin is called; here it is all of them
-        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-        trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, path)
+        trainer.save_checkpoint(path)  # by ParallelStrategy the plugin is called on all ranks
         self._saved_step = step
         if not self.async_save:
             self._complete(trainer)
