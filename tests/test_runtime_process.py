@@ -155,6 +155,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_on_one_machine_nothing_listens_on_the_network() -> None:
     done = subprocess.run([sys.executable, "-c", MEET], capture_output=True, text=True, timeout=PATIENCE)
@@ -182,6 +183,7 @@ with Interruption() as interruption:
 """
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("rank", "whom", "number"), [(0, "rank 1", signal.SIGTERM), (1, "rank 0", signal.SIGINT), (1, "rank 0", None)]
 )

@@ -21,6 +21,8 @@ from nemo_aligner_diffusion.runtime.health.messages import Fault, Position
 from nemo_aligner_diffusion.runtime.health.server import HealthServer
 from nemo_aligner_diffusion.runtime.health.verdict import Watch
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).parent.parent
 
 
