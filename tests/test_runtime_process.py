@@ -205,3 +205,27 @@ def test_a_wait_for_others_says_for_whom_and_ends(rank: int, whom: str, number: 
             process.send_signal(number)
         assert process.wait(PATIENCE) == (4 if number is None else 128 + number)
         assert time.monotonic() - started < 30
+
+
+@pytest.mark.alone
+def test_two_steps_of_a_job_that_have_one_port_do_not_meet() -> None:
+    job = {**SRUN, "SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "1", "MASTER_PORT": str(15200 + os.getpid() % 10000)}
+    processes = []
+    for rank, seconds in ((0, "600"), (1, "1.0")):  # rank 1 of the second step finds rank 0 of the first
+        own = {"SLURM_STEP_ID": str(rank), "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
+        command = [sys.executable, "-c", WAIT, seconds]
+        process = subprocess.Popen(command, env={**os.environ, **job, **own}, stderr=subprocess.PIPE, text=True)
+        processes.append(process)
+        if rank == 0:
+            assert process.stderr is not None
+            while " has waited " not in process.stderr.readline():  # it serves
+                assert process.poll() is None
+    first, second = processes
+    try:
+        assert second.wait(PATIENCE) == 4
+        assert second.stderr is not None
+        assert "did not come within" in second.stderr.read()
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.communicate()
