@@ -102,7 +102,7 @@ def _run(settings: RewardTrainingSettings, frame: RunFrame) -> int:
     layout = Layout(data=settings.trainer.world_size)
     module = build_module(settings, reward, policy, Parallelism(layout))
 
-    frame.begin(module)
+    frame.begin(module, section.optim.name)
     validates = data.validation is not None and loop.val_check_interval > 0
     best = BestWeights(loop.early_stopping.metric)
     stopping = loop.early_stopping

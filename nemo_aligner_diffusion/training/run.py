@@ -154,7 +154,7 @@ def _train(settings: RunSettings, frame: RunFrame, startup: Startup, given: Give
     startup.enter("checking the pipeline")
     on_every_process(module.check_pipeline)
     startup.enter("run directory")
-    frame.begin(module)
+    frame.begin(module, section.optim.name)
     ema = EMACallback(settings.exp_manager.ema) if settings.exp_manager.ema.enable else None
     callbacks: list[pl.Callback] = [
         StartupCallback(startup, directory.path),

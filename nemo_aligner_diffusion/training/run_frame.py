@@ -34,7 +34,7 @@ from nemo_aligner_diffusion.training.callbacks.interruption import (
 from nemo_aligner_diffusion.training.callbacks.metrics import build_loggers
 from nemo_aligner_diffusion.training.callbacks.missed_validation import MissedValidation
 from nemo_aligner_diffusion.training.checkpoints.callback import TrainingCheckpoint
-from nemo_aligner_diffusion.training.checkpoints.resume import ResumePoint, check_fits, find_resume_point
+from nemo_aligner_diffusion.training.checkpoints.resume import ResumePoint, check_fits, check_moments, find_resume_point
 from nemo_aligner_diffusion.training.settings import LoopSettings, ProgramSettings
 
 log = logging.getLogger(__name__)
@@ -117,17 +117,19 @@ class RunFrame:
             raise
         return cls(settings, watch, interruption, device, directory, resume, notes)
 
-    def begin(self, module: torch.nn.Module) -> None:
+    def begin(self, module: torch.nn.Module, optimizer: str) -> None:
         """Take the directory into use, now that everything has been built.
 
         Args:
             module: what is trained, still whole; the checkpoint must fit it.
+            optimizer: ``model.optim.name``; it must be able to go on with the checkpoint's state.
 
         Raises:
             CheckpointError: it does not. Nothing has been written.
         """
         if self.resume is not None:
             check_fits(self.resume, module)
+            check_moments(self.resume.optimizer, optimizer)
         self.directory.begin(OmegaConf.to_yaml(self.settings.shown))
         self.watch.directory = self.directory
         if self.directory.is_writer:
