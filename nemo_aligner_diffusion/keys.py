@@ -42,17 +42,21 @@ def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def closest(wrong: str, known: Iterable[str]) -> str:
-    """``; did you mean …?`` with up to three names, or nothing. A dotted key is also compared by its last parts."""
+def closest(wrong: str, known: Iterable[str], least: float = 0.7) -> str:
+    """``; did you mean …?`` with up to three names, or nothing. A dotted key is also compared by its last parts.
+
+    Args:
+        least: likeness of the best, in [0, 1].
+    """
+
+    def alike(one: str, other: str) -> float:
+        return difflib.SequenceMatcher(None, one.lower(), other.lower()).ratio()
 
     def likeness(candidate: str) -> float:
-        whole = difflib.SequenceMatcher(None, wrong.lower(), candidate.lower()).ratio()
-        depth = wrong.count(".") + 1
-        tail = ".".join(candidate.split(".")[-depth:])
-        tails = difflib.SequenceMatcher(None, wrong.lower(), tail.lower()).ratio()
-        last = difflib.SequenceMatcher(None, wrong.lower().split(".")[-1], candidate.lower().split(".")[-1]).ratio()
-        return max(whole, 0.98 * tails, 0.9 * last)
+        tail = ".".join(candidate.split(".")[-wrong.count(".") - 1 :])
+        last = alike(wrong.split(".")[-1], candidate.split(".")[-1])
+        return max(alike(wrong, candidate), 0.98 * alike(wrong, tail), 0.9 * last)
 
     ranked = sorted(((likeness(candidate), candidate) for candidate in known), reverse=True)
-    best = [candidate for score, candidate in ranked[:3] if score > 0.7 and score > ranked[0][0] - 0.08]
+    best = [candidate for score, candidate in ranked[:3] if score > least and score > ranked[0][0] - 0.08]
     return f"; did you mean {' or '.join(best)}?" if best else ""

@@ -10,22 +10,22 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny.prompts import ODD_PROMPTS, tar
+from tiny.reward_training import blue_pairs, blue_shards, encode, picture
 
-from nemo_aligner_diffusion.data.prompt_files import BadSamples
+from nemo_aligner_diffusion.data.bad_samples import BadSamples
 from nemo_aligner_diffusion.data.prompts import read_prompts
 from nemo_aligner_diffusion.errors import DataError, OutputError
+from nemo_aligner_diffusion.formats.pictures import decode_picture
 from nemo_aligner_diffusion.reward_training.preference_data import PreferenceDataModule, PreferenceDataset, pictures
 from nemo_aligner_diffusion.reward_training.preference_shards import (
     PreferencePair,
-    decode_picture,
     format_label,
     parse_label,
     read_preference_file,
     write_preference_shards,
 )
 from nemo_aligner_diffusion.rewards import Preprocessing
-from tests.data_toy import ODD_PROMPTS, tar
-from tests.reward_training_toy import blue_pairs, blue_shards, encode, picture
 
 PNG = encode(picture(0.5, 0))
 JPEG = encode(picture(0.5, 0), "JPEG")
@@ -98,7 +98,7 @@ def without(*names: str, **changed: bytes | str) -> dict[str, bytes | str]:
         (without("label", json='{"label_0": true}'), ["True"]),
         (without("label", json='{"label_0": 0.9, "label_1": 0.3}'), ["sums to 1.2"]),
         (without("label", json="[1]"), ["no object"]),
-        (without("label", json="{"), ["cannot be read"]),
+        (without("label", json="{"), ["not valid JSON"]),
         (without(txt=b"caf\xe9"), ["0xe9", "iconv"]),
         (without(txt="  "), ["empty prompt"]),
         (without(jpg_0=b"GIF89a..."), ["no JPEG, PNG or WebP", "GIF89a"]),
@@ -160,6 +160,22 @@ def test_transparency_becomes_white() -> None:
     stream = io.BytesIO()
     Image.new("RGBA", (2, 2), (255, 0, 0, 0)).save(stream, "PNG")
     assert decode_picture(stream.getvalue()).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_photographs_are_turned_and_deep_ones_scaled() -> None:
+    """The orientation is in EXIF; Pillow's own conversion of 16-bit grey clips it, which made everything white."""
+    for way, size, corner in ((1, (16, 8), (0, 0)), (3, (16, 8), (15, 7)), (6, (8, 16), (7, 0)), (8, (8, 16), (0, 15))):
+        stream, exif, photograph = io.BytesIO(), Image.Exif(), Image.new("RGB", (16, 8))
+        photograph.paste((255, 255, 255), (0, 0, 4, 4))
+        exif[0x112] = way
+        photograph.save(stream, "PNG", exif=exif)
+        upright = decode_picture(stream.getvalue())
+        assert upright.size == size
+        assert upright.getpixel(corner) == (255, 255, 255)
+    for value, expected in ((0, 0), (257, 1), (32768, 128), (65535, 255)):
+        stream = io.BytesIO()
+        Image.fromarray(np.full((2, 2), value, "uint16")).save(stream, "PNG")
+        assert decode_picture(stream.getvalue()).getpixel((0, 0)) == (expected,) * 3
 
 
 def test_labels() -> None:

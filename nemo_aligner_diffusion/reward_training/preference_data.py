@@ -14,17 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nemo_aligner_diffusion.data.bad_samples import BadSamples
 from nemo_aligner_diffusion.data.datamodule import StreamDataModule
 from nemo_aligner_diffusion.data.paths import PathSpec
-from nemo_aligner_diffusion.data.prompt_files import BadSamples
 from nemo_aligner_diffusion.data.sample_stream import SampleStream
 from nemo_aligner_diffusion.data.shard_index import Span, checksum
 from nemo_aligner_diffusion.data.span_reader import SpanReader
 from nemo_aligner_diffusion.data.stream_loader import WORKER_TIMEOUT_SECONDS, StreamLoader
 from nemo_aligner_diffusion.errors import DataError
+from nemo_aligner_diffusion.formats.pictures import decode_picture
 from nemo_aligner_diffusion.reward_training.preference_shards import (
     PreferencePair,
-    decode_picture,
     locate_pairs,
     pair_in,
     read_preference_file,
