@@ -40,28 +40,20 @@ _IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 @dataclass(frozen=True)
 class Settings:
-    """How pictures are sampled, with every default filled in."""
+    """How pictures are made, with every default filled in."""
 
     model: Path
     unet: Path | None  # weights of the *base* model's denoiser, where they are not the model folder's own
     vae: Path | None
-    steps: int
-    guidance: float | None  # None: the pipeline's default
+    sampling: Sampling
     sampler: str | None  # None: the pipeline's own
-    eta: float
-    height: int | None
-    width: int | None
     pipeline: Mapping[str, Any] = field(default_factory=dict)  # model.pipeline: trained, stateless, arguments
 
-    @property
-    def sampling(self) -> Sampling:
-        return Sampling(self.steps, self.guidance, self.height, self.width, self.eta)
-
     def describe(self) -> str:
-        eta = f", eta {self.eta:g}" if self.eta else ""
+        steps, scale, eta = self.sampling.steps, self.sampling.guidance_scale, self.sampling.eta
         sampler = "the pipeline's own sampler" if self.sampler is None else self.sampler.lower()
-        guidance = "the pipeline's own guidance" if self.guidance is None else f"guidance {self.guidance:g}"
-        return f"{self.steps} steps, {guidance}, {sampler}{eta}"
+        guidance = "the pipeline's own guidance" if scale is None else f"guidance {scale:g}"
+        return f"{steps} steps, {guidance}, {sampler}{f', eta {eta:g}' if eta else ''}"
 
 
 @dataclass(frozen=True)
@@ -190,12 +182,14 @@ def resolve_settings(request: Request, run: RunFiles | None) -> Settings:
         model=model,
         unet=base_path("model.unet_config.from_pretrained"),
         vae=request.vae or base_path("model.first_stage_config.from_pretrained"),
-        steps=first(request.steps, infer.inference_steps),
-        guidance=first(request.guidance, infer.unconditional_guidance_scale),
+        sampling=Sampling(
+            first(request.steps, infer.inference_steps),
+            first(request.guidance, infer.unconditional_guidance_scale),
+            first(request.height, infer.height),
+            first(request.width, infer.width),
+            first(request.eta, infer.eta),
+        ),
         sampler=first(request.sampler, infer.sampler_type),
-        eta=first(request.eta, infer.eta),
-        height=first(request.height, infer.height),
-        width=first(request.width, infer.width),
         pipeline={name: value for name, value in pipeline.items() if value},
     )
 
@@ -226,7 +220,7 @@ def _device(name: str | None) -> torch.device:
 
 def _set_sampler(model: DiffusionModel, settings: Settings) -> None:
     try:
-        model.set_scheduler(settings.sampler, settings.eta)
+        model.set_scheduler(settings.sampler, settings.sampling.eta)
     except ConfigurationError as error:  # written for the training configuration; here the same things are options
         text = str(error)
         for key, option in (("sampler_type", "--sampler"), ("eta", "--eta")):
@@ -246,7 +240,7 @@ def _quiet() -> None:
 
 def _check_size(model: DiffusionModel, settings: Settings) -> None:
     multiple = getattr(model.pipe, "vae_scale_factor", 1)
-    for option, value in (("--height", settings.height), ("--width", settings.width)):
+    for option, value in (("--height", settings.sampling.height), ("--width", settings.sampling.width)):
         if value is not None and value % multiple:
             near = max(1, round(value / multiple)) * multiple
             raise ConfigurationError(
@@ -345,8 +339,8 @@ def _facts(request: Request, settings: Settings) -> dict[str, Any]:
         "model": settings.model.name,
         "unet": os.fspath(request.unet) if request.unet else None,
         "lora": {os.fspath(adapter.path): adapter.weight for adapter in request.adapters},
-        "steps": settings.steps,
-        "guidance": settings.guidance,
+        "steps": settings.sampling.steps,
+        "guidance": settings.sampling.guidance_scale,
         "sampler": settings.sampler,
-        "eta": settings.eta,
+        "eta": settings.sampling.eta,
     }

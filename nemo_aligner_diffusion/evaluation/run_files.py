@@ -54,6 +54,13 @@ class RunFiles:
             value = value[part]
         return default if value is None else value
 
+    def total(self, name: str) -> float:
+        """A counter of ``run.json``, else the sum of the column of ``metrics.csv``."""
+        value = self.run.get(name)
+        if isinstance(value, (int, float)) and math.isfinite(value):
+            return float(value)
+        return sum(value for value in self.metrics.get(name, []) if math.isfinite(value))
+
 
 def read_table(path: Path, problems: list[str] | None = None) -> Table:
     """A CSV of numbers as columns of equal length; what is no number is NaN, an incomplete last line is dropped.

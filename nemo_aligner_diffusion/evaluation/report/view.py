@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from nemo_aligner_diffusion.evaluation.report.findings import findings, planned_
 from nemo_aligner_diffusion.evaluation.report.pictures import before_after, over_training
 from nemo_aligner_diffusion.evaluation.report.usage import usage
 from nemo_aligner_diffusion.evaluation.run_files import RunFiles, last
-from nemo_aligner_diffusion.evaluation.text import format_gain, format_number
 
 _SHOWN_ELSEWHERE = {"skipped_steps", "truncated_prompts", "pid", "pipeline"}
 _MOST_ROWS = 1000  # of a table
@@ -85,7 +83,7 @@ def _lead(run: RunFiles) -> str:
     if run.setting("model.peft.peft_scheme", "none") == "none":
         trained = "all denoiser weights of"
     sentence = f"{_algorithm(run)} tuned {trained} {model}, towards {_reward_name(run)}."
-    steps, seconds, pictures = _steps(run), _total(run, "seconds"), _total(run, "images")
+    steps, seconds, pictures = _steps(run), run.total("seconds"), run.total("images")
     if steps:
         made = f" and {pictures:,.0f} generated pictures" if pictures else ""
         sentence += f" {steps:,.0f} optimizer steps{made}{f' in {duration(seconds)}' if seconds else ''}."
@@ -94,14 +92,6 @@ def _lead(run: RunFiles) -> str:
 
 def _steps(run: RunFiles) -> float:
     return last(run.metrics.get("step", [])) or 0.0
-
-
-def _total(run: RunFiles, name: str) -> float:
-    """``seconds`` or ``images`` of the whole run."""
-    value = run.run.get(name)
-    if isinstance(value, (int, float)) and math.isfinite(value):
-        return float(value)
-    return sum(value for value in run.metrics.get(name, []) if math.isfinite(value))
 
 
 def duration(seconds: float) -> str:
@@ -117,7 +107,7 @@ def duration(seconds: float) -> str:
 def _tiles(run: RunFiles) -> list[Tile]:
     tiles = [tile for metric in metrics() if (tile := metric.tile(run)) is not None]
     if _steps(run):
-        planned, seconds = planned_steps(run), _total(run, "seconds")
+        planned, seconds = planned_steps(run), run.total("seconds")
         under = [f"of {planned}"] * bool(planned) + [duration(seconds)] * bool(seconds)
         tiles.append(Tile("Optimizer steps", f"{_steps(run):,.0f}", " · ".join(under)))
     return tiles
@@ -132,22 +122,8 @@ def _prompts(run: RunFiles) -> dict[str, Any] | None:
     low, span = min(values), (max(values) - min(values)) or 1.0
     lines = []
     for row in rows[:_MOST_ROWS]:
-        base, tuned = row["base_reward"], row["reward"]
-        start, end = sorted((100 * (base - low) / span, 100 * (tuned - low) / span))
-        lines.append(
-            {
-                "prompt": row["prompt"],
-                "seed": "" if row["seed"] is None else row["seed"],
-                "base": format_number(base),
-                "tuned": format_number(tuned),
-                "gain": format_gain(tuned - base, tuned),
-                "kind": "gain" if tuned > base else "loss",
-                "direction": "up" if tuned >= base else "down",
-                "left": f"{start:.1f}",
-                "width": f"{end - start:.1f}",
-                "mark": f"{100 * (base - low) / span:.1f}",
-            }
-        )
+        mark, end = (100 * (row[key] - low) / span for key in ("base_reward", "reward"))
+        lines.append({**row, "mark": mark, "left": min(mark, end), "width": abs(end - mark)})
     better = sum(row["reward"] > row["base_reward"] for row in rows)
     return {"rows": lines, "count": len(rows), "better": better, "step": run.prompt_rewards_step}
 
