@@ -158,8 +158,8 @@ def read_request(arguments: argparse.Namespace) -> Request:
     for message, given in wrong.items():
         if given:
             raise ConfigurationError(message)
-    for name, kind in _KINDS.items():
-        kind.read(f"--{name.replace('_', '-')}", getattr(arguments, name))
+    for name, expected in _KINDS.items():
+        expected.read(f"--{name.replace('_', '-')}", getattr(arguments, name))
     made = {
         "prompts": prompts,
         "seeds": list(range(arguments.num_images))
