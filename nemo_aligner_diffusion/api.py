@@ -18,8 +18,8 @@ from nemo_aligner_diffusion.config.load import load_settings
 from nemo_aligner_diffusion.errors import ConfigurationError, DataError
 from nemo_aligner_diffusion.rewards.base import Reward
 from nemo_aligner_diffusion.rewards.build import augmented
-from nemo_aligner_diffusion.runtime.faults import watched
 from nemo_aligner_diffusion.runtime.signals import Interrupted, Interruption
+from nemo_aligner_diffusion.runtime.watch import watched
 from nemo_aligner_diffusion.training.run import Given, train
 from nemo_aligner_diffusion.training.run_frame import hushed
 from nemo_aligner_diffusion.training.settings import RunSettings

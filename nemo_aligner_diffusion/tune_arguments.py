@@ -14,6 +14,7 @@ from nemo_aligner_diffusion.algorithms.base import Method
 from nemo_aligner_diffusion.algorithms.custom import CustomMethod
 from nemo_aligner_diffusion.algorithms.registry import methods
 from nemo_aligner_diffusion.config.load import groups, recipes
+from nemo_aligner_diffusion.config.words import quoted
 from nemo_aligner_diffusion.data.paths import expand_paths
 from nemo_aligner_diffusion.data.prompt_files import clean_prompt
 from nemo_aligner_diffusion.diffusion.families import DENOISERS
@@ -43,7 +44,7 @@ def read_method(method: Method | str) -> tuple[str, Method | None, list[str]]:
         return recipe, None, [*words, *(f"{key}={written(value)}" for key, value in values.items())]
     recipe, words = _recipe("draft")  # what every method reads, and nothing of one's own
     if isinstance(method, str):
-        return recipe, None, [*words, f"model.algorithm={_quoted(method)}"]
+        return recipe, None, [*words, f"model.algorithm={quoted(method)}"]
     if inspect.isclass(method) or not (isinstance(method, Method) or callable(method)):
         hint = f"; a class was given: {method.__name__}()" if inspect.isclass(method) else ""
         raise ConfigurationError(
@@ -53,7 +54,7 @@ def read_method(method: Method | str) -> tuple[str, Method | None, list[str]]:
     return (
         recipe,
         CustomMethod(method, f"method={_name(method)}"),
-        [*words, f"model.algorithm={_quoted(_name(method))}"],
+        [*words, f"model.algorithm={quoted(_name(method))}"],
     )
 
 
@@ -67,7 +68,7 @@ def read_model(model: Any) -> tuple[Any, list[str]]:
     if model is None:
         return None, []
     if isinstance(model, str | os.PathLike):
-        return None, [f"model.from_pretrained={_quoted(os.fspath(model))}"]
+        return None, [f"model.from_pretrained={quoted(os.fspath(model))}"]
     if not isinstance(model, diffusers.DiffusionPipeline):
         raise ConfigurationError(
             f"model is a {type(model).__name__}; expected a diffusers pipeline, its folder or hub id, or None"
@@ -107,11 +108,11 @@ def check_pipeline(pipe: Any, section: ModelSettings) -> None:
 def read_reward(reward: Any) -> tuple[Reward | None, list[str]]:
     """The reward itself where it is an object, and words of the command line."""
     if isinstance(reward, os.PathLike) or (isinstance(reward, str) and reward.endswith(".nemo")):
-        return None, [f"rm.model.restore_from_path={_quoted(os.fspath(reward))}"]
+        return None, [f"rm.model.restore_from_path={quoted(os.fspath(reward))}"]
     if isinstance(reward, str):
         names = groups()["rm"]
         if ":" in reward:
-            return None, ["rm=custom", f"rm.import_path={_quoted(reward)}"]
+            return None, ["rm=custom", f"rm.import_path={quoted(reward)}"]
         if reward not in names:
             raise RewardError(
                 f"reward={reward!r}: no such reward{closest(reward, names)}; expected a function, a .nemo file, or one "
@@ -129,7 +130,7 @@ def read_reward(reward: Any) -> tuple[Reward | None, list[str]]:
     origin = f"reward={name.rpartition('.')[2] if '<locals>' in name else name.partition(':')[2]}"
     if inspect.isroutine(reward):
         check_call(reward, {}, origin, "", ("images", "prompts"), RewardError)
-    return CustomReward(reward, origin), ["rm=custom", f"rm.import_path={_quoted(name)}"]
+    return CustomReward(reward, origin), ["rm=custom", f"rm.import_path={quoted(name)}"]
 
 
 def read_prompt_argument(prompts: Any, argument: str) -> list[str] | str:
@@ -169,14 +170,7 @@ def written(value: Any) -> str:
     if value is None:
         return "null"
     if isinstance(value, str):
-        return _quoted(value)
+        return quoted(value)
     if isinstance(value, list | tuple):
         return f"[{','.join(map(written, value))}]"
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _quoted(text: str) -> str:
-    """A text in Hydra's grammar: backslashes count before quotes only."""
-    inside = re.sub(r"(\\*)'", lambda found: found[1] * 2 + "\\'", text)
-    trailing = len(inside) - len(inside.rstrip("\\"))
-    return f"'{inside}{chr(92) * trailing}'"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
-from process_pool import ProcessPool
+from process_pool import DIED_OF_A_SIGNAL, ProcessPool
 
 if TYPE_CHECKING:
     import torch
@@ -37,9 +37,15 @@ LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "G
                       "MASTER_PORT")  # fmt: skip
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "processes" in getattr(item, "fixturenames", ()) and not item.get_closest_marker("alone"):
+            item.add_marker(pytest.mark.flaky(reruns=1, only_rerun=[DIED_OF_A_SIGNAL]))
+
+
 @pytest.fixture(autouse=True)
 def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.startswith(("SLURM", "TORCHELASTIC_"))]:
+    for name in [name for name in os.environ if name.startswith(("SLURM", "TORCHELASTIC_", "NAD_"))]:
         monkeypatch.delenv(name)
     for name in LAUNCHER_VARIABLES:
         monkeypatch.delenv(name, raising=False)

@@ -404,6 +404,7 @@ def test_it_works_in_a_running_loop_and_in_a_thread():
     assert found == [here]
 
 
+@pytest.mark.alone
 def test_the_package_is_imported_without_torch():
     code = "import sys, nemo_aligner_diffusion as n; assert 'tune' in dir(n); assert 'torch' not in sys.modules"
     started = time.monotonic()

@@ -223,6 +223,7 @@ def train_on_an_unequal_pair(*arguments: Any) -> int:
         return train(*arguments)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("layout", ["TP2", "FSDP2"])
 def test_a_slow_device_is_found_where_layers_keep_the_ranks_in_step(processes, inputs, tmp_path, layout):
     size, more = LAYOUTS[layout]

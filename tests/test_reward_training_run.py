@@ -206,6 +206,7 @@ def test_two_processes_stop_together_and_resume_exactly(folder: Path, two: list[
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_the_command_starts_its_processes_and_names_one_that_is_killed(folder: Path) -> None:
     run = folder / "killed"
@@ -230,6 +231,7 @@ def test_the_command_starts_its_processes_and_names_one_that_is_killed(folder: P
     assert "error on rank 1" in json.loads((run / "run.json").read_text())["error"]
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize("watched", [True, False])
 def test_what_one_process_refuses_is_said_once_and_ends_all(folder: Path, trained: Path, watched: bool) -> None:
@@ -244,6 +246,7 @@ def test_what_one_process_refuses_is_said_once_and_ends_all(folder: Path, traine
         assert done.stderr.startswith("error on rank 0 ("), "who met it, not who heard of it first"
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("connect", "raising"),
     [

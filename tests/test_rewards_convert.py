@@ -357,12 +357,12 @@ def test_descriptions_beside_the_weights_that_cannot_be_followed(
         ({"resample": 1}, "Pillow's filter 1"),
         ({"size": {"shortest_edge": 48}, "crop_size": {"height": 32, "width": 32}}, "resizes to {'shortest_edge': 48}"),
         ({"image_mean": [0.5]}, "preprocessing.mean"),
-        ([1], "holds a list"),
+        ([1], "holds a JSON list"),
     ):
         processor.write_text(json.dumps(content))
         assert message in refused(capsys, *words)
     processor.write_text("{")
-    assert "no readable JSON" in refused(capsys, *words)
+    assert "is not valid JSON" in refused(capsys, *words)
     processor.unlink()
     (folder / "model.safetensors").rename(tmp_path / "model.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../model.safetensors"}}))

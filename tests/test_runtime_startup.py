@@ -88,6 +88,7 @@ def test_of_several_processes_the_slowest_is_named():
     assert "slowest" not in summary([{"imports": 2.0}])
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux has /proc")
 def test_the_time_before_our_first_line_is_known():
     program = (

@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file
 from tiny.runs import overrides
 
-from nemo_aligner_diffusion.runtime.health.messages import EXIT_CODE
+from nemo_aligner_diffusion.errors import RankLostError
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = str(ROOT / "examples" / "mm" / "stable_diffusion" / "train_sd_draftp.py")
@@ -54,6 +54,7 @@ def state(directory: Path) -> dict[str, str]:
     return json.loads((directory / "run.json").read_text())
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_torchrun_starts_a_killed_run_again_to_the_same_end(tmp_path, inputs) -> None:
     quick = "trainer.draftp_sd.val_check_interval=0"
@@ -78,6 +79,7 @@ def test_torchrun_starts_a_killed_run_again_to_the_same_end(tmp_path, inputs) ->
     assert state(tmp_path / "again")["status"] == "finished"
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_an_exception_of_one_rank_is_what_the_screen_shows(tmp_path, inputs) -> None:
     directory = tmp_path / "run"
@@ -95,6 +97,7 @@ def test_an_exception_of_one_rank_is_what_the_screen_shows(tmp_path, inputs) -> 
     assert state(directory)["error"] == told
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_a_hang_ends_with_its_place_and_no_process_stays(tmp_path, inputs) -> None:
     directory = tmp_path / "run"
@@ -117,5 +120,5 @@ def test_a_hang_ends_with_its_place_and_no_process_stays(tmp_path, inputs) -> No
     assert "faulty_reward.py" in screen
     assert screen.index("torch.distributed.elastic.multiprocessing.errors.ChildFailedError") > screen.index(told)
     assert told in screen.split("Root Cause")[1]  # torchrun's summary shows the same
-    assert f"exitcode  : {EXIT_CODE}" in screen
+    assert f"exitcode  : {RankLostError.exit_code}" in screen
     assert state(directory)["error"] == told

@@ -211,6 +211,7 @@ def test_nan_rewards_are_skipped_then_stop_the_run_without_touching_the_weights(
     assert json.loads((tmp_path / "stops" / "run.json").read_text())["status"] == "failed"
 
 
+@pytest.mark.alone
 def test_ctrl_c_leaves_an_export_and_a_report(pipeline, prompts, tmp_path):
     directory = tmp_path / "run"
     command = [

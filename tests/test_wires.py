@@ -18,10 +18,12 @@ from nemo_aligner_diffusion.config.load import load_settings
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.rewards import build_reward
 from nemo_aligner_diffusion.runtime.directory import RunDirectory
-from nemo_aligner_diffusion.runtime.faults import RunWatch
-from nemo_aligner_diffusion.runtime.health import Launch, Limits, Progress
-from nemo_aligner_diffusion.runtime.launch import join
+from nemo_aligner_diffusion.runtime.health.progress import Limits
+from nemo_aligner_diffusion.runtime.join import AgentNotes, find_device
+from nemo_aligner_diffusion.runtime.process import Process
+from nemo_aligner_diffusion.runtime.watch import RunWatch, watched
 from nemo_aligner_diffusion.training.build import build_model, build_module
+from nemo_aligner_diffusion.training.callbacks.health import HealthCallback
 from nemo_aligner_diffusion.training.callbacks.interruption import Interruption
 from nemo_aligner_diffusion.training.run import run_training
 from nemo_aligner_diffusion.training.run_frame import RunFrame
@@ -34,10 +36,6 @@ def configured(*words: str) -> RunSettings:
     return load_settings("draftp_sd", [*TWO, *(f"exp_manager.{word}" for word in words)])
 
 
-def watch_of(settings: RunSettings) -> RunWatch:
-    return RunWatch.start(settings.trainer, settings.exp_manager)
-
-
 def timeouts(folder: Path) -> dict[str, timedelta]:
     """Of every process group that a run of two processes talks through."""
     import torch.distributed as dist
@@ -46,7 +44,7 @@ def timeouts(folder: Path) -> dict[str, timedelta]:
     from nemo_aligner_diffusion.parallel import broadcast
     from nemo_aligner_diffusion.parallel.layout import Layout
     from nemo_aligner_diffusion.parallel.strategy import ParallelStrategy
-    from nemo_aligner_diffusion.runtime.faults import process_group_timeout
+    from nemo_aligner_diffusion.runtime.join import join
     from nemo_aligner_diffusion.training.checkpoints.callback import TrainingCheckpoint
 
     class Replica(Toy):
@@ -54,8 +52,9 @@ def timeouts(folder: Path) -> dict[str, timedelta]:
             """Lightning's strategy wants one."""
 
     settings = configured("fault_tolerance.rank_heartbeat_timeout=20000")
-    limit = process_group_timeout(settings.exp_manager.fault_tolerance)
-    join(2, 1, "cpu", limit)
+    with watched(settings.trainer, settings.exp_manager) as watch:
+        limit = watch.collective_timeout
+        join(watch.process, torch.device("cpu"), watch)
     broadcast.gather(None)
     trainer = fit(folder, Replica(), 1, devices=2, strategy=ParallelStrategy(Layout(data=2), limit))
     (checkpoint,) = [callback for callback in trainer.callbacks if isinstance(callback, TrainingCheckpoint)]
@@ -79,22 +78,29 @@ def test_no_collective_call_gives_up_before_the_watch_over_ranks(processes: Any,
         assert set(found.values()) == {timedelta(seconds=20600)}
 
 
+@pytest.fixture
+def first_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "x"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+
+
+@pytest.mark.usefixtures("first_of_two")
 def test_the_watch_over_ranks_is_as_configured() -> None:
-    watch = watch_of(
-        configured(
-            "fault_tolerance.workload_check_interval=0.25",
-            "fault_tolerance.silence_timeout=11",
-            "fault_tolerance.initial_rank_heartbeat_timeout=12",
-            "fault_tolerance.rank_heartbeat_timeout=null",
-            "fault_tolerance.calculate_timeouts=false",
-            "fault_tolerance.safety_factor=13",
-            "fault_tolerance.minimum_heartbeat_timeout=14",
-            "straggler_detection_params.report_time_interval=16",
-            "straggler_detection_params.gpu_relative_perf_threshold=0.6",
-            "straggler_detection_params.stop_if_detected=true",
-        )
+    settings = configured(
+        "fault_tolerance.workload_check_interval=0.25",
+        "fault_tolerance.silence_timeout=11",
+        "fault_tolerance.initial_rank_heartbeat_timeout=12",
+        "fault_tolerance.rank_heartbeat_timeout=null",
+        "fault_tolerance.calculate_timeouts=false",
+        "fault_tolerance.safety_factor=13",
+        "fault_tolerance.minimum_heartbeat_timeout=14",
+        "straggler_detection_params.report_time_interval=16",
+        "straggler_detection_params.gpu_relative_perf_threshold=0.6",
+        "straggler_detection_params.stop_if_detected=true",
     )
-    try:
+    with watched(settings.trainer, settings.exp_manager) as watch:
+        watch.begin(watch.serve(), "")
         assert watch.progress is not None
         assert watch.progress.limits == Limits(12.0, float("inf"), calculate=False, safety_factor=13.0, least=14.0)
         client, server = watch.client, watch.server
@@ -102,32 +108,32 @@ def test_the_watch_over_ranks_is_as_configured() -> None:
         assert server is not None
         assert server.stragglers is not None
         assert (client.interval, client.silence) == (server.interval, server.watch.silence) == (0.25, 11.0)
-        assert (server.watch.world_size, server.watch.first) == (2, 12.0)
         assert (server.stragglers.interval, server.stragglers.threshold) == (16.0, 0.6)
         assert server.stop_if_straggler
-        (callback,) = watch.callbacks()
-        assert callback.probe_interval == 4.0  # type: ignore[attr-defined]
-    finally:
-        watch.close()
+        assert HealthCallback(watch).probe_interval == 4.0
 
 
+@pytest.mark.usefixtures("first_of_two")
 def test_what_the_watch_over_ranks_leaves_out_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    watch = watch_of(configured("create_straggler_detection_callback=false"))
-    watch.close()
-    assert watch.server is not None
-    assert watch.server.stragglers is None
+    settings = configured("create_straggler_detection_callback=false")
+    with watched(settings.trainer, settings.exp_manager) as watch:
+        watch.serve()
+        assert watch.server is not None
+        assert watch.server.stragglers is None
     assert caplog.text == ""
-    assert watch_of(configured("create_fault_tolerance_callback=false")).callbacks() == []
+    settings = configured("create_fault_tolerance_callback=false")
+    with watched(settings.trainer, settings.exp_manager) as watch:
+        assert watch.serve() == ""
     assert "slow ranks are not looked for" in caplog.text
 
 
 def test_closing_work_is_known_to_the_watch_over_ranks(tmp_path: Path) -> None:
     """After the last validation the phase of a step would be on: five minutes for an export, then it counts as hung."""
-    watch = RunWatch(Launch(0, 2, 0, "torchrun"), Progress(Limits()))
+    watch = RunWatch(Process(0, 2, 0, 2), configured().exp_manager)
     progress, seen = watch.progress, []
     assert progress is not None
-    directory = RunDirectory.prepare({"explicit_log_dir": str(tmp_path)})
-    frame = RunFrame(configured(), watch, Interruption(), torch.device("cpu"), directory, None)
+    directory = RunDirectory.prepare(tmp_path)
+    frame = RunFrame(configured(), watch, Interruption(), torch.device("cpu"), directory, None, AgentNotes(Process()))
 
     def train() -> None:
         for _ in range(2):
@@ -149,7 +155,7 @@ def test_closing_work_is_known_to_the_watch_over_ranks(tmp_path: Path) -> None:
 )
 def test_devices_that_are_not_there_are_refused(devices: Any, accelerator: str, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
-        join(devices, 1, accelerator)
+        find_device(Process(), devices, accelerator)
 
 
 def test_a_run_does_what_the_keys_of_the_loop_and_of_exp_manager_say(tmp_path: Path) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from nemo_aligner_diffusion.config import schema
@@ -14,11 +15,13 @@ from nemo_aligner_diffusion.config.nemo_names import (
     pattern_without_effect,
     reason_without_effect,
 )
+from nemo_aligner_diffusion.config.words import quoted, settled, split, with_words
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.keys import closest
-from nemo_aligner_diffusion.settings import ANY, LOOP
+from nemo_aligner_diffusion.settings import ANY, LOOP, Kind
 from nemo_aligner_diffusion.training.schedules import EITHER_OR
 
+_PART = re.compile(r"^rm\.(parts\.[^.]+\.(reward\.)?)+")  # of a composite reward
 KEY = re.compile(r"[A-Za-z_][\w@/+-]*(\.[\w@/+-]+)*")
 
 
@@ -70,14 +73,29 @@ def parse_override(text: str) -> Override:
         parsed = OverridesParser.create().parse_override(f"key={raw}")
     except HydraException as error:
         if raw.strip()[:1] in ("[", "'", '"') or re.match(r"\{[^}]*:", raw.strip()):
-            raise ConfigurationError(f"{key} = {raw}: cannot be read: {str(error).splitlines()[0]}") from error
+            raise ConfigurationError(f"{key} = {raw}: cannot be read{_how_to_quote(key, raw.strip())}") from error
         return Override(key, raw)
     if parsed.is_sweep_override():
         raise ConfigurationError(
             f"{key} = {raw}: several values separated by commas; write a list as {key}=[{raw}], text with a comma as "
             f"{key}=\"'{raw}'\""
         )
-    return Override(key, parsed.value())
+    return Override(key, with_words(parsed.value(), raw))
+
+
+def _how_to_quote(key: str, raw: str) -> str:
+    """What to write in place of a value that Hydra's grammar has no reading for."""
+    opening, closing = raw[:1], {"[": "]", "{": "}"}.get(raw[:1], raw[:1])
+    if len(raw) < 2 or not raw.endswith(closing):
+        return f": expected {closing} at its end"
+    if opening != "[":
+        return ": text with other than letters, digits and spaces needs quotes in it, such as {label: 'it is: a cat'}"
+    if (raw.count("'") + raw.count('"')) % 2:
+        texts = [text.strip() for text in raw[1:-1].split(",")]  # an apostrophe, no quotation mark
+    else:
+        texts = [text[1:-1] if text[:1] in ("'", '"') and text[-1:] == text[:1] else text for text in split(raw[1:-1])]
+    written = f"{key}=[{','.join(map(quoted, texts))}]"
+    return f": text with other than letters, digits and spaces needs quotes: {shlex.quote(written)}"
 
 
 def add_layer(
@@ -94,6 +112,8 @@ def add_layer(
         ConfigurationError: an unknown key, or two spellings of one key that disagree.
     """
     given: dict[str, Any] = {}
+    leaves = {key: settled(value, _kind_in_the_end(key, loop, recipes)) for key, value in layer.leaves.items()}
+    layer = replace(layer, leaves=leaves)
     for key, value in layer.leaves.items():
         own = _own_loop(key, loop, recipes)
         if own != key and own in layer.leaves:
@@ -130,6 +150,14 @@ def add_layer(
             continue  # an empty section in YAML says nothing
         _set(result, key, value)
     return result
+
+
+def _kind_in_the_end(key: str, loop: str, recipes: Collection[str]) -> Kind | None:
+    """The kind of a key or of the one that it is another spelling of; in a part of a reward, of the reward's own."""
+    key = _own_loop(key, loop, recipes)
+    if key in ALIASES:
+        key = ALIASES[key].target.replace(LOOP, loop)
+    return schema.kind_of(_PART.sub("rm.", key), loop) or schema.kind_of(key, loop)
 
 
 def _own_loop(key: str, loop: str, recipes: Collection[str]) -> str:

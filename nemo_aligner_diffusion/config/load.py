@@ -34,8 +34,12 @@ from nemo_aligner_diffusion.config.layers import (
 )
 from nemo_aligner_diffusion.config.reward_checks import check_reward
 from nemo_aligner_diffusion.config.reward_keys import REWARDS
+from nemo_aligner_diffusion.config.words import is_secret, of_the_environment, with_yaml_words
 from nemo_aligner_diffusion.errors import ConfigurationError
+from nemo_aligner_diffusion.formats.yaml_reader import read_yaml
 from nemo_aligner_diffusion.keys import closest, flatten, unflatten
+from nemo_aligner_diffusion.runtime.process import this_process
+from nemo_aligner_diffusion.settings import ANY
 from nemo_aligner_diffusion.training.settings import RunSettings
 
 logger = logging.getLogger(__name__)
@@ -92,7 +96,8 @@ def load_config(
         recipe: the recipe under a user's YAML.
 
     Returns:
-        The resolved, complete configuration with the canonical keys only.
+        The resolved, complete configuration with the canonical keys only. Texts of the environment
+        (``${oc.env:TOKEN}``) alone stay references, so that ``--cfg`` and ``config.yaml`` do not show them.
 
     Raises:
         ConfigurationError: a key or value cannot be used; one clear message.
@@ -127,7 +132,13 @@ def load_config(
 
     leaves = _resolve(tree)
     leaves = {key: value for key, value in leaves.items() if schema.kind_of(key, loop) is not None}
-    cfg = OmegaConf.create(unflatten(_methods_own(schema.read_values(leaves, loop))))
+    used = _methods_own(schema.read_values(leaves, loop))
+    used |= {
+        key: text
+        for key, text in of_the_environment(tree).items()
+        if key in used and is_secret(schema.kind_of(key, loop) or ANY)
+    }
+    cfg = OmegaConf.create(unflatten(used))
     settings = RunSettings.of(cfg)
     check_reward(cfg)
     notes.extend(_unread(command_line.leaves, settings))
@@ -215,21 +226,20 @@ def _read_user_file(folder: Path, name: str, selections: list[Override]) -> dict
         holds = f"it holds {', '.join(there)}" if there else "it holds no YAML file"
         raise ConfigurationError(f"--config-name {name!r}: there is no {name}.yaml in {folder}; {holds}")
     try:
-        loaded = OmegaConf.load(file)
-        container = OmegaConf.to_container(loaded, resolve=False)
-    except UnicodeDecodeError as error:
-        raise ConfigurationError(f"{file} is not UTF-8 text: {error}") from error
+        container = read_yaml(file)
     except OSError as error:
         raise ConfigurationError(f"{file} cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # PyYAML's errors have no common base that OmegaConf keeps
-        raise ConfigurationError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise ConfigurationError(f"{file} {error}") from error
     if not isinstance(container, dict):
         raise ConfigurationError(f"{file}: expected keys and values, found {type(container).__name__}")
+    text = file.read_text(encoding="utf-8")
     if "defaults" not in container:
-        return {str(key): value for key, value in container.items()}
+        return {str(key): value for key, value in with_yaml_words(container, text).items()}
     # Groups that the file itself composes are picked in it; others only in the recipe below it.
     inside = [item for item in selections if re.search(rf"(^|/|\s){item.key}\b", str(container["defaults"]))]
-    return _compose(folder, name, [f"{item.key}={item.value}" for item in inside], conf_directory())
+    composed = _compose(folder, name, [f"{item.key}={item.value}" for item in inside], conf_directory())
+    return with_yaml_words(composed, text)
 
 
 def _selected_layer(item: Override, base: str, own_folder: Path) -> Layer:
@@ -246,7 +256,7 @@ def _selected_layer(item: Override, base: str, own_folder: Path) -> Layer:
                 content = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
                 assert isinstance(content, dict)
                 content.pop("defaults", None)
-                leaves.update(flatten({package: content}, dotted=True))
+                leaves.update(flatten({package: with_yaml_words(content, text)}, dotted=True))
                 break
     return Layer(leaves, origin=f"{item.key}={option}")
 
@@ -301,7 +311,7 @@ def _unread(given: Mapping[str, Any], settings: RunSettings) -> list[Note]:
 
 def _warn(notes: Sequence[Note]) -> None:
     """One warning for all, keys with the same reason together, from the first process only."""
-    if not notes or os.environ.get("RANK", "0") != "0":
+    if not notes or not this_process().is_rank_zero:
         return
     by_reason: dict[str, list[str]] = {}
     for note in dict.fromkeys(notes):

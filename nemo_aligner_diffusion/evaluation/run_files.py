@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import re
 from collections.abc import Callable
@@ -12,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from nemo_aligner_diffusion.errors import first_line
+from nemo_aligner_diffusion.formats.files import parse_json, read_bytes
+from nemo_aligner_diffusion.formats.yaml_reader import read_yaml
 
 Table = dict[str, list[float]]
-_MOST_CONFIG, _DEEPEST = 4_000_000, 50  # characters of a config.yaml, and its levels
 _MOST_COLUMNS = 200  # of a table
 
 
@@ -139,39 +139,14 @@ def read_config(folder: Path, problems: list[str]) -> dict[str, Any]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    import yaml
-    from omegaconf import OmegaConf
-
-    text = path.read_text(encoding="utf-8")
-    if len(text) > _MOST_CONFIG:
-        raise ValueError(f"it has {len(text):,} characters, a configuration has a few thousand")
-    depth = 0
-    for event in yaml.parse(text, yaml.SafeLoader):
-        if isinstance(event, yaml.AliasEvent):  # eight lines of them are a configuration that takes all memory
-            raise ValueError("it has YAML aliases, which no run writes")
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > _DEEPEST:
-            raise ValueError(f"it is nested more than {_DEEPEST} deep")
-    config = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    config = read_yaml(path)
     if not isinstance(config, dict):
         raise ValueError("expected a mapping of keys")
     return {str(key): value for key, value in config.items()}
 
 
-def parse_json(text: str) -> Any:
-    """A document of others: integers of any length are floats, and deep nesting is a ``ValueError``."""
-    value = json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 19 else float(digits))
-    level, depth = [value], 0
-    while level:
-        if depth > _DEEPEST:
-            raise ValueError(f"it is nested more than {_DEEPEST} deep")
-        inner = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, (dict, list))]
-        level, depth = [value for values in inner for value in values], depth + 1
-    return value
-
-
 def _read_object(path: Path) -> dict[str, Any]:
-    value = parse_json(path.read_text(encoding="utf-8"))
+    value = parse_json(read_bytes(path))
     if not isinstance(value, dict):
         raise ValueError("expected a JSON object")
     return value
@@ -179,7 +154,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 def _read_prompt_rewards(path: Path) -> tuple[int | None, list[dict[str, Any]]]:
     """``{"step": n, "prompts": [{prompt, seed, base_reward, reward}, …]}``, or a list of such (the last one counts)."""
-    value = parse_json(path.read_text(encoding="utf-8"))
+    value = parse_json(read_bytes(path))
     if isinstance(value, list):
         value = value[-1]
     rows = [

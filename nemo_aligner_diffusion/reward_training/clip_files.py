@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from nemo_aligner_diffusion.errors import CheckpointError, ConfigurationError
+from nemo_aligner_diffusion.formats.files import read_json
 from nemo_aligner_diffusion.rewards.clip.archive import convert_hf_clip_to_nemo
 from nemo_aligner_diffusion.rewards.clip.reward import CLIPReward
 from nemo_aligner_diffusion.rewards.preprocessing import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
@@ -108,10 +109,5 @@ def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
 
 
 def _preprocessor(folder: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / 'preprocessor_config.json'} cannot be read: {error}") from error
-    return settings if isinstance(settings, dict) else {}
+    path = folder / "preprocessor_config.json"
+    return read_json(path, CheckpointError) if path.exists() else {}

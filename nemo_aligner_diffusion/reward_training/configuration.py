@@ -18,8 +18,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_aligner_diffusion.config.layers import parse_override
 from nemo_aligner_diffusion.config.load import conf_directory
+from nemo_aligner_diffusion.config.words import is_secret, of_the_environment, settled, with_yaml_words
 from nemo_aligner_diffusion.data.settings import ReadingSettings
 from nemo_aligner_diffusion.errors import ConfigurationError
+from nemo_aligner_diffusion.formats.yaml_reader import read_yaml
 from nemo_aligner_diffusion.keys import closest, flatten, unflatten
 from nemo_aligner_diffusion.runtime.settings import MachineSettings
 from nemo_aligner_diffusion.settings import (
@@ -216,7 +218,7 @@ def load_reward_config(
     Raises:
         ConfigurationError: an unknown key or an impossible value; one clear message, with the nearest key.
     """
-    leaves = _read(conf_directory() / f"{CONFIG_NAME}.yaml")
+    leaves = _over({}, _read(conf_directory() / f"{CONFIG_NAME}.yaml"), CONFIG_NAME)
     name = config_name.removesuffix(".yaml").removesuffix(".yml")
     if config_dir is not None:
         file = Path(config_dir).expanduser() / f"{name}.yaml"
@@ -232,8 +234,10 @@ def load_reward_config(
         if item.delete:
             raise ConfigurationError(f"~{item.key}: a setting cannot be deleted; set it, for example {item.key}=null")
         given.update(flatten({item.key: item.value}, dotted=True))
-    leaves = _resolved(_over(leaves, given, "command line"))
-    cfg = OmegaConf.create(unflatten({key: _kind(key).read(key, value) for key, value in leaves.items()}))
+    leaves = _over(leaves, given, "command line")
+    values = {key: _kind(key).read(key, value) for key, value in _resolved(leaves).items()}
+    values |= {key: text for key, text in of_the_environment(leaves).items() if is_secret(_kind(key))}
+    cfg = OmegaConf.create(unflatten(values))
     RewardTrainingSettings.of(cfg)
     return cfg
 
@@ -256,16 +260,20 @@ def _read(file: Path) -> dict[str, Any]:
             f"{file} does not exist; expected a YAML file with the keys of conf/{CONFIG_NAME}.yaml"
         )
     try:
-        container = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-    except Exception as error:  # PyYAML's errors have no common base that OmegaConf keeps
-        raise ConfigurationError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
+        container = read_yaml(file)
+    except OSError as error:
+        raise ConfigurationError(f"{file} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ConfigurationError(f"{file} {error}") from error
     if not isinstance(container, dict):
         raise ConfigurationError(f"{file}: expected keys and values, found {type(container).__name__}")
-    return flatten({str(key): value for key, value in container.items()})
+    worded = with_yaml_words(container, file.read_text(encoding="utf-8"))
+    return flatten({str(key): value for key, value in worded.items()})
 
 
 def _over(leaves: Mapping[str, Any], given: Mapping[str, Any], origin: str) -> dict[str, Any]:
     result = dict(leaves)
+    given = {key: settled(value, _find_kind(ALIASES.get(key, key))) for key, value in given.items()}
     for key, value in given.items():
         target = ALIASES.get(key, key)
         if target != key and given.get(target, value) != value:

@@ -26,7 +26,7 @@ from nemo_aligner_diffusion.reward_training.outcome import write_reward_report
 from nemo_aligner_diffusion.reward_training.preference_clip import PreferenceCLIP, TrainedParts
 from nemo_aligner_diffusion.reward_training.preference_data import PreferenceDataModule
 from nemo_aligner_diffusion.rewards.clip.reward import CLIPReward
-from nemo_aligner_diffusion.runtime.faults import RunWatch, watched
+from nemo_aligner_diffusion.runtime.watch import watched
 from nemo_aligner_diffusion.training.build import optimizer_factory
 from nemo_aligner_diffusion.training.callbacks.interruption import Interruption
 from nemo_aligner_diffusion.training.callbacks.metrics import MetricsCSV
@@ -56,6 +56,13 @@ class PreferenceProgress(TrainingProgress):
         )
 
 
+class ConfiguredEarlyStopping(EarlyStopping):
+    """Goes on from a checkpoint with the patience that is configured now."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict({**state_dict, "patience": self.patience})
+
+
 def run_reward_training(cfg: Mapping[str, Any], interruption: Interruption | None = None) -> int:
     """Train as ``cfg`` says and leave the run directory complete.
 
@@ -74,12 +81,15 @@ def run_reward_training(cfg: Mapping[str, Any], interruption: Interruption | Non
     """
     quiet()
     settings = RewardTrainingSettings.of(cfg)
-    with watched(settings.trainer, settings.exp_manager) as watch:
-        return _run(settings, watch, interruption or Interruption())
+    with (
+        watched(settings.trainer, settings.exp_manager) as watch,
+        RunFrame.open(settings, watch, interruption or Interruption()) as frame,
+    ):
+        return _run(settings, frame)
 
 
-def _run(settings: RewardTrainingSettings, watch: RunWatch, interruption: Interruption) -> int:
-    frame = RunFrame.open(settings, watch, interruption)
+def _run(settings: RewardTrainingSettings, frame: RunFrame) -> int:
+    watch = frame.watch
     loop, section = settings.loop, settings.model
     directory = frame.directory
     watch.phase("loading the model")
@@ -91,7 +101,7 @@ def _run(settings: RewardTrainingSettings, watch: RunWatch, interruption: Interr
     layout = Layout(data=settings.trainer.world_size)
     module = build_module(settings, reward, policy, Parallelism(layout))
 
-    frame.begin()
+    frame.begin(module)
     validates = data.validation is not None and loop.val_check_interval > 0
     best = BestWeights(loop.early_stopping.metric)
     stopping = loop.early_stopping
@@ -102,7 +112,7 @@ def _run(settings: RewardTrainingSettings, watch: RunWatch, interruption: Interr
     ]
     if validates and stopping.patience > 0:
         callbacks.append(
-            EarlyStopping(
+            ConfiguredEarlyStopping(
                 f"val_{stopping.metric}",
                 mode="min" if stopping.metric == "loss" else "max",
                 patience=stopping.patience,

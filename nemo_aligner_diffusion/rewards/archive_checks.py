@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nemo_aligner_diffusion.errors import ArchiveError
+from nemo_aligner_diffusion.errors import ArchiveError, printable
 from nemo_aligner_diffusion.formats.nemo import NemoArchive
 
 _MOST_LISTED = 8
@@ -31,7 +31,7 @@ def misfits(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
         if key in state and state[key].shape != expected[key].shape
     ]
     found += [f"{key} {tuple(expected[key].shape)} is missing" for key in expected if key not in state]
-    found += [f"{key[:200]} {tuple(state[key].shape)} has no place" for key in state if key not in expected]
+    found += [f"{printable(key)} {tuple(state[key].shape)} has no place" for key in state if key not in expected]
     found += [
         f"{key} holds {state[key].dtype}, not floating-point numbers"
         for key in expected

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from nemo_aligner_diffusion.errors import ConfigurationError
@@ -83,23 +82,6 @@ class MachineSettings(Settings):
     @property
     def has_loss_scale(self) -> bool:
         return self.lightning_precision == "16-mixed"
-
-    def check_launcher(self, environment: Mapping[str, str]) -> None:
-        """Compare the configured devices with what ``torchrun`` started, where it did.
-
-        Raises:
-            ConfigurationError: they differ: the batch arithmetic would be wrong.
-        """
-        if "TORCHELASTIC_RUN_ID" not in environment or "WORLD_SIZE" not in environment:
-            return
-        started = int(environment["WORLD_SIZE"])
-        if started != self.world_size:
-            local = int(environment.get("LOCAL_WORLD_SIZE", started))
-            raise ConfigurationError(
-                f"torchrun started {started} processes ({local} on this machine), but trainer.devices × "
-                f"trainer.num_nodes = {self.devices_per_node} × {self.num_nodes} = {self.world_size}: add "
-                f"trainer.devices={local} trainer.num_nodes={started // local}"
-            )
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,9 @@ from nemo_aligner_diffusion.parallel.broadcast import load_once, on_every_proces
 from nemo_aligner_diffusion.rewards import build_reward, restore_reward
 from nemo_aligner_diffusion.rewards.base import Reward
 from nemo_aligner_diffusion.rewards.build import import_paths
-from nemo_aligner_diffusion.runtime.directory import remove_if_not_begun
-from nemo_aligner_diffusion.runtime.faults import RunWatch, watched
 from nemo_aligner_diffusion.runtime.files import write_atomic
 from nemo_aligner_diffusion.runtime.startup import Startup, take
+from nemo_aligner_diffusion.runtime.watch import RunWatch, watched
 from nemo_aligner_diffusion.training.build import build_model, build_module
 from nemo_aligner_diffusion.training.callbacks.ema import EMACallback
 from nemo_aligner_diffusion.training.callbacks.interruption import Interruption
@@ -98,7 +97,7 @@ def run_training(cfg: Mapping[str, Any] | RunSettings, interruption: Interruptio
     """Train as ``cfg`` says and leave the run directory complete.
 
     A program of several processes that calls this should leave by
-    :func:`~nemo_aligner_diffusion.runtime.launch.end`, which says why.
+    :func:`~nemo_aligner_diffusion.runtime.ending.end`, which says why.
 
     Args:
         cfg: from :func:`~nemo_aligner_diffusion.config.load.load_config`.
@@ -120,12 +119,8 @@ def run_training(cfg: Mapping[str, Any] | RunSettings, interruption: Interruptio
 def train(settings: RunSettings, watch: RunWatch, interruption: Interruption, given: Given | None = None) -> Ended:
     """:func:`run_training` for programs: with objects of theirs, and what was tuned in their hands."""
     given, startup = given or Given(), take()
-    frame = RunFrame.open(settings, watch, interruption, startup.enter)
-    try:
+    with RunFrame.open(settings, watch, interruption, startup.enter) as frame:
         return _train(settings, frame, startup, given)
-    except BaseException:
-        remove_if_not_begun(frame.directory.path, given.prompts)
-        raise
 
 
 def _train(settings: RunSettings, frame: RunFrame, startup: Startup, given: Given) -> Ended:
@@ -135,6 +130,7 @@ def _train(settings: RunSettings, frame: RunFrame, startup: Startup, given: Give
     # a user's own is imported before anything is loaded
     on_every_process(lambda: (given.method or settings.method()).check(section.infer.inference_steps))
     for name, prompts in given.prompts.items():
+        frame.inputs.append(name)
         write_atomic(directory.path / name, "".join(f"{prompt}\n" for prompt in prompts))
     data = _build_data(settings)
     watch.phase("opening the data")
@@ -157,7 +153,7 @@ def _train(settings: RunSettings, frame: RunFrame, startup: Startup, given: Give
     startup.enter("checking the pipeline")
     on_every_process(module.check_pipeline)
     startup.enter("run directory")
-    frame.begin()
+    frame.begin(module)
     ema = EMACallback(settings.exp_manager.ema) if settings.exp_manager.ema.enable else None
     callbacks: list[pl.Callback] = [
         StartupCallback(startup, directory.path),

@@ -104,6 +104,7 @@ class ProgramSettings(Settings):
 
     Attributes:
         tree: the whole configuration that was read, for what other rooms read of it: ``rm``, the method's section.
+        shown: the same for ``config.yaml``: texts of the environment are references (``${oc.env:TOKEN}``).
     """
 
     title = "Run"
@@ -112,6 +113,7 @@ class ProgramSettings(Settings):
     trainer: MachineSettings = part(MachineSettings)
     exp_manager: ExperimentSettings = part(ExperimentSettings)
     tree: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    shown: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls: type[Self], cfg: Mapping[str, Any] | Self) -> Self:
@@ -122,9 +124,12 @@ class ProgramSettings(Settings):
         """
         if isinstance(cfg, cls):
             return cfg
-        tree: Any = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else cfg
+        tree: Any = cfg
+        shown: Any = cfg
+        if isinstance(cfg, DictConfig):
+            tree, shown = (OmegaConf.to_container(cfg, resolve=resolve) for resolve in (True, False))
         loops = [name for name, section in tree["trainer"].items() if isinstance(section, Mapping)]
-        settings = replace(cls.from_tree(tree, *loops[:1]), tree=tree)
+        settings = replace(cls.from_tree(tree, *loops[:1]), tree=tree, shown=shown)
         settings.check()
         return settings
 
@@ -139,8 +144,8 @@ class ProgramSettings(Settings):
         """The same run, going on where its directory stands."""
         section = replace(self.exp_manager, resume_if_exists=True, resume_ignore_no_checkpoint=True)
         changed = {"resume_if_exists": True, "resume_ignore_no_checkpoint": True}
-        tree = {**self.tree, "exp_manager": {**self.tree["exp_manager"], **changed}}
-        return replace(self, exp_manager=section, tree=tree)
+        tree, shown = ({**tree, "exp_manager": {**tree["exp_manager"], **changed}} for tree in (self.tree, self.shown))
+        return replace(self, exp_manager=section, tree=tree, shown=shown)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemo_aligner_diffusion.errors import printable
+
 MOST_DIMENSIONS = 16
 MOST_DIGITS_OF_A_NUMBER = 16  # bytes of a LONG1; sizes have 8
 # Tied weights store a tensor once under several names. All tensors together may have this many times the stored bytes,
@@ -257,7 +259,7 @@ class _Interpreter:
     def _global(self) -> None:
         name = f"{self._line()}.{self._line()}"
         if name.startswith(("torch._utils._rebuild_sparse", "torch._utils._rebuild_q", "torch._utils._rebuild_meta")):
-            raise NotDenseError(f"it holds a tensor made by {name[:80]}")
+            raise NotDenseError(f"it holds a tensor made by {printable(name, 80)}")
         if name not in _ALLOWED:
             raise ForbiddenGlobalError(name)
         self._stack.append(_Global(name))
@@ -271,10 +273,10 @@ class _Interpreter:
         dtype = _STORAGES[storage.name]
         size = dtype.itemsize
         if key not in self._record_bytes:
-            raise ValueError(f"the pickle refers to the storage {key[:80]!r}, which is not there")
+            raise ValueError(f"the pickle refers to the storage '{printable(key, 80)}', which is not there")
         if elements < 0 or elements * size != self._record_bytes[key]:
             raise ValueError(
-                f"the pickle gives storage {key[:80]!r} {elements} elements of {size} bytes; "
+                f"the pickle gives storage '{printable(key, 80)}' {elements} elements of {size} bytes; "
                 f"its record has {self._record_bytes[key]} bytes"
             )
         if key not in self._stored:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from nemo_aligner_diffusion.errors import ArchiveError
-from nemo_aligner_diffusion.formats.nemo.common import BLOCK_BYTES, Limits, archive_error, short
+from nemo_aligner_diffusion.errors import ArchiveError, printable
+from nemo_aligner_diffusion.formats.nemo.common import BLOCK_BYTES, Limits, archive_error
 
 if TYPE_CHECKING:
     import torch
@@ -41,20 +41,20 @@ def load_tensors(
     except ForbiddenGlobalError as error:
         raise archive_error(
             path,
-            f"has a {name} whose pickle asks for {short(error)!r}: code, not only tensors; none was run",
+            f"has a {name} whose pickle asks for {printable(error)!r}: code, not only tensors; none was run",
             "Only plain state dicts are loaded. Do not trust this archive.",
         ) from error
     except NotDenseError as error:
         raise archive_error(
             path,
-            f"has a {name} with a tensor that is not dense: {short(error)}",
+            f"has a {name} with a tensor that is not dense: {printable(error)}",
             "Save it with .cpu().contiguous() and without quantisation.",
         ) from error
     # zipfile has no common base for what it raises on damaged or hostile input.
     except Exception as error:
         raise archive_error(
             path,
-            f"has a {name} that cannot be loaded as plain tensors ({type(error).__name__}: {short(error)})",
+            f"has a {name} that cannot be loaded as plain tensors ({type(error).__name__}: {printable(error)})",
             "It should be a torch.save'd state dict; download or save the archive again.",
         ) from error
 
@@ -110,7 +110,7 @@ def _read_records(path: Path, name: str, size_bytes: int, stream: IO[bytes], lim
         if (broken := records.testzip()) is not None:
             raise archive_error(
                 path,
-                f"has a damaged {name}: the checksum of its record {short(broken)!r} is wrong",
+                f"has a damaged {name}: the checksum of its record {printable(broken)!r} is wrong",
                 "Download the file again (or save it with torch.serialization.set_crc32_options(True)).",
             )
         top = pickles[0].filename.removesuffix("data.pkl")
@@ -171,7 +171,7 @@ def _checked_tensors(path: Path, loaded: Any) -> dict[str, torch.Tensor]:
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise archive_error(
                 path,
-                f"has a state dict whose entry {short(name)!r} is a {type(value).__name__}",
+                f"has a state dict whose entry {printable(name)!r} is a {type(value).__name__}",
                 "Every entry of a state dict is a tensor with a string for its name.",
             )
         tensors[name] = value

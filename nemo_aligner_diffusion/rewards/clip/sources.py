@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from nemo_aligner_diffusion.errors import CheckpointError, first_line
+from nemo_aligner_diffusion.errors import CheckpointError
 from nemo_aligner_diffusion.formats import open_clip as open_clip_layout
 from nemo_aligner_diffusion.formats.checkpoints import read_tensors
+from nemo_aligner_diffusion.formats.files import read_json
 from nemo_aligner_diffusion.formats.hub import locate
 from nemo_aligner_diffusion.formats.open_clip import OpenClipChoices
 from nemo_aligner_diffusion.rewards.archive_checks import misfits
@@ -139,7 +139,7 @@ def read_clip(path: Path, choices: OpenClipChoices) -> ClipWeights:
             f"{path}: its tensors ({', '.join(list(state)[:3])}, …) are not named as OpenCLIP names them. {beside}"
         )
     config_path = path.parent / OPEN_CLIP_CONFIG
-    given = _read_json(config_path) if config_path.is_file() else {}
+    given = read_json(config_path, CheckpointError) if config_path.is_file() else {}
     sections, converted = open_clip_layout.hf_layout(state, path, choices, _section(given, "model_cfg"))
     preprocessing = _section(given, "preprocess_cfg")
     resize = str(preprocessing.get("resize_mode") or "shortest")
@@ -163,7 +163,7 @@ def read_clip(path: Path, choices: OpenClipChoices) -> ClipWeights:
 def _read_hf(folder: Path, weights: Path, choices: OpenClipChoices) -> ClipWeights:
     from transformers import CLIPConfig
 
-    kind = _read_json(folder / "config.json").get("model_type")
+    kind = read_json(folder / "config.json", CheckpointError).get("model_type")
     if kind != "clip":
         raise CheckpointError(
             f"{folder}: config.json describes a model of type {str(kind)[:100]!r}; expected 'clip'. SigLIP, BLIP and "
@@ -208,7 +208,7 @@ def hf_preprocessing(folder: Path, image_size: int) -> dict[str, Any]:
         CheckpointError: it prepares pictures in a way that cannot be followed.
     """
     path = _first(folder, _PROCESSORS)
-    stated = _read_json(path) if path is not None else {}
+    stated = read_json(path, CheckpointError) if path is not None else {}
     given = _section(stated, "image_processor") or stated
     size, crop = given.get("size"), given.get("crop_size")
     resize = "crop_down"
@@ -241,7 +241,7 @@ def _parts(weights: Path) -> list[Path]:
     """The files of a checkpoint that may be an index of several."""
     if weights.suffix != ".json":
         return [weights]
-    names = sorted({str(name) for name in _section(_read_json(weights), "weight_map").values()})
+    names = sorted({str(name) for name in _section(read_json(weights, CheckpointError), "weight_map").values()})
     if not names or any(Path(name).name != name for name in names):
         raise CheckpointError(f"{weights}: its weight_map names no files of this folder.")
     return [weights.parent / name for name in names]
@@ -254,13 +254,3 @@ def _first(folder: Path, names: tuple[str, ...]) -> Path | None:
 def _section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     section = config.get(key)
     return section if isinstance(section, Mapping) else {}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: no readable JSON ({first_line(error)}).") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}; expected an object.")
-    return content

@@ -45,7 +45,7 @@ class InterruptionCallback(pl.Callback):
         # one rank may see the signal a step before another, or alone: all must stop at the same one
         mine = torch.tensor(int(self.interruption.requested or 0), device=pl_module.device)
         if number := int(trainer.strategy.reduce(mine, reduce_op="max")):
-            self.interruption.hear_of(signal.Signals(number))
+            self.interruption.note_signal_elsewhere(signal.Signals(number))
             self.interruption.stopped_training = True
             self._stop.stop(trainer)
 
