@@ -257,13 +257,13 @@ def test_settings_of_a_run_that_are_none_are_named(adapter: Path, infer: str, me
 def test_a_damaged_configuration_is_not_passed_over_in_silence(
     pipeline_folder: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (adapter.parent / "config.yaml").write_text("a: &a [x, x]\nb: *a\n")
+    (adapter.parent / "config.yaml").write_text("model: {infer: {inference_steps: 7}}\nrm: [")
     try:
         run(pipeline_folder, tmp_path / "out", "--lora", str(adapter))
     finally:
         (adapter.parent / "config.yaml").unlink()
     warned = capsys.readouterr().err
-    assert "config.yaml cannot be read (ValueError: it has YAML aliases" in warned
+    assert "config.yaml cannot be read (ValueError: " in warned
     assert "the pictures are made with the shipped settings" in warned
 
 

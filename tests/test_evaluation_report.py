@@ -346,7 +346,7 @@ def test_a_configuration_of_aliases_is_not_expanded(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     levels = [f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]" for i in range(1, 12)]
     (run / "config.yaml").write_text("\n".join(["l0: &l0 [0, 0]", *levels]))
-    assert "config.yaml cannot be read (ValueError: it has YAML aliases" in unescape(read(write_report(run))[0])
+    assert "config.yaml cannot be read (ValueError: " in unescape(read(write_report(run))[0])
 
 
 def test_rows_that_are_damaged_are_counted(tmp_path: Path) -> None:

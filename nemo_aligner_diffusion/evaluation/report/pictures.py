@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from PIL import Image
 
 from nemo_aligner_diffusion.errors import first_line
 from nemo_aligner_diffusion.evaluation.figures import encode_png, read_grid
-from nemo_aligner_diffusion.evaluation.run_files import RunFiles
+from nemo_aligner_diffusion.evaluation.run_files import RunFiles, finite
 
 _MOST_PAIRS = 48
 _MOST_PROMPTS_OVER_TIME = 8
@@ -81,7 +80,7 @@ def before_after(run: RunFiles) -> dict[str, Any]:
 
 
 def _pair(grid: Grid, cell: dict[str, Any]) -> dict[str, Any]:
-    base, tuned = _score(cell, "base_reward"), _score(cell, "reward")
+    base, tuned = finite(cell.get("base_reward")), finite(cell.get("reward"))
     return {
         "prompt": cell["prompt"],
         "seed": cell.get("seed"),
@@ -91,11 +90,6 @@ def _pair(grid: Grid, cell: dict[str, Any]) -> dict[str, Any]:
         "reward": tuned,
         "gain": None if base is None or tuned is None else tuned - base,
     }
-
-
-def _score(cell: dict[str, Any], name: str) -> float | None:
-    value = cell.get(name)
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 def over_training(run: RunFiles) -> dict[str, Any] | None:
@@ -114,10 +108,10 @@ def over_training(run: RunFiles) -> dict[str, Any] | None:
     rows = []
     for key in keys:
         first = places[0][key]
-        cells = [("base", grids[0].cut(first["base"], _STEP_SIDE), _score(first, "base_reward"))]
+        cells = [("base", grids[0].cut(first["base"], _STEP_SIDE), finite(first.get("base_reward")))]
         for grid, place in zip(grids, places, strict=True):
             source = grid.cut(place[key]["tuned"], _STEP_SIDE)
-            cells.append((f"step {grid.step}", source, _score(place[key], "reward")))
+            cells.append((f"step {grid.step}", source, finite(place[key].get("reward"))))
         rows.append((key[0], cells))
     return {"heads": [when for when, _, _ in rows[0][1]], "rows": rows}
 
