@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from nemo_aligner_diffusion.rewards.base import Reward
 
 _DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
-_ANALYTIC_REWARDS = ("symmetry", "compressibility", "incompressibility")
 _IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 
@@ -273,26 +272,26 @@ def _as_variant(model: DiffusionModel, variant: Variant, request: Request) -> Ab
 def _reward(request: Request, run: RunFiles | None, device: torch.device) -> Reward | None:
     """The reward asked for; else the run's own, else the embedded one, as far as they can be had."""
     from nemo_aligner_diffusion.rewards.build import build_reward, import_paths
+    from nemo_aligner_diffusion.rewards.registry import rewards
+    from nemo_aligner_diffusion.rewards.settings import RewardSettings
     from nemo_aligner_diffusion.rewards.support.parted import apply_statistics, check_measured, read_statistics
 
     asked = request.reward
-    if asked is not None and asked.lower() == "none":
-        return None
     if asked is not None:
-        by_name = asked.lower() in _ANALYTIC_REWARDS
-        there = Path(asked).expanduser().exists()
-        by_path = not there and _IMPORT_PATH.fullmatch(asked) is not None
-        if not by_name and not there and not by_path:
-            raise ConfigurationError(
-                f"--reward {asked}: neither a file nor one of {', '.join(_ANALYTIC_REWARDS)}, none; "
-                "expected one of these, a .nemo file, or your own package.module:name"
-            )
-        config: Mapping[str, Any] = {"name": "clip", "model": {"restore_from_path": asked}}
-        if by_name:
-            config = {"name": asked.lower()}
-        elif by_path:
-            config = {"name": "custom", "import_path": asked}
-        return build_reward(config, device=device)
+        # those that need neither a network nor a setting
+        analytic = [name for name, kind in rewards().items() if kind.make is RewardSettings.make]
+        if asked.lower() == "none":
+            return None
+        if asked.lower() in analytic:
+            return build_reward({"name": asked.lower()}, device=device)
+        if Path(asked).expanduser().exists():
+            return build_reward({"name": "clip", "model": {"restore_from_path": asked}}, device=device)
+        if _IMPORT_PATH.fullmatch(asked):
+            return build_reward({"name": "custom", "import_path": asked}, device=device)
+        raise ConfigurationError(
+            f"--reward {asked}: neither a file nor one of {', '.join(analytic)}, none; "
+            "expected one of these, a .nemo file, or your own package.module:name"
+        )
     section = run.setting("rm", {"name": "clip"}) if run else {"name": "clip"}
     section = section if isinstance(section, dict) else {"name": section}
     for key, value in import_paths(section):  # code that a folder names, which may be somebody else's

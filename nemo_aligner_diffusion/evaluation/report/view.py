@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_aligner_diffusion.algorithms.registry import title_of
+from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.evaluation.metrics.base import Tile
 from nemo_aligner_diffusion.evaluation.metrics.registry import metrics
 from nemo_aligner_diffusion.evaluation.report.charts import charts
@@ -14,6 +15,7 @@ from nemo_aligner_diffusion.evaluation.report.findings import findings, planned_
 from nemo_aligner_diffusion.evaluation.report.pictures import before_after, over_training
 from nemo_aligner_diffusion.evaluation.report.usage import usage
 from nemo_aligner_diffusion.evaluation.run_files import RunFiles, last
+from nemo_aligner_diffusion.rewards.registry import read_reward
 
 _SHOWN_ELSEWHERE = {"skipped_steps", "truncated_prompts", "pid", "pipeline"}
 _MOST_ROWS = 1000  # of a table
@@ -58,21 +60,10 @@ def _algorithm(run: RunFiles) -> str:
 
 
 def _reward_name(run: RunFiles) -> str:
-    name = run.setting("rm.name", "clip")
-    path = run.setting("rm.model.restore_from_path")
-    if name == "clip":
-        return f"the reward model {Path(str(path)).name}" if path else "the embedded CLIP reward"
-    if name in ("composite", "ensemble"):
-        article, parts = "a" if name == "composite" else "an", run.setting("rm.parts")
-        return f"{article} {name} of {', '.join(map(str, parts))}" if isinstance(parts, dict) else f"{article} {name}"
-    if name == "classifier":
-        return f"the class {run.setting('rm.target_class')} of a classifier"
-    if name == "detection":
-        action = "the absence of " if run.setting("rm.remove", False) else ""
-        return f"{action}{run.setting('rm.query') or 'what the prompt names'}, by a detector"
-    if name == "custom":
-        return f"the reward {run.setting('rm.import_path')}"
-    return f"{name} (an analytic reward)" if name != "feature_symmetry" else "symmetry in a CLIP's features"
+    try:
+        return read_reward(run.setting("rm"))[0].describe()
+    except ConfigurationError:  # of another version of this project, or damaged
+        return f"the reward {run.setting('rm.name', '')}"
 
 
 def _lead(run: RunFiles) -> str:
