@@ -32,7 +32,7 @@ def test_spoilt_archives_are_refused_or_harmless() -> None:
     _campaign(1000, seed=1)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_ten_thousand_spoilt_archives_are_refused_or_harmless() -> None:
     _campaign(10_000, seed=0)
 
