@@ -96,6 +96,7 @@ def _serve(connection: Connection) -> None:
             return
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
         os.environ.update(dict(zip(names, map(str, (rank, rank, size, size)), strict=True)))
+        os.environ.update({"MASTER_ADDR": "nowhere", "MASTER_PORT": "1"})  # they have met already
         try:
             dist.init_process_group(
                 "gloo",
@@ -108,7 +109,7 @@ def _serve(connection: Connection) -> None:
                 answer = (True, function(*args))
             finally:
                 dist.destroy_process_group()
-                for name in names:
+                for name in (*names, "MASTER_ADDR", "MASTER_PORT"):
                     os.environ.pop(name, None)
         except BaseException:
             answer = (False, traceback.format_exc())

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from nemo_aligner_diffusion.config import schema
-from nemo_aligner_diffusion.config.load import check_launcher, derived, load_config
+from nemo_aligner_diffusion.config.load import load_config
 from nemo_aligner_diffusion.config.nemo_names import ALIASES, NOT_YET, WITHOUT_EFFECT
 from nemo_aligner_diffusion.errors import ConfigurationError
+from nemo_aligner_diffusion.settings import LOOP
+from nemo_aligner_diffusion.training.settings import RunSettings
 
 # The published command with its variables filled in, word for word otherwise.
 PUBLISHED = shlex.split("""
@@ -29,7 +31,7 @@ def test_the_published_command(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         cfg = load_config("draftp_sd", PUBLISHED)
     assert not caplog.text
-    assert derived(cfg).accumulation == 4
+    assert RunSettings.of(cfg).accumulation == 4
     assert cfg.model.algorithm == "draft+"
     assert (cfg.model.kl_coeff, cfg.model.optim.lr) == (0.2, 0.0001)
     assert cfg.model.unet_config.from_pretrained == "/ckpt/unet.bin"
@@ -165,7 +167,7 @@ def test_what_would_train_something_else_is_an_error(key: str) -> None:
 
 def test_the_tables_do_not_contradict_each_other() -> None:
     for key, alias in ALIASES.items():
-        assert schema.kind_of(alias.target.replace(schema.LOOP, "draftp_sd"), "draftp_sd") is not None, key
+        assert schema.kind_of(alias.target.replace(LOOP, "draftp_sd"), "draftp_sd") is not None, key
         assert schema.kind_of(key, "draftp_sd") is None, f"{key} is a key and an alias"
     for key in [*WITHOUT_EFFECT, *NOT_YET]:
         assert key not in schema.KEYS, f"{key} acts and does not"
@@ -226,7 +228,7 @@ def test_a_whole_recipe_in_nemos_style(tmp_path: Path, caplog: pytest.LogCapture
     (tmp_path / "draftp_sd.yaml").write_text(NEMO_STYLE, encoding="utf-8")
     with caplog.at_level(logging.WARNING):
         cfg = load_config("draftp_sd", ["model.kl_coeff=0.2"], config_dir=tmp_path)
-    assert derived(cfg).accumulation == 2
+    assert RunSettings.of(cfg).accumulation == 2
     assert cfg.exp_manager.name == cfg.exp_manager.wandb_logger_kwargs.name == "my_run"
     assert cfg.trainer.draftp_sd.max_steps == 1000
     assert cfg.model.optim.lr == 1e-4
@@ -242,18 +244,11 @@ def test_a_whole_recipe_in_nemos_style(tmp_path: Path, caplog: pytest.LogCapture
         assert key not in caplog.text
 
 
-def test_torchrun_and_the_devices_must_agree() -> None:
-    environment = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    with pytest.raises(ConfigurationError, match=r"add trainer.devices=2 trainer.num_nodes=1"):
-        check_launcher(load_config("draftp_sd"), environment)
-    check_launcher(load_config("draftp_sd", ["trainer.devices=2", "model.micro_batch_size=4"]), environment)
-    check_launcher(load_config("draftp_sd"), {"WORLD_SIZE": "2"})
-
-
 def test_warnings_come_from_the_first_process_only(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv("RANK", "1")
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}.items():
+        monkeypatch.setenv(name, value)  # srun sets no RANK
     with caplog.at_level(logging.WARNING):
         load_config("draftp_sd", ["model.fsdp_cpu_offload=True"])
     assert not caplog.text

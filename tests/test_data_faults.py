@@ -21,6 +21,7 @@ from nemo_aligner_diffusion.data.datamodule import PromptDataModule
 from nemo_aligner_diffusion.data.prompts import PromptDataset, PromptLoader, build_prompt_loader
 from nemo_aligner_diffusion.errors import DataError
 from nemo_aligner_diffusion.reward_training.preference_data import PreferenceDataset
+from nemo_aligner_diffusion.rewards import Preprocessing
 
 
 def shards(folder: Path) -> list[str]:
@@ -249,7 +250,7 @@ def test_a_compressed_shard_lost_under_way_is_always_an_error(tmp_path: Path) ->
 
 def test_preference_pairs_are_replaced_too(tmp_path: Path) -> None:
     folder = blue_shards(tmp_path, 24, samples_per_shard=6)
-    options: dict[str, Any] = {"image_size": 32, "micro_batch_size": 4, "epochs": 1, "seed": 1}
+    options: dict[str, Any] = {"preprocessing": Preprocessing(32), "micro_batch_size": 4, "epochs": 1, "seed": 1}
     before = list(PreferenceDataset(str(folder), **options))
     lenient = PreferenceDataset(str(folder), on_bad_shard="skip", **options)
     strict = PreferenceDataset(str(folder), **options)
@@ -324,7 +325,7 @@ def test_a_tensor_group_trains_on_one_batch(tmp_path: Path, processes: ProcessPo
 
 
 def test_the_keys_reach_the_loader(tmp_path: Path) -> None:
-    from nemo_aligner_diffusion.config.load import load_config
+    from nemo_aligner_diffusion.config.load import load_settings
     from nemo_aligner_diffusion.training.run import _build_data
 
     (tmp_path / "shards").mkdir()
@@ -337,7 +338,7 @@ def test_the_keys_reach_the_loader(tmp_path: Path) -> None:
         "worker_timeout_seconds": 7,
         "index_folder": tmp_path / "index",
     }
-    data = _build_data(load_config("draftp_sd", [f"model.data.{key}={value}" for key, value in overrides.items()]))
+    data = _build_data(load_settings("draftp_sd", [f"model.data.{key}={value}" for key, value in overrides.items()]))
     data.setup("fit")
     loader = data.train_dataloader()
     assert loader.worker_timeout_seconds == 7

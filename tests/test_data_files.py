@@ -10,20 +10,23 @@ import random
 import tarfile
 import time
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny.prompts import ODD_PROMPTS, tar
+from tiny.prompts import ODD_PROMPTS, prompts_of, tar
 
-from nemo_aligner_diffusion.data.prompt_files import MAX_PROMPT_BYTES, BadSamples, clean_prompt, read_file
+from nemo_aligner_diffusion.data.bad_samples import BadSamples
+from nemo_aligner_diffusion.data.prompt_files import MAX_PROMPT_BYTES, clean_prompt, locate_prompts, parse_prompt
+from nemo_aligner_diffusion.data.prompts import build_prompt_loader, read_prompts
 from nemo_aligner_diffusion.errors import DataError
 from nemo_aligner_diffusion.formats.tar import walk_tar
 
 
-def read(path: Path) -> list[str]:
-    return list(read_file(path, BadSamples("error")))
+def read(path: Path, bad: BadSamples | None = None) -> list[str]:
+    return [located.prompt for located in locate_prompts(path, bad or BadSamples("error"))]
 
 
 def error_of(path: Path) -> str:
@@ -242,7 +245,10 @@ def test_a_compressed_bomb_takes_no_memory(tmp_path: Path, kind: bytes) -> None:
     ("records", "message"),
     [
         (b"6 a=b\n" * 170_000, "is truncated"),  # once took time in the square of their number
-        (b"5014 size=" + b"9" * 5003 + b"\n", "is truncated"),  # more digits than Python makes a number of
+        (
+            b"5014 size=" + b"9" * 5003 + b"\n",
+            "gives the size '9999999999",
+        ),  # more digits than an int takes
         (b"7" * 200_000, "pax header that cannot be read"),
     ],
 )
@@ -256,12 +262,121 @@ def test_hostile_pax_headers_take_no_time(tmp_path: Path, records: bytes, messag
     assert time.process_time() - started < 1
 
 
+@pytest.mark.parametrize(
+    "records",
+    [
+        b"0 a=b\n",
+        b"1 a=b\n",
+        b"2 a=b\n",
+        b"3 a=b\n",
+        b"5 a=b\n",
+        b"7 a=b\n",
+        b"6 a=b ",
+        b"6 a b\n",
+        b"-6 a=b\n",
+        b"6a=bc\n",
+    ],
+)
+@pytest.mark.parametrize("before", [b"", b"6 a=b\n", b"9 path=x\n"])
+def test_every_pax_record_moves_on_or_is_an_error(tmp_path: Path, before: bytes, records: bytes) -> None:
+    """One flipped bit in a length once made the reader turn on the spot for ever."""
+    header = tarfile.TarInfo("pax")
+    header.size, header.type = len(before + records), tarfile.XHDTYPE
+    shard = tar(tmp_path / "s.tar", {"0.txt": "p"})
+    body = before + records
+    shard.write_bytes(header.tobuf(tarfile.USTAR_FORMAT) + body + bytes(-len(body) % 512) + shard.read_bytes())
+    assert "pax header that cannot be read" in error_of(shard)
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+def test_shards_strung_together_are_read_through(tmp_path: Path, compress: Callable[[bytes], bytes]) -> None:
+    """``cat a.tar b.tar``: most readers stop at the first end marker. The parts may number their samples alike."""
+    parts = [tar(tmp_path / f"{n}.tar", {"0.txt": f"a{n}", "1.txt": f"b{n}"}).read_bytes() for n in range(3)]
+    path = tmp_path / "s.tar"
+    path.write_bytes(b"".join(map(compress, parts)))
+    assert read(path) == ["a0", "b0", "a1", "b1", "a2", "b2"]
+    starts = [member.start for member in walk_tar(path, lambda *_: False)]
+    assert starts == [10240 * part + 1024 * member for part in range(3) for member in range(2)]
+    path.write_bytes(compress(parts[0] + b"x" * 512))
+    assert "no tar header follows the end marker after member '1.txt'" in error_of(path)
+    path.write_bytes(compress(parts[0] + bytes(1 << 20)))  # padding, as tar -b 2048 writes it
+    assert read(path) == ["a0", "b0"]
+    path.write_bytes(compress(parts[0] + bytes(65 << 20)))
+    assert "zeros follow its end marker" in error_of(path)
+
+
+def test_members_passed_over_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    dots = {f"cat no. {n}.txt" if n % 2 else f"{n}.txt": f"p{n}" for n in range(6)}
+    again = {f"{n}.txt": f"p{n}" for n in range(3)} | {f"{n}.json": '{"prompt": "other"}' for n in range(3)}
+    for name, members, expected, note in (
+        ("dots.tar", dots, ["p0", "p2", "p4"], "3 members were passed over, 'cat no. 1.txt' in "),
+        ("again.tar", again, ["p0", "p1", "p2"], "3 members were passed over, '0.json' in "),
+    ):
+        for mode in ("w", "w:gz"):
+            path = tar(tmp_path / name, members, mode)
+            bad = BadSamples("error")
+            assert read(path, bad) == expected
+            assert [line.partition("/")[0] for line in bad.notes] == [note]
+            caplog.clear()
+            with caplog.at_level(logging.WARNING):
+                assert read_prompts(path) == expected
+                assert note in caplog.text
+                caplog.clear()
+                loader = build_prompt_loader(path, micro_batch_size=1, epochs=2, shuffle_buffer=0)
+                assert prompts_of(loader) == expected * 2
+                assert caplog.text.count(note) == 1
+    twice = tmp_path / "twice.tar"
+    with tarfile.open(twice, "w") as archive:
+        for name in ("a.txt", "b.txt", "a.txt"):
+            header = tarfile.TarInfo(name)
+            header.size = 1
+            archive.addfile(header, io.BytesIO(b"p"))
+    assert "'a.txt' is there twice" in error_of(twice)
+
+
+@pytest.mark.parametrize("line_break", ["\n", "\r\n", "\r"])
+def test_lines_end_as_on_any_system(tmp_path: Path, line_break: str) -> None:
+    lines = ["red apple", "x" * MAX_PROMPT_BYTES, "green\u2028apple", *(str(n) for n in range(40_000))]
+    path = tmp_path / "p.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + line_break.join(lines).encode())
+    assert read(path) == lines
+    located = list(locate_prompts(path, BadSamples()))
+    content = path.read_bytes()
+    assert all(content[o : o + len(data)] == data and parse_prompt(data, k) == p for p, o, data, k in located)
+    path.write_bytes(f"a{line_break}{line_break}b".encode())
+    assert "line 2 is an empty prompt" in error_of(path)
+    assert "on_bad_sample=skip" in error_of(path)
+
+
+def test_byte_order_marks_are_no_part_of_a_prompt(tmp_path: Path) -> None:
+    mark = "\ufeff"
+    members = {"0.txt": f"{mark}a", "1.txt": f"{mark}{mark}b\n", "2.json": f'{mark}{{"prompt": "{mark}c"}}'}
+    assert read(tar(tmp_path / "s.tar", members)) == ["a", "b", "c"]
+    (tmp_path / "p.txt").write_text(f"{mark}a\n{mark}b\n", "utf-8")  # two files, one after the other
+    assert read(tmp_path / "p.txt") == ["a", "b"]
+    (tmp_path / "p.txt").write_text("a\n", "utf-16")
+    assert "iconv -f UTF-16" in error_of(tmp_path / "p.txt")
+
+
+def test_names_in_messages_are_printable_and_short(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    name = "\x1b]0;title\x07\x1b[2J" + "x" * 1_000_000
+    path = tar(tmp_path / "s.tar", {"a.txt": "p", f"{name}.txt": "", f"{name}.b.txt": "p", f"{name}y.json": "{"})
+    message = error_of(path)
+    assert message.isprintable()
+    assert "\\x1b]0;title" in message
+    assert len(message) < 1000
+    with caplog.at_level(logging.WARNING):
+        assert read_prompts(path, on_bad_sample="skip") == ["p"]
+    assert all(record.getMessage().isprintable() and len(record.getMessage()) < 1000 for record in caplog.records)
+    assert len(caplog.records) == 3
+
+
 def test_skipping_counts_and_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     members: dict[str, bytes | str] = {f"{number:02d}.txt": b"\xff" for number in range(8)}
     members |= {"good.txt": "good", "last.json": "[]"}
     bad = BadSamples("skip")
     with caplog.at_level(logging.WARNING):
-        assert list(read_file(tar(tmp_path / "s.tar", members), bad)) == ["good"]
+        assert read(tar(tmp_path / "s.tar", members), bad) == ["good"]
     assert bad.count == 9
     assert caplog.text.count("skipped: ") == 5  # then they are only counted
     assert "'00.txt' is not UTF-8" in caplog.text
@@ -271,14 +386,14 @@ def test_skipping_keeps_what_came_before_the_damage(tmp_path: Path) -> None:
     whole = tar(tmp_path / "s.tar", {f"{n}.txt": f"p{n}" for n in range(5)}).read_bytes()
     (tmp_path / "s.tar").write_bytes(whole[: 3 * 1024 + 700])
     bad = BadSamples("skip")
-    assert list(read_file(tmp_path / "s.tar", bad)) == ["p0", "p1"]  # p2 was waiting for members of its key
+    assert read(tmp_path / "s.tar", bad) == ["p0", "p1"]  # p2 was waiting for members of its key
     assert bad.count == 1
 
 
 def test_skipping_in_text(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_bytes(b"a\n\n\xff\nb\n" + b"x" * (2 * MAX_PROMPT_BYTES) + b"\nc\n")
     bad = BadSamples("skip")
-    assert list(read_file(tmp_path / "p.txt", bad)) == ["a", "b", "c"]
+    assert read(tmp_path / "p.txt", bad) == ["a", "b", "c"]
     assert bad.count == 3
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from nemo_aligner_diffusion.evaluation.run_files import read_run
 from nemo_aligner_diffusion.formats.nemo.config import parse_config
+from nemo_aligner_diffusion.formats.yaml_reader import parse_yaml
 
 _SPELLINGS = """0 1 -1 +3 007 0o17 08 0x1F -0x1f 0b101 0x 0_ 0_0 00 -0 +0 1_000 1__0 1. .5 1.5 1e5 1e-5 1E+5 -1.5e3 1.e3
 .5e3 .5e-3 1_0.5 1e5_0 .inf -.inf +.INF .Inf .nan .NaN NaN nan NAN inf yes No ON off oFF TRUE true True y n ~ null Null
@@ -72,6 +77,35 @@ def test_numbers_that_take_time_stay_text(spelling: str) -> None:
         ("1: a\n", "strings for keys"),
     ],
 )
-def test_what_no_configuration_needs(text: str, message: str) -> None:
+def test_what_no_archive_needs(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_config(text.encode())
+
+
+def test_aliases_count_as_what_they_stand_for() -> None:
+    """A run's YAML may use them; eight lines of ten aliases each would be 10^9 values."""
+    text = "base: &b {lr: 1e-4, steps: [1, 2]}\none: {<<: *b, lr: 2}\ntwo: *b\n"
+    assert parse_yaml(text.encode()) == OmegaConf.to_container(OmegaConf.create(text))
+    parsed = parse_yaml(text.encode())
+    assert parsed["base"]["steps"] is not parsed["two"]["steps"]
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n + 1}: &a{n + 1} [{', '.join([f'*a{n}'] * 10)}]" for n in range(8)]
+    started = time.process_time()
+    with pytest.raises(ValueError, match="counting what its aliases stand for"):
+        parse_yaml("\n".join(lines).encode())
+    with pytest.raises(ValueError, match="not yet complete"):
+        parse_yaml(b"a: &a [*a]")
+    assert time.process_time() - started < 1
+
+
+def test_a_strangers_run_is_read_in_bounds(tmp_path: Path) -> None:
+    """generate.py --lora STRANGER/export reads the config.yaml beside the export."""
+    bomb = ["a0: &a0 [" + ", ".join(["x"] * 10) + "]"]
+    bomb += [f"a{n + 1}: &a{n + 1} [{', '.join([f'*a{n}'] * 10)}]" for n in range(8)]
+    (tmp_path / "config.yaml").write_text("\n".join(bomb))
+    os.mkfifo(tmp_path / "run.json")
+    (tmp_path / "startup.json").write_text("[" * 100_000)
+    run = read_run(tmp_path)
+    assert run.config == run.run == run.startup == {}
+    assert [problem.split()[0] for problem in run.problems] == ["config.yaml", "startup.json"]
+    assert all(problem.isprintable() for problem in run.problems)

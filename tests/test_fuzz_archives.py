@@ -29,7 +29,7 @@ def _campaign(count: int, seed: int) -> None:
 
 
 def test_spoilt_archives_are_refused_or_harmless() -> None:
-    _campaign(1000, seed=1)
+    _campaign(400, seed=1)
 
 
 @pytest.mark.nightly

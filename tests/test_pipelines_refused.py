@@ -125,7 +125,7 @@ def test_a_network_that_gives_another_output_when_recomputed_is_an_error():
     [
         (
             {"guidance_scal": 3.0},
-            "arguments.guidance_scal is no argument of StableDiffusionPipeline; did you mean 'guidance_",
+            "arguments.guidance_scal is no argument of StableDiffusionPipeline; did you mean guidance_",
         ),
         ({"num_inference_steps": 3}, "arguments.num_inference_steps is set by model.infer.inference_steps"),
         ({"generator": None}, "arguments.generator is set by model.seed"),

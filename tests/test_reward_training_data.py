@@ -13,18 +13,19 @@ from PIL import Image
 from tiny.prompts import ODD_PROMPTS, tar
 from tiny.reward_training import blue_pairs, blue_shards, encode, picture
 
-from nemo_aligner_diffusion.data.prompt_files import BadSamples
+from nemo_aligner_diffusion.data.bad_samples import BadSamples
 from nemo_aligner_diffusion.data.prompts import read_prompts
 from nemo_aligner_diffusion.errors import DataError, OutputError
+from nemo_aligner_diffusion.formats.pictures import decode_picture
 from nemo_aligner_diffusion.reward_training.preference_data import PreferenceDataModule, PreferenceDataset, pictures
 from nemo_aligner_diffusion.reward_training.preference_shards import (
     PreferencePair,
-    decode_picture,
     format_label,
     parse_label,
     read_preference_file,
     write_preference_shards,
 )
+from nemo_aligner_diffusion.rewards import Preprocessing
 
 PNG = encode(picture(0.5, 0))
 JPEG = encode(picture(0.5, 0), "JPEG")
@@ -97,7 +98,7 @@ def without(*names: str, **changed: bytes | str) -> dict[str, bytes | str]:
         (without("label", json='{"label_0": true}'), ["True"]),
         (without("label", json='{"label_0": 0.9, "label_1": 0.3}'), ["sums to 1.2"]),
         (without("label", json="[1]"), ["no object"]),
-        (without("label", json="{"), ["cannot be read"]),
+        (without("label", json="{"), ["not valid JSON"]),
         (without(txt=b"caf\xe9"), ["0xe9", "iconv"]),
         (without(txt="  "), ["empty prompt"]),
         (without(jpg_0=b"GIF89a..."), ["no JPEG, PNG or WebP", "GIF89a"]),
@@ -140,7 +141,7 @@ def test_pictures_are_decoded_whole_only_when_used(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.tar: 7 has a picture that cannot be read"):
         pictures(pair)
     data = PreferenceDataset(
-        str(path), image_size=32, micro_batch_size=1, epochs=1, shuffle_buffer=0, on_bad_sample="skip"
+        str(path), preprocessing=Preprocessing(32), micro_batch_size=1, epochs=1, shuffle_buffer=0, on_bad_sample="skip"
     )
     assert [batch["prompts"] for batch in data] == [["ok"]]
     assert data.skipped == 1
@@ -159,6 +160,22 @@ def test_transparency_becomes_white() -> None:
     stream = io.BytesIO()
     Image.new("RGBA", (2, 2), (255, 0, 0, 0)).save(stream, "PNG")
     assert decode_picture(stream.getvalue()).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_photographs_are_turned_and_deep_ones_scaled() -> None:
+    """The orientation is in EXIF; Pillow's own conversion of 16-bit grey clips it, which made everything white."""
+    for way, size, corner in ((1, (16, 8), (0, 0)), (3, (16, 8), (15, 7)), (6, (8, 16), (7, 0)), (8, (8, 16), (0, 15))):
+        stream, exif, photograph = io.BytesIO(), Image.Exif(), Image.new("RGB", (16, 8))
+        photograph.paste((255, 255, 255), (0, 0, 4, 4))
+        exif[0x112] = way
+        photograph.save(stream, "PNG", exif=exif)
+        upright = decode_picture(stream.getvalue())
+        assert upright.size == size
+        assert upright.getpixel(corner) == (255, 255, 255)
+    for value, expected in ((0, 0), (257, 1), (32768, 128), (65535, 255)):
+        stream = io.BytesIO()
+        Image.fromarray(np.full((2, 2), value, "uint16")).save(stream, "PNG")
+        assert decode_picture(stream.getvalue()).getpixel((0, 0)) == (expected,) * 3
 
 
 def test_labels() -> None:
@@ -181,7 +198,12 @@ def test_writing_is_all_or_nothing(tmp_path: Path) -> None:
 
 def stream(folder: Path, **options: object) -> list[int]:
     """Which pairs come, by the order of their first pictures' bytes."""
-    settings: dict[str, object] = {"image_size": 32, "micro_batch_size": 4, "shuffle_buffer": 10, "epochs": 1}
+    settings: dict[str, object] = {
+        "preprocessing": Preprocessing(32),
+        "micro_batch_size": 4,
+        "shuffle_buffer": 10,
+        "epochs": 1,
+    }
     data = PreferenceDataset(str(folder), **(settings | options))  # type: ignore[arg-type]
     return [int(1e6 * image.sum()) for batch in data for image in batch["images"][:, 0]]
 
@@ -201,7 +223,12 @@ def test_batches(tmp_path: Path) -> None:
     pairs = [*blue_pairs(2, size=(40, 64)), *blue_pairs(1, size=(20, 20))]
     write_preference_shards(pairs, tmp_path)
     data = PreferenceDataset(
-        str(tmp_path), image_size=32, micro_batch_size=2, epochs=1, shuffle_buffer=0, incomplete="wrap"
+        str(tmp_path),
+        preprocessing=Preprocessing(32),
+        micro_batch_size=2,
+        epochs=1,
+        shuffle_buffer=0,
+        incomplete="wrap",
     )
     first, second = list(data)
     assert first["images"].shape == (2, 2, 3, 32, 32)
@@ -213,9 +240,11 @@ def test_batches(tmp_path: Path) -> None:
 
 def test_data_module_resumes_where_it_was(tmp_path: Path) -> None:
     blue_shards(tmp_path / "t", 20)
-    data = PreferenceDataModule(str(tmp_path / "t"), image_size=32, micro_batch_size=4, start_sample=8)
+    data = PreferenceDataModule(
+        str(tmp_path / "t"), preprocessing=Preprocessing(32), micro_batch_size=4, start_sample=8
+    )
     data.setup("fit")
-    whole = PreferenceDataModule(str(tmp_path / "t"), image_size=32, micro_batch_size=4)
+    whole = PreferenceDataModule(str(tmp_path / "t"), preprocessing=Preprocessing(32), micro_batch_size=4)
     stream = iter(whole.train_dataloader())
     batches = [next(stream) for _ in range(3)]
     assert torch.equal(next(iter(data.train_dataloader()))["images"], batches[2]["images"])

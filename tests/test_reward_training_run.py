@@ -21,11 +21,16 @@ from nemo_aligner_diffusion.cli import evaluate_reward as evaluate_cli
 from nemo_aligner_diffusion.cli import train_reward as train_cli
 from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError, OutputError
 from nemo_aligner_diffusion.reward_training.calibration import preference_figures
-from nemo_aligner_diffusion.reward_training.configuration import KEYS, accumulation, documented_keys, load_reward_config
+from nemo_aligner_diffusion.reward_training.configuration import (
+    KEYS,
+    RewardTrainingSettings,
+    documented_keys,
+    load_reward_config,
+)
 from nemo_aligner_diffusion.reward_training.evaluate import score_pairs
 from nemo_aligner_diffusion.reward_training.run import run_reward_training
 from nemo_aligner_diffusion.rewards import restore_reward
-from nemo_aligner_diffusion.rewards.symmetry import MirrorSymmetry
+from nemo_aligner_diffusion.rewards.symmetry import Symmetry
 from nemo_aligner_diffusion.runtime.signals import Interrupted, Interruption
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -304,14 +309,14 @@ def test_the_test_command(folder: Path, trained: Path, tmp_path: Path, capsys: p
 
 
 def _pairs(folder: Path) -> list[Any]:
-    from nemo_aligner_diffusion.data.prompt_files import BadSamples
+    from nemo_aligner_diffusion.data.bad_samples import BadSamples
     from nemo_aligner_diffusion.reward_training.preference_shards import read_preference_file
 
     return [pair for path in sorted(folder.glob("*.tar")) for pair in read_preference_file(path, BadSamples())]
 
 
 def test_any_reward_can_be_tested(folder: Path) -> None:
-    scores, labels = score_pairs(MirrorSymmetry(), str(folder / "validation"))
+    scores, labels = score_pairs(Symmetry().build(), str(folder / "validation"))
     assert scores.shape == labels.shape == (45, 2)
     assert labels.tolist() == [pytest.approx(list(pair.label)) for pair in _pairs(folder / "validation")]
 
@@ -342,7 +347,7 @@ def test_configuration_of_ones_own(tmp_path: Path) -> None:
     cfg = load_reward_config(["model.micro_batch_size=8"], "mine", tmp_path)
     assert cfg.model.data.train.webdataset.local_root_path == "shards"
     assert (cfg.model.optim.sched.warmup_ratio, cfg.model.optim.sched.warmup_steps) == (0.1, None)
-    assert accumulation(cfg) == 4
+    assert RewardTrainingSettings.of(cfg).accumulation == 4
     (tmp_path / "bad.yaml").write_text("model: {visoin: {freeze: true}}\n")
     with pytest.raises(ConfigurationError, match=r"model\.visoin\.freeze' in .*bad\.yaml.*model\.vision\.freeze"):
         load_reward_config([], "bad", tmp_path)

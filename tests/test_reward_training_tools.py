@@ -23,7 +23,7 @@ from nemo_aligner_diffusion.cli.preferences_to_shards import (
     parquet_main,
     parquet_parser,
 )
-from nemo_aligner_diffusion.data.prompt_files import BadSamples
+from nemo_aligner_diffusion.data.bad_samples import BadSamples
 from nemo_aligner_diffusion.reward_training.preference_shards import PreferencePair, read_preference_file
 
 ROOT = Path(__file__).resolve().parents[1]

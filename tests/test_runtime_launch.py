@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from nemo_aligner_diffusion.errors import ConfigurationError
-from nemo_aligner_diffusion.runtime.launch import free_port, is_launched, start_processes
+from nemo_aligner_diffusion.runtime.launch import start_processes
 
 ROOT = Path(__file__).parent.parent
 PATIENCE = 120.0  # seconds until a test gives up; the processes below would sleep for longer than all of its waits
@@ -44,9 +43,9 @@ if word == "polite":
 if word == "deaf" and rank == 0:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 if word == "same":
-    from nemo_aligner_diffusion.runtime.health.launch import claim_first_word
+    from nemo_aligner_diffusion.runtime.said import is_first_to_say
     for text in ("no such device", "no such file"):
-        if claim_first_word(text): print(text, file=sys.stderr)
+        if is_first_to_say(text): print(text, file=sys.stderr)
 note("here", {{**{{name: os.environ[name] for name in names}}, "pid": os.getpid(), "argv": sys.argv[1:]}})
 if word in ("exit", "same"): sys.exit(0)
 while not all(os.path.exists(f"{{folder}}/here_{{other}}") for other in range(count)): time.sleep(0.02)
@@ -142,17 +141,6 @@ def test_after_an_error_that_was_told_the_others_may_finish(tmp_path):
         assert json.loads((tmp_path / f"closed_{rank}").read_text()) == "it exited with code 2"
 
 
-@pytest.mark.alone
-def test_a_free_port_is_none_that_the_kernel_gives_to_any_connection():
-    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    ports = [free_port() for _ in range(5)]
-    if lowest > 10_100:
-        assert all(10_000 <= port < lowest for port in ports)
-        assert len(set(ports)) > 1
-    for port in ports:
-        socket.create_server(("127.0.0.1", port)).close()
-
-
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells children of their parent's death")
 def test_no_process_outlives_a_killed_parent(tmp_path):
     parent = start(tmp_path, "wait")
@@ -168,13 +156,23 @@ def test_no_process_outlives_a_killed_parent(tmp_path):
 def test_nothing_is_started_for_one_process_or_under_a_launcher(monkeypatch):
     refuse = ["/nowhere/at/all"]
     assert start_processes(1, 1, refuse) is None
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert start_processes(2, 1, refuse) is None
+
+
+def test_what_another_launcher_has_left_behind_is_not_handed_on(tmp_path, monkeypatch):
+    for name, value in {"NODE_RANK": "1", "MASTER_ADDR": "192.0.2.1", "MASTER_PORT": "29500", "RANK": "5"}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("LOCAL_RANK", "0")
-    assert start_processes(2, 1, refuse) is None
-    monkeypatch.delenv("LOCAL_RANK")
-    monkeypatch.setenv("SLURM_NTASKS", "2")
-    assert start_processes(2, 1, refuse) is None
-    assert is_launched({"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "train"})
-    assert not is_launched({"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "interactive"})
+    parent = start(tmp_path, "exit", 2)
+    _, errors = parent.communicate(timeout=PATIENCE)
+    assert parent.returncode == 0
+    assert "MASTER_ADDR='192.0.2.1' is not used: all processes are on this machine" in errors
+    found = places(tmp_path, 2)
+    assert {place["MASTER_ADDR"] for place in found} == {"127.0.0.1"}
+    assert {place["NODE_RANK"] for place in found} == {"0"}
+    assert {place["RANK"] for place in found} == {"0", "1"}
 
 
 def test_several_machines_without_a_launcher_are_refused(monkeypatch):

@@ -14,7 +14,7 @@ PROGRAM = f"""
 import atexit, sys
 sys.path.insert(0, {str(ROOT)!r})
 from nemo_aligner_diffusion.errors import ConfigurationError
-from nemo_aligner_diffusion.cli.train import told
+from nemo_aligner_diffusion.cli.train import exit_status
 
 class Teardown:
     def __del__(self): print("teardown", flush=True)
@@ -30,7 +30,7 @@ def run():
     if "refuse" in words: raise ConfigurationError("no such key")
     return 75 if "requeue" in words else 0
 
-code = told(run, is_whole_program="embedded" not in words)
+code = exit_status(run, is_whole_program="embedded" not in words)
 print("not flushed", end=" ")
 if "mistake" in words: raise ValueError("behind the run")
 sys.exit(5 if "embedded" in words else code)

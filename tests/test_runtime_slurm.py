@@ -15,11 +15,13 @@ from tiny.reward_training import blue_shards, overrides, run_told, toy_nemo
 
 from nemo_aligner_diffusion.errors import ConfigurationError, OutputError
 from nemo_aligner_diffusion.rewards import restore_reward
-from nemo_aligner_diffusion.runtime.directory import RunDirectory, process_rank, read_state
-from nemo_aligner_diffusion.runtime.slurm import EXIT_REQUEUE, Requeue, SlurmJob, check_tasks
+from nemo_aligner_diffusion.runtime.directory import RunDirectory, read_state
+from nemo_aligner_diffusion.runtime.process import check_agrees, this_process
+from nemo_aligner_diffusion.runtime.settings import RequeueSettings, RunDirectorySettings
+from nemo_aligner_diffusion.runtime.slurm import EXIT_REQUEUE, Requeue, SlurmJob
 
 RUNNING = {"JobState": "RUNNING", "Requeue": "1", "Restarts": "0", "BatchFlag": "1", "PreemptTime": "None"}
-RESUMES = {"resume_if_exists": True, "resume_ignore_no_checkpoint": True, "requeue_on_preemption": True}
+RESUMES = ("resume_if_exists", "resume_ignore_no_checkpoint", "requeue_on_preemption")
 
 
 class Scontrol:
@@ -162,19 +164,21 @@ def test_only_rank_0_talks_to_slurm(scontrol: Scontrol) -> None:
     assert requeue.exit_code(143) == 0
 
 
-def test_what_makes_a_job(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_makes_a_job(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     assert SlurmJob.from_environment({}) is None
-    assert SlurmJob.from_environment({"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "bash"}) is None
+    assert SlurmJob.from_environment({"SLURM_JOB_ID": "7"}) is None  # salloc's shell
     array = {"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "4", "SLURM_RESTART_COUNT": "2"}
-    assert SlurmJob.from_environment(array) == SlurmJob("9_4", 2)
-    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]"}
-    made = Requeue.from_config(RESUMES, job, is_writer=True)
+    assert SlurmJob.from_environment({**array, "SLURM_PROCID": "0"}) == SlurmJob("9_4", 2)
+    resumes, wanted = RunDirectorySettings(resume_if_exists=True), RequeueSettings()
+    assert Requeue.for_this_run(wanted, resumes, is_writer=True) is None
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_PROCID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    made = Requeue.for_this_run(wanted, resumes, is_writer=True)
     assert made is not None
     assert made.job == SlurmJob("7", 0, "n[1-2]")
-    assert Requeue.from_config({**RESUMES, "requeue_on_preemption": False}, job, is_writer=True) is None
-    assert Requeue.from_config(RESUMES, {}, is_writer=True) is None
+    assert Requeue.for_this_run(RequeueSettings(requeue_on_preemption=False), resumes, is_writer=True) is None
     with caplog.at_level("INFO"):
-        assert Requeue.from_config({**RESUMES, "resume_if_exists": False}, job, is_writer=True) is None
+        assert Requeue.for_this_run(wanted, RunDirectorySettings(), is_writer=True) is None
     assert "exp_manager.resume_if_exists=True" in caplog.text
 
 
@@ -187,11 +191,11 @@ STEP = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "8", "SLURM_N
         (4, 2, {}, ""),
         (1, 1, {"SLURM_NTASKS": None}, ""),
         (1, 1, {"SLURM_STEP_ID": None, "SLURM_NTASKS": "1"}, ""),
-        (2, 1, {"SLURM_JOB_NAME": "interactive"}, ""),
-        (8, 1, {"TORCHELASTIC_RUN_ID": "x"}, ""),
+        (2, 1, {"SLURM_PTY_PORT": "4711"}, ""),
+        (8, 1, {"TORCHELASTIC_RUN_ID": "x", "RANK": "3", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}, ""),
         (8, 1, {}, "srun started 8 processes on 2 nodes.*trainer.devices=4 trainer.num_nodes=2"),
         (2, 2, {}, "srun started 8 processes.*ask Slurm for --nodes=2 --ntasks-per-node=2"),
-        (1, 1, {"SLURM_NTASKS": "2", "SLURM_NNODES": "2"}, "srun started 2 processes on 2 nodes"),
+        (1, 1, {"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, "srun started 2 processes on 2 nodes"),
         (4, 2, {"SLURM_NTASKS_PER_NODE": None}, "--ntasks-per-node=4 instead"),
         (4, 2, {"SLURM_STEP_ID": None}, "not started by srun"),
         (2, 1, {"SLURM_STEP_ID": None, "SLURM_NTASKS": "1"}, "not started by srun"),
@@ -201,44 +205,37 @@ def test_tasks_must_be_those_configured(devices: int, nodes: int, change: dict[s
     environment = {**STEP, "SLURM_NTASKS_PER_NODE": "4", **change}
     environment = {name: value for name, value in environment.items() if value is not None}
     if not message:
-        check_tasks(devices, nodes, environment)
+        check_agrees(this_process(environment), devices, nodes, environment)
     else:
         with pytest.raises(ConfigurationError, match=message):
-            check_tasks(devices, nodes, environment)
-
-
-def test_ranks_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "LOCAL_RANK", "JSM_NAMESPACE_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in STEP.items():
-        monkeypatch.setenv(name, value)
-    assert process_rank() == 3
-    monkeypatch.setenv("LOCAL_RANK", "0")  # exported by a job script, the same on every node
-    assert process_rank() == 3
-    monkeypatch.setenv("SLURM_JOB_NAME", "bash")
-    assert process_rank() == 0
-    monkeypatch.setenv("RANK", "5")  # torchrun
-    assert process_rank() == 5
+            check_agrees(this_process(environment), devices, nodes, environment)
 
 
 def test_the_run_directory_belongs_to_the_job(
     scontrol: Scontrol, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {"explicit_log_dir": str(tmp_path / "run"), **RESUMES}
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    monkeypatch.setenv("SLURM_JOB_NAME", "draftp")
-    RunDirectory.prepare(settings).begin()
+    def prepare() -> RunDirectory:
+        return RunDirectory.prepare(tmp_path / "run", resume=True, may_start_anew=True)
+
+    monkeypatch.setattr("socket.gethostname", lambda: "n1")
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    prepare().begin("")
     assert read_state(tmp_path / "run")["slurm"] == {"job": "7", "restarts": 0, "nodes": ""}
-    RunDirectory.prepare(settings)  # the same job, put back into the queue while it ran
+    monkeypatch.setattr("socket.gethostname", lambda: "n2")  # where no lock may be seen
+    prepare()  # the same job, put back into the queue while it ran
     monkeypatch.setenv("SLURM_JOB_ID", "8")
+    monkeypatch.setattr("socket.gethostname", lambda: "n3")
     with pytest.raises(OutputError, match="in use: Slurm job 7"):  # on whatever node that one is
-        RunDirectory.prepare(settings)
+        prepare()
     scontrol.say(JobState="FAILED")
-    RunDirectory.prepare(settings)
+    prepare()
+    monkeypatch.setattr("socket.gethostname", lambda: "n2")
+    (tmp_path / "run" / ".claim").unlink()
     scontrol.say(JobState="RUNNING")
     monkeypatch.delenv("SLURM_JOB_ID")  # at a shell
     with pytest.raises(OutputError, match="in use: Slurm job 7"):
-        RunDirectory.prepare(settings)
+        prepare()
 
 
 @pytest.mark.parametrize(("signal_number", "status"), [(signal.SIGUSR1, 138), (signal.SIGTERM, 143)])

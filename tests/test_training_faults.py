@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file
 from tiny.runs import overrides
 
-from nemo_aligner_diffusion.runtime.health.messages import EXIT_CODE
+from nemo_aligner_diffusion.errors import RankLostError
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = str(ROOT / "examples" / "mm" / "stable_diffusion" / "train_sd_draftp.py")
@@ -120,5 +120,5 @@ def test_a_hang_ends_with_its_place_and_no_process_stays(tmp_path, inputs) -> No
     assert "faulty_reward.py" in screen
     assert screen.index("torch.distributed.elastic.multiprocessing.errors.ChildFailedError") > screen.index(told)
     assert told in screen.split("Root Cause")[1]  # torchrun's summary shows the same
-    assert f"exitcode  : {EXIT_CODE}" in screen
+    assert f"exitcode  : {RankLostError.exit_code}" in screen
     assert state(directory)["error"] == told

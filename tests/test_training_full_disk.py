@@ -18,8 +18,7 @@ from tiny.runs import overrides
 
 from nemo_aligner_diffusion.config.load import load_config
 from nemo_aligner_diffusion.errors import AlignerError, OutputError
-from nemo_aligner_diffusion.runtime.directory import RunDirectory, read_state
-from nemo_aligner_diffusion.runtime.faults import full_disk
+from nemo_aligner_diffusion.runtime.directory import RunDirectory, read_state, unusable_disk
 from nemo_aligner_diffusion.training.run import run_training
 
 SIZE = 4 << 20  # bytes
@@ -27,15 +26,18 @@ TELLS = r"(could not be written|cannot write).*No space left on device.*room"
 
 
 class FillingReward:
-    """A user's reward that, at one of its calls, leaves no room on a file system."""
+    """A user's reward that, at one of its calls, leaves no room on a file system, or makes it read-only."""
 
-    def __init__(self, at: int, folder: str) -> None:
-        self.at, self.folder, self.calls = at, Path(folder), 0
+    def __init__(self, at: int, folder: str, shut: bool = False) -> None:
+        self.at, self.folder, self.shut, self.calls = at, Path(folder), shut, 0
 
     def __call__(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         self.calls += 1
         if self.calls == self.at:
-            fill(self.folder)
+            if self.shut:  # as the kernel does with a failing disk: whatever is open for writing
+                subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", self.folder / "run"], check=True)
+            else:
+                fill(self.folder)
         return images.mean(dim=(1, 2, 3))
 
 
@@ -104,6 +106,20 @@ def test_a_full_disk_is_told_and_earlier_checkpoints_stay(pipeline, prompts, sma
     assert (small_disk / "run" / "export" / "pytorch_lora_weights.safetensors").exists()
 
 
+def test_a_disk_that_becomes_read_only_is_told(pipeline, prompts, small_disk, capsys) -> None:
+    more = ["trainer.draftp_sd.val_check_interval=0", "exp_manager.create_tensorboard_logger=false"]
+    try:
+        with pytest.raises(AlignerError, match=r"(could not be written|cannot write).*Read-only file system.*resume"):
+            start(pipeline, prompts, small_disk, 4, *more, "+rm.kwargs.shut=true")
+    finally:
+        subprocess.run(["umount", "-l", small_disk / "run"], check=True)
+    assert "Traceback" not in capsys.readouterr().err
+    assert start(pipeline, prompts, small_disk, 1000, *more, "exp_manager.resume_if_exists=true") == 0
+    with (small_disk / "run" / "metrics.csv").open(newline="") as file:
+        assert [int(row["step"]) for row in csv.DictReader(file)] == [1, 2, 3, 4]
+    assert read_state(small_disk / "run")["status"] == "finished"
+
+
 def test_no_room_for_the_export(pipeline, prompts, small_disk) -> None:
     # the last validation comes after the last checkpoint and before the export
     more = ["trainer.draftp_sd.max_steps=3", "trainer.draftp_sd.val_check_interval=100"]
@@ -115,8 +131,8 @@ def test_no_room_for_the_export(pipeline, prompts, small_disk) -> None:
 
 
 def test_how_a_run_ended_is_written_in_place_where_there_is_no_room(small_disk: Path) -> None:
-    directory = RunDirectory.prepare({"explicit_log_dir": str(small_disk / "run")})
-    directory.begin([])
+    directory = RunDirectory.prepare(small_disk / "run")
+    directory.begin("")
     fill(small_disk)
     with pytest.raises(OSError, match="No space left"):
         (small_disk / "other").write_text("x")
@@ -126,13 +142,13 @@ def test_how_a_run_ended_is_written_in_place_where_there_is_no_room(small_disk: 
 
 def test_a_full_disk_is_known_by_whatever_name() -> None:
     plain = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/results/metrics.csv")
-    found = full_disk(plain, None)
+    found = unusable_disk(plain, None)
     assert isinstance(found, OutputError)
     assert str(found).startswith("/results/metrics.csv could not be written: [Errno 28] No space left on device")
     wrapped = RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
-    assert full_disk(wrapped, None) is not None
+    assert unusable_disk(wrapped, None) is not None
     consequence = ValueError("the writer is closed")
     consequence.__context__ = plain
-    assert full_disk(consequence, None) is not None
-    assert full_disk(OSError(errno.ENOENT, "No such file"), None) is None
-    assert full_disk(ValueError("something else"), None) is None
+    assert unusable_disk(consequence, None) is not None
+    assert unusable_disk(OSError(errno.ENOENT, "No such file"), None) is None
+    assert unusable_disk(ValueError("something else"), None) is None

@@ -42,11 +42,11 @@ def judge(rule: str, lora: Path, output: Path, seeds: int = 2) -> dict[str, Any]
     """
     import torch
 
-    from nemo_aligner_diffusion.config.load import load_config
     from nemo_aligner_diffusion.data.prompts import read_prompts
     from nemo_aligner_diffusion.diffusion.generate import generate
     from nemo_aligner_diffusion.diffusion.loading import load_model
     from nemo_aligner_diffusion.diffusion.lora import load_lora_weights
+    from nemo_aligner_diffusion.diffusion.settings import SamplingSettings
     from nemo_aligner_diffusion.embedded_assets import embedded_model_path, embedded_prompts_path, embedded_reward_path
     from nemo_aligner_diffusion.evaluation.diversity import recognisability
     from nemo_aligner_diffusion.evaluation.figures import sample_grid, save_image
@@ -55,7 +55,7 @@ def judge(rule: str, lora: Path, output: Path, seeds: int = 2) -> dict[str, Any]
     from nemo_aligner_diffusion.runtime.files import write_atomic
     from nemo_aligner_diffusion.training.build import build_sampling
 
-    sampling = build_sampling(load_config("draftp_sd"))
+    sampling = build_sampling(SamplingSettings())
     prompts = read_prompts(str(embedded_prompts_path("validation")))
     names = [prompt for prompt in prompts for _ in range(seeds)]
     numbers = [100 + seed for _ in prompts for seed in range(seeds)]

@@ -16,12 +16,11 @@ from typing import Any
 from nemo_aligner_diffusion.command_line import command
 from nemo_aligner_diffusion.data.prompt_files import clean_prompt
 from nemo_aligner_diffusion.errors import ConfigurationError, DataError
+from nemo_aligner_diffusion.formats.files import read_bytes
+from nemo_aligner_diffusion.formats.pictures import MAX_PICTURE_BYTES, decode_picture, picture_format
 from nemo_aligner_diffusion.reward_training.preference_shards import (
-    MAX_PICTURE_BYTES,
     PreferencePair,
     check_label,
-    decode_picture,
-    picture_format,
     write_preference_shards,
 )
 
@@ -167,10 +166,7 @@ def _folder_row(
 def _read_picture(folder: Path, name: str) -> bytes:
     path = folder / name
     try:
-        size = path.stat().st_size
-        if size > MAX_PICTURE_BYTES:
-            raise ValueError(f"names {path} of {size:,} bytes; expected at most {MAX_PICTURE_BYTES:,}")
-        return path.read_bytes()
+        return read_bytes(path, MAX_PICTURE_BYTES)
     except OSError as error:
         raise ValueError(f"names {path}, which cannot be read: {error.strerror or error}") from error
 

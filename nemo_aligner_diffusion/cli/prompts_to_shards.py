@@ -12,11 +12,11 @@ from pathlib import Path
 
 from nemo_aligner_diffusion.command_line import command
 from nemo_aligner_diffusion.data.paths import expand_paths, is_text_file
-from nemo_aligner_diffusion.data.prompt_files import clean_prompt, decode_utf8
+from nemo_aligner_diffusion.data.prompt_files import MAX_PROMPT_BYTES, clean_prompt
 from nemo_aligner_diffusion.data.shards import DEFAULT_SAMPLES_PER_SHARD, write_prompt_shards
 from nemo_aligner_diffusion.errors import DataError
+from nemo_aligner_diffusion.formats.files import decode_utf8, open_regular, text_lines
 
-UTF8_MARK = b"\xef\xbb\xbf"  # what some editors put at the start of a file
 SHOWN = 5  # unusable lines named one by one in the report
 
 
@@ -39,9 +39,8 @@ class PromptLines:
         seen: set[bytes] = set()
         for path in self.files:
             try:
-                with open(path, "rb") as stream:
-                    for number, line in enumerate(stream, start=1):  # splits at \n only, unlike str.splitlines
-                        line = line.removeprefix(UTF8_MARK) if number == 1 else line
+                with open_regular(path) as stream:
+                    for number, (_, line) in enumerate(text_lines(stream, MAX_PROMPT_BYTES + 3), start=1):
                         if not line.strip():
                             self.empty += 1
                             continue

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 
+from nemo_aligner_diffusion.data.bad_samples import OnBadSample
 from nemo_aligner_diffusion.data.paths import PathSpec
-from nemo_aligner_diffusion.data.prompt_files import OnBadSample
 from nemo_aligner_diffusion.data.prompts import PromptLoader, build_prompt_loader
 from nemo_aligner_diffusion.data.sample_stream import SampleStream
 from nemo_aligner_diffusion.data.stream_loader import WORKER_TIMEOUT_SECONDS, StreamLoader

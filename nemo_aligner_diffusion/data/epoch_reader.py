@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nemo_aligner_diffusion.data.bad_samples import BadSampleError, warn_of
 from nemo_aligner_diffusion.data.epoch_order import Rows
-from nemo_aligner_diffusion.data.prompt_files import BadSampleError, warn_of
 from nemo_aligner_diffusion.data.span_reader import SpanReader
 from nemo_aligner_diffusion.errors import DataError
 
@@ -79,7 +79,7 @@ class EpochReader:
         stream.skipped += index.bad_samples
         if speaker:
             if stream.start_sample // len(index) == self.epoch:
-                warn_of(index.messages, index.bad_samples)
+                warn_of(index.messages + index.notes, index.bad_samples)
             stream.report_skipped(self.epoch, index.bad_samples, index.bad_shards, len(index))
 
     def report_replaced(self) -> None:

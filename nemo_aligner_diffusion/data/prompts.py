@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Literal, TypedDict
 
 import torch
 
+from nemo_aligner_diffusion.data.bad_samples import BadSamples, OnBadSample, warn_of
 from nemo_aligner_diffusion.data.paths import PathSpec, expand_paths
-from nemo_aligner_diffusion.data.prompt_files import (
-    BadSamples,
-    OnBadSample,
-    locate_prompts,
-    parse_prompt,
-    read_file,
-)
+from nemo_aligner_diffusion.data.prompt_files import locate_prompts, parse_prompt
 from nemo_aligner_diffusion.data.sample_stream import SampleStream
 from nemo_aligner_diffusion.data.shard_index import Span, checksum
 from nemo_aligner_diffusion.data.stream_loader import WORKER_TIMEOUT_SECONDS, StreamLoader
@@ -40,7 +35,7 @@ class PromptDataset(SampleStream):
     noun = "prompt"
 
     def read(self, file: Path, bad: BadSamples) -> Iterator[str]:
-        return read_file(file, bad)
+        return (located.prompt for located in locate_prompts(file, bad))
 
     def scan(self, file: Path, bad: BadSamples) -> Iterator[Span]:
         for _, offset, data, kind in locate_prompts(file, bad):
@@ -121,7 +116,8 @@ def read_prompts(
     """
     bad = BadSamples(on_bad_sample, shard_policy=on_bad_shard)
     files = expand_paths(paths, check=bad.shard_policy == "error")
-    prompts = list(islice((prompt for file in files for prompt in read_file(file, bad)), limit))
+    prompts = [located.prompt for located in islice(chain.from_iterable(locate_prompts(f, bad) for f in files), limit)]
+    warn_of(bad.notes, 0)
     if not prompts and limit != 0:
         raise DataError(
             f"{files[0]}: not one usable prompt in {len(files)} file(s); set on_bad_sample=error to see why"

@@ -30,10 +30,10 @@ import torch
 import webdataset as wds
 from torch.utils.data import IterableDataset, get_worker_info
 
+from nemo_aligner_diffusion.data.bad_samples import BadSamples, OnBadSample, warn_of
 from nemo_aligner_diffusion.data.epoch_order import epoch_rows
 from nemo_aligner_diffusion.data.epoch_reader import EpochReader
 from nemo_aligner_diffusion.data.paths import SHARD_SUFFIXES, PathSpec, expand_paths
-from nemo_aligner_diffusion.data.prompt_files import BadSamples, OnBadSample
 from nemo_aligner_diffusion.data.shard_index import NotIndexableError, ShardIndex, Span, open_index
 from nemo_aligner_diffusion.data.span_reader import SpanReader
 from nemo_aligner_diffusion.errors import DataError
@@ -281,8 +281,9 @@ class SampleStream(IterableDataset[Any], ABC):
                     "shard was changed or became unreadable, and no other process would know: restore it, or use "
                     "uncompressed shards (.tar), whose samples can be replaced"
                 )
-            known = size
+            first, known = known is None, size
             if not quiet:
+                warn_of(bad.notes if first else [], 0)
                 self.report_skipped(epoch, bad.count, bad.shards, size)
             skipped_epochs = to_skip // size
             epoch += max(skipped_epochs, 1)

@@ -29,9 +29,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from nemo_aligner_diffusion.data.prompt_files import BadSamples
+from nemo_aligner_diffusion.data.bad_samples import BadSamples
 from nemo_aligner_diffusion.errors import DataError
-from nemo_aligner_diffusion.formats.tar import GZIP_MAGIC, open_regular
+from nemo_aligner_diffusion.formats.files import open_regular
+from nemo_aligner_diffusion.formats.tar import GZIP_MAGIC
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ IN_MEMORY_BYTES = 32 << 20  # of files; some 32,000 prompts in shards, indexed i
 LOCK_SECONDS = 3600.0  # the longest wait for another process's index
 LOCK_POLL_SECONDS = 0.2
 _MAGIC = b"NADINDEX"
-_VERSION = 1
+_VERSION = 2
 _RECORD = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc", "<u4"), ("tag", "u1")])  # packed: 17 bytes a sample
 
 
@@ -61,15 +62,18 @@ class ShardIndex:
         bad_samples: unusable ones, left out; damaged files are among them, each counted once.
         bad_shards: number of files that were unreadable, damaged or without samples, wholly or from some place on.
         messages: what was wrong with the first of them.
+        notes: what else was passed over, and why.
     """
 
     def __init__(self, counts: NDArray[np.int64], records: Any, bad: dict[str, Any], path: Path | None = None) -> None:
         self.counts = counts
         self.ends = np.cumsum(counts)
         self.path = path
+        self.bad = bad
         self.bad_samples = int(bad["samples"])
         self.bad_shards = int(bad["shards"])
         self.messages = [str(message) for message in bad["messages"]]
+        self.notes = [str(note) for note in bad["notes"]]
         self._records = records
         digest = hashlib.blake2b(counts.astype("<i8").tobytes(), digest_size=8)
         digest.update(np.ascontiguousarray(records).view(np.uint8).data)
@@ -173,7 +177,8 @@ def build_index(
     records = np.empty(len(columns[0]), dtype=_RECORD)
     for name, column in zip(_RECORD.names or (), columns, strict=True):
         records[name] = np.frombuffer(column, dtype=column.typecode) if len(column) else []
-    return ShardIndex(counts, records, {"samples": bad.count, "shards": bad.shards, "messages": bad.messages})
+    left_out = {"samples": bad.count, "shards": bad.shards, "messages": bad.messages, "notes": bad.notes}
+    return ShardIndex(counts, records, left_out)
 
 
 def load_index(path: Path) -> ShardIndex:
@@ -209,7 +214,7 @@ def save_index(index: ShardIndex, path: Path) -> None:
     header = {
         "files": len(index.counts),
         "samples": len(index),
-        "bad": {"samples": index.bad_samples, "shards": index.bad_shards, "messages": index.messages},
+        "bad": index.bad,
         "digest": index.digest,
     }
     text = json.dumps(header).encode()

@@ -12,7 +12,7 @@ from typing import IO
 
 from nemo_aligner_diffusion.data.shard_index import checksum
 from nemo_aligner_diffusion.errors import DataError
-from nemo_aligner_diffusion.formats.tar import open_regular
+from nemo_aligner_diffusion.formats.files import open_regular
 
 MAX_OPEN_FILES = 96  # more than the lanes of an order, less than the limit of any system
 READ_AHEAD_BYTES = 1 << 20  # asked of the system at a time, for each open file

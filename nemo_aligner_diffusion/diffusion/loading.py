@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -14,8 +13,9 @@ import torch
 
 from nemo_aligner_diffusion.diffusion.families import DENOISERS, family_of
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
-from nemo_aligner_diffusion.errors import CheckpointError, ConfigurationError, first_line
+from nemo_aligner_diffusion.errors import CheckpointError, ConfigurationError, first_line, printable
 from nemo_aligner_diffusion.formats.checkpoints import component_config, empty_module, load_component
+from nemo_aligner_diffusion.formats.files import read_json
 
 _LIBRARIES = ("diffusers", "transformers")  # whose classes a folder may name
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -117,11 +117,8 @@ def _read_index(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder}: no model_index.json there; model.from_pretrained must name a diffusers pipeline folder"
         )
-    try:
-        index = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not readable as JSON ({first_line(error)})") from error
-    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
+    index = read_json(file, CheckpointError)
+    if not isinstance(index.get("_class_name"), str):
         raise CheckpointError(f"{file}: names no pipeline class of diffusers as _class_name")
     return index
 
@@ -149,8 +146,8 @@ def _pipeline_class(folder: Path, index: Mapping[str, Any]) -> Any:
     found = getattr(diffusers, index["_class_name"], None)
     if not (isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)):
         raise CheckpointError(
-            f"{folder}: model_index.json names {index['_class_name'][:80]!r}, which is no pipeline of the installed "
-            f"diffusers {diffusers.__version__}"
+            f"{folder}: model_index.json names '{printable(index['_class_name'], 80)}', which is no pipeline of the "
+            f"installed diffusers {diffusers.__version__}"
         )
     for name, value in index.items():
         if not isinstance(value, list) or len(value) != 2 or value == [None, None] or name in _LEFT_OUT:
@@ -159,7 +156,7 @@ def _pipeline_class(folder: Path, index: Mapping[str, Any]) -> Any:
         known = library in _LIBRARIES or (isinstance(library, str) and hasattr(diffusers.pipelines, library))
         if not known or not isinstance(kind, str) or (folder / name / f"{library}.py").exists():
             raise CheckpointError(
-                f"{folder}: model_index.json says that {name} is {str(value)[:120]}; only classes of "
+                f"{folder}: model_index.json says that {name} is {printable(value, 120)}; only classes of "
                 f"{' and '.join(_LIBRARIES)} are loaded, and no code that a folder brings"
             )
     return found

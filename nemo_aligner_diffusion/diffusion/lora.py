@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from nemo_aligner_diffusion.diffusion.families import ATTENTION_LORA
-from nemo_aligner_diffusion.errors import CheckpointError, ConfigurationError, first_line
+from nemo_aligner_diffusion.errors import CheckpointError, ConfigurationError, first_line, printable
 
 ADAPTER = "default"
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
@@ -204,7 +204,7 @@ def _checked_metadata(file: Path, state: Mapping[str, Tensor], metadata: Mapping
             right = all(isinstance(rank, int) and 1 <= rank <= max(down, default=0) for rank in numbers)
         if not right:
             raise CheckpointError(
-                f"{file}: its metadata gives {field} = {str(value)[:80]!r}, which its tensors, of ranks up to "
+                f"{file}: its metadata gives {field} = '{printable(value, 80)}', which its tensors, of ranks up to "
                 f"{max(down, default=0)}, do not bear out; export it again"
             )
         kept[key] = value

@@ -8,15 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_aligner_diffusion.errors import OutputError
-from nemo_aligner_diffusion.evaluation.figures import (
-    format_gain,
-    format_number,
-    labelled_grid,
-    sample_grid,
-    save_image,
-    to_pictures,
-)
+from nemo_aligner_diffusion.errors import OutputError, printable
+from nemo_aligner_diffusion.evaluation.figures import labelled_grid, sample_grid, save_image, to_pictures
+from nemo_aligner_diffusion.evaluation.text import format_gain, format_number
 
 _MOST_IN_GRID = 240  # columns; the single pictures are written in any case
 _MOST_PRINTED = 40
@@ -106,7 +100,7 @@ def print_rewards(rewards: Mapping[str, Sequence[float]], pairs: Pairs, name: st
     width = min(48, max(len(prompt) for prompt, _ in pairs))
     for index, (prompt, seed) in enumerate(pairs[:_MOST_PRINTED]):
         cells = [f"{label} {_cell(values, base, label, index)}" for label, values in rewards.items()]
-        print(f"  {prompt[:width]:<{width}}  seed {seed}: " + ", ".join(cells))
+        print(f"  {printable(prompt, width):<{width}}  seed {seed}: " + ", ".join(cells))
     if len(pairs) > _MOST_PRINTED:
         print(f"  … and {len(pairs) - _MOST_PRINTED} more, in each PNG's metadata")
     for label, values in rewards.items():

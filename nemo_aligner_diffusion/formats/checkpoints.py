@@ -9,7 +9,6 @@ with ``weights_only=True`` and nothing else.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +17,8 @@ from zipfile import is_zipfile
 import torch
 from torch import Tensor, nn
 
-from nemo_aligner_diffusion.errors import CheckpointError, first_line
+from nemo_aligner_diffusion.errors import CheckpointError, first_line, printable
+from nemo_aligner_diffusion.formats.files import read_json
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -70,7 +70,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         # An expanded tensor claims more elements than are stored; converting it would take memory for all of them.
         dense = tensor.layout == torch.strided and not tensor.is_quantized and tensor.device.type == "cpu"
         if not dense or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise CheckpointError(f"{path}: its tensor {name[:200]!r} is not dense; save it with .cpu().contiguous()")
+            raise CheckpointError(
+                f"{path}: its tensor '{printable(name)}' is not dense; save it with .cpu().contiguous()"
+            )
     return tensors
 
 
@@ -110,13 +112,13 @@ def load_component(module: Any, component: str, path: str | Path) -> None:
     missing = [name for name in expected if name not in tensors]
     unexpected = [name for name in tensors if name not in expected]
     wrong = [
-        f"{name} (file {tuple(tensors[name].shape)}, model {tuple(expected[name].shape)})"
+        f"{printable(name)} (file {tuple(tensors[name].shape)}, model {tuple(expected[name].shape)})"
         for name in expected
         if name in tensors and tensors[name].shape != expected[name].shape
     ]
     if missing or unexpected or wrong:
         parts = [
-            f"{len(names)} {what}, e.g. {', '.join(names[:3])}"
+            f"{len(names)} {what}, e.g. {', '.join(map(printable, names[:3]))}"
             for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
             if names
         ]
@@ -136,13 +138,7 @@ def component_config(path: str | Path, component: str) -> dict[str, Any] | None:
     folder = Path(path).expanduser()
     for candidate in (folder / "config.json", folder / component / "config.json"):
         if candidate.is_file():
-            try:
-                config = json.loads(candidate.read_bytes())
-            except (ValueError, RecursionError) as error:
-                raise CheckpointError(f"{candidate}: not readable as JSON ({first_line(error)})") from error
-            if not isinstance(config, dict):
-                raise CheckpointError(f"{candidate}: holds no JSON object; expected a diffusers configuration")
-            return config
+            return read_json(candidate, CheckpointError)
     return None
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_aligner_diffusion.errors import ArchiveError
+from nemo_aligner_diffusion.errors import ArchiveError, printable
 from nemo_aligner_diffusion.formats.nemo import NemoArchive
 
 _TEXT = "text_encoder.language_model."
@@ -97,8 +97,9 @@ def hf_layout(
         else:
             converted[renamed] = tensor
     if unknown:
+        shown = ", ".join(printable(name, 120) for name in unknown[:8])
         raise ArchiveError(
-            f"{archive.path}: {len(unknown)} tensors have no counterpart in a CLIP model: {', '.join(unknown[:8])}"
+            f"{archive.path}: {len(unknown)} tensors have no counterpart in a CLIP model: {shown}"
             f"{', …' if len(unknown) > 8 else ''}. Expected the layout of NeMo's MegatronCLIPModel."
         )
     for name, shape in (
@@ -195,7 +196,7 @@ def _activation(archive: NemoArchive, section: Mapping[str, Any], prefix: str) -
         return "gelu_new"  # Megatron's fused kernel is the tanh approximation
     known = {"gelu": "gelu", "approx-gelu": "quick_gelu", "quick-gelu": "quick_gelu"}
     if name not in known:
-        raise ArchiveError(f"{archive.path}: {prefix}activation is {name!r}; known are {', '.join(known)}.")
+        raise ArchiveError(f"{archive.path}: {prefix}activation is '{printable(name)}'; known are {', '.join(known)}.")
     return known[name]
 
 
@@ -210,7 +211,7 @@ def _check_supported(archive: NemoArchive, text: Mapping[str, Any], vision: Mapp
         ):
             if section.get(key) not in supported:
                 raise ArchiveError(
-                    f"{archive.path}: its model_config.yaml has {prefix}{key} = {str(section[key])[:80]!r}; only "
+                    f"{archive.path}: its model_config.yaml has {prefix}{key} = '{printable(section[key], 80)}'; only "
                     f"{supported[0]!r} can be restored, which CLIP, PickScore and HPSv2 have."
                 )
 
@@ -226,6 +227,7 @@ def _number(archive: NemoArchive, section: Mapping[str, Any], key: str, prefix: 
     value = section.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ArchiveError(
-            f"{archive.path}: its model_config.yaml has {prefix}{key} = {str(value)[:80]!r}; expected a whole number."
+            f"{archive.path}: its model_config.yaml has {prefix}{key} = '{printable(value, 80)}'; "
+            "expected a whole number."
         )
     return value

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_aligner_diffusion.errors import ArchiveError
+from nemo_aligner_diffusion.errors import ArchiveError, printable
 from nemo_aligner_diffusion.formats.nemo import NemoArchive
 from nemo_aligner_diffusion.formats.nemo.common import WEIGHTS_NAME
 
@@ -43,7 +43,7 @@ def merged_state(archive: NemoArchive, config: Mapping[str, Any]) -> dict[str, T
     for rank, shard in enumerate(shards):
         if different := sorted(set(shard) ^ set(shards[0])):
             raise ArchiveError(
-                f"{archive.path}: ranks 0 and {rank} hold different tensors, e.g. {different[0][:200]}. Only "
+                f"{archive.path}: ranks 0 and {rank} hold different tensors, e.g. {printable(different[0])}. Only "
                 "tensor-parallel shards of one model can be merged."
             )
     legacy = {name: _is_legacy(config, name) for name in ("text", "vision")}
@@ -54,9 +54,7 @@ def _merge(archive: NemoArchive, name: str, parts: list[Tensor], legacy: Mapping
     first = parts[0]
     if any(part.shape != first.shape or part.dtype != first.dtype for part in parts):
         shapes = ", ".join(str(tuple(part.shape)) for part in parts)
-        raise ArchiveError(
-            f"{archive.path}: {name[:200]} has shapes {shapes} on its tensor-parallel ranks; expected equal ones."
-        )
+        raise ArchiveError(f"{archive.path}: {printable(name)} has shapes {shapes} on its ranks; expected equal ones.")
     if _QKV.fullmatch(name) and first.ndim and len(first) % 3 == 0:
         if not legacy["vision" if "vision_encoder." in name else "text"]:
             return torch.cat(parts)
@@ -69,8 +67,8 @@ def _merge(archive: NemoArchive, name: str, parts: list[Tensor], legacy: Mapping
     for rank, part in enumerate(parts):
         if not torch.equal(part, first):
             raise ArchiveError(
-                f"{archive.path}: {name[:200]} differs between tensor-parallel ranks 0 and {rank}, and should be the "
-                "same on all. Merge the ranks with the program that wrote them, and save the archive again."
+                f"{archive.path}: {printable(name)} differs between tensor-parallel ranks 0 and {rank}, and should "
+                "be the same on all. Merge the ranks with the program that wrote them, and save the archive again."
             )
     return first
 

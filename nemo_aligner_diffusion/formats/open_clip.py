@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_aligner_diffusion.errors import CheckpointError
+from nemo_aligner_diffusion.errors import CheckpointError, printable
 
 # Channels per head of OpenCLIP's vision towers, by their width (its model_configs: ViT-H, ViT-g, ViT-bigG, ViT-e).
 VISION_HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104, 1792: 112}
@@ -99,9 +99,10 @@ def hf_layout(
     """
     plain = _plain_names(state)
     if lacking := [name for name in _NEEDED if name not in plain]:
+        shown = ", ".join(printable(name, 120) for name in list(state)[:3])
         raise CheckpointError(
             f"{origin}: no CLIP with two transformers in OpenCLIP's layout: it lacks {', '.join(lacking)} "
-            f"({len(state)} tensors, e.g. {', '.join(list(state)[:3])}). ResNet, SigLIP, CoCa and custom text towers "
+            f"({len(state)} tensors, e.g. {shown}). ResNet, SigLIP, CoCa and custom text towers "
             "cannot be converted."
         )
     converted: dict[str, Tensor] = {}

@@ -8,21 +8,20 @@ compressed shard (``sample_stream.py`` says why), so all four matter here. Forma
 
 from __future__ import annotations
 
-import errno
 import gzip
 import os
-import stat
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from nemo_aligner_diffusion.errors import DataError
+from nemo_aligner_diffusion.errors import DataError, printable
+from nemo_aligner_diffusion.formats.files import open_regular
 
 BLOCK = 512  # bytes; headers are one block, data is padded to whole blocks
 MAX_EXTENSION_BYTES = 1 << 20  # a pax or GNU long-name header; real ones hold a path
 MAX_NUMBER_DIGITS = 19  # of a decimal size in a pax record: 2**63 has as many
-MAX_TRAILER_BYTES = 1 << 20  # padding read after the end marker to reach a gzip stream's checksum
+MAX_PADDING_BYTES = 64 << 20  # zeros after the end marker; tar pads to 10 KiB, or to what its -b says
 ZERO_BLOCK = bytes(BLOCK)
 GZIP_MAGIC = b"\x1f\x8b"
 REGULAR = b"0\x007"  # type flags of regular files; 7 is "contiguous", the same to a reader
@@ -33,6 +32,7 @@ class Member(NamedTuple):
     """One member: ``kind`` is "file", "folder", "link" or "other"; ``data`` is None unless it was asked for.
 
     In the (decompressed) stream its headers, extensions included, begin at byte ``start`` and its data at ``offset``.
+    ``part`` counts archives strung together in one file, from 0.
     """
 
     name: str
@@ -41,6 +41,7 @@ class Member(NamedTuple):
     data: bytes | None
     start: int
     offset: int
+    part: int
 
     @property
     def end(self) -> int:
@@ -50,6 +51,8 @@ class Member(NamedTuple):
 
 def walk_tar(path: Path, wanted: Callable[[str, str, int], bool]) -> Iterator[Member]:
     """Yield every member of a plain or gzipped tar in order; read the data of those that ``wanted(name, kind, size)``.
+
+    Archives strung together (``cat a.tar b.tar``) are read on through all of them.
 
     Memory is bounded by the largest member that ``wanted`` accepts. Links are reported, never followed; nothing is
     written to disk.
@@ -74,21 +77,13 @@ def walk_tar(path: Path, wanted: Callable[[str, str, int], bool]) -> Iterator[Me
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def open_regular(path: Path, buffering: int = -1) -> IO[bytes]:
-    """Open for reading, but never wait: a FIFO or a device that has taken a file's place is an OSError, not a hang."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "it is no regular file")
-    return open(descriptor, "rb", buffering=buffering)
-
-
 def walk_stream(
     path: Path,
     stream: IO[bytes],
     file_size: int | None,
     wanted: Callable[[str, str, int], bool],
     most_header_blocks: int | None = None,
+    single: bool = False,
 ) -> Iterator[Member]:
     """:func:`walk_tar` over an open stream; ``path`` is named in errors.
 
@@ -96,16 +91,32 @@ def walk_stream(
         file_size: bytes in the stream; None for a compressed one, whose length nobody knows before its end.
         wanted: called with the stream at the first byte of the member's data.
         most_header_blocks: a tar whose headers, extensions included, take more blocks is refused; None: any number.
+        single: nothing but zeros may follow the end marker, where other readers stop.
     """
     last = ""  # the last complete member, for error messages
+    part = padding = 0
     long_name: str | None = None
     long_size: int | None = None
+    sparse = False
     header_blocks = 0
     end = stream.tell()
     while True:
         header = stream.read(BLOCK)
         if header == ZERO_BLOCK:
-            break
+            padding += BLOCK
+            if padding > MAX_PADDING_BYTES:
+                raise DataError(f"{path}: more than {MAX_PADDING_BYTES:,} zeros follow its end marker; is it whole?")
+            continue
+        if padding:
+            if not header.strip(b"\0"):  # the end of the file; for gzip, its checksum has been compared here
+                return
+            if single or len(header) < BLOCK or not _checksum_is_right(header):
+                raise DataError(
+                    f"{path}: something that is no tar header follows the end marker after member '{last}'; cut it "
+                    "off, or write the file again"
+                )
+            end, part, padding = end + padding, part + 1, 0
+            long_name, long_size, sparse = None, None, False
         header_blocks += 1
         if most_header_blocks is not None and header_blocks > most_header_blocks:
             raise DataError(
@@ -115,24 +126,24 @@ def walk_stream(
             if header and not last:
                 raise _not_a_tar(path, header)
             raise _truncated(
-                path, f"it stops after member {last!r} without an end marker" if last else "it holds nothing"
+                path, f"it stops after member '{last}' without an end marker" if last else "it holds nothing"
             )
         if not _checksum_is_right(header):
             if not last and long_name is None:
                 raise _not_a_tar(path, header)
             raise DataError(
-                f"{path} is damaged after member {last!r}: no valid tar header there; copy or write it again"
+                f"{path} is damaged after member '{last}': no valid tar header there; copy or write it again"
             )
         kind_flag, size = header[156:157], _number(header[124:136])
         if size < 0:
             raise DataError(
-                f"{path} is damaged after member {last!r}: a member of {size} bytes; copy or write it again"
+                f"{path} is damaged after member '{last}': a member of {size} bytes; copy or write it again"
             )
 
         if kind_flag in (PAX_LOCAL, PAX_GLOBAL, GNU_LONG_NAME, GNU_LONG_LINK):
             if size > MAX_EXTENSION_BYTES:
                 raise DataError(
-                    f"{path}: a tar extension header of {size:,} bytes after member {last!r}; expected at most "
+                    f"{path}: a tar extension header of {size:,} bytes after member '{last}'; expected at most "
                     f"{MAX_EXTENSION_BYTES:,}: the file is damaged or hostile"
                 )
             header_blocks += size // BLOCK
@@ -142,9 +153,9 @@ def walk_stream(
             elif kind_flag == PAX_LOCAL:
                 records = _pax_records(path, body, last)
                 long_name = records.get("path", long_name)
-                size_text = records.get("size", "")
-                if size_text.isascii() and size_text.isdecimal() and len(size_text) <= MAX_NUMBER_DIGITS:
-                    long_size = int(size_text)
+                sparse = any(keyword.startswith("GNU.sparse.") for keyword in records)
+                if "size" in records:
+                    long_size = _pax_size(path, records["size"], last)
             continue
 
         name = _text(header[:100])
@@ -157,6 +168,8 @@ def walk_stream(
         long_name = long_size = None
 
         kind = {b"5": "folder", b"1": "link", b"2": "link"}.get(kind_flag, "file" if kind_flag in REGULAR else "other")
+        if sparse:  # its data is a map of holes before the content
+            kind, sparse = "other", False
         if kind == "file" and name.endswith("/"):  # how tar said "folder" before 1988
             kind = "folder"
         if kind in ("folder", "link"):
@@ -167,14 +180,9 @@ def walk_stream(
         else:
             _skip_data(path, stream, size, name, file_size)
             data = None
-        member = Member(name, kind, size, data, end, offset)
+        member = Member(name, kind, size, data, end, offset, part)
         yield member
-        last, end = name, member.end
-    if file_size is None:
-        # Reading on to the end is what makes the gzip module compare its checksum.
-        for _ in range(MAX_TRAILER_BYTES // BLOCK):
-            if not stream.read(BLOCK):
-                break
+        last, end = printable(name), member.end
 
 
 def _checksum_is_right(header: bytes) -> bool:
@@ -203,7 +211,9 @@ def _read_data(path: Path, stream: IO[bytes], size: int, name: str) -> bytes:
     padded = -(-size // BLOCK) * BLOCK
     data = stream.read(padded)
     if len(data) < padded:
-        raise _truncated(path, f"it stops inside member {name!r} ({len(data):,} of {padded:,} bytes are there)")
+        raise _truncated(
+            path, f"it stops inside member '{printable(name)}' ({len(data):,} of {padded:,} bytes are there)"
+        )
     return data[:size]
 
 
@@ -211,13 +221,13 @@ def _skip_data(path: Path, stream: IO[bytes], size: int, name: str, file_size: i
     left = -(-size // BLOCK) * BLOCK
     if file_size is not None:
         if stream.tell() + left > file_size:
-            raise _truncated(path, f"it stops inside member {name!r}")
+            raise _truncated(path, f"it stops inside member '{printable(name)}'")
         stream.seek(left, os.SEEK_CUR)
         return
     while left:
         chunk = stream.read(min(left, 1 << 20))
         if not chunk:
-            raise _truncated(path, f"it stops inside member {name!r}")
+            raise _truncated(path, f"it stops inside member '{printable(name)}'")
         left -= len(chunk)
 
 
@@ -228,16 +238,26 @@ def _pax_records(path: Path, body: bytes, last: str) -> dict[str, str]:
     while start < end_of_records:  # by position: cutting the front off each time would copy the rest each time
         blank = body.find(b" ", start, start + 10)
         digits = body[start:blank] if blank > start else b""
-        length = int(digits) if digits.isdigit() else 0
-        end = start + length
-        keyword, equals, value = body[blank + 1 : max(end - 1, blank + 1)].partition(b"=")
-        if not equals or end > len(body):
+        end = start + (int(digits) if digits.isdigit() else 0)
+        # A record ends with its line break, beyond its blank: every turn of this loop goes on in the body.
+        whole = start < blank < end - 1 and body[end - 1 : end] == b"\n"
+        keyword, equals, value = body[blank + 1 : end - 1].partition(b"=") if whole else (b"", b"", b"")
+        if not equals:
             raise DataError(
-                f"{path} is damaged after member {last!r}: a pax header that cannot be read; write the shard again"
+                f"{path} is damaged after member '{last}': a pax header that cannot be read; write the shard again"
             )
         records[keyword.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
         start = end
     return records
+
+
+def _pax_size(path: Path, text: str, last: str) -> int:
+    if not (text.isascii() and text.isdecimal() and len(text) <= MAX_NUMBER_DIGITS):
+        raise DataError(
+            f"{path} is damaged after member '{last}': its pax header gives the size '{printable(text, 40)}'; write "
+            "the shard again"
+        )
+    return int(text)
 
 
 def _truncated(path: Path, where: str) -> DataError:

@@ -5,12 +5,12 @@ No torch here. Parameter counts are compared with the published ones in ``tests/
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nemo_aligner_diffusion.errors import ConfigurationError
+from nemo_aligner_diffusion.formats.files import read_json
 
 DEFAULT_SCHEDULER: tuple[str, dict[str, Any]] = ("DDIMScheduler", {"clip_sample": False})
 
@@ -208,12 +208,12 @@ _LEFT_OUT = ("safety_checker", "image_encoder", "feature_extractor")  # no part 
 
 
 def _from_folder(folder: Path) -> ModelSpec:
-    index = _read(folder / "model_index.json")
+    index = read_json(folder / "model_index.json", ConfigurationError)
     components: dict[str, tuple[str, dict[str, Any]]] = {}
     for name, value in index.items():
         is_network = isinstance(value, list) and (folder / name / "config.json").is_file()
         if is_network and name not in _LEFT_OUT:
-            config = _read(folder / name / "config.json")
+            config = read_json(folder / name / "config.json", ConfigurationError)
             components[name] = (value[1], {key: v for key, v in config.items() if not key.startswith("_")})
     if "vae" not in components:
         raise ConfigurationError(
@@ -222,15 +222,5 @@ def _from_folder(folder: Path) -> ModelSpec:
     options = {key: v for key, v in index.items() if not key.startswith("_") and not isinstance(v, list)}
     scheduler = DEFAULT_SCHEDULER
     if "scheduler" in index:
-        scheduler = index["scheduler"][1], _read(folder / "scheduler" / "scheduler_config.json")
+        scheduler = index["scheduler"][1], read_json(folder / "scheduler" / "scheduler_config.json", ConfigurationError)
     return ModelSpec(folder.name, str(index["_class_name"]), components, None, scheduler, options)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(f"{file}: not a readable configuration file: {error}") from error
-    if not isinstance(value, dict):
-        raise ConfigurationError(f"{file}: expected a JSON object, found {type(value).__name__}")
-    return value

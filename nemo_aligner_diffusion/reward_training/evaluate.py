@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nemo_aligner_diffusion.data.bad_samples import BadSamples, OnBadSample
 from nemo_aligner_diffusion.data.paths import PathSpec, expand_paths
-from nemo_aligner_diffusion.data.prompt_files import BadSamples, OnBadSample
 from nemo_aligner_diffusion.evaluation.curves import GRID_LINE, INK, PALETTE, PAPER, QUIET
 from nemo_aligner_diffusion.reward_training.calibration import PreferenceFigures
 from nemo_aligner_diffusion.reward_training.preference_data import PreferenceDataset, pictures
@@ -44,8 +44,7 @@ def score_pairs(
     if isinstance(reward, CLIPReward):
         dataset = PreferenceDataset(
             paths,
-            image_size=reward.image_size,
-            interpolation=reward.interpolation,
+            preprocessing=reward.preprocessing,
             micro_batch_size=batch_size,
             shuffle_buffer=0,
             epochs=1,

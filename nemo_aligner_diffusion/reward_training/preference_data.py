@@ -14,22 +14,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nemo_aligner_diffusion.data.bad_samples import BadSamples
 from nemo_aligner_diffusion.data.datamodule import StreamDataModule
 from nemo_aligner_diffusion.data.paths import PathSpec
-from nemo_aligner_diffusion.data.prompt_files import BadSamples
 from nemo_aligner_diffusion.data.sample_stream import SampleStream
 from nemo_aligner_diffusion.data.shard_index import Span, checksum
 from nemo_aligner_diffusion.data.span_reader import SpanReader
 from nemo_aligner_diffusion.data.stream_loader import WORKER_TIMEOUT_SECONDS, StreamLoader
 from nemo_aligner_diffusion.errors import DataError
+from nemo_aligner_diffusion.formats.pictures import decode_picture
 from nemo_aligner_diffusion.reward_training.preference_shards import (
     PreferencePair,
-    decode_picture,
     locate_pairs,
     pair_in,
     read_preference_file,
 )
-from nemo_aligner_diffusion.rewards.preprocessing import centre_crop, resize_short_side
+from nemo_aligner_diffusion.rewards.support.preprocessing import Preprocessing
 
 
 class PreferenceBatch(TypedDict):
@@ -51,8 +51,7 @@ class PreferenceDataset(SampleStream):
     """This rank's micro-batches of pairs; order and further arguments are those of :class:`.SampleStream`.
 
     Args:
-        image_size: side in pixels that the model sees.
-        interpolation: of the resize, ``bicubic`` or ``bilinear``.
+        preprocessing: the model's; its statistics are left to the training step.
 
     Under ``on_bad_sample="skip"`` the process that makes the index decodes every picture, once; of compressed shards
     every process decodes every picture, to agree on which are left out.
@@ -60,9 +59,8 @@ class PreferenceDataset(SampleStream):
 
     noun = "pair"
 
-    def __init__(self, paths: PathSpec, *, image_size: int, interpolation: str = "bicubic", **stream: Any) -> None:
-        self.image_size = image_size
-        self.interpolation = interpolation
+    def __init__(self, paths: PathSpec, *, preprocessing: Preprocessing, **stream: Any) -> None:
+        self.preprocessing = preprocessing
         super().__init__(paths, **stream)
 
     def read(self, file: Path, bad: BadSamples) -> Iterator[PreferencePair]:
@@ -86,16 +84,14 @@ class PreferenceDataset(SampleStream):
 
     def collate(self, items: list[PreferencePair], index: Tensor, epochs: list[int]) -> PreferenceBatch:
         return {
-            "images": torch.stack([torch.stack([self._prepare(p) for p in pictures(pair)]) for pair in items]),
+            "images": torch.stack(
+                [torch.cat([self.preprocessing.square(p[None]) for p in pictures(pair)]) for pair in items]
+            ),
             "prompts": [pair.prompt for pair in items],
             "labels": torch.tensor([pair.label for pair in items]),
             "index": index,
             "counts": torch.tensor([self.epochs is None or epoch < self.epochs for epoch in epochs]),
         }
-
-    def _prepare(self, picture: Tensor) -> Tensor:
-        resized = resize_short_side(picture[None], self.image_size, self.interpolation)
-        return centre_crop(resized, self.image_size)[0]
 
 
 def pictures(pair: PreferencePair) -> tuple[Tensor, Tensor]:
@@ -118,12 +114,11 @@ def picture_tensor(data: bytes) -> Tensor:
 
 
 class PreferenceDataModule(StreamDataModule):
-    """The preference pairs of a training run; ``image_size`` and ``interpolation`` are the model's."""
+    """The preference pairs of a training run; ``preprocessing`` is the model's."""
 
-    def __init__(self, *args: Any, image_size: int, interpolation: str = "bicubic", **options: Any) -> None:
+    def __init__(self, *args: Any, preprocessing: Preprocessing, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.image_size = image_size
-        self.interpolation = interpolation
+        self.preprocessing = preprocessing
 
     def build_loader(
         self,
@@ -132,5 +127,5 @@ class PreferenceDataModule(StreamDataModule):
         worker_timeout_seconds: float = WORKER_TIMEOUT_SECONDS,
         **options: Any,
     ) -> StreamLoader:
-        dataset = PreferenceDataset(paths, image_size=self.image_size, interpolation=self.interpolation, **options)
+        dataset = PreferenceDataset(paths, preprocessing=self.preprocessing, **options)
         return StreamLoader(dataset, num_workers, worker_timeout_seconds)

@@ -18,7 +18,6 @@ Imports neither torch nor webdataset: the writing tools start at once.
 from __future__ import annotations
 
 import io
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator
@@ -26,27 +25,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
+from nemo_aligner_diffusion.data.bad_samples import BadSamples
 from nemo_aligner_diffusion.data.paths import is_text_file
-from nemo_aligner_diffusion.data.prompt_files import (
-    MAX_JSON_BYTES,
-    MAX_PROMPT_BYTES,
-    PROMPT_KEYS,
-    BadSamples,
-    clean_prompt,
-    decode_utf8,
-)
+from nemo_aligner_diffusion.data.prompt_files import MAX_JSON_BYTES, MAX_PROMPT_BYTES, PROMPT_KEYS, clean_prompt
+from nemo_aligner_diffusion.data.shard_samples import shard_samples, split_name
 from nemo_aligner_diffusion.data.shards import Sample, WrittenShards, write_sample_shards
-from nemo_aligner_diffusion.errors import DataError
+from nemo_aligner_diffusion.errors import DataError, printable
+from nemo_aligner_diffusion.formats.files import decode_utf8, parse_json
+from nemo_aligner_diffusion.formats.pictures import FORMATS, MAX_PICTURE_BYTES, decode_picture, picture_format
 from nemo_aligner_diffusion.formats.tar import ZERO_BLOCK, Member, walk_stream, walk_tar
 
 DEFAULT_PAIRS_PER_SHARD = 1_000
-MAX_PICTURE_BYTES = 64 << 20
-MAX_PICTURE_PIXELS = 1 << 26  # 8192 × 8192; a few kB of PNG can claim much more
 MAX_LABEL_BYTES = 64
 LABEL_TOLERANCE = 1e-4  # on the sum of a label's parts
-FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # Pillow's name -> start of the member's extension
 _PICTURE_NAMES = ("jpg", "jpeg", "png", "webp", "image", "img")
 _SLOTS = {f"{name}_{slot}": slot for name in _PICTURE_NAMES for slot in (0, 1)}
 _SLOTS |= {f"{slot}.{name}": slot for name in _PICTURE_NAMES for slot in (0, 1)}
@@ -181,59 +172,26 @@ def _no_pair(path: Path) -> DataError:
 
 
 def _pairs(path: Path, members: Iterator[Member], bad: BadSamples, decode: bool) -> Iterator[PreferencePair]:
-    for key, contents in _samples(path, members, bad):
+    for key, sample in shard_samples(path, members, _LIMITS, bad):
         try:
-            pair = _pair(contents, f"{path}: {key}")
+            contents = {extension: member.data or b"" for extension, member in sample.items()}
+            pair = _pair(contents, f"{path}: {printable(key)}")
             for picture in pair.pictures:
                 decode_picture(picture) if decode else picture_format(picture)
         except ValueError as error:
-            bad(f"{path}: sample {key!r} {error}")
+            bad(f"{path}: sample '{printable(key)}' {error}")
             continue
         yield pair
 
 
 def _wanted(name: str, kind: str, size: int) -> bool:
-    return kind == "file" and size <= _LIMITS.get(_split(name)[1], -1)
+    return kind == "file" and size <= _LIMITS.get(split_name(name)[1], -1)
 
 
 def _known(member: Member) -> str | None:
     """The key of a member that belongs to a sample."""
-    key, extension = _split(member.name)
-    if member.kind == "folder" or extension not in _LIMITS or key.rpartition("/")[2].startswith("__"):
-        return None
-    return key
-
-
-def _samples(path: Path, walk: Iterator[Member], bad: BadSamples) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """(key, extension -> content) of each group of neighbouring members, of known extensions only."""
-    last, members = "", dict[str, bytes]()
-    for member in walk:
-        key = _known(member)
-        if key is None:
-            continue
-        name, kind, size, data, *_ = member
-        extension = _split(name)[1]
-        if key != last and members:
-            yield last, members
-        if key != last:
-            last, members = key, {}
-        if kind != "file":
-            bad(f"{path}: member {name!r} is a {kind}, not a file; expected the content itself (no link is followed)")
-        elif data is None:
-            bad(f"{path}: member {name!r} has {size:,} bytes; expected at most {_LIMITS[extension]:,}")
-        elif extension in members:
-            bad(f"{path}: member {name!r} is there twice; expected a name of its own for every sample")
-        else:
-            members[extension] = data
-    if members:
-        yield last, members
-
-
-def _split(name: str) -> tuple[str, str]:
-    """(key, extension) at the first dot of the last part, as webdataset does."""
-    folder, slash, last = name.removeprefix("./").rpartition("/")
-    base, _, extension = last.partition(".")
-    return folder + slash + base, extension.lower()
+    key, extension = split_name(member.name)
+    return key if key and member.kind != "folder" and extension in _LIMITS else None
 
 
 def _pair(members: dict[str, bytes], origin: str) -> PreferencePair:
@@ -267,11 +225,9 @@ def _pair(members: dict[str, bytes], origin: str) -> PreferencePair:
 
 def _json(data: bytes) -> dict[str, Any]:
     try:
-        content = json.loads(decode_utf8(data.removeprefix(b"\xef\xbb\xbf")))
-    except RecursionError:
-        content = None
+        content = parse_json(data)
     except ValueError as error:
-        raise ValueError(f"has a .json that cannot be read ({error})") from error
+        raise ValueError(f"has a .json that {error}") from error
     if not isinstance(content, dict):
         raise ValueError("has a .json that is no object; expected keys such as prompt and label_0")
     return content
@@ -312,47 +268,3 @@ def format_label(label: tuple[float, float]) -> str:
     """``1/0`` and the like, checked; reading it back gives the same numbers."""
     first, second = check_label(*label)
     return "/".join(f"{value:g}" if float(f"{value:g}") == value else repr(value) for value in (first, second))
-
-
-def picture_format(data: bytes) -> str:
-    """Pillow's name of a picture's format, from its header.
-
-    Raises:
-        ValueError: no JPEG, PNG or WebP, or larger than :data:`MAX_PICTURE_PIXELS`.
-    """
-    with _open(data) as picture:
-        return str(picture.format)
-
-
-def decode_picture(data: bytes) -> Image.Image:
-    """The whole picture as RGB; what is transparent becomes white.
-
-    Raises:
-        ValueError: it cannot be decoded; the message does not name the place.
-    """
-    with _open(data) as picture:
-        try:
-            picture.load()
-            if picture.has_transparency_data:
-                rgba = picture.convert("RGBA")
-                return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-            return picture.convert("RGB")
-        except Exception as error:  # truncated or damaged data: OSError, SyntaxError, struct.error, …
-            raise ValueError(
-                f"has a picture that cannot be read ({str(error)[:100] or type(error).__name__}); copy it again"
-            ) from error
-
-
-def _open(data: bytes) -> Image.Image:
-    try:
-        picture = Image.open(io.BytesIO(data), formats=tuple(FORMATS))
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"has a picture of more than {MAX_PICTURE_PIXELS:,} pixels, the most expected") from error
-    except Exception as error:  # Pillow's own, and what damaged headers make its parsers raise
-        start = f"it starts with {data[:12]!r}" if data else "it is empty"
-        raise ValueError(f"has a picture that is no JPEG, PNG or WebP: {start}; encode it again") from error
-    if picture.width * picture.height > MAX_PICTURE_PIXELS:
-        raise ValueError(
-            f"has a picture of {picture.width} × {picture.height} pixels; expected at most {MAX_PICTURE_PIXELS:,}"
-        )
-    return picture

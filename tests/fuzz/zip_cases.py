@@ -73,6 +73,25 @@ def zip_bombs(drawn: random.Random) -> bytes:
     return _packed(carrier(drawn), stream.getvalue())
 
 
+@category("zip", hostile=True, weight=10)
+def names_that_readers_tell_apart(drawn: random.Random) -> bytes:
+    """Python's reader tells names apart by case and beyond a NUL, torch's does not: two records under one name."""
+    seed = carrier(drawn)
+    with zipfile.ZipFile(io.BytesIO(seed.content(WEIGHTS))) as good:
+        records = [(entry.filename, good.read(entry)) for entry in good.infolist()]
+    name, content = drawn.choice(records)
+    top, _, rest = name.partition("/")
+    other = drawn.choice((f"{top}/{rest.upper()}", f"{top}/{rest.title()}", f"{name}\0", f"{name}\0.txt"))
+    if other in dict(records):  # a number has no case
+        other = f"{name}\0"
+    records.insert(drawn.choice((0, len(records))), (other, drawn.choice((GOOD, content, bytes(len(content))))))
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as target:
+        for record, data in records:
+            target.writestr(zipfile.ZipInfo(record.replace("\0", "N")), data)
+    return _packed(seed, stream.getvalue().replace(other.replace("\0", "N").encode(), other.encode()))
+
+
 @category("zip", hostile=False, weight=40)
 def zip_fields(drawn: random.Random) -> bytes:
     """Random bytes in the headers of the real weights' zip."""

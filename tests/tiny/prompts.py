@@ -18,7 +18,7 @@ ODD_PROMPTS = [
     "tab\tinside",
     "面白い猫, 東京 — ночь — مرحبا",
     "family 👩‍👩‍👧‍👦 emoji",
-    "\ufeffbyte-order mark inside",
+    "byte-order\ufeff mark inside",
     "line\u2028separator\x0band\x0cothers\x85",
     "back\\slash $HOME `tick` %s {0}",
     "x" * 5000,

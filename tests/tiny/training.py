@@ -16,8 +16,8 @@ from nemo_aligner_diffusion.training.callbacks.metrics import MetricsCSV
 from nemo_aligner_diffusion.training.callbacks.missed_validation import MissedValidation
 from nemo_aligner_diffusion.training.callbacks.non_finite import NonFinitePolicy
 from nemo_aligner_diffusion.training.checkpoints.callback import ResumePoint, TrainingCheckpoint
-from nemo_aligner_diffusion.training.optimizers import build_optimizer
-from nemo_aligner_diffusion.training.schedules import build_schedule
+from nemo_aligner_diffusion.training.optimizers import OptimizerSettings, build_optimizer
+from nemo_aligner_diffusion.training.schedules import ScheduleSettings, build_schedule
 
 MICRO_BATCH = 2
 
@@ -99,8 +99,8 @@ class Toy(pl.LightningModule):
         self.validated_with.append(float(self.adapter.weight.detach().sum()))
 
     def configure_optimizers(self) -> Any:
-        optimizer = build_optimizer(self.named_parameters(), self.optim)
-        sched = {"name": "WarmupHoldPolicy", "warmup_steps": 3}
+        optimizer = build_optimizer(self.named_parameters(), OptimizerSettings(**self.optim))
+        sched = ScheduleSettings(name="WarmupHoldPolicy", warmup_steps=3)
         schedule = build_schedule(optimizer, sched, self.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

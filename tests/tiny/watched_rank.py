@@ -95,20 +95,15 @@ def main(what: str, rank: int, size: int, folder: Path) -> int:
     import signal
 
     from nemo_aligner_diffusion.errors import NumericalError
-    from nemo_aligner_diffusion.runtime.health import (
-        Fault,
-        HealthClient,
-        HealthServer,
-        Launch,
-        Limits,
-        Progress,
-        waiting,
-    )
     from nemo_aligner_diffusion.runtime.health import client as health_client
     from nemo_aligner_diffusion.runtime.health import server as health_server
-    from nemo_aligner_diffusion.runtime.health.launch import ADDRESS_VARIABLE
+    from nemo_aligner_diffusion.runtime.health.client import HealthClient
+    from nemo_aligner_diffusion.runtime.health.messages import Fault
+    from nemo_aligner_diffusion.runtime.health.progress import Limits, Progress, waiting
+    from nemo_aligner_diffusion.runtime.health.server import HealthServer
     from nemo_aligner_diffusion.runtime.health.stragglers import StragglerReport, StragglerWatch
     from nemo_aligner_diffusion.runtime.health.verdict import Watch
+    from nemo_aligner_diffusion.runtime.process import Process
 
     def write_down(fault: Fault) -> None:
         write(folder / "fault", "\n".join([str(rank), fault.headline, *fault.places]))
@@ -120,25 +115,21 @@ def main(what: str, rank: int, size: int, folder: Path) -> int:
     if what == "raise everywhere":  # how much later others raise is up to the machine; that all have ends the waiting
         health_client._LINGER = health_server._SAME_ERROR_WITHIN = LONG
     silence = SILENCE.get(what, LONG)
-    launch = Launch(rank, size, rank, "lightning")
+    one_node = what != "wait, by network"
+    process = Process(rank, size, rank, size if one_node else 1, launcher="torchrun")
     progress = Progress(Limits(first=LONG, later=LONG))
     now = time.monotonic()
     server = None
-    watch = Watch(size, silence, LONG, now)
+    watch = Watch(size, silence)
     if rank == 0:
-        server = HealthServer(launch, False, watch, 0.2, StragglerWatch(1.5, 0.5, now), report)
+        server = HealthServer(one_node, watch, 0.2, StragglerWatch(1.5, 0.5, now), report)
         server.start()
-        write(folder / "address", os.environ[ADDRESS_VARIABLE])
-    os.environ[ADDRESS_VARIABLE] = read(folder / "address")
-    client = HealthClient(launch, progress, 0.2, silence, write_down)
+        write(folder / "address", server.address)
+    client = HealthClient(process, read(folder / "address"), "127.0.0.1", progress, 0.2, silence, write_down)
     client.start()
     faulthandler.register(signal.SIGUSR2, all_threads=False)
     if what == "fork":
         start_worker(client, folder / f"worker_{rank}")
-    if what == "absent" and rank == 0:
-        while len(watch.ranks) < size - 1:  # who does come may take its time
-            time.sleep(0.01)
-        watch.first = 2.0
 
     def known() -> bool:
         """What verdicts are made of is here: everybody's name, and at rank 0 all places, elsewhere rank 0's."""
@@ -148,7 +139,7 @@ def main(what: str, rank: int, size: int, folder: Path) -> int:
             return client._rank0.in_training
         return len(watch.ranks) == size and all(entry.position.in_training for entry in watch.ranks.values())
 
-    steps = ENDLESS if what in ("wait", "fork", "stop", "straggler") else 40
+    steps = ENDLESS if what in ("wait", "wait, by network", "fork", "stop", "straggler") else 40
     try:
         meeting = Meeting(rank, size, folder)
         announced = False

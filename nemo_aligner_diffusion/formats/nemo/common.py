@@ -53,10 +53,3 @@ def listing(names: Iterable[str], most: int = 6) -> str:
     """The first names in order, for a message."""
     ordered = sorted(names)
     return (", ".join(map(repr, ordered[:most])) + (", …" if len(ordered) > most else "")) or "nothing"
-
-
-def short(value: object, most: int = 160) -> str:
-    """``str(value)`` on one line, cut: text from an untrusted file must not flood a terminal."""
-    text = " ".join(str(value).split())
-    text = "".join(character if character.isprintable() else "?" for character in text[: most + 1])
-    return text if len(text) <= most else text[:most] + "…"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from nemo_aligner_diffusion.errors import ArchiveError, DataError
+from nemo_aligner_diffusion.errors import ArchiveError, DataError, printable
 from nemo_aligner_diffusion.formats.nemo.common import (
     ARTIFACT_SCHEME,
     BLOCK_BYTES,
@@ -22,7 +22,6 @@ from nemo_aligner_diffusion.formats.nemo.common import (
     archive_error,
     artifact_digest,
     listing,
-    short,
 )
 from nemo_aligner_diffusion.formats.nemo.config import parse_config
 from nemo_aligner_diffusion.formats.nemo.weights import load_tensors
@@ -83,7 +82,7 @@ class NemoArchive:
         # The tar and gzip readers raise a wide and undocumented range of exceptions on damaged input.
         except Exception as error:
             raise self._error(
-                f"is damaged or no tar archive ({type(error).__name__}: {short(error)})",
+                f"is damaged or no tar archive ({type(error).__name__}: {printable(error)})",
                 "A .nemo file is a plain or gzipped tar; download or save it again.",
             ) from error
         self._weights = self._find_weights()
@@ -109,13 +108,13 @@ class NemoArchive:
         """
         if not isinstance(reference, str):
             raise self._error(
-                f"names an artifact by {short(reference)!r}",
+                f"names an artifact by {printable(reference)!r}",
                 f"An artifact is named by a string {ARTIFACT_SCHEME}<hash>_<name>.",
             )
         member = self._index.get(_normalise(reference.removeprefix(ARTIFACT_SCHEME)))
         if member is None:
             raise self._error(
-                f"lacks the artifact {short(reference)!r} that it should hold (it holds {listing(self._index)})",
+                f"lacks the artifact {printable(reference)!r} that it should hold (it holds {listing(self._index)})",
                 "Save the archive again with that file inside.",
             )
         content = self._read(member, min(self._limits.artifact_bytes, most_bytes or self._limits.artifact_bytes))
@@ -244,7 +243,8 @@ class NemoArchive:
 
         try:
             # Extension headers (long names) come before a member's own.
-            for _ in walk_stream(self.path, file, total_bytes, check, most_header_blocks=2 * self._limits.members):
+            most = 2 * self._limits.members
+            for _ in walk_stream(self.path, file, total_bytes, check, most_header_blocks=most, single=True):
                 pass
         except DataError as error:
             found = str(error).removeprefix(str(self.path)).lstrip(": ")
@@ -261,7 +261,7 @@ class NemoArchive:
         unsafe = name.startswith("/") or ".." in parts or "\\" in name or ":" in parts[0]
         if unsafe or not name.isprintable() or len(name) > self._limits.name_characters:
             raise self._error(
-                f"holds a member named {name[:100]!r}, which climbs out of its folder or is no plain file name",
+                f"holds a member named '{printable(name, 100)}', which climbs out of its folder or is no file name",
                 "Do not trust this archive; get it from another source.",
             )
         return clean
@@ -296,7 +296,7 @@ class NemoArchive:
             return parse_config(self._read(member, self._limits.config_bytes))
         except ValueError as error:
             remedy = "Repair the YAML or save the archive again."
-            raise self._error(f"has an unusable {CONFIG_NAME}: {error}", remedy) from error
+            raise self._error(f"has an unusable {CONFIG_NAME}, which {error}", remedy) from error
 
     def _find_weights(self) -> tuple[_Member, ...]:
         """The weights, or their tensor-parallel shards in order of rank."""

@@ -1,11 +1,10 @@
-"""What the pickle inside a ``torch.save`` file may say, checked before ``torch.load(weights_only=True)`` reads it.
+"""The pickle inside a ``torch.save`` file, read by an interpreter that can make tensors and containers, nothing else.
 
-``weights_only`` keeps code from running, but not memory from being taken: it calls ``bytearray(n)``,
-``torch.FloatTensor(n)`` and others with whatever ``n`` the file gives, and builds tensors that claim more elements than
-are stored. A state dict needs none of that. So its pickle is first walked by this interpreter of the two dozen opcodes
-that ``torch.save`` emits (protocol 2), which constructs nothing but plain containers and stand-ins for tensors, and
-checks every storage against the size of its record and every tensor against its storage. Opcodes: Python's
-``pickletools``.
+``torch.load(weights_only=True)`` keeps code from running, but not memory from being taken: it calls ``bytearray(n)``,
+``torch.FloatTensor(n)`` and others with whatever ``n`` the file gives, builds tensors that claim more elements than
+are stored, and its zip reader looks names up without regard to case, so that it may read another record than was
+checked. So this is the one reader of such files: the two dozen opcodes that ``torch.save`` emits (protocol 2), every
+storage compared with the size of its record and every tensor with its storage. Opcodes: Python's ``pickletools``.
 """
 
 from __future__ import annotations
@@ -16,26 +15,30 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from nemo_aligner_diffusion.errors import printable
+
 MOST_DIMENSIONS = 16
 MOST_DIGITS_OF_A_NUMBER = 16  # bytes of a LONG1; sizes have 8
 # Tied weights store a tensor once under several names. All tensors together may have this many times the stored bytes,
 # because each becomes one of its own when it is converted to another precision.
 MOST_SHARING = 4
 
-# storage class -> bytes an element
 _STORAGES = {
-    "torch.FloatStorage": 4,
-    "torch.DoubleStorage": 8,
-    "torch.HalfStorage": 2,
-    "torch.BFloat16Storage": 2,
-    "torch.LongStorage": 8,
-    "torch.IntStorage": 4,
-    "torch.ShortStorage": 2,
-    "torch.CharStorage": 1,
-    "torch.ByteStorage": 1,
-    "torch.BoolStorage": 1,
-    "torch.ComplexFloatStorage": 8,
-    "torch.ComplexDoubleStorage": 16,
+    "torch.FloatStorage": torch.float32,
+    "torch.DoubleStorage": torch.float64,
+    "torch.HalfStorage": torch.float16,
+    "torch.BFloat16Storage": torch.bfloat16,
+    "torch.LongStorage": torch.int64,
+    "torch.IntStorage": torch.int32,
+    "torch.ShortStorage": torch.int16,
+    "torch.CharStorage": torch.int8,
+    "torch.ByteStorage": torch.uint8,
+    "torch.BoolStorage": torch.bool,
+    "torch.ComplexFloatStorage": torch.complex64,
+    "torch.ComplexDoubleStorage": torch.complex128,
 }
 _ORDERED = "collections.OrderedDict"
 _TENSOR = "torch._utils._rebuild_tensor_v2"
@@ -58,40 +61,40 @@ class _Global:
 
 @dataclass(frozen=True)
 class _Storage:
-    elements: int
-    element_bytes: int
-
-
-class _Tensor:
-    """Stands for a tensor, whose extent has been checked."""
+    content: Tensor  # bytes
+    dtype: torch.dtype
 
 
 class _Ordered(dict[Any, Any]):
     """Stands for an OrderedDict."""
 
 
-def check_state_dict_pickle(pickle: bytes, record_bytes: Mapping[str, int]) -> None:
-    """Walk ``pickle``; ``record_bytes`` maps the keys of storages (``data/<key>`` in the zip) to their sizes.
+def read_state_dict(pickle: bytes, record_bytes: Mapping[str, int], read: Callable[[str], Tensor]) -> dict[Any, Any]:
+    """The dictionary that ``pickle`` says, with its tensors on the CPU.
+
+    Args:
+        record_bytes: the keys of storages (``data/<key>`` in the zip) and their sizes.
+        read: the bytes of a storage, ``(n,)`` uint8, by its key.
 
     Raises:
         ForbiddenGlobalError: it asks for something to be called that no state dict needs.
         NotDenseError: a tensor is no plain block of numbers.
         ValueError: it is malformed, or no pickle of tensors and plain containers.
     """
-    _Interpreter(pickle, record_bytes).run()
+    return _Interpreter(pickle, record_bytes, read).run()
 
 
 class _Interpreter:
-    def __init__(self, pickle: bytes, record_bytes: Mapping[str, int]) -> None:
+    def __init__(self, pickle: bytes, record_bytes: Mapping[str, int], read: Callable[[str], Tensor]) -> None:
         self._pickle, self._position = pickle, 0
-        self._record_bytes = record_bytes
+        self._record_bytes, self._read = record_bytes, read
         self._stack: list[Any] = []
         self._marks: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
-        self._stored_keys: dict[str, int] = {}
+        self._stored: dict[str, Tensor] = {}
         self._tensor_bytes = 0
 
-    def run(self) -> None:
+    def run(self) -> dict[Any, Any]:
         operations = {code: getattr(self, f"_{name}") for code, name in _OPERATIONS.items()}
         try:
             while (code := self._byte()) != ord("."):
@@ -109,10 +112,12 @@ class _Interpreter:
             raise ValueError("the pickle ends in the middle") from None
         if len(self._stack) != 1 or self._marks or self._position != len(self._pickle):
             raise ValueError("the pickle holds more than one object")
-        if not isinstance(self._stack[0], dict):  # before torch walks it once more
+        if not isinstance(self._stack[0], dict):  # before anybody looks into it
             raise ValueError(f"the pickle holds a {type(self._stack[0]).__name__.strip('_')}, not a state dict")
-        if self._tensor_bytes > MOST_SHARING * sum(self._stored_keys.values()):
+        if self._tensor_bytes > MOST_SHARING * sum(content.nbytes for content in self._stored.values()):
             raise NotDenseError(f"its tensors would take {self._tensor_bytes} bytes, far more than are stored")
+        result: dict[Any, Any] = self._stack[0]
+        return result
 
     # Reading
 
@@ -254,7 +259,7 @@ class _Interpreter:
     def _global(self) -> None:
         name = f"{self._line()}.{self._line()}"
         if name.startswith(("torch._utils._rebuild_sparse", "torch._utils._rebuild_q", "torch._utils._rebuild_meta")):
-            raise NotDenseError(f"it holds a tensor made by {name[:80]}")
+            raise NotDenseError(f"it holds a tensor made by {printable(name, 80)}")
         if name not in _ALLOWED:
             raise ForbiddenGlobalError(name)
         self._stack.append(_Global(name))
@@ -265,16 +270,18 @@ class _Interpreter:
         if kinds != [str, _Global, str, str, int] or identity[0] != "storage" or identity[1].name not in _STORAGES:
             raise ValueError("the pickle refers to something that is no storage of numbers")
         _, storage, key, _, elements = identity
-        size = _STORAGES[storage.name]
+        dtype = _STORAGES[storage.name]
+        size = dtype.itemsize
         if key not in self._record_bytes:
-            raise ValueError(f"the pickle refers to the storage {key[:80]!r}, which is not there")
+            raise ValueError(f"the pickle refers to the storage '{printable(key, 80)}', which is not there")
         if elements < 0 or elements * size != self._record_bytes[key]:
             raise ValueError(
-                f"the pickle gives storage {key[:80]!r} {elements} elements of {size} bytes; "
+                f"the pickle gives storage '{printable(key, 80)}' {elements} elements of {size} bytes; "
                 f"its record has {self._record_bytes[key]} bytes"
             )
-        self._stored_keys[key] = self._record_bytes[key]
-        self._stack.append(_Storage(elements, size))
+        if key not in self._stored:
+            self._stored[key] = self._read(key)
+        self._stack.append(_Storage(self._stored[key], dtype))
 
     def _reduce(self) -> None:
         arguments, function = self._stack.pop(), self._stack.pop()
@@ -284,14 +291,14 @@ class _Interpreter:
             self._stack.append(_Ordered())
         elif function.name == _TENSOR and len(arguments) == 6:
             self._stack.append(self._tensor(*arguments))
-        elif function.name == _PARAMETER and [type(a) for a in arguments] == [_Tensor, bool, _Ordered]:
+        elif function.name == _PARAMETER and [type(a) for a in arguments] == [Tensor, bool, _Ordered]:
             if arguments[2]:
                 raise ValueError("the pickle holds a parameter with hooks")
             self._stack.append(arguments[0])
         else:
             raise ValueError(f"the pickle calls {function.name} in a way that torch.save never does")
 
-    def _tensor(self, storage: Any, offset: Any, size: Any, stride: Any, gradient: Any, hooks: Any) -> _Tensor:
+    def _tensor(self, storage: Any, offset: Any, size: Any, stride: Any, gradient: Any, hooks: Any) -> Tensor:
         numbers = (offset, *size, *stride) if isinstance(size, tuple) and isinstance(stride, tuple) else (None,)
         well_formed = isinstance(storage, _Storage) and isinstance(gradient, bool) and isinstance(hooks, _Ordered)
         if not well_formed or hooks or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
@@ -301,12 +308,15 @@ class _Interpreter:
         elements = math.prod(size)
         last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
         # An expanded tensor (stride 0) claims more elements than are stored: copying it could fill the memory.
-        if elements > storage.elements:
-            raise NotDenseError(f"it holds a tensor of shape {size} in a storage of {storage.elements} elements")
-        if elements and last >= storage.elements:
-            raise ValueError(f"the pickle holds a tensor that reaches to element {last} of {storage.elements}")
-        self._tensor_bytes += elements * storage.element_bytes
-        return _Tensor()
+        stored = storage.content.nbytes // storage.dtype.itemsize
+        if elements > stored:
+            raise NotDenseError(f"it holds a tensor of shape {size} in a storage of {stored} elements")
+        if elements and last >= stored:
+            raise ValueError(f"the pickle holds a tensor that reaches to element {last} of {stored}")
+        self._tensor_bytes += elements * storage.dtype.itemsize
+        if not elements:  # whatever its offset
+            return torch.empty(size, dtype=storage.dtype)
+        return torch.empty(0, dtype=storage.dtype).set_(storage.content.untyped_storage(), offset, size, stride)
 
     def _build(self) -> None:
         state = self._stack.pop()

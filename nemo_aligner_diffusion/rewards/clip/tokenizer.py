@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_aligner_diffusion.errors import AlignerError, ArchiveError
+from nemo_aligner_diffusion.formats.files import parse_json, read_bytes
 from nemo_aligner_diffusion.formats.hub import is_hub_name, locate
 from nemo_aligner_diffusion.formats.nemo import NemoArchive
 
@@ -77,7 +78,7 @@ def read_tokenizer_files(folder: str | Path) -> dict[str, bytes]:
     try:
         if not _has_pair(folder) and (folder / FAST_FILE).is_file():
             return _from_fast_file(folder / FAST_FILE)
-        return {name: (folder / name).read_bytes() for name in (VOCAB_FILE, MERGES_FILE)}
+        return {name: read_bytes(folder / name) for name in (VOCAB_FILE, MERGES_FILE)}
     except OSError as error:
         raise ArchiveError(
             f"{folder}: no CLIP tokenizer here ({error.strerror}: {error.filename}). "
@@ -92,12 +93,12 @@ def _has_pair(folder: Path) -> bool:
 def _from_fast_file(path: Path) -> dict[str, bytes]:
     """What transformers 5 saves instead of the two files, taken apart again."""
     try:
-        model = json.loads(path.read_bytes())["model"]
+        model = parse_json(read_bytes(path))["model"]
         vocabulary, merges = model["vocab"], model["merges"]
         if model["type"] != "BPE" or model["end_of_word_suffix"] != "</w>":
             raise ValueError("no byte-pair encoding with </w> at the end of words")
         pairs = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArchiveError(
             f"{path}: not the tokenizer of a CLIP ({type(error).__name__}: {str(error)[:200]}). "
             f"Give a folder with CLIP's {VOCAB_FILE} and {MERGES_FILE}."
@@ -135,10 +136,7 @@ def tokenizer_from_bytes(vocab: bytes, merges: bytes, origin: str) -> PreTrained
 
 
 def _vocabulary(content: bytes) -> dict[str, int]:
-    try:
-        vocabulary = json.loads(content)
-    except RecursionError:
-        raise ValueError("the vocabulary is nested") from None
+    vocabulary = parse_json(content)
     if not isinstance(vocabulary, dict) or not all(
         isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 2**31
         for number in vocabulary.values()

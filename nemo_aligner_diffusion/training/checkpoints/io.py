@@ -12,30 +12,49 @@ import logging
 import shutil
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from lightning_fabric.plugins import CheckpointIO
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 
 from nemo_aligner_diffusion.errors import CheckpointError, OutputError, first_line
 from nemo_aligner_diffusion.parallel.placements import Placement, is_sharded, placements
-from nemo_aligner_diffusion.runtime.launch import collective_timeout
-from nemo_aligner_diffusion.training.checkpoints.files import hidden_name, remove
-from nemo_aligner_diffusion.training.checkpoints.storage import DTYPES, FolderReader, FolderWriter, read_contents
+from nemo_aligner_diffusion.runtime.join import collective_timeout
+from nemo_aligner_diffusion.training.checkpoints.files import (
+    FORMAT,
+    STATE,
+    FileRecord,
+    hidden_name,
+    publish,
+    remove,
+    write_manifest,
+    write_synced,
+)
+from nemo_aligner_diffusion.training.checkpoints.storage import (
+    DTYPES,
+    read_contents,
+    read_tensors,
+    table,
+    write_tensors,
+)
 from nemo_aligner_diffusion.training.checkpoints.tree import Leaf, put_together, take_apart, tensors_of
 
 log = logging.getLogger(__name__)
 
 BYTES_A_WRITER = 32 * 2**20  # below this a further file costs more than it saves
 BYTES_A_MESSAGE = 32 * 2**20  # tensors handed on together
+
+
+class _ProcessError(Exception):
+    """What went wrong on process ``rank``."""
+
+    def __init__(self, rank: int, problem: str) -> None:
+        super().__init__(problem)
+        self.rank = rank
 
 
 class FolderCheckpointIO(CheckpointIO):
@@ -115,38 +134,27 @@ class FolderCheckpointIO(CheckpointIO):
             CheckpointError: it cannot be read; every process raises it.
         """
         path = Path(path)
-        state = self._from_first(lambda: read_contents(path), path)
-        entries: dict[str, Any] = state["tensors"]
-        needed = tensors_of(state["tree"])
-        sizes = {name: _bytes(entries[name]) for name in entries if name in needed}
-        readers = share_out(sizes, self.size, self.bytes_a_writer)
-        mine = {
-            name: torch.empty(entries[name]["shape"], dtype=DTYPES[entries[name]["dtype"]])
-            for name, rank in readers.items()
-            if rank == self.rank
-        }
-        failure = ""
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", ".*single process.*")
-                dcp.load(
-                    mine,
-                    storage_reader=FolderReader(path, {name: entries[name] for name in mine}),
-                    planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-                    no_dist=True,
-                )
-        except (Exception, CheckpointException) as error:
-            failure = first_line(_cause(error)[1])
-        for rank, message in enumerate(self._gathered(failure)):
-            if message:
-                raise CheckpointError(f"the checkpoint {path} cannot be read{self._on(rank)}: {message}")
+            state: dict[str, Any] = self._everywhere(lambda: read_contents(path) if self.rank == 0 else None)[0]
+            entries: dict[str, Any] = state["tensors"]
+            needed = tensors_of(state["tree"])
+            sizes = {name: _bytes(entries[name]) for name in entries if name in needed}
+            readers = share_out(sizes, self.size, self.bytes_a_writer)
+            mine: dict[str, Tensor] = {}
+            share = {name: entries[name] for name, rank in readers.items() if rank == self.rank}
+            self._everywhere(lambda: mine.update(read_tensors(path, share)))
+        except _ProcessError as error:
+            raise CheckpointError(f"the checkpoint {path} cannot be read{self._on(error.rank)}: {error}") from error
         held = dict(self.module.named_parameters(remove_duplicate=False))
         layout = placements(self.module)
         placed: dict[str, Tensor] = {}
         for name, whole in self._handed_on(mine, readers, entries):
             like = needed[name]
             placed[name] = whole if like not in held else _piece(whole, held[like], layout[like])
-        loaded: dict[str, Any] = put_together(state["tree"], placed)
+        try:
+            loaded: dict[str, Any] = put_together(state["tree"], placed)
+        except (ValueError, TypeError, RecursionError) as error:  # lists for keys, or pairs of three
+            raise CheckpointError(f"the checkpoint {path} cannot be read: {first_line(error)}") from error
         return loaded
 
     def remove_checkpoint(self, path: Any) -> None:
@@ -175,22 +183,35 @@ class FolderCheckpointIO(CheckpointIO):
 
     def _write(self, path: Path, tree: Any, mine: dict[str, Tensor]) -> None:
         started = time.perf_counter()
+        temporary = hidden_name(path)
+
+        def prepare() -> None:
+            if self.rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)  # of a save that was killed
+                temporary.mkdir(parents=True)
+
+        def write_share() -> tuple[dict[str, Any], dict[str, FileRecord]]:
+            name = f"tensors-{self.rank:05d}.safetensors"
+            return table(name, mine), {name: write_tensors(temporary / name, mine)} if mine else {}
+
+        def finish() -> None:
+            if self.rank == 0:
+                tensors = {name: entry for entries, _ in shares for name, entry in entries.items()}
+                records = {name: record for _, files in shares for name, record in files.items()}
+                state = {"format": FORMAT, "tree": tree, "tensors": dict(sorted(tensors.items()))}
+                records[STATE] = write_synced(temporary / STATE, (json.dumps(state) + "\n").encode())
+                write_manifest(temporary, records)
+                publish(temporary, path)
+
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", ".*single process.*")
-                dcp.save(
-                    mine,
-                    storage_writer=FolderWriter(path, tree),
-                    planner=DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-                    process_group=self.group,
-                    no_dist=self.group is None,
-                )
-        except (Exception, CheckpointException) as error:
-            if self.rank == 0:  # all processes are through with it, or no file was begun
-                shutil.rmtree(hidden_name(path), ignore_errors=True)
-            rank, cause = _cause(error)
+            self._everywhere(prepare)
+            shares = self._everywhere(write_share)
+            self._everywhere(finish)
+        except _ProcessError as error:
+            if self.rank == 0:  # all processes are through with it
+                shutil.rmtree(temporary, ignore_errors=True)
             raise OutputError(
-                f"the checkpoint {path} could not be written{self._on(rank)}: {first_line(cause)}. Is the disk full? "
+                f"the checkpoint {path} could not be written{self._on(error.rank)}: {error}. Is the disk full? "
                 "Earlier checkpoints are intact; make room and continue with exp_manager.resume_if_exists=True."
             ) from error
         if self.rank == 0:
@@ -203,21 +224,6 @@ class FolderCheckpointIO(CheckpointIO):
             self._failure = error
 
     # Loading
-
-    def _from_first(self, read: Callable[[], dict[str, Any]], path: Path) -> dict[str, Any]:
-        """What the first process reads, on all of them; as JSON text."""
-        answer: list[Any] = [None, None]
-        if self.rank == 0:
-            try:
-                answer = [json.dumps(read()), None]
-            except Exception as error:  # whatever damage makes of JSON and headers
-                answer = [None, first_line(error)]
-        if self.group is not None:
-            dist.broadcast_object_list(answer, src=0, group=self.group)
-        if answer[1] is not None:
-            raise CheckpointError(f"the checkpoint {path} cannot be read: {answer[1]}")
-        content: dict[str, Any] = json.loads(answer[0])
-        return content
 
     def _handed_on(
         self, mine: dict[str, Tensor], readers: Mapping[str, int], entries: Mapping[str, Any]
@@ -247,12 +253,25 @@ class FolderCheckpointIO(CheckpointIO):
                 for name, part in parts.items():
                     yield name, part.to("cpu", copy=True)
 
-    def _gathered(self, value: str) -> list[str]:
-        if self.group is None:
-            return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.group)
-        return values
+    def _everywhere(self, work: Callable[[], Any]) -> list[Any]:
+        """What ``work`` gives on each process, once it has ended on all of them.
+
+        Raises:
+            _ProcessError: it failed on one; the same on all.
+        """
+        result, failure, cause = None, None, None
+        try:
+            result = work()
+        except Exception as error:  # whatever disks and damage make of files, JSON and headers
+            failure, cause = first_line(error), error
+        answers: list[Any] = [(result, failure)]
+        if self.group is not None:
+            answers = [None] * self.size
+            dist.all_gather_object(answers, (result, failure), group=self.group)
+        for rank, (_, problem) in enumerate(answers):
+            if problem is not None:
+                raise _ProcessError(rank, problem) from cause
+        return [answer for answer, _ in answers]
 
     def gather_bytes(self, value: Tensor) -> Tensor:
         """``(processes, n)`` from each process's ``(n,)`` bytes on the CPU."""
@@ -319,11 +338,3 @@ def _messages(names: list[str], entries: Mapping[str, Any]) -> Iterator[list[str
         size += more
     if message:
         yield message
-
-
-def _cause(error: BaseException) -> tuple[int, BaseException]:
-    """(rank, reason) of the first failure that torch.distributed.checkpoint reports."""
-    if isinstance(error, CheckpointException) and error.failures:
-        rank = min(error.failures)
-        return rank, error.failures[rank][0]
-    return 0, error

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nemo_aligner_diffusion.errors import CheckpointError
+from nemo_aligner_diffusion.errors import CheckpointError, first_line
 from nemo_aligner_diffusion.runtime.directory import checkpoint_files, old_checkpoint_files
 from nemo_aligner_diffusion.training.checkpoints.files import verify
 from nemo_aligner_diffusion.training.checkpoints.storage import read_contents
@@ -70,8 +70,7 @@ def _find_resume_point(folder: Path) -> ResumePoint | None:
         try:
             step, shapes = _inspect(path)
         except Exception as error:  # whatever damage makes of JSON
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            skipped.append((path, reason))
+            skipped.append((path, first_line(error)))
             continue
         for damaged, reason in skipped:
             log.warning("%s cannot be read (%s); resuming from %s instead", damaged, reason, path.name)

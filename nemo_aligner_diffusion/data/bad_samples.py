@@ -1,0 +1,93 @@
+"""What makes a sample or a shard unusable, and what then: nothing is left out without being counted."""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal
+
+from nemo_aligner_diffusion.errors import DataError, printable
+
+logger = logging.getLogger(__name__)
+
+WARNINGS_IN_FULL = 5  # unusable samples described one by one before they are only counted
+
+OnBadSample = Literal["error", "skip"]
+
+
+class BadSampleError(DataError):
+    """One sample is unusable; its shard may be sound."""
+
+
+class BadSamples:
+    """What to do about an unusable prompt or shard: stop with a DataError, or warn, count and go on.
+
+    Args:
+        policy: ``"error"`` or ``"skip"``.
+        quiet: count without warnings (all processes read the same files; one of them should speak).
+        shard_policy: the same for files that are unreadable or damaged; None: as ``policy``.
+
+    Attributes:
+        count: unusable samples and files so far.
+        shards: the files among them.
+        messages: what was wrong with the first of them.
+    """
+
+    def __init__(
+        self, policy: OnBadSample = "error", quiet: bool = False, shard_policy: OnBadSample | None = None
+    ) -> None:
+        for name, value in (("on_bad_sample", policy), ("on_bad_shard", shard_policy or policy)):
+            if value not in ("error", "skip"):
+                raise DataError(f"{name} is {value!r}; expected 'error' or 'skip'")
+        self.policy = policy
+        self.shard_policy: OnBadSample = shard_policy or policy
+        self.quiet = quiet
+        self.count = 0
+        self.shards = 0
+        self.messages: list[str] = []
+        self._passed_over: dict[str, tuple[int, str]] = {}  # reason -> members, the first
+
+    def __call__(self, message: str) -> None:
+        """A sample is unusable.
+
+        Raises:
+            BadSampleError: under ``policy="error"``.
+        """
+        if self.policy == "error":
+            raise BadSampleError(f"{message} (on_bad_sample=skip passes over such samples)")
+        self._note(message)
+
+    def shard(self, error: DataError) -> None:
+        """A file is unusable from here on.
+
+        Raises:
+            DataError: ``error``, under ``shard_policy="error"``, or if it is about one sample.
+        """
+        if self.shard_policy == "error" or isinstance(error, BadSampleError):
+            raise error
+        self.shards += 1
+        self._note(str(error))
+
+    def pass_over(self, reason: str, example: str) -> None:
+        """A member is no part of a sample although its name looks like one: counted, see :attr:`notes`."""
+        count, first = self._passed_over.get(reason, (0, printable(example)))
+        self._passed_over[reason] = count + 1, first
+
+    @property
+    def notes(self) -> list[str]:
+        """A line for each reason that members were passed over for."""
+        return [f"{n} members were passed over, {first} first, {why}" for why, (n, first) in self._passed_over.items()]
+
+    def _note(self, message: str) -> None:
+        self.count += 1
+        if self.count <= WARNINGS_IN_FULL:
+            self.messages.append(printable(message, 1_000))
+            if not self.quiet:
+                warn_of(self.messages[-1:], self.count)
+
+
+def warn_of(messages: list[str], count: int) -> None:
+    """Say what was skipped; ``count`` is the number of samples so far, the last of ``messages`` included."""
+    for message in messages:
+        logger.warning("skipped: %s", message)
+    if count >= WARNINGS_IN_FULL:
+        logger.warning("further unusable samples are counted and reported at the end of the epoch")
