@@ -168,6 +168,7 @@ with Interruption() as interruption:
 """
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("rank", "whom", "number"), [(0, "rank 1", signal.SIGTERM), (1, "rank 0", signal.SIGINT), (1, "rank 0", None)]
 )
