@@ -140,6 +140,7 @@ KEYS: dict[str, Kind] = {
     "model.data.shuffle_buffer": integer(0),
     "model.data.on_bad_sample": choice("error", "skip"),
     "model.data.on_bad_shard": choice("error", "skip", nullable=True),
+    "model.data.prompt_key": Kind("text", nullable=True),
     "model.data.index_folder": PATH,
     "model.data.worker_timeout_seconds": number(0),
     "model.data.train.webdataset.local_root_path": PATHS,

@@ -150,6 +150,11 @@ class SampleStream(IterableDataset[Any], ABC):
             if not any(True for file in self.files for _ in islice(self.read(file, first), 1)):
                 raise self._no_sample(first.count)
 
+    @property
+    def kind(self) -> str:
+        """Everything beside the files that an index depends on."""
+        return f"{type(self).__module__}.{type(self).__qualname__} {self.on_bad_sample} {self.on_bad_shard}"
+
     @abstractmethod
     def read(self, file: Path, bad: BadSamples) -> Iterator[Any]:
         """The samples of one file in file order, one in memory at a time; ``bad`` decides about unusable ones."""
@@ -179,9 +184,8 @@ class SampleStream(IterableDataset[Any], ABC):
     def _open_index(self, folder: Path | None) -> ShardIndex | None:
         if any(file.name.lower().endswith(SHARD_SUFFIXES[1:]) for file in self.files):
             return None
-        kind = f"{type(self).__module__}.{type(self).__qualname__} {self.on_bad_sample} {self.on_bad_shard}"
         try:
-            index = open_index(self.files, kind, self.scan, lambda: self._bad(quiet=True), folder)
+            index = open_index(self.files, self.kind, self.scan, lambda: self._bad(quiet=True), folder)
         except NotIndexableError:
             return None
         if len(index) == 0:

@@ -150,7 +150,7 @@ def _train(cfg: DictConfig, frame: RunFrame, startup: Startup, given: Given) -> 
     module.validation_prompts = [prompt for prompt in data.validation_prompts for _ in data.validation_seeds]
     if given.reward is not None:
         section, size = cfg.model.data, cfg.model.micro_batch_size
-        prompts = read_prompts(data.train, size, section.on_bad_sample, section.on_bad_shard)
+        prompts = read_prompts(data.train, size, section.on_bad_sample, section.on_bad_shard, section.prompt_key)
         try_out(module, list(itertools.islice(itertools.cycle(prompts), size)))
     startup.enter("checking the pipeline")
     on_every_process(module.check_pipeline)
@@ -244,7 +244,9 @@ def _build_data(cfg: DictConfig) -> RunData:
             or plain(section.train.webdataset.local_root_path)
             or str(embedded_prompts_path("validation"))
         )
-        prompts = read_prompts(source, validation.max_prompts, section.on_bad_sample, section.on_bad_shard)
+        prompts = read_prompts(
+            source, validation.max_prompts, section.on_bad_sample, section.on_bad_shard, section.prompt_key
+        )
     return RunData(
         prompts[: validation.max_prompts],
         list(validation.seeds),
@@ -257,6 +259,7 @@ def _build_data(cfg: DictConfig) -> RunData:
         epochs=loop_section(cfg).max_epochs,
         on_bad_sample=section.on_bad_sample,
         on_bad_shard=section.on_bad_shard,
+        prompt_key=section.prompt_key,
         index_folder=section.index_folder,
         worker_timeout_seconds=section.worker_timeout_seconds,
         validation_batch_size=max(cfg.model.micro_batch_size, 8),
