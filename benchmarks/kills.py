@@ -21,6 +21,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -124,9 +125,8 @@ class Program:
 def _lead(processes: int, words: list[str]) -> int:
     if processes == 1:
         return _train(words)
-    from nemo_aligner_diffusion.runtime.launch import free_port
-
-    port = str(free_port())
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
     ranks = []
     for rank in range(processes):
         pid = os.fork()

@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.memory_vs_active_steps import peak_allocated_bytes
-from nemo_aligner_diffusion.config.load import load_config
+from nemo_aligner_diffusion.config.load import load_settings
 from nemo_aligner_diffusion.diffusion.noise import plan_random
 from nemo_aligner_diffusion.diffusion.plan import Plan
 from nemo_aligner_diffusion.embedded_assets import embedded_model_path
@@ -39,7 +39,7 @@ from nemo_aligner_diffusion.planner.presets import ModelSpec, model_spec
 from nemo_aligner_diffusion.planner.schedule import StepCounts, step_counts
 from nemo_aligner_diffusion.planner.settings import Case, settings_from
 from nemo_aligner_diffusion.rewards import build_reward
-from nemo_aligner_diffusion.training.build import build_layout, build_model, build_module
+from nemo_aligner_diffusion.training.build import build_model, build_module
 
 PROMPTS = ["red apple", "dog", "rocket", "pizza", "cat face", "sunflower", "castle", "bicycle"]
 SHORT = ["model.infer.inference_steps=4", "model.truncation_steps=2", "model.drtune.train_steps=2",
@@ -57,7 +57,7 @@ class Figures:
 def load(recipe: str, overrides: Sequence[str], batch: int) -> Any:
     short = [text.replace("draftp_sd", recipe) for text in SHORT]
     sizes = [f"model.micro_batch_size={batch}", f"model.global_batch_size={batch}"]
-    return load_config(recipe, [*short, *sizes, *overrides])
+    return load_settings(recipe, [*short, *sizes, *overrides])
 
 
 class RealStep:
@@ -114,7 +114,7 @@ def planned(cfg: Any, layout: Layout | None = None) -> tuple[Figures, Measuremen
     model = cfg.model
     counts = drawn_counts(cfg)
     case = Case(
-        layout or build_layout(cfg),
+        layout or cfg.layout,
         model.micro_batch_size,
         model.activation_checkpointing,
         model.decode_micro_batch_size,

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nemo_aligner_diffusion.config.load import load_config
+from nemo_aligner_diffusion.config.load import load_settings
 from nemo_aligner_diffusion.diffusion.plan import Plan
 from nemo_aligner_diffusion.parallel.layout import Layout
 from nemo_aligner_diffusion.planner.estimate import Assumptions, Memory, StepEstimate, estimate, memory
@@ -72,7 +72,7 @@ SCENARIOS = (
 def prepared(scenario: Scenario) -> tuple[Settings, StepCounts]:
     sizes = [f"model.micro_batch_size={scenario.micro_batch_size}",
              f"model.global_batch_size={scenario.micro_batch_size}"]  # fmt: skip
-    cfg = load_config("draftp_sd", [*scenario.overrides, *sizes])
+    cfg = load_settings("draftp_sd", [*scenario.overrides, *sizes])
     spec = model_spec(scenario.model)
     return settings_from(cfg, spec), step_counts(cfg, spec)
 

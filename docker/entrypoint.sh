@@ -33,7 +33,12 @@ prepare_user() {
     fi
     if [ ! -d "${HOME:-/nonexistent}" ] || [ ! -w "${HOME:-/nonexistent}" ]; then
         HOME="${TMPDIR:-/tmp}/nad-home-$(id -u)"
-        mkdir -p "$HOME" || fail "no home folder: $HOME cannot be made; mount a writable /tmp (--tmpfs /tmp:exec)"
+        # In a shared /tmp another user may have made it first, and would own what is cached and run from it.
+        if ! mkdir -m 700 "$HOME" 2> /dev/null && { [ -L "$HOME" ] || [ ! -d "$HOME" ] || [ ! -O "$HOME" ]; }; then
+            HOME=$(mktemp -d "$HOME-XXXXXX" 2> /dev/null) ||
+                fail "no home folder: ${TMPDIR:-/tmp} cannot be written; mount a writable /tmp (--tmpfs /tmp:exec)"
+        fi
+        chmod 700 "$HOME"
         export HOME
         # What the image set for its own user would point outside.
         unset XDG_CACHE_HOME

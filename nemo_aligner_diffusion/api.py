@@ -12,18 +12,17 @@ from typing import Any
 
 import diffusers
 import torch
-from omegaconf import DictConfig
 
 from nemo_aligner_diffusion.algorithms.base import Method
-from nemo_aligner_diffusion.config.checks import world_size
-from nemo_aligner_diffusion.config.load import load_config
+from nemo_aligner_diffusion.config.load import load_settings
 from nemo_aligner_diffusion.errors import ConfigurationError, DataError
 from nemo_aligner_diffusion.rewards.base import Reward
 from nemo_aligner_diffusion.rewards.build import augmented
-from nemo_aligner_diffusion.runtime.faults import watched
 from nemo_aligner_diffusion.runtime.signals import Interrupted, Interruption
+from nemo_aligner_diffusion.runtime.watch import watched
 from nemo_aligner_diffusion.training.run import Given, train
-from nemo_aligner_diffusion.training.run_frame import hushed, plain
+from nemo_aligner_diffusion.training.run_frame import hushed
+from nemo_aligner_diffusion.training.settings import RunSettings
 from nemo_aligner_diffusion.tune_arguments import (
     check_pipeline,
     read_method,
@@ -146,16 +145,16 @@ def tune(
             "lora_rank": ("model.peft.lora_tuning.adapter_dim", lora_rank),
             "validation_seeds": ("model.data.validation.seeds", validation_seeds),
         }
-        cfg = _load(recipe, words, settings, overrides)
+        run = _load(recipe, words, settings, overrides)
         if pipe is not None:
-            check_pipeline(pipe, cfg)
+            check_pipeline(pipe, run.model)
         if own_reward is not None:
-            own_reward = augmented(own_reward, plain(cfg.rm.get("augment")) or {}, "rm")
+            own_reward = augmented(own_reward, run.rm.get("augment") or {}, "rm")
         interruption = Interruption((signal.SIGINT,), then="" if output is None else ", then export and report")
         objects = Given(pipe, own_reward, own_method, files, silent=not progress, keep=output is not None)
         try:
-            with _callers_state(), hushed(), watched(cfg) as watch:
-                ended = train(cfg, watch, interruption, objects)
+            with _callers_state(), hushed(), watched(run.trainer, run.exp_manager) as watch:
+                ended = train(run, watch, interruption, objects)
         except BaseException as error:
             _take_adapter_off(pipe)
             if isinstance(error, Interrupted):
@@ -164,7 +163,7 @@ def tune(
         return Tuned(ended, interrupted=interruption.requested is not None, release=temporary.pop_all().close)
 
 
-def _load(recipe: str, words: list[str], settings: dict[str, tuple[str, Any]], overrides: Sequence[str]) -> DictConfig:
+def _load(recipe: str, words: list[str], settings: dict[str, tuple[str, Any]], overrides: Sequence[str]) -> RunSettings:
     """The configuration; a batch that is no multiple of the recipe's micro-batch is handled in smaller ones."""
     if isinstance(overrides, str):
         raise ConfigurationError(f"overrides={overrides!r} is one text; expected a list of them: [{overrides!r}]")
@@ -172,22 +171,22 @@ def _load(recipe: str, words: list[str], settings: dict[str, tuple[str, Any]], o
     words = [*words, *(f"{key}={written(value)}" for key, value in chosen.values())]
     batch_size = settings["batch_size"][1]
     if isinstance(batch_size, int) and batch_size > 0 and not any("micro_batch_size=" in word for word in overrides):
-        usual = load_config(recipe, []).model.micro_batch_size
+        usual = load_settings(recipe).model.micro_batch_size
         size = next(size for size in range(min(usual, batch_size), 0, -1) if batch_size % size == 0)
         words.append(f"model.micro_batch_size={size}")
     try:
-        cfg = load_config(recipe, [*words, *overrides])
+        run = load_settings(recipe, [*words, *overrides])
     except ConfigurationError as error:
         told = str(error)
         for argument, (key, _) in chosen.items():
             told = told.replace(f"{key} = ", f"{argument} ({key}) = ")
         raise ConfigurationError(told) from None
-    if world_size(cfg) > 1:
+    if run.trainer.world_size > 1:
         raise ConfigurationError(
-            f"tune works in one process, but trainer.devices × trainer.num_nodes = {world_size(cfg)}; for several use "
-            "the command line"
+            f"tune works in one process, but trainer.devices × trainer.num_nodes = {run.trainer.world_size}; for "
+            "several use the command line"
         )
-    return cfg
+    return run
 
 
 def _take_adapter_off(pipe: Any) -> None:

@@ -66,6 +66,12 @@ class NumericalError(AlignerError):
     exit_code = 3
 
 
+class RankLostError(AlignerError):
+    """A process of the run never came, or has gone. Nothing is wrong with the input: try again."""
+
+    exit_code = 4
+
+
 def first_line(error: BaseException, limit: int = 300) -> str:
     """What another library's error says, in one line, for use in a message of ours; its type where it says nothing."""
     lines = str(error).strip().splitlines()

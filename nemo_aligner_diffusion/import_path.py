@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import inspect
@@ -13,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError, first_line
+from nemo_aligner_diffusion.keys import closest
 
 _PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
@@ -79,8 +79,7 @@ def _import(import_path: str, origin: str, error: type[AlignerError]) -> Any:
         ) from failure
     for step in name.split("."):
         if not hasattr(found, step):
-            near = difflib.get_close_matches(step, [entry for entry in dir(found) if not entry.startswith("_")], n=3)
-            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            hint = closest(step, [entry for entry in dir(found) if not entry.startswith("_")], least=0.6)
             raise error(f"{origin}: {module_name} has no {name!r}{hint}")
         found = getattr(found, step)
     return found

@@ -1,4 +1,4 @@
-"""A setting: its type, range, default and meaning, written once in a small dataclass beside the code that reads it.
+"""A setting: its type, range, default, meaning and checks, written once in a small dataclass beside its reader.
 
 Example::
 
@@ -6,21 +6,27 @@ Example::
     class EMASettings(Settings):
         section = "exp_manager.ema"
 
-        decay: float = setting(0.999, FRACTION, "weight of the old average; in [0, 1)")
+        decay: float = setting(0.99, FRACTION, "share of the average kept at each update; in [0, 1)")
 
-The schema, the documentation and "did you mean" are derived from these classes. Imports nothing heavy: a misspelt key
-must be reported in well under a second.
+A new setting is such a field and its line in ``conf/``. A new class is named, besides, as a :func:`part` of the class
+that it belongs to, up to :class:`~nemo_aligner_diffusion.training.settings.RunSettings`; from that the schema,
+the documentation and "did you mean" are derived. The module of a class imports nothing heavy: a misspelt key must be
+reported in well under a second.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from nemo_aligner_diffusion.errors import ConfigurationError
+
+LOOP = "<loop>"  # in a key: the name of the training loop's section, which is the recipe's
+_DURATION = re.compile(r"\d+:\d\d:\d\d:\d\d")
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,8 @@ class Kind:
 
     Attributes:
         name: ``bool``, ``int``, ``float``, ``text``, ``path``, ``texts`` (list), ``ints``, ``floats`` (lists),
-            ``paths`` (one path or a list), ``devices``, ``any``.
+            ``paths`` (one path or a list), ``devices``, ``batches``, ``duration``, ``free`` (a section of the user's
+            own keys), ``any``.
         low, high: bounds, both included unless ``open_low``/``open_high``; of each entry for lists.
         choices: the only values, compared without regard to case; the spelling given here is what is kept.
         or_import_path: beside the choices, a ``module:name`` is a value.
@@ -63,6 +70,9 @@ class Kind:
                 "ints": "a list of integers",
                 "floats": "a list of numbers",
                 "devices": "an integer >= 1 or a list of different device indices",
+                "batches": "a whole number of batches, or a fraction up to 1.0",
+                "duration": "days:hours:minutes:seconds such as 00:03:45:00",
+                "free": "a section of keys",
                 "any": "anything",
             }[self.name]
             if self.length is not None:
@@ -107,6 +117,18 @@ class Kind:
     def _read_any(self, value: Any) -> Any:
         return value
 
+    def _read_free(self, value: Any) -> Mapping[str, Any] | None:
+        return value if isinstance(value, Mapping) else None
+
+    def _read_batches(self, value: Any) -> float | int | None:
+        number = _number(value)
+        if number is None or number < 0 or (number > 1 and number != int(number)):
+            return None
+        return number if number <= 1 else int(number)
+
+    def _read_duration(self, value: Any) -> str | None:
+        return value if isinstance(value, str) and _DURATION.fullmatch(value) else None
+
     def _read_bool(self, value: Any) -> bool | None:
         return value if isinstance(value, bool) else None
 
@@ -120,7 +142,6 @@ class Kind:
         number = _number(value)
         if number is None or not self._inside(number):
             return None
-        # An integer stays one: trainer.<loop>.limit_val_batches counts batches with it.
         return value if isinstance(value, int) else number
 
     def _read_text(self, value: Any) -> str | None:
@@ -184,6 +205,7 @@ TEXT = Kind("text")
 PATH = Kind("path", nullable=True)
 PATHS = Kind("paths", nullable=True)
 ANY = Kind("any")
+FREE = Kind("free")
 FRACTION = Kind("float", low=0, high=1, open_high=True)
 PART = Kind("float", low=0, high=1)
 SHARE = Kind("float", low=0, high=1, nullable=True)
@@ -205,26 +227,41 @@ def setting(default: Any, kind: Kind, meaning: str, key: str | None = None) -> A
     """A field of a :class:`Settings` that the configuration sets.
 
     Args:
-        default: also the value in ``conf/``.
+        default: also the value in ``conf/``; of free content an empty mapping.
         kind: type and range.
         meaning: with its range, as the comment in ``conf/`` and the documentation show it.
         key: dotted key; ``None``: ``<section>.<name of the field>``.
     """
-    return dataclasses.field(default=default, metadata={"kind": kind, "meaning": meaning, "key": key})
+    metadata = {"kind": kind, "meaning": meaning, "key": key}
+    if isinstance(default, Mapping):
+        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def part(kind: type[Settings]) -> Any:
+    """A field of a :class:`Settings` that holds those of another section."""
+    return dataclasses.field(default_factory=kind, metadata={"part": kind})
+
+
+Self = TypeVar("Self", bound="Settings")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Base of frozen dataclasses whose fields are each made by :func:`setting`.
+    """Base of frozen dataclasses whose fields are each made by :func:`setting` or :func:`part`.
+
+    What a class checks of its own fields together stands in its ``__post_init__``, after ``super().__post_init__()``.
 
     Attributes:
-        section: dotted place of the settings in the configuration.
+        section: dotted place of the settings in the configuration; empty: its top.
+        title: of a table of its own in the documentation; empty: it stands in that of the class it is a part of.
 
     Raises:
         ConfigurationError: a setting is not of its kind.
     """
 
     section: ClassVar[str] = ""
+    title: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         for field, kind in self.kinds().items():
@@ -234,17 +271,84 @@ class Settings:
     @classmethod
     def kinds(cls) -> dict[str, Kind]:
         """Field -> its type and range."""
-        return {entry.name: entry.metadata["kind"] for entry in dataclasses.fields(cls) if "kind" in entry.metadata}
+        return {entry.name: entry.metadata["kind"] for entry in _settings_of(cls)}
 
     @classmethod
     def keys(cls) -> dict[str, str]:
         """Field -> its dotted key in the configuration."""
+        prefix = f"{cls.section}." if cls.section else ""
+        return {entry.name: entry.metadata["key"] or f"{prefix}{entry.name}" for entry in _settings_of(cls)}
+
+    @classmethod
+    def meanings(cls) -> dict[str, str]:
+        """Field -> what it means, with its range."""
+        return {entry.name: entry.metadata["meaning"] for entry in _settings_of(cls)}
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Field -> its default."""
         return {
-            entry.name: entry.metadata["key"] or f"{cls.section}.{entry.name}"
-            for entry in dataclasses.fields(cls)
-            if "kind" in entry.metadata
+            entry.name: entry.default if entry.default is not dataclasses.MISSING else {} for entry in _settings_of(cls)
         }
+
+    @classmethod
+    def parts(cls) -> dict[str, type[Settings]]:
+        """Field -> the class of another section that it holds."""
+        return {entry.name: entry.metadata["part"] for entry in dataclasses.fields(cls) if "part" in entry.metadata}
+
+    @classmethod
+    def sections(cls) -> list[type[Settings]]:
+        """The class itself and, below it, those of its parts."""
+        return [cls, *(below for kind in cls.parts().values() for below in kind.sections())]
+
+    @classmethod
+    def schema(cls) -> dict[str, Kind]:
+        """Dotted key -> type and range, of all sections; the key of free content ends in ``.*``."""
+        return {
+            f"{key}.*" if section.kinds()[field] is FREE else key: ANY
+            if section.kinds()[field] is FREE
+            else section.kinds()[field]
+            for section in cls.sections()
+            for field, key in section.keys().items()
+        }
+
+    @classmethod
+    def from_tree(cls: type[Self], tree: Mapping[str, Any], loop: str = LOOP) -> Self:
+        """From a whole configuration, nested; what is absent there is as by default.
+
+        Args:
+            loop: name of the training loop's section.
+
+        Raises:
+            ConfigurationError: settings that do not fit together.
+        """
+        found: dict[str, Any] = {}
+        for field, key in cls.keys().items():
+            node: Any = tree
+            for step in key.replace(LOOP, loop).split("."):
+                node = node.get(step, _ABSENT) if isinstance(node, Mapping) else _ABSENT
+            if node is not _ABSENT:
+                found[field] = node
+        return cls(**found, **{field: kind.from_tree(tree, loop) for field, kind in cls.parts().items()})
+
+    def unread(self) -> dict[str, str]:
+        """Field -> why it has no effect beside the others."""
+        return {}
+
+    def unread_keys(self) -> dict[str, str]:
+        """Dotted key -> why it has no effect, of all sections."""
+        own = {self.keys()[field]: reason for field, reason in self.unread().items()}
+        for field in self.parts():
+            own |= getattr(self, field).unread_keys()
+        return own
 
     def given(self, field: str) -> str:
         """``key = value`` for a message."""
         return f"{self.keys()[field]} = {getattr(self, field)}"
+
+
+_ABSENT = object()
+
+
+def _settings_of(kind: type[Settings]) -> list[dataclasses.Field[Any]]:
+    return [entry for entry in dataclasses.fields(kind) if "kind" in entry.metadata]

@@ -9,20 +9,21 @@ from typing import Any
 
 import diffusers
 import torch
-from omegaconf import DictConfig
 
 from nemo_aligner_diffusion.algorithms.base import Method
 from nemo_aligner_diffusion.algorithms.custom import CustomMethod
 from nemo_aligner_diffusion.algorithms.registry import methods
-from nemo_aligner_diffusion.config.layers import closest
 from nemo_aligner_diffusion.config.load import groups, recipes
+from nemo_aligner_diffusion.config.words import quoted
 from nemo_aligner_diffusion.data.paths import expand_paths
 from nemo_aligner_diffusion.data.prompt_files import clean_prompt
 from nemo_aligner_diffusion.diffusion.families import DENOISERS
 from nemo_aligner_diffusion.errors import ConfigurationError, DataError, RewardError
 from nemo_aligner_diffusion.import_path import check_call
+from nemo_aligner_diffusion.keys import closest
 from nemo_aligner_diffusion.rewards.base import Reward
 from nemo_aligner_diffusion.rewards.custom import CustomReward
+from nemo_aligner_diffusion.training.settings import ModelSettings
 
 
 def read_method(method: Method | str) -> tuple[str, Method | None, list[str]]:
@@ -43,7 +44,7 @@ def read_method(method: Method | str) -> tuple[str, Method | None, list[str]]:
         return recipe, None, [*words, *(f"{key}={written(value)}" for key, value in values.items())]
     recipe, words = _recipe("draft")  # what every method reads, and nothing of one's own
     if isinstance(method, str):
-        return recipe, None, [*words, f"model.algorithm={_quoted(method)}"]
+        return recipe, None, [*words, f"model.algorithm={quoted(method)}"]
     if inspect.isclass(method) or not (isinstance(method, Method) or callable(method)):
         hint = f"; a class was given: {method.__name__}()" if inspect.isclass(method) else ""
         raise ConfigurationError(
@@ -53,7 +54,7 @@ def read_method(method: Method | str) -> tuple[str, Method | None, list[str]]:
     return (
         recipe,
         CustomMethod(method, f"method={_name(method)}"),
-        [*words, f"model.algorithm={_quoted(_name(method))}"],
+        [*words, f"model.algorithm={quoted(_name(method))}"],
     )
 
 
@@ -67,7 +68,7 @@ def read_model(model: Any) -> tuple[Any, list[str]]:
     if model is None:
         return None, []
     if isinstance(model, str | os.PathLike):
-        return None, [f"model.from_pretrained={_quoted(os.fspath(model))}"]
+        return None, [f"model.from_pretrained={quoted(os.fspath(model))}"]
     if not isinstance(model, diffusers.DiffusionPipeline):
         raise ConfigurationError(
             f"model is a {type(model).__name__}; expected a diffusers pipeline, its folder or hub id, or None"
@@ -76,13 +77,11 @@ def read_model(model: Any) -> tuple[Any, list[str]]:
     return model, [f"trainer.devices=[{device.index}]"] if device.type == "cuda" and device.index else []
 
 
-def check_pipeline(pipe: Any, cfg: DictConfig) -> None:
+def check_pipeline(pipe: Any, section: ModelSettings) -> None:
     """What is known to be wrong about a pipeline object before anything of it is changed."""
-    for section in (cfg.model, cfg.model.unet_config, cfg.model.first_stage_config):
-        if section.from_pretrained is not None:
-            raise ConfigurationError(
-                f"overrides name {section.from_pretrained!r}, but model is a pipeline already; load it into that"
-            )
+    for path in (section.from_pretrained, section.denoiser_path, section.vae_path):
+        if path is not None:
+            raise ConfigurationError(f"overrides name {path!r}, but model is a pipeline already; load it into that")
     networks = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     for name, part in networks.items():
         if any(hasattr(module, "_hf_hook") for module in part.modules()):
@@ -97,7 +96,7 @@ def check_pipeline(pipe: Any, cfg: DictConfig) -> None:
                 "from is needed; load it anew, or make the adapter part of it by pipeline.fuse_lora() and "
                 "pipeline.unload_lora_weights()"
             )
-    if cfg.model.peft.peft_scheme == "none":
+    if not section.peft.is_lora:
         for name in (name for name in DENOISERS if name in networks):
             if networks[name].dtype in (torch.float16, torch.bfloat16):
                 raise ConfigurationError(
@@ -109,11 +108,11 @@ def check_pipeline(pipe: Any, cfg: DictConfig) -> None:
 def read_reward(reward: Any) -> tuple[Reward | None, list[str]]:
     """The reward itself where it is an object, and words of the command line."""
     if isinstance(reward, os.PathLike) or (isinstance(reward, str) and reward.endswith(".nemo")):
-        return None, [f"rm.model.restore_from_path={_quoted(os.fspath(reward))}"]
+        return None, [f"rm.model.restore_from_path={quoted(os.fspath(reward))}"]
     if isinstance(reward, str):
         names = groups()["rm"]
         if ":" in reward:
-            return None, ["rm=custom", f"rm.import_path={_quoted(reward)}"]
+            return None, ["rm=custom", f"rm.import_path={quoted(reward)}"]
         if reward not in names:
             raise RewardError(
                 f"reward={reward!r}: no such reward{closest(reward, names)}; expected a function, a .nemo file, or one "
@@ -131,7 +130,7 @@ def read_reward(reward: Any) -> tuple[Reward | None, list[str]]:
     origin = f"reward={name.rpartition('.')[2] if '<locals>' in name else name.partition(':')[2]}"
     if inspect.isroutine(reward):
         check_call(reward, {}, origin, "", ("images", "prompts"), RewardError)
-    return CustomReward(reward, origin), ["rm=custom", f"rm.import_path={_quoted(name)}"]
+    return CustomReward(reward, origin), ["rm=custom", f"rm.import_path={quoted(name)}"]
 
 
 def read_prompt_argument(prompts: Any, argument: str) -> list[str] | str:
@@ -171,14 +170,7 @@ def written(value: Any) -> str:
     if value is None:
         return "null"
     if isinstance(value, str):
-        return _quoted(value)
+        return quoted(value)
     if isinstance(value, list | tuple):
         return f"[{','.join(map(written, value))}]"
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _quoted(text: str) -> str:
-    """A text in Hydra's grammar: backslashes count before quotes only."""
-    inside = re.sub(r"(\\*)'", lambda found: found[1] * 2 + "\\'", text)
-    trailing = len(inside) - len(inside.rstrip("\\"))
-    return f"'{inside}{chr(92) * trailing}'"

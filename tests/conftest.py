@@ -8,10 +8,14 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
-from process_pool import ProcessPool
+from process_pool import DIED_OF_A_SIGNAL, ProcessPool
+
+if TYPE_CHECKING:
+    import torch
 
 # Before torch is imported anywhere: several test processes share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -33,9 +37,15 @@ LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "G
                       "MASTER_PORT")  # fmt: skip
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "processes" in getattr(item, "fixturenames", ()) and not item.get_closest_marker("alone"):
+            item.add_marker(pytest.mark.flaky(reruns=1, only_rerun=[DIED_OF_A_SIGNAL]))
+
+
 @pytest.fixture(autouse=True)
 def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.startswith(("SLURM", "TORCHELASTIC_"))]:
+    for name in [name for name in os.environ if name.startswith(("SLURM", "TORCHELASTIC_", "NAD_"))]:
         monkeypatch.delenv(name)
     for name in LAUNCHER_VARIABLES:
         monkeypatch.delenv(name, raising=False)
@@ -60,6 +70,30 @@ def open_folder() -> Iterator[Path]:
     folder.chmod(0o777)
     yield folder
     shutil.rmtree(folder)
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    """Three pictures for three prompts, of a size that no reward takes as it is."""
+    import torch
+
+    return torch.rand(3, 3, 40, 36, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="session")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Stable Diffusion's folder, for all tests of this process: not to be changed."""
+    from tiny.stable_diffusion import save_tiny_pipeline
+
+    return save_tiny_pipeline(tmp_path_factory.mktemp("model") / "pipeline")
+
+
+@pytest.fixture(scope="session")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of forty prompts, for all tests of this process: not to be changed."""
+    file = tmp_path_factory.mktemp("data") / "prompts.txt"
+    file.write_text("".join(f"p{i}\n" for i in range(40)), encoding="utf-8")
+    return file
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from typing import Any
 
 from nemo_aligner_diffusion.cli.train_reward import main
 from nemo_aligner_diffusion.parallel import broadcast
-from nemo_aligner_diffusion.runtime.health import HealthClient
+from nemo_aligner_diffusion.runtime.health.client import HealthClient
 
 
 def delay_ranks(seconds: dict[str, list[float]], rank: int) -> None:

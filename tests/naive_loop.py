@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from gradient_toy import generators, reward
+from tiny.gradients import generators, reward
 from torch import Tensor
 
 from nemo_aligner_diffusion.diffusion.plan import Plan

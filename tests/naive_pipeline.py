@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from gradient_toy import generators, reward
 from naive_loop import clean, levels_of, part, sg
+from tiny.gradients import generators, reward
 from torch import Tensor
 from torch.utils._pytree import tree_map
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_aligner_diffusion.config import schema
-from nemo_aligner_diffusion.config.load import derived, groups, load_config, loop_section, recipes
+from nemo_aligner_diffusion.config.load import groups, load_config, load_settings, recipes
 from nemo_aligner_diffusion.errors import ConfigurationError
 
 ALGORITHM_OF = {
@@ -37,10 +37,10 @@ def test_every_recipe_composes_and_validates(name: str) -> None:
     assert cfg.name == name
     assert cfg.exp_manager.name == name
     assert cfg.model.algorithm == ALGORITHM_OF[name]
-    assert loop_section(cfg) is cfg.trainer[name]
+    assert load_settings(name, NEEDED.get(name, [])).loop.max_steps == cfg.trainer[name].max_steps == 30
     assert cfg.rm.name == "clip"
     assert cfg.rm.model.restore_from_path == ("r.nemo" if name in NEEDED else None)
-    assert derived(cfg).accumulation == 2
+    assert load_settings(name, NEEDED.get(name, [])).accumulation == 2
 
 
 def test_refls_recipe_is_its_authors() -> None:

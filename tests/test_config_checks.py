@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from test_config import message
 
-from nemo_aligner_diffusion.config.load import derived, load_config
+from nemo_aligner_diffusion.config.load import load_config, load_settings
 from nemo_aligner_diffusion.errors import ConfigurationError
 
 
@@ -20,8 +22,8 @@ def test_batch_arithmetic(micro: int, devices: int, nodes: int, whole: int) -> N
     words = [f"model.micro_batch_size={micro}", f"trainer.devices={devices}", f"trainer.num_nodes={nodes}"]
     step = micro * devices * nodes
     if whole % step == 0:
-        result = derived(load_config("draftp_sd", [*words, f"model.global_batch_size={whole}"]))
-        assert (result.world_size, result.data_parallel_size) == (devices * nodes, devices * nodes)
+        result = load_settings("draftp_sd", [*words, f"model.global_batch_size={whole}"])
+        assert (result.trainer.world_size, result.layout.data) == (devices * nodes, devices * nodes)
         assert result.accumulation * step == whole
         return
     text = message(*words, f"model.global_batch_size={whole}")
@@ -44,8 +46,7 @@ def test_precisions_of_one_process() -> None:
 
 
 def test_a_list_of_devices_counts_its_entries() -> None:
-    cfg = load_config("draftp_sd", ["trainer.devices=[1,3]", "model.micro_batch_size=2"])
-    assert derived(cfg).accumulation == 4
+    assert load_settings("draftp_sd", ["trainer.devices=[1,3]", "model.micro_batch_size=2"]).accumulation == 4
 
 
 @pytest.mark.parametrize(
@@ -237,3 +238,73 @@ class TestOwnYaml:
             load_config("mine", config_dir=tmp_path)
         with pytest.raises(ConfigurationError, match="there is no such folder"):
             load_config("mine", config_dir=tmp_path / "no")
+
+
+WORDS = ["2024_01_15", "1e5", "3.10", "1_1_1", "007", "true", "-0", "0x10", "1.0e-3"]
+
+
+@pytest.mark.parametrize("words", WORDS)
+@pytest.mark.parametrize(
+    "key",
+    [
+        "name", "exp_manager.explicit_log_dir", "exp_manager.version", "rm.model.restore_from_path",
+        "model.unet_config.from_pretrained", "model.data.train.webdataset.local_root_path",
+        "model.data.webdataset.local_root_path",
+    ],
+)  # fmt: skip
+def test_text_and_paths_keep_the_words_that_were_typed(key: str, words: str, tmp_path: Path) -> None:
+    asked = {"model.data.webdataset.local_root_path": "model.data.train.webdataset.local_root_path"}.get(key, key)
+    assert OmegaConf.select(load_config("draftp_sd", [f"{key}={words}"]), asked) == words
+    *sections, last = key.split(".")
+    lines = [f"{'  ' * depth}{section}:" for depth, section in enumerate(sections)]
+    (tmp_path / "mine.yaml").write_text("\n".join([*lines, f"{'  ' * len(sections)}{last}: {words}"]))
+    assert OmegaConf.select(load_config("mine", config_dir=tmp_path), asked) == words
+
+
+def test_words_are_kept_in_lists_and_parts_and_numbers_stay_numbers(tmp_path: Path) -> None:
+    cfg = load_config("draftp_sd", ["model.data.validation.prompts=[1_000, 1e3, 'a, b', 3.10]", "model.seed=1_000"])
+    assert list(cfg.model.data.validation.prompts) == ["1_000", "1e3", "a, b", "3.10"]
+    assert cfg.model.seed == 1000
+    words = ["rm=composite", "rm.parts={a:{name:clip,weight:1e1,model:{restore_from_path:2024_01_15}}}"]
+    part = load_config("draftp_sd", words).rm.parts.a
+    assert (part.model.restore_from_path, part.weight) == ("2024_01_15", 10.0)
+    (tmp_path / "mine.yaml").write_text("defaults: [draftp_sd, _self_]\nexp_manager: {version: 3.10}\n")
+    assert load_config("mine", config_dir=tmp_path).exp_manager.version == "3.10"
+    free = load_config("draftp_sd", ["rm=custom", "rm.import_path=a:b", "rm.kwargs.count=1_000"])
+    assert free.rm.kwargs.count == 1000
+
+
+@pytest.mark.parametrize(
+    ("value", "prompts"),
+    [
+        ("[café]", ["café"]),
+        ("[a cat, 介绍]", ["a cat", "介绍"]),
+        ("[it's a cat]", ["it's a cat"]),
+        ("[a (cat:1.2)]", ["a (cat:1.2)"]),
+        ("[what? a cat!]", ["what? a cat!"]),
+        ("['a, b', c!]", ["a, b", "c!"]),
+    ],
+)
+def test_prompts_that_need_quotes_come_with_them_in_the_message(value: str, prompts: list[str]) -> None:
+    key = "model.data.validation.prompts"
+    text = message(f"{key}={value}")
+    assert text.startswith(f"{key} = {value}: cannot be read: text with other than letters")
+    (suggestion,) = shlex.split(text.partition("needs quotes: ")[2])
+    assert list(load_config("draftp_sd", [suggestion]).model.data.validation.prompts) == prompts
+
+
+def test_what_comes_from_the_environment_is_used_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKEN", "secret42")
+    words = ["name=${oc.env:TOKEN}", "exp_manager.wandb_logger_kwargs.api_key=${oc.env:TOKEN}",
+             "exp_manager.version=v-${name}", "model.data.validation.prompts=['a', '${oc.env:TOKEN}']",
+             "model.seed=${oc.env:NUMBER,5}", "exp_manager.exp_dir=/runs/${oc.env:TOKEN}"]  # fmt: skip
+    shown, settings = OmegaConf.to_yaml(load_config("draft_sd", words)), load_settings("draft_sd", words)
+    assert shown == OmegaConf.to_yaml(settings.shown)
+    assert settings.exp_manager.name == "secret42"
+    assert settings.exp_manager.version == "v-secret42"
+    assert settings.exp_manager.wandb_logger_kwargs == {"api_key": "secret42"}
+    assert settings.model.data.prompts == ("a", "secret42")
+    assert settings.model.seed == 5
+    assert settings.exp_manager.exp_dir == "/runs/secret42"  # programs that come later look there
+    assert shown.replace("/runs/secret42", "").count("secret42") == 0
+    assert shown.count("${oc.env:TOKEN}") == 5

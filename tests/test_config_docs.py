@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 from nemo_aligner_diffusion.config import reward_keys as schema_rewards
 from nemo_aligner_diffusion.config import schema
-from nemo_aligner_diffusion.config.docs import documented_keys, tables
-from nemo_aligner_diffusion.config.layers import flatten
-from nemo_aligner_diffusion.config.load import conf_directory, load_config, recipes
+from nemo_aligner_diffusion.config.docs import LINE, documented_keys, tables
+from nemo_aligner_diffusion.config.load import conf_directory, load_config, load_settings, recipes
+from nemo_aligner_diffusion.keys import flatten
+from nemo_aligner_diffusion.runtime.settings import PRECISIONS
+from nemo_aligner_diffusion.settings import LOOP
+from nemo_aligner_diffusion.training.settings import RunSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(conf_directory().rglob("*.yaml"))
@@ -46,18 +51,82 @@ def test_every_file_begins_by_saying_what_it_is(path: Path) -> None:
     yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
-def test_every_key_of_the_schema_is_in_conf_or_explained_here() -> None:
-    # Keys that only some choice needs and that therefore no file of conf/ sets.
-    unset = {f"model.optim.sched.{name}" for name in ("warmup_ratio", "hold_ratio", "constant_ratio")}
-    unset |= {"exp_manager.wandb_logger_kwargs.*", "rm.parts.*", "rm.kwargs.*"}
-    unset |= {"model.custom_algorithm.*", "model.pipeline.arguments.*"}
-    assert set(schema.known_keys("<loop>")) - set(documented_keys()) == unset
+# Keys that only some choice needs and that therefore no file of conf/ sets.
+UNSET = {f"model.optim.sched.{name}" for name in ("warmup_ratio", "hold_steps", "hold_ratio", "constant_ratio")}
+FREE = {"exp_manager.wandb_logger_kwargs.*", "rm.parts.*", "rm.kwargs.*", "model.custom_algorithm.*",
+        "model.pipeline.arguments.*"}  # fmt: skip
+
+
+def lines_of_conf() -> set[tuple[str, str, str]]:
+    """(dotted key, value as JSON, comment) of every line."""
+    found = set()
+    for path in FILES:
+        group = path.parent.name if path.parent != ROOT / "conf" else ""
+        text = path.read_text(encoding="utf-8")
+        header = re.match(r"# @package (\S+)", text)
+        sections = [header.group(1) if header else f"trainer.{LOOP}" if group == "loop" else group]
+        for line in text.splitlines():
+            match = LINE.fullmatch(line)
+            if match:
+                sections[len(match["indent"]) // 2 + 1 :] = [match["key"]]
+                value = json.dumps(yaml.safe_load(match["value"]))
+                found.add((".".join(filter(None, sections)), value, match["comment"].strip()))
+    return found
+
+
+def test_every_setting_has_its_line_in_conf() -> None:
+    """With the default of its class, and the meaning as the comment."""
+    lines = lines_of_conf()
+    elsewhere = {"name", "model.algorithm", "model.optim.momentum"}  # each recipe, each method, sgd alone
+    checked = 0
+    for section in RunSettings.sections():
+        defaults, meanings = section.defaults(), section.meanings()
+        for field, key in section.keys().items():
+            if key in UNSET | elsewhere:
+                continue
+            default = "32" if key == "trainer.precision" else json.dumps(defaults[field])
+            assert (key, default, meanings[field]) in lines, key
+            checked += 1
+    assert checked > 90
+
+
+def test_every_key_of_the_schema_is_documented() -> None:
+    documented = {key for table in documented_keys().values() for key in table}
+    missing = set(schema.known_keys(LOOP)) - documented
+    assert missing == FREE - {"rm.parts.*"} | {"rm.parts.*"}
+    assert {key for key, _, _ in lines_of_conf()} >= documented - UNSET
+
+
+def test_defaults_in_the_documentation_are_what_the_program_shows() -> None:
+    """What ``--cfg`` shows of the recipe whose method has no settings."""
+    shown = flatten(OmegaConf.to_container(load_config("draft_sd")))  # type: ignore[arg-type]
+    for key, (default, _) in {
+        key: entry for table in documented_keys().values() for key, entry in table.items()
+    }.items():
+        value = shown.get(key.replace(LOOP, "draft_sd"))
+        if value is not None and "draft" not in str(value) and not key.startswith("rm."):
+            assert yaml.safe_load(default) == value or str(default) == str(value), key
+
+
+@pytest.mark.parametrize("name", ["WarmupHoldPolicy", "CosineAnnealing", "constant"])
+def test_a_schedules_settings_act_or_are_named(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Each of its settings changes the rates, or a warning says that it has no effect."""
+    given = {"warmup_steps": 3, "warmup_ratio": 0.2, "hold_steps": 4, "hold_ratio": 0.4, "constant_steps": 5,
+             "constant_ratio": 0.5, "min_lr": 1e-4}  # fmt: skip
+
+    def rates(*words: str) -> list[float]:
+        sched = load_settings("draft_sd", [f"model.optim.sched.name={name}", *words]).model.optim.sched
+        return [sched.factor(30)(step, sched.min_lr / 4e-4) for step in range(33)]
+
+    plain = rates()
+    for key, value in given.items():
+        caplog.clear()
+        changed = rates(f"model.optim.sched.{key}={value}") != plain
+        assert changed != (f"model.optim.sched.{key}: " in caplog.text), key
 
 
 @pytest.mark.parametrize("recipe", sorted(recipes()))
 def test_every_key_that_composes_is_in_the_schema(recipe: str) -> None:
-    from omegaconf import OmegaConf
-
     container = OmegaConf.to_container(load_config(recipe, ["rm=clip"]))
     assert isinstance(container, dict)
     for key in flatten({str(name): value for name, value in container.items()}):
@@ -71,24 +140,16 @@ def test_the_documentations_tables_are_current() -> None:
 
 
 def test_the_schema_knows_the_names_the_code_knows() -> None:
-    from nemo_aligner_diffusion.diffusion.schedule import SAMPLER_ALIASES, SAMPLERS, sampler_name
     from nemo_aligner_diffusion.rewards import build, classifier, ensemble, feature_symmetry, jpeg, parts
     from nemo_aligner_diffusion.rewards.clip import reward as clip
-    from nemo_aligner_diffusion.training.optimizers import OPTIMIZER_NAMES
-    from nemo_aligner_diffusion.training.schedules import SCHEDULE_NAMES
 
-    assert {name.lower() for name in schema.SAMPLERS} == {*SAMPLERS, *SAMPLER_ALIASES}
-    for name in schema.SAMPLERS:  # the spelling that the configuration keeps
-        sampler_name(name)
-    assert schema.OPTIMIZERS == OPTIMIZER_NAMES
-    assert schema.SCHEDULES == SCHEDULE_NAMES
     assert schema_rewards.SCORES == clip.SCORES
     assert schema_rewards.REDUCTIONS == jpeg.REDUCTIONS
     assert schema_rewards.DISTANCES == feature_symmetry.DISTANCES
     assert schema_rewards.AGGREGATES == ensemble.AGGREGATES
     assert schema_rewards.CLIP_MODES == parts.CLIP_MODES
     assert schema_rewards.REWARD_KEYS["rm.views"].high == classifier.MOST_VIEWS
-    assert {name: {*keys} - {"trainer", "augment"} for name, keys in schema.REWARDS.items()} == {
+    assert {name: {*keys} - {"trainer", "augment"} for name, keys in schema_rewards.REWARDS.items()} == {
         name: set(keys) for name, keys in build.REWARDS.items()
     }
     for section, keys in (("model", build.MODEL_KEYS), ("augment", build.AUGMENT_KEYS)):
@@ -96,5 +157,5 @@ def test_the_schema_knows_the_names_the_code_knows() -> None:
         assert {key.removeprefix(prefix) for key in schema.KEYS if key.startswith(prefix)} == set(keys)
     for name, keys in schema_rewards.MODEL_KEYS.items():
         assert set(keys) <= set(build.MODEL_KEYS)
-        assert "model" in schema.REWARDS[name]
-    assert set(schema.PRECISIONS) <= set(build.PRECISIONS)
+        assert "model" in schema_rewards.REWARDS[name]
+    assert set(PRECISIONS) <= set(build.PRECISIONS)

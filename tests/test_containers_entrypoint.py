@@ -98,6 +98,24 @@ def test_results_that_cannot_be_written_are_named_with_uid_and_mode(tmp_path: Pa
     assert f"cannot be written by uid {os.geteuid()} (it is of uid" in done.stderr
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can act for two users")
+@pytest.mark.parametrize("made", ["folder", "link"])
+def test_a_home_that_another_user_made_first_is_not_used(open_folder: Path, made: str) -> None:
+    open_folder.chmod(0o1777)
+    trap = open_folder / f"nad-home-{os.geteuid()}"
+    (open_folder / "elsewhere").mkdir(mode=0o777)
+    if made == "folder":
+        trap.mkdir(mode=0o777)
+    else:
+        trap.symlink_to(open_folder / "elsewhere")
+    os.chown(trap, 65534, 65534, follow_symlinks=False)
+    done = enter("sh", "-c", "echo $HOME", results=open_folder, HOME="/nonexistent", TMPDIR=str(open_folder))
+    home = Path(done.stdout.strip())
+    assert home != trap, done.stderr
+    assert home.parent == open_folder
+    assert (home.stat().st_uid, home.stat().st_mode & 0o777) == (os.geteuid(), 0o700)
+
+
 def test_a_caller_without_home_or_name_gets_both(tmp_path: Path) -> None:
     done = enter("sh", "-c", 'echo "$HOME"', results=tmp_path, HOME="/nonexistent", TMPDIR=str(tmp_path), NAD_QUIET="1")
     home = Path(done.stdout.strip())

@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from data_toy import LONGER, prompts_of, tar, uneven_shards
 from process_pool import ProcessPool
+from tiny.prompts import LONGER, prompts_of, tar, uneven_shards
+from tiny.reward_training import blue_shards
 
 from nemo_aligner_diffusion.data.datamodule import PromptDataModule
 from nemo_aligner_diffusion.data.prompts import PromptDataset, build_prompt_loader
 from nemo_aligner_diffusion.data.stream_loader import StreamLoader
 from nemo_aligner_diffusion.errors import DataError
 from nemo_aligner_diffusion.reward_training.preference_data import PreferenceDataset
-from tests.reward_training_toy import blue_shards
 
 
 def shards(folder: Path) -> list[str]:
@@ -325,7 +325,7 @@ def test_a_tensor_group_trains_on_one_batch(tmp_path: Path, processes: ProcessPo
 
 
 def test_the_keys_reach_the_loader(tmp_path: Path) -> None:
-    from nemo_aligner_diffusion.config.load import load_config
+    from nemo_aligner_diffusion.config.load import load_settings
     from nemo_aligner_diffusion.training.run import _build_data
 
     (tmp_path / "shards").mkdir()
@@ -338,7 +338,7 @@ def test_the_keys_reach_the_loader(tmp_path: Path) -> None:
         "worker_timeout_seconds": 7,
         "index_folder": tmp_path / "index",
     }
-    data = _build_data(load_config("draftp_sd", [f"model.data.{key}={value}" for key, value in overrides.items()]))
+    data = _build_data(load_settings("draftp_sd", [f"model.data.{key}={value}" for key, value in overrides.items()]))
     data.setup("fit")
     loader = data.train_dataloader()
     assert loader.worker_timeout_seconds == 7

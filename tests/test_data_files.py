@@ -14,9 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from data_toy import ODD_PROMPTS, prompts_of, tar
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny.prompts import ODD_PROMPTS, prompts_of, tar
 
 from nemo_aligner_diffusion.data.bad_samples import BadSamples
 from nemo_aligner_diffusion.data.prompt_files import MAX_PROMPT_BYTES, clean_prompt, locate_prompts, parse_prompt

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_toy import ODD_PROMPTS, take, tar, uneven_shards
 from process_pool import ProcessPool
+from tiny.prompts import ODD_PROMPTS, take, tar, uneven_shards
 
 from nemo_aligner_diffusion.data import shard_index
 from nemo_aligner_diffusion.data.epoch_order import LANES, SMALL_SOURCE, epoch_rows

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from data_toy import take, tar, uneven_shards
 from pytorch_lightning.callbacks import ModelCheckpoint
+from tiny.prompts import take, tar, uneven_shards
 
 from nemo_aligner_diffusion.data.datamodule import PromptDataModule
 from nemo_aligner_diffusion.data.prompts import build_prompt_loader

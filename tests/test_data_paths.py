@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from data_toy import tar
+from tiny.prompts import tar
 
 from nemo_aligner_diffusion.data.paths import expand_paths
 from nemo_aligner_diffusion.errors import DataError

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from data_toy import take, tar, uneven_shards
+from tiny.prompts import take, tar, uneven_shards
 
 from nemo_aligner_diffusion.data.prompts import PromptDataset, build_prompt_loader, read_prompts
 from nemo_aligner_diffusion.errors import DataError

@@ -37,6 +37,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("taken", [0, 196])  # 196: it is stuck
 def test_a_worker_survives_all_signals_but_its_parents(taken: int) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_toy import LONGER, prompts_of, uneven_shards
+from tiny.prompts import LONGER, prompts_of, uneven_shards
 
 from nemo_aligner_diffusion.data.prompts import build_prompt_loader
 from nemo_aligner_diffusion.errors import DataError
@@ -35,6 +35,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.alone
 def test_a_stopped_worker_is_an_error_that_names_it(tmp_path: Path) -> None:
     uneven_shards(tmp_path, LONGER)
     loader = build_prompt_loader(
@@ -59,6 +60,7 @@ def test_a_stopped_worker_is_an_error_that_names_it(tmp_path: Path) -> None:
     wait_for(lambda: gone(first) and gone(second))
 
 
+@pytest.mark.alone
 def test_a_slow_worker_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     uneven_shards(tmp_path, LONGER)
     options: dict[str, Any] = {"micro_batch_size": 2, "epochs": 1}
@@ -88,6 +90,7 @@ def test_a_slow_worker_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFix
     )
 
 
+@pytest.mark.alone
 def test_a_killed_worker_is_an_error_that_names_it(tmp_path: Path) -> None:
     uneven_shards(tmp_path, LONGER)
     loader = build_prompt_loader(tmp_path, micro_batch_size=1, num_workers=2, worker_timeout_seconds=20)
@@ -102,6 +105,7 @@ def test_a_killed_worker_is_an_error_that_names_it(tmp_path: Path) -> None:
         list(islice(stream, 100))
 
 
+@pytest.mark.alone
 def test_the_wall_clock_may_jump(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from data_toy import ODD_PROMPTS
+from tiny.prompts import ODD_PROMPTS
 
 from nemo_aligner_diffusion.cli.prompts_to_shards import main
 from nemo_aligner_diffusion.data.prompts import read_prompts

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from clip_toy import tokenizer_files, toy_clip
+from tiny.clip import tokenizer_files, toy_clip
 from torch import Tensor
 from torch.nn import functional
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import io
 import math
+import os
+import subprocess
+import sys
+import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -16,16 +20,13 @@ from nemo_aligner_diffusion.errors import OutputError
 from nemo_aligner_diffusion.evaluation.curves import Curve, curve_plot, running_mean, save_curve_plot
 from nemo_aligner_diffusion.evaluation.figures import (
     enlarge,
-    font,
-    format_gain,
-    format_number,
     labelled_grid,
     read_grid,
     sample_grid,
     save_image,
     to_pictures,
-    wrap_text,
 )
+from nemo_aligner_diffusion.evaluation.text import fit_text, font, format_gain, format_number, wrap_text
 
 
 def flat(colour: tuple[float, float, float], height: int = 16, width: int = 16) -> torch.Tensor:
@@ -125,6 +126,53 @@ def test_text_is_wrapped_to_the_width() -> None:
     assert len(cut) == 2
     assert cut[-1].endswith("…")
     assert wrap_text("", 120, face, 3) == []
+
+
+def test_characters_without_a_font_are_escapes_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    """U+2FFFF is no character, so that no machine's font has it."""
+    lines, face = fit_text("a cat \U0002ffff \x1b[2J", 300, 13, max_lines=1)
+    assert lines == ["a cat \\U0002ffff \\x1b[2J"]
+    assert face.path == font(13).path
+    assert "no font here has" in caplog.text
+    assert "\\U0002ffff" in caplog.text
+    assert "\x1b" not in caplog.text
+
+
+def test_a_prompt_of_any_length_makes_its_grid_at_once() -> None:
+    started = time.monotonic()
+    lines, _ = fit_text("猫" * 1_000_000, 160, 13, max_lines=3)
+    assert len(lines) == 3
+    assert time.monotonic() - started < 20
+
+
+def test_another_script_is_drawn_with_the_systems_font_for_it(tmp_path: Path) -> None:
+    """A font of one character, a square, where the system looks for a user's: a grid shows it."""
+    from fontTools.fontBuilder import FontBuilder
+    from fontTools.pens.ttGlyphPen import TTGlyphPen
+
+    pen = TTGlyphPen(None)
+    for point, draw in zip([(0, 0), (0, 1000), (1000, 1000), (1000, 0)], [pen.moveTo, *[pen.lineTo] * 3], strict=True):
+        draw(point)
+    pen.closePath()
+    builder = FontBuilder(1000, isTTF=True)
+    builder.setupGlyphOrder([".notdef", "cat"])
+    builder.setupCharacterMap({ord("猫"): "cat"})
+    builder.setupGlyf({".notdef": TTGlyphPen(None).glyph(), "cat": pen.glyph()})
+    builder.setupHorizontalMetrics({".notdef": (1000, 0), "cat": (1000, 0)})
+    builder.setupHorizontalHeader(ascent=1000, descent=0)
+    builder.setupNameTable({"familyName": "Cat", "styleName": "Regular"})
+    builder.setupOS2()
+    builder.setupPost()
+    (tmp_path / "fonts").mkdir()
+    builder.save(tmp_path / "fonts" / "cat.ttf")
+    code = (
+        "from nemo_aligner_diffusion.evaluation.text import fit_text\n"
+        "lines, face = fit_text('猫猫猫', 200, 13, 1)\n"
+        "assert (lines, face.path[-7:], face.getlength('猫')) == (['猫猫猫'], 'cat.ttf', 13), (lines, face.path)"
+    )
+    environment = {**os.environ, "XDG_DATA_HOME": str(tmp_path), "PYTHONUTF8": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 def test_numbers_are_short_and_signed() -> None:

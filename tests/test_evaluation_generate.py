@@ -13,12 +13,12 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
-from tiny import save_tiny_pipeline
+from tiny.stable_diffusion import save_tiny_pipeline
 
-from nemo_aligner_diffusion.cli import generate as generate_cli
 from nemo_aligner_diffusion.cli.generate import build_parser, main, parse_seeds, read_request
 from nemo_aligner_diffusion.diffusion.loading import load_model
 from nemo_aligner_diffusion.diffusion.lora import add_lora, save_lora_weights
+from nemo_aligner_diffusion.diffusion.noise import sample_generator
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.evaluation.figures import read_grid
 from nemo_aligner_diffusion.evaluation.generation import Result, resolve_settings, run_generation
@@ -218,10 +218,60 @@ def test_shipped_defaults_are_those_of_the_shipped_configuration() -> None:
     from nemo_aligner_diffusion.config.load import load_config
 
     infer = load_config("draftp_sd", []).model.infer
-    assert infer.inference_steps == generate_cli.DEFAULT_STEPS
-    assert infer.unconditional_guidance_scale == generate_cli.DEFAULT_GUIDANCE
-    assert infer.sampler_type is None  # the pipeline's own, as without --sampler
-    assert infer.eta == generate_cli.DEFAULT_ETA
+    settings = resolve_settings(read_request(build_parser().parse_args(["--prompt", "red"])), None)
+    shipped = (infer.inference_steps, infer.unconditional_guidance_scale, infer.sampler_type, infer.eta)
+    assert (settings.steps, settings.guidance, settings.sampler, settings.eta) == shipped
+
+
+@pytest.mark.parametrize(
+    ("infer", "message"),
+    [
+        ("[1]", r"^$"),
+        ("{inference_steps: [1]}", r"config.yaml: .*inference_steps = \[1\]: expected an integer"),
+        ("{height: {a: 1}}", "height = .*expected an integer"),
+        ("{unconditional_guidance_scale: many}", "unconditional_guidance_scale = 'many': expected a number"),
+    ],
+)
+def test_settings_of_a_run_that_are_none_are_named(adapter: Path, infer: str, message: str) -> None:
+    (adapter.parent / "config.yaml").write_text(f"model: {{infer: {infer}}}\n")
+    request = read_request(build_parser().parse_args(["--prompt", "red", "--lora", str(adapter)]))
+    try:
+        text = ""
+        resolve_settings(request, read_run(adapter.parent))
+    except ConfigurationError as error:
+        text = str(error)
+    finally:
+        (adapter.parent / "config.yaml").unlink()
+    assert re.search(message, text)
+
+
+def test_a_damaged_configuration_is_not_passed_over_in_silence(
+    pipeline_folder: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (adapter.parent / "config.yaml").write_text("a: &a [x, x]\nb: *a\n")
+    try:
+        run(pipeline_folder, tmp_path / "out", "--lora", str(adapter))
+    finally:
+        (adapter.parent / "config.yaml").unlink()
+    warned = capsys.readouterr().err
+    assert "config.yaml cannot be read (ValueError: it has YAML aliases" in warned
+    assert "the pictures are made with the shipped settings" in warned
+
+
+def test_no_validation_picture_is_a_training_sample() -> None:
+    """Validation draws as a plain pipeline does, from the seed itself; training from a key's digest: whatever
+    ``model.seed`` is, and be it a validation seed, the two have no noise in common."""
+    keyed = [
+        sample_generator(seed, step, index).initial_seed()
+        for seed in range(8)
+        for step in range(8)
+        for index in range(8)
+    ]
+    assert len(set(keyed)) == 8**3
+    assert min(keyed) > 2**32  # beyond any seed that somebody types
+    for seed in range(8):
+        trained = torch.randn(4, generator=sample_generator(seed, 0, 0))
+        assert not torch.equal(trained, torch.randn(4, generator=torch.Generator().manual_seed(seed)))
 
 
 def test_seeds() -> None:
@@ -244,13 +294,14 @@ WRONG = [
     (["--prompt", "a", "--lora", "{adapter}", "--scales", "-1,x"], "'x' is no finite number"),
     (["--prompt", "a", "--lora", "{adapter}", "--weights", "cubic"], "'cubic' is unknown"),
     (["--prompt", "a", "--seeds", "0", "--num-images", "2"], "exclude each other"),
-    (["--prompt", "a", "--num-images", "0"], "--num-images must be at least 1"),
-    (["--prompt", "a", "--steps", "0"], "--steps must be at least 1"),
+    (["--prompt", "a", "--num-images", "0"], "--num-images = 0: expected an integer >= 1"),
+    (["--prompt", "a", "--guidance", "nan"], "--guidance = nan: expected a number"),
+    (["--prompt", "a", "--steps", "0"], "--steps = 0: expected an integer >= 1"),
     (["--prompt", "a", "--model", "{tmp}"], "no model_index.json"),
     (["--prompt", "a", "--model", "{model}", "--height", "17"], "--height 17: .* multiples of 4; the nearest is 16"),
     (
         ["--prompt", "a", "--model", "{model}", "--sampler", "ddmi"],
-        "--sampler='ddmi' is not .*did you mean 'ddim'",
+        "--sampler='ddmi' is not .*did you mean DDIM",
     ),
     (["--prompt", "a", "--model", "{model}", "--reward", "aesthetics"], "--reward aesthetics: neither a file"),
     (["--prompt", "a", "--model", "{model}", "--device", "cuda:99"], "--device cuda:99"),

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
+import struct
+import zlib
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from nemo_aligner_diffusion.errors import OutputError
 from nemo_aligner_diffusion.evaluation.figures import sample_grid, save_image
-from nemo_aligner_diffusion.evaluation.findings import diversity_kept, findings
-from nemo_aligner_diffusion.evaluation.report import duration, main, write_report
+from nemo_aligner_diffusion.evaluation.metrics.seed_diversity import SeedDiversity
+from nemo_aligner_diffusion.evaluation.report import main, write_report
+from nemo_aligner_diffusion.evaluation.report.findings import findings
+from nemo_aligner_diffusion.evaluation.report.view import duration
 from nemo_aligner_diffusion.evaluation.run_files import read_run, read_table
 
 HOSTILE = "<script>alert(1)</script> & \"quotes\" 'single'"
@@ -208,7 +214,6 @@ def test_the_shown_code_makes_the_tuned_models_pictures(
     tmp_path: Path, name: str, full: bool, sampler: str, words: str
 ) -> None:
     """Of any pipeline class: what is shown is run, and its picture is that of the model that was exported."""
-    from PIL import Image
     from tiny_pipelines import ROWS
 
     from nemo_aligner_diffusion.diffusion.generate import Sampling, generate
@@ -283,6 +288,107 @@ def test_damaged_files_are_named_and_cost_only_themselves(tmp_path: Path) -> Non
     assert "Training reward" in text
 
 
+def png_of(chunk: bytes, data: bytes) -> bytes:
+    """A PNG whose first chunk after the header is this one."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, format="PNG")
+    whole = struct.pack(">I", len(data)) + chunk + data + struct.pack(">I", zlib.crc32(chunk + data))
+    return file.getvalue()[:33] + whole + file.getvalue()[33:]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"<!doctype html>",
+        png_of(b"iCCP", b"x\0\0" + zlib.compress(b"x" * 9)[:6]),
+        png_of(b"zTXt", b"grid\0\0" + zlib.compress(b"0" * (80 << 20))),
+        png_of(b"tRNS", b""),
+        png_of(b"pHYs", b""),
+    ],
+    ids=["empty", "web page", "profile", "bomb", "no transparency", "no size"],
+)
+def test_a_damaged_grid_is_named_and_the_page_goes_on(tmp_path: Path, content: bytes) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "samples" / "step_000020.png").write_bytes(content)
+    text, _ = read(write_report(run))
+    assert "Training reward" in text
+    named = "samples/step_000020.png cannot be read" in text
+    assert named == ("Step 10. Left the base model" in text)
+    assert named or "Step 20: base above tuned" in text  # Pillow got over it
+
+
+@pytest.mark.parametrize("place", ["[0, 0, 8, 0]", "[0, 0, 0, 8]", "[0, 0, 8.5, 8]", "[-1, 0, 8, 8]", "[0, 0, 8]"])
+def test_a_rectangle_that_is_none_is_not_cut_out(tmp_path: Path, place: str) -> None:
+    run = make_run(tmp_path / "run")
+    image = Image.new("RGB", (16, 16))
+    image.info["grid"] = f'{{"cells": [{{"prompt": "a", "base": {place}, "tuned": [0, 0, 8, 8]}}]}}'
+    save_image(image, run / "samples" / "step_000020.png")
+    assert "Step 20: base above tuned" in read(write_report(run))[0]
+
+
+def test_a_run_is_called_as_its_user_called_it(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "my_third_run")
+    (run / "config.yaml").write_text(CONFIG.replace("draft+", "drtune"))
+    assert "<h1>my_third_run " in read(write_report(run))[0]  # not draftp_sd, as the recipe is called
+    (run / "run.json").write_text(json.dumps({"command": ["train.py", "name=draftp_sd"]}))
+    assert "<h1>draftp_sd " in read(write_report(run))[0]
+
+
+def test_the_kl_penalty_names_its_space(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    assert "measured in epsilon (velocity, where the model is a flow)" in read(write_report(run))[0]
+    (run / "config.yaml").write_text(CONFIG.replace("kl_coeff: 0.2", "kl_coeff: 0.2\n  kl_space: prediction"))
+    assert "measured in prediction, before its coefficient (0.2)" in read(write_report(run))[0]
+
+
+def test_a_configuration_of_aliases_is_not_expanded(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    levels = [f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]" for i in range(1, 12)]
+    (run / "config.yaml").write_text("\n".join(["l0: &l0 [0, 0]", *levels]))
+    assert "config.yaml cannot be read (ValueError: it has YAML aliases" in unescape(read(write_report(run))[0])
+
+
+def test_rows_that_are_damaged_are_counted(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    lines = (run / "metrics.csv").read_bytes().splitlines(keepends=True)
+    lines[5] = lines[5].replace(b"-20", b"-2\xff")
+    (run / "metrics.csv").write_bytes(b"".join([*lines[:8], b"8,20.8\n", *lines[9:], b"21,2"]))
+    assert "metrics.csv: 2 of 21 rows are damaged and left out" in read(write_report(run))[0]
+    assert len(read_run(run).metrics["step"]) == 18
+
+
+def test_what_a_folder_says_does_not_become_code(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "export").mkdir()
+    (run / "export" / "pytorch_lora_weights.safetensors").write_bytes(b"")
+    hostile = "x=__import__('os').abort()#"
+    facts = {
+        "guidance_argument": hostile,
+        "trained": hostile,
+        "loads_lora": False,
+        "arguments": {hostile: 1, "k": hostile},
+    }
+    (run / "run.json").write_text(json.dumps({"pipeline": facts}))
+    code = shown_code(run)
+    assert "pipeline.transformer.load_lora_adapter" in code
+    assert code.count("abort") == code.count(repr(hostile)) == 1  # as a string
+
+
+def test_text_that_no_page_can_hold_is_escaped_and_bounded(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    prompt = "\ud800\x00\x1b[2J" + "a" * 100_000
+    rows = [{"prompt": prompt, "seed": 0, "base_reward": 1.0, "reward": 2.0}]
+    (run / "validation_samples.json").write_text(json.dumps({"step": 20, "prompts": rows}))
+    (run / "run.json").write_text(
+        json.dumps({"host": prompt, "images": 10**40, "deep": json.loads("[" * 49 + "]" * 49)})
+    )
+    text, _ = read(write_report(run))
+    assert "\x1b" not in text
+    assert "\\ud800\\x00\\x1b[2Jaaa" in text
+    assert "a" * 3000 not in text
+
+
 def test_grids_of_another_writer_are_shown_whole(tmp_path: Path) -> None:
     text, _ = read(write_report(make_run(tmp_path / "run", described=False)))
     assert text.count('class="whole"') == 1 + 2
@@ -308,8 +414,7 @@ def test_lost_diversity_is_a_warning(tmp_path: Path) -> None:
     )
     lost = make_run(tmp_path / "b", diversity="0.3", base_diversity="0.6")
     assert "Diversity fell to 50% of the base model's" in titles(lost)
-    assert diversity_kept(read_run(lost)) == pytest.approx(0.5)
-    assert diversity_kept(read_run(make_run(tmp_path / "c", diversity_ratio="0.9"))) == pytest.approx(0.9)
+    assert SeedDiversity().kept(read_run(lost)) == pytest.approx(0.5)
 
 
 def write_metrics(run: Path, reward: list[float], kl: list[float], norm: list[float]) -> None:

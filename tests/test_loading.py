@@ -10,7 +10,7 @@ from typing import Any
 
 import diffusers
 import pytest
-from tiny import save_tiny_pipeline, tiny_pipeline
+from tiny.stable_diffusion import save_tiny_pipeline, tiny_pipeline
 
 from nemo_aligner_diffusion.cli.generate import main as generate
 from nemo_aligner_diffusion.cli.train import main

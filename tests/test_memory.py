@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tiny import tiny_stable_diffusion
+from tiny.stable_diffusion import tiny_stable_diffusion
 
 from benchmarks.memory_vs_active_steps import step_peak_bytes
 from nemo_aligner_diffusion.diffusion.lora import add_lora

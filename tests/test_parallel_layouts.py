@@ -40,12 +40,12 @@ def train(devices: int, recipe: str, more: list[str]) -> dict[str, Any]:
     """Five steps of the embedded model; what came of them, whole, on every rank."""
     import pytorch_lightning as pl
 
-    from nemo_aligner_diffusion.config.load import derived, load_config
+    from nemo_aligner_diffusion.config.load import load_settings
     from nemo_aligner_diffusion.data.datamodule import PromptDataModule
     from nemo_aligner_diffusion.embedded_assets import embedded_prompts_path
     from nemo_aligner_diffusion.parallel.strategy import ParallelStrategy
     from nemo_aligner_diffusion.rewards import build_reward
-    from nemo_aligner_diffusion.training.build import build_layout, build_model, build_module
+    from nemo_aligner_diffusion.training.build import build_model, build_module
 
     words = [
         f"trainer.devices={devices}",
@@ -57,8 +57,8 @@ def train(devices: int, recipe: str, more: list[str]) -> dict[str, Any]:
         "model.infer.width=32",
         "model.seed=11",
     ]
-    cfg = load_config(recipe, [*words, *more])
-    layout = build_layout(cfg)
+    cfg = load_settings(recipe, [*words, *more])
+    layout = cfg.layout
     model = build_model(cfg)
     with torch.no_grad():  # paler pictures: a pixel at the edge of [0, 1] has a gradient or none, by its last bit
         for parameter in model.vae.decoder.conv_out.parameters():
@@ -83,7 +83,7 @@ def train(devices: int, recipe: str, more: list[str]) -> dict[str, Any]:
         devices=devices,
         strategy=ParallelStrategy(layout) if layout.world_size > 1 else "auto",
         max_steps=STEPS,
-        accumulate_grad_batches=derived(cfg).accumulation,
+        accumulate_grad_batches=cfg.accumulation,
         gradient_clip_val=1.0,
         limit_val_batches=0,
         callbacks=[watch],

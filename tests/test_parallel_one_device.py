@@ -12,7 +12,7 @@ def step(device: str, fsdp: bool) -> tuple[float, float]:
     """How far the gradient of a model spread over groups of one is from the plain one; and the ratio of the norms."""
     import copy
 
-    from tiny import tiny_stable_diffusion
+    from tiny.stable_diffusion import tiny_stable_diffusion
     from torch.distributed.device_mesh import init_device_mesh
 
     from nemo_aligner_diffusion.diffusion.lora import add_lora

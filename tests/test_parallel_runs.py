@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import save_tiny_pipeline
+from tiny.stable_diffusion import save_tiny_pipeline
 
 LAYOUTS = {
     "DP2": (2, []),
@@ -170,7 +170,7 @@ def test_mixed_precision(processes, inputs, tmp_path, layout):
 
 def save_clip_reward(folder: Path) -> Path:
     """A reward whose towers have an even number of heads."""
-    from clip_toy import tokenizer_files, toy_clip
+    from tiny.clip import tokenizer_files, toy_clip
 
     from nemo_aligner_diffusion.rewards.clip.archive import convert_hf_clip_to_nemo
 
@@ -223,6 +223,7 @@ def train_on_an_unequal_pair(*arguments: Any) -> int:
         return train(*arguments)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("layout", ["TP2", "FSDP2"])
 def test_a_slow_device_is_found_where_layers_keep_the_ranks_in_step(processes, inputs, tmp_path, layout):
     size, more = LAYOUTS[layout]

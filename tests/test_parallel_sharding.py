@@ -22,7 +22,7 @@ def replay(what: str, cut: bool, checkpointing: bool, strategy: str) -> dict[str
     import copy
 
     from diffusers.models.resnet import ResnetBlock2D
-    from tiny import tiny_stable_diffusion
+    from tiny.stable_diffusion import tiny_stable_diffusion
     from torch.distributed.device_mesh import init_device_mesh
     from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
@@ -108,7 +108,7 @@ def test_the_other_strategy_gathers_once(processes):
 
 def frozen_parts() -> list[dict[str, int]]:
     """Of frozen parts: sizes; what is whole here, and calls that FSDP2 remembers, before, after one use, after ten."""
-    from tiny import tiny_stable_diffusion
+    from tiny.stable_diffusion import tiny_stable_diffusion
     from torch.distributed.device_mesh import init_device_mesh
 
     from nemo_aligner_diffusion.diffusion.generate import Sampling, generate
@@ -151,8 +151,8 @@ def test_frozen_parts_are_let_go_after_every_call(processes):
 
 def spread_reward(layout: Any) -> dict[str, float]:
     """The share of each tower's numbers that this rank holds of a reward inside another."""
-    from clip_toy import toy_clip
-    from tiny import tiny_stable_diffusion
+    from tiny.clip import toy_clip
+    from tiny.stable_diffusion import tiny_stable_diffusion
     from torch.distributed.device_mesh import init_device_mesh
 
     from nemo_aligner_diffusion.parallel.gradients import local_part

@@ -6,8 +6,8 @@ import functools
 
 import pytest
 import torch
-from gradient_toy import flat, generators, gradients, relative, reward, run, with_adapters
 from naive_pipeline import naive_loss
+from tiny.gradients import flat, generators, gradients, relative, reward, run, with_adapters
 from tiny_pipelines import MAIN, PROMPTS, named
 
 from nemo_aligner_diffusion.algorithms.leapalign import Leaps

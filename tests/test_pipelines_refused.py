@@ -7,8 +7,8 @@ import torch
 from diffusers import ConfigMixin, DDIMPipeline, DDIMScheduler, DiffusionPipeline, ModelMixin, UNet2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils.torch_utils import randn_tensor
-from gradient_toy import flat, generators, relative, reward, run
-from tiny import tiny_pipeline
+from tiny.gradients import flat, generators, relative, reward, run
+from tiny.stable_diffusion import tiny_pipeline
 
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.diffusion.plan import Plan
@@ -125,7 +125,7 @@ def test_a_network_that_gives_another_output_when_recomputed_is_an_error():
     [
         (
             {"guidance_scal": 3.0},
-            "arguments.guidance_scal is no argument of StableDiffusionPipeline; did you mean 'guidance_",
+            "arguments.guidance_scal is no argument of StableDiffusionPipeline; did you mean guidance_",
         ),
         ({"num_inference_steps": 3}, "arguments.num_inference_steps is set by model.infer.inference_steps"),
         ({"generator": None}, "arguments.generator is set by model.seed"),

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import save_tiny_pipeline
+from tiny.stable_diffusion import save_tiny_pipeline
 
 from benchmarks.planner_check import load, measured, planned
 from nemo_aligner_diffusion.cli.plan import main, take_options
-from nemo_aligner_diffusion.config.load import load_config
+from nemo_aligner_diffusion.config.load import load_settings
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.parallel.layout import Layout
 from nemo_aligner_diffusion.planner.estimate import Assumptions
@@ -27,7 +27,6 @@ from nemo_aligner_diffusion.planner.presets import MODELS, model_spec
 from nemo_aligner_diffusion.planner.schedule import step_counts
 from nemo_aligner_diffusion.planner.search import Machines, candidate, search
 from nemo_aligner_diffusion.planner.settings import Case, settings_from
-from nemo_aligner_diffusion.training.build import build_layout
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +81,7 @@ def test_a_reward_of_a_published_size_has_the_precision_of_the_recipe(tiny):
     for precision in ("32", "bf16"):
         cfg = recipe(tiny, "draftp_sd", 1, "rm=clip", f"rm.trainer.precision={precision}", "trainer.precision=16-true")
         settings = settings_from(cfg, model_spec(str(tiny)), reward="clip-l")
-        case = Case(build_layout(cfg), 1, False, None)
+        case = Case(cfg.layout, 1, False, None)
         sizes.append(measure(settings, case, step_counts(cfg).plan, only=("text",)).weights["reward"])
     assert sizes[0] > 4 * 400e6  # CLIP-L has 428 M parameters
     assert sizes[1] == pytest.approx(sizes[0] / 2, rel=1e-3)
@@ -100,7 +99,7 @@ def test_a_reward_of_a_published_size_has_the_precision_of_the_recipe(tiny):
 def test_what_is_held_beside_the_weights_follows_from_the_recipe(tiny, words, states, averages, accumulation):
     cfg = recipe(tiny, "draftp_sd", 2, "peft=none", "model.kl_coeff=0", *words)
     settings = settings_from(cfg, model_spec(str(tiny)))
-    case = Case(build_layout(cfg), 2, False, 1)
+    case = Case(cfg.layout, 2, False, 1)
     found = measure(settings, case, step_counts(cfg).plan, only=("call", "decode", "replay"))
     held = candidate(
         settings,
@@ -121,11 +120,11 @@ def test_what_is_held_beside_the_weights_follows_from_the_recipe(tiny, words, st
 def test_layouts_are_searched_with_the_keys_that_were_asked_for(tiny):
     words = ["trainer.devices=2", "model.fsdp=true", "model.fsdp_frozen=[text_encoder,vae]",
              "model.fsdp_sharding_strategy=grad", "peft=none", "model.kl_coeff=0"]  # fmt: skip
-    cfg = load_config("draftp_sd", [f"model.from_pretrained={tiny}", "rm=symmetry", "model.micro_batch_size=1",
+    cfg = load_settings("draftp_sd", [f"model.from_pretrained={tiny}", "rm=symmetry", "model.micro_batch_size=1",
                                     "model.global_batch_size=2", *words])  # fmt: skip
     settings, counts = settings_from(cfg, model_spec(str(tiny))), step_counts(cfg)
     machines = Machines(gpu_named("l40s"), 2, 2, Assumptions())
-    case = Case(build_layout(cfg), 1, False, None)
+    case = Case(cfg.layout, 1, False, None)
     asked = candidate(settings, case, measure(settings, case, counts.plan), counts, 2, machines)
     found = search(settings, counts, 2, machines, (1,), True, print, case)
     sharded, replicas = ([item for item in found if item.case.layout.fsdp is fsdp] for fsdp in (True, False))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from process_pool import ProcessPool
-from tiny import save_tiny_pipeline
+from tiny.stable_diffusion import save_tiny_pipeline
 
 from benchmarks.planner_check import parallel_step, planned_step
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from natural_pictures import photograph
+from tiny.pictures import photograph
 
 from nemo_aligner_diffusion.cli.convert_reward import main
 from nemo_aligner_diffusion.rewards import CLIPReward, restore_reward

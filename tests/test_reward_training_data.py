@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny.prompts import ODD_PROMPTS, tar
+from tiny.reward_training import blue_pairs, blue_shards, encode, picture
 
 from nemo_aligner_diffusion.data.bad_samples import BadSamples
 from nemo_aligner_diffusion.data.prompts import read_prompts
@@ -23,8 +25,6 @@ from nemo_aligner_diffusion.reward_training.preference_shards import (
     read_preference_file,
     write_preference_shards,
 )
-from tests.data_toy import ODD_PROMPTS, tar
-from tests.reward_training_toy import blue_pairs, blue_shards, encode, picture
 
 PNG = encode(picture(0.5, 0))
 JPEG = encode(picture(0.5, 0), "JPEG")

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny.clip import tokenizer_files as toy_tokenizer_files
+from tiny.clip import toy_clip
+from tiny.reward_training import blue_shards, toy_nemo
 
 from nemo_aligner_diffusion.errors import CheckpointError, ConfigurationError
 from nemo_aligner_diffusion.reward_training.clip_files import (
@@ -25,9 +28,6 @@ from nemo_aligner_diffusion.reward_training.preference_data import PreferenceDat
 from nemo_aligner_diffusion.rewards import restore_reward
 from nemo_aligner_diffusion.rewards.clip.reward import CLIPReward
 from nemo_aligner_diffusion.rewards.clip.tokenizer import tokenizer_from_bytes
-from tests.clip_toy import tokenizer_files as toy_tokenizer_files
-from tests.clip_toy import toy_clip
-from tests.reward_training_toy import blue_shards, toy_nemo
 
 PROMPTS = ["a red apple", "cat", "a cat, an apple and a very long sentence that is cut", "red"]
 EVERYTHING = TrainedParts(text_layers=None)
@@ -56,9 +56,10 @@ def test_scores_are_the_rewards(reward: CLIPReward, parts: TrainedParts) -> None
 
 
 def test_pictures_of_any_size_are_scored_as_the_reward_scores_them(tmp_path: Path, reward: CLIPReward) -> None:
+    from tiny.reward_training import blue_pairs
+
     from nemo_aligner_diffusion.reward_training.preference_data import pictures
     from nemo_aligner_diffusion.reward_training.preference_shards import write_preference_shards
-    from tests.reward_training_toy import blue_pairs
 
     pairs = blue_pairs(2, size=(48, 80))
     write_preference_shards(pairs, tmp_path / "s")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import signal
@@ -14,19 +13,25 @@ from typing import Any
 
 import pytest
 import torch
+from process_pool import ProcessPool
+from tiny.reward_training import blue_shards, overrides, run_told, toy_nemo
+from tiny.runs import rows
 
 from nemo_aligner_diffusion.cli import evaluate_reward as evaluate_cli
 from nemo_aligner_diffusion.cli import train_reward as train_cli
 from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError, OutputError
 from nemo_aligner_diffusion.reward_training.calibration import preference_figures
-from nemo_aligner_diffusion.reward_training.configuration import KEYS, accumulation, documented_keys, load_reward_config
+from nemo_aligner_diffusion.reward_training.configuration import (
+    KEYS,
+    RewardTrainingSettings,
+    documented_keys,
+    load_reward_config,
+)
 from nemo_aligner_diffusion.reward_training.evaluate import score_pairs
 from nemo_aligner_diffusion.reward_training.run import run_reward_training
 from nemo_aligner_diffusion.rewards import restore_reward
 from nemo_aligner_diffusion.rewards.symmetry import MirrorSymmetry
 from nemo_aligner_diffusion.runtime.signals import Interrupted, Interruption
-from tests.process_pool import ProcessPool
-from tests.reward_training_toy import blue_shards, overrides, run_told, toy_nemo
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = "model.data.train.webdataset.local_root_path"
@@ -44,11 +49,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(folder: Path, run: str, **changed: object) -> Path:
     assert run_reward_training(load_reward_config(overrides(folder, run, **changed))) == 0
     return folder / run
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +206,7 @@ def test_two_processes_stop_together_and_resume_exactly(folder: Path, two: list[
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_the_command_starts_its_processes_and_names_one_that_is_killed(folder: Path) -> None:
     run = folder / "killed"
@@ -230,6 +231,7 @@ def test_the_command_starts_its_processes_and_names_one_that_is_killed(folder: P
     assert "error on rank 1" in json.loads((run / "run.json").read_text())["error"]
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize("watched", [True, False])
 def test_what_one_process_refuses_is_said_once_and_ends_all(folder: Path, trained: Path, watched: bool) -> None:
@@ -244,6 +246,7 @@ def test_what_one_process_refuses_is_said_once_and_ends_all(folder: Path, traine
         assert done.stderr.startswith("error on rank 0 ("), "who met it, not who heard of it first"
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("connect", "raising"),
     [
@@ -344,7 +347,7 @@ def test_configuration_of_ones_own(tmp_path: Path) -> None:
     cfg = load_reward_config(["model.micro_batch_size=8"], "mine", tmp_path)
     assert cfg.model.data.train.webdataset.local_root_path == "shards"
     assert (cfg.model.optim.sched.warmup_ratio, cfg.model.optim.sched.warmup_steps) == (0.1, None)
-    assert accumulation(cfg) == 4
+    assert RewardTrainingSettings.of(cfg).accumulation == 4
     (tmp_path / "bad.yaml").write_text("model: {visoin: {freeze: true}}\n")
     with pytest.raises(ConfigurationError, match=r"model\.visoin\.freeze' in .*bad\.yaml.*model\.vision\.freeze"):
         load_reward_config([], "bad", tmp_path)

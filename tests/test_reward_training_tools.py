@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny.reward_training import blue_pairs
 
 from nemo_aligner_diffusion.cli import evaluate_reward as evaluate_cli
+from nemo_aligner_diffusion.cli import judge_rule as rule_judge
 from nemo_aligner_diffusion.cli import make_rule_preferences as rule_cli
 from nemo_aligner_diffusion.cli import train_reward as train_cli
 from nemo_aligner_diffusion.cli.preferences_to_shards import (
@@ -22,9 +24,7 @@ from nemo_aligner_diffusion.cli.preferences_to_shards import (
     parquet_parser,
 )
 from nemo_aligner_diffusion.data.bad_samples import BadSamples
-from nemo_aligner_diffusion.reward_training import rule_judge
 from nemo_aligner_diffusion.reward_training.preference_shards import PreferencePair, read_preference_file
-from tests.reward_training_toy import blue_pairs
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from natural_pictures import fractal, photograph
 from PIL import Image
+from tiny.pictures import fractal, photograph
 from torch import Tensor
 
 from nemo_aligner_diffusion import embedded_assets
@@ -238,8 +238,8 @@ def test_rewards_stay_in_evaluation_mode() -> None:
 
 
 def test_build_from_configuration(tmp_path: Path) -> None:
-    from clip_toy import tokenizer_files, toy_clip
     from omegaconf import OmegaConf
+    from tiny.clip import tokenizer_files, toy_clip
 
     path = convert_hf_clip_to_nemo(toy_clip(), tokenizer_files(), tmp_path / "clip.nemo")
     clip = build_reward({"name": "clip", "model": {"restore_from_path": str(path)}, "trainer": {"precision": "bf16"}})

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from clip_toy import (
+from omegaconf import OmegaConf
+from tiny.clip import (
     END_OF_TEXT,
     VOCABULARY_SIZE,
     megatron_twin,
@@ -19,7 +20,6 @@ from clip_toy import (
     tokenizer_files,
     toy_clip,
 )
-from omegaconf import OmegaConf
 
 from nemo_aligner_diffusion.errors import AlignerError, ArchiveError, RewardError
 from nemo_aligner_diffusion.formats.nemo import Limits, load_nemo, save_nemo
@@ -33,11 +33,6 @@ PROMPTS = ["a red apple", "cat", "Grün & 猫!"]
 @pytest.fixture
 def archive_path(tmp_path: Path) -> Path:
     return convert_hf_clip_to_nemo(toy_clip(), tokenizer_files(), tmp_path / "clip.nemo")
-
-
-@pytest.fixture
-def images() -> torch.Tensor:
-    return torch.rand(3, 3, 40, 36, generator=torch.Generator().manual_seed(3))
 
 
 def restored(path: Path, **settings: Any) -> CLIPReward:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import save_tiny_pipeline
+from tiny.stable_diffusion import save_tiny_pipeline
 from torch import nn
 
 from nemo_aligner_diffusion.config.load import load_config

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from clip_toy import tokenizer_files, toy_clip
 from PIL import Image
-from reward_toy import LABELS, classifier_folder, detector_folder
+from tiny.clip import tokenizer_files, toy_clip
+from tiny.reward_networks import LABELS, classifier_folder, detector_folder
 from torch import Tensor
 from transformers import AutoTokenizer, Owlv2ForObjectDetection, OwlViTForObjectDetection, ViTForImageClassification
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil

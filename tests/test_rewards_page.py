@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_aligner_diffusion.config import schema
 from nemo_aligner_diffusion.config.load import groups, load_config
+from nemo_aligner_diffusion.config.reward_keys import REWARDS
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "rewards.md").read_text(encoding="utf-8")
 COMMANDS = [" ".join(code.split()) for code in re.findall(r"`(rm[=.][^`<]*=[^`<]*|rm=[^`<]+)`", PAGE)]
@@ -33,7 +33,7 @@ def test_commands_were_found() -> None:
 
 def test_every_reward_is_in_the_table() -> None:
     picked = {word.partition("=")[2] for command in COMMANDS for word in shlex.split(command) if word.startswith("rm=")}
-    missing = {*groups()["rm"], *schema.REWARDS} - picked
+    missing = {*groups()["rm"], *REWARDS} - picked
     assert missing <= {"clip"}, "the embedded CLIP is shown as YAML"
 
 

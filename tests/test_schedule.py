@@ -14,11 +14,10 @@ from diffusers import (
     HeunDiscreteScheduler,
     LCMScheduler,
 )
-from gradient_toy import generators
-from tiny import SCHEDULER
+from tiny.gradients import generators
+from tiny.stable_diffusion import SCHEDULER
 
 from nemo_aligner_diffusion.diffusion.schedule import (
-    SAMPLERS,
     KeyedNoise,
     SchedulerPath,
     build_scheduler,
@@ -26,6 +25,7 @@ from nemo_aligner_diffusion.diffusion.schedule import (
     untapped,
     without_global_noise,
 )
+from nemo_aligner_diffusion.diffusion.settings import SAMPLERS
 from nemo_aligner_diffusion.errors import ConfigurationError
 
 OWN = {key: value for key, value in SCHEDULER.items() if not key.startswith("_")}
@@ -38,7 +38,7 @@ FLOWS = {
 ALL = [*SAMPLERS, *FLOWS]
 # a flow predicts n − x; PLMS knows no prediction of the sample
 WITH_TYPES = [(name, kind) for name in SAMPLERS for kind in ("epsilon", "v_prediction", "sample")
-              if (name, kind) != ("plms", "sample")] + [(name, "epsilon") for name in FLOWS]  # fmt: skip
+              if (name, kind) != ("PLMS", "sample")] + [(name, "epsilon") for name in FLOWS]  # fmt: skip
 
 
 def scheduler_of(name, steps=7, **config):
@@ -80,7 +80,7 @@ def test_levels_are_those_at_which_a_perfect_prediction_stays_on_the_line(name):
     noised = [a * x + s * n for a, s in path.levels]
     sigmas = [s / a if a else float("inf") for a, s in path.levels]
     assert sigmas == sorted(sigmas, reverse=True)
-    if name == "dpm++2m_sde":  # adds noise of its own
+    if name == "DPM++2M_SDE":  # adds noise of its own
         return
     for z, expected in zip(walk(scheduler, noised[0], [prediction] * path.steps)[:-1], noised, strict=False):
         assert (z - expected).abs().max() < 2e-3 * max(1.0, float(expected.abs().max()))
@@ -93,7 +93,7 @@ def test_weights_are_the_gradient_through_the_scheduler_s_own_steps(name, steps,
     scheduler = scheduler_of(name, steps, prediction_type=prediction_type)
     path = SchedulerPath(scheduler)
     predictions = [draw(i + 1).requires_grad_() for i in range(path.steps)]
-    end = walk(scheduler, draw(), predictions, generator=torch.Generator().manual_seed(0) if "sde" in name else None)[
+    end = walk(scheduler, draw(), predictions, generator=torch.Generator().manual_seed(0) if "SDE" in name else None)[
         -1
     ]
     found = torch.autograd.grad(end.sum(), predictions, allow_unused=True, materialize_grads=True)
@@ -176,7 +176,7 @@ def test_a_pipeline_that_visits_the_last_timesteps_only_has_a_shorter_path():
 
 def test_solvers_of_other_models_and_impossible_options_are_refused():
     own = DDIMScheduler(**OWN)
-    with pytest.raises(ConfigurationError, match="did you mean 'euler'"):
+    with pytest.raises(ConfigurationError, match="did you mean Euler"):
         build_scheduler(own, "eulr")
     with pytest.raises(ConfigurationError, match=r"eta=0\.5 works with sampler_type=ddim only, not 'euler'"):
         build_scheduler(own, "euler", 0.5)
@@ -195,7 +195,7 @@ def test_a_solver_keeps_the_pipeline_s_noise_schedule_and_its_own_options():
         assert type(scheduler).__name__ == SAMPLERS[name][0]
         assert (scheduler.config.beta_end, scheduler.config.prediction_type) == (0.02, "v_prediction")
         assert scheduler.config.timestep_spacing == "trailing"
-    sde = build_scheduler(own, "dpm++2m_sde")
+    sde = build_scheduler(own, "DPM++2M_SDE")
     assert build_scheduler(sde, "unipc").config.get("algorithm_type") is None  # another solver's option
     assert type(build_scheduler(own, "PLMS")).__name__ == "PNDMScheduler"  # NeMo's spelling
 

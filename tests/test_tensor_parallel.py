@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tensor_parallel_toy as toy
 import torch
 from process_pool import ProcessPool
+from tiny import tensor_parallel as toy
 
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.parallel.tensor.plans import TENSOR_PLANS, check_tensor_parallel, cut_share

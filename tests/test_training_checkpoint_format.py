@@ -18,10 +18,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from training_toy import Toy, fit
+from tiny.training import Toy, fit
 
 from nemo_aligner_diffusion.errors import CheckpointError, OutputError
 from nemo_aligner_diffusion.training.callbacks.ema import EMACallback
+from nemo_aligner_diffusion.training.callbacks.settings import EMASettings
 from nemo_aligner_diffusion.training.checkpoints.callback import find_resume_point
 from nemo_aligner_diffusion.training.checkpoints.files import record_of, verify, write_manifest
 from nemo_aligner_diffusion.training.checkpoints.io import FolderCheckpointIO, share_out
@@ -107,13 +108,13 @@ def test_no_pickle_is_ever_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         def __reduce__(self) -> Any:
             return os.mkdir, (str(tmp_path / "owned"),)
 
-    fit(tmp_path, Toy(), 2, callbacks=[EMACallback()])
+    fit(tmp_path, Toy(), 2, callbacks=[EMACallback(EMASettings(decay=0.999))])
     folder = tmp_path / "checkpoints" / "step_000002"
     (folder / ".metadata").write_bytes(pickle.dumps(Hostile()))
     for name in ("pickle.load", "pickle.loads", "torch.load"):
         monkeypatch.setattr(name, lambda *a, **k: pytest.fail("a pickle was opened"))
     resume = find_resume_point(tmp_path / "checkpoints")
-    fit(tmp_path, Toy(), 3, callbacks=[EMACallback()], resume=resume)
+    fit(tmp_path, Toy(), 3, callbacks=[EMACallback(EMASettings(decay=0.999))], resume=resume)
     assert not (tmp_path / "owned").exists()
 
 
@@ -155,7 +156,7 @@ import os, resource, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import torch
-from training_toy import Toy, fit
+from tiny.training import Toy, fit
 from nemo_aligner_diffusion.errors import OutputError
 from nemo_aligner_diffusion.training.callbacks.interruption import Interruption, InterruptionCallback
 
@@ -223,7 +224,7 @@ def test_what_a_killed_save_left_is_removed(tmp_path: Path, caplog: pytest.LogCa
 def test_saving_behind_the_training_gives_the_same_checkpoints(tmp_path: Path) -> None:
     for name, behind in (("at once", False), ("behind", True)):
         options: dict[str, Any] = {"save_interval": 2, "checkpoint": {"async_save": behind, "keep_last_n": None}}
-        fit(tmp_path / name, Toy(), 7, callbacks=[EMACallback(decay=0.5)], **options)
+        fit(tmp_path / name, Toy(), 7, callbacks=[EMACallback(EMASettings(decay=0.5))], **options)
     for step in (2, 4, 6, 7):
         here, there = (tmp_path / name / "checkpoints" / f"step_{step:06d}" for name in ("at once", "behind"))
         verify(there)

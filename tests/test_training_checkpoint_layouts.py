@@ -33,17 +33,18 @@ def train(devices: int, words: list[str], folder: str, steps: int, resume_from: 
     """Train to ``steps`` with a checkpoint at the end, and one of the state that was restored, at the beginning."""
     import pytorch_lightning as pl
 
-    from nemo_aligner_diffusion.config.load import derived, load_config
+    from nemo_aligner_diffusion.config.load import load_settings
     from nemo_aligner_diffusion.data.datamodule import PromptDataModule
     from nemo_aligner_diffusion.embedded_assets import embedded_prompts_path
     from nemo_aligner_diffusion.parallel.strategy import ParallelStrategy
     from nemo_aligner_diffusion.rewards import build_reward
-    from nemo_aligner_diffusion.training.build import build_layout, build_model, build_module
+    from nemo_aligner_diffusion.training.build import build_model, build_module
     from nemo_aligner_diffusion.training.callbacks.ema import EMACallback
+    from nemo_aligner_diffusion.training.callbacks.settings import EMASettings
     from nemo_aligner_diffusion.training.checkpoints.callback import TrainingCheckpoint, find_resume_point
 
-    cfg = load_config("draftp_sd", [*WORDS, f"trainer.devices={devices}", *words])
-    layout = build_layout(cfg)
+    cfg = load_settings("draftp_sd", [*WORDS, f"trainer.devices={devices}", *words])
+    layout = cfg.layout
     module = build_module(cfg, build_model(cfg), build_reward(cfg.rm), 4)
     resume = find_resume_point(Path(resume_from)) if resume_from is not None else None
     checkpoint = TrainingCheckpoint(Path(folder), resume=resume)
@@ -65,9 +66,9 @@ def train(devices: int, words: list[str], folder: str, steps: int, resume_from: 
         devices=devices,
         strategy=ParallelStrategy(layout) if layout.world_size > 1 else "auto",
         max_steps=steps,
-        accumulate_grad_batches=derived(cfg).accumulation,
+        accumulate_grad_batches=cfg.accumulation,
         limit_val_batches=0,
-        callbacks=[EMACallback(decay=0.9), Watch(), checkpoint],
+        callbacks=[EMACallback(EMASettings(decay=0.9)), Watch(), checkpoint],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,

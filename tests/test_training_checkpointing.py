@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_toy import Toy, fit
+from tiny.training import Toy, fit
 
 from nemo_aligner_diffusion.errors import CheckpointError
 from nemo_aligner_diffusion.training.callbacks.ema import EMACallback
 from nemo_aligner_diffusion.training.callbacks.interruption import RunTimer
+from nemo_aligner_diffusion.training.callbacks.settings import EMASettings
 from nemo_aligner_diffusion.training.checkpoints.callback import find_resume_point
 
 
@@ -39,15 +40,15 @@ DETERMINISTIC = ("step", "reward", "loss", "grad_norm", "lr")  # the rest are ti
 @pytest.mark.parametrize(("accumulate", "val_every"), [(1, None), (3, None), (1, 2), (2, 4)])
 def test_resuming_equals_never_having_stopped(tmp_path: Path, accumulate: int, val_every: int | None) -> None:
     options: dict[str, Any] = {"accumulate": accumulate, "val_every": val_every, "save_interval": 4}
-    whole, whole_ema = Toy(), EMACallback(decay=0.9)
+    whole, whole_ema = Toy(), EMACallback(EMASettings(decay=0.9))
     trainer = fit(tmp_path / "whole", whole, 10, callbacks=[whole_ema], **options)
     expected = _state(whole, trainer, whole_ema)
 
-    fit(tmp_path / "parts", Toy(), 4, callbacks=[EMACallback(decay=0.9)], **options)
+    fit(tmp_path / "parts", Toy(), 4, callbacks=[EMACallback(EMASettings(decay=0.9))], **options)
     resume = find_resume_point(tmp_path / "parts" / "checkpoints")
     assert resume is not None
     assert resume.step == 4
-    again, again_ema = Toy(), EMACallback(decay=0.9)
+    again, again_ema = Toy(), EMACallback(EMASettings(decay=0.9))
     # another seed: the random state must come from the checkpoint
     trainer = fit(tmp_path / "parts", again, 10, callbacks=[again_ema], resume=resume, seed=99, **options)
     actual = _state(again, trainer, again_ema)
@@ -68,15 +69,15 @@ def test_resuming_equals_never_having_stopped(tmp_path: Path, accumulate: int, v
 @pytest.mark.parametrize("lost", ["no row", "half a row", "nothing"])
 def test_a_validation_that_the_first_run_did_not_live_to_see_is_made_up_for(tmp_path: Path, lost: str) -> None:
     options: dict[str, Any] = {"save_interval": 4, "val_every": 2, "accumulate": 2}
-    fit(tmp_path / "whole", Toy(), 8, callbacks=[EMACallback(decay=0.9)], **options)
+    fit(tmp_path / "whole", Toy(), 8, callbacks=[EMACallback(EMASettings(decay=0.9))], **options)
     run = tmp_path / "parts"
-    fit(run, Toy(), 4, callbacks=[EMACallback(decay=0.9)], **options)
+    fit(run, Toy(), 4, callbacks=[EMACallback(EMASettings(decay=0.9))], **options)
     table = run / "validation.csv"
     lines = table.read_text().splitlines(keepends=True)  # header, step 2, step 4
     if lost != "nothing":  # killed between the checkpoint of step 4 and its validation; or in the middle of a write
         table.write_text("".join(lines[:-1]) + (lines[-1][:8] if lost == "half a row" else ""))
     module = Toy()
-    ema = EMACallback(decay=0.9)
+    ema = EMACallback(EMASettings(decay=0.9))
     fit(run, module, 8, callbacks=[ema], resume=find_resume_point(run / "checkpoints"), seed=3, **options)
     assert table.read_bytes() == (tmp_path / "whole" / "validation.csv").read_bytes()
     assert len(module.validated_with) == (2 if lost == "nothing" else 3)
@@ -87,7 +88,7 @@ def test_a_validation_that_the_first_run_did_not_live_to_see_is_made_up_for(tmp_
 def test_a_checkpoint_holds_what_was_trained_and_loads_safely(tmp_path: Path) -> None:
     module = Toy()
     module.save_hyperparameters({"anything": Path("/some/where")})  # an object that weights_only refuses
-    fit(tmp_path, module, 3, callbacks=[EMACallback()])
+    fit(tmp_path, module, 3, callbacks=[EMACallback(EMASettings(decay=0.999))])
     path = tmp_path / "checkpoints" / "step_000003"
     assert sorted(file.name for file in path.iterdir()) == [
         "manifest.json",

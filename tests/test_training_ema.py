@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from training_toy import Toy, fit
+from tiny.training import Toy, fit
 
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.training.callbacks.ema import EMACallback
+from nemo_aligner_diffusion.training.callbacks.settings import EMASettings
 
 
 class Recorder(pl.Callback):
@@ -32,7 +33,7 @@ class Recorder(pl.Callback):
 
 @pytest.mark.parametrize(("accumulate", "every"), [(1, 1), (3, 1), (1, 2)])
 def test_average_over_optimizer_steps(tmp_path: Path, accumulate: int, every: int) -> None:
-    recorder, ema = Recorder(), EMACallback(decay=0.8, every_n_steps=every)
+    recorder, ema = Recorder(), EMACallback(EMASettings(decay=0.8, every_n_steps=every))
     fit(tmp_path, Toy(), 6, accumulate=accumulate, callbacks=[recorder, ema])
     expected = recorder.weights[0]
     for step, weight in enumerate(recorder.weights[1:], start=1):
@@ -47,7 +48,7 @@ def test_average_over_optimizer_steps(tmp_path: Path, accumulate: int, every: in
 @pytest.mark.parametrize("original", [False, True])
 def test_validation_uses_the_average_and_training_does_not_notice(tmp_path: Path, original: bool) -> None:
     fit(tmp_path / "plain", plain := Toy(), 4)
-    ema = EMACallback(decay=0.5, validate_original_weights=original)
+    ema = EMACallback(EMASettings(decay=0.5, validate_original_weights=original))
     module = Toy()
     fit(tmp_path / "ema", module, 4, val_every=4, callbacks=[ema])
     assert torch.equal(module.adapter.weight, plain.adapter.weight)
@@ -58,7 +59,7 @@ def test_validation_uses_the_average_and_training_does_not_notice(tmp_path: Path
 
 
 def test_averaged_weights_for_the_export(tmp_path: Path) -> None:
-    ema, module = EMACallback(decay=0.5), Toy()
+    ema, module = EMACallback(EMASettings(decay=0.5)), Toy()
     fit(tmp_path, module, 3, callbacks=[ema])
     trained = module.adapter.weight.detach().clone()
 
@@ -77,7 +78,7 @@ def test_half_precision_weights_are_averaged_in_float32() -> None:
     module = Toy().bfloat16()
     with torch.no_grad():
         module.adapter.weight.fill_(1.0)
-    ema = EMACallback(decay=0.999)
+    ema = EMACallback(EMASettings(decay=0.999))
     trainer = pl.Trainer(logger=False, enable_checkpointing=False, barebones=False, accelerator="cpu")
     ema.on_train_start(trainer, module)
     with torch.no_grad():
@@ -92,12 +93,7 @@ def test_half_precision_weights_are_averaged_in_float32() -> None:
 
 
 def test_configuration() -> None:
-    assert EMACallback.from_config(None) is None
-    assert EMACallback.from_config({"enable": False, "decay": 0.9}) is None
-    ema = EMACallback.from_config({"enable": True, "decay": 0.9, "every_n_steps": 2, "validate_original_weights": True})
-    assert ema is not None
-    assert (ema.decay, ema.every_n_steps, ema.validate_original_weights) == (0.9, 2, True)
     with pytest.raises(ConfigurationError, match="decay"):
-        EMACallback(decay=1.5)
+        EMASettings(decay=1.5)
     with pytest.raises(ConfigurationError, match="every_n_steps"):
-        EMACallback(every_n_steps=0)
+        EMASettings(every_n_steps=0)

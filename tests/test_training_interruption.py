@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny.training import Numbers, Toy, fit
 from torch.utils.data import DataLoader
-from training_toy import Numbers, Toy, fit
 
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.runtime.directory import RunDirectory, read_state
@@ -30,13 +30,14 @@ from nemo_aligner_diffusion.training.checkpoints.callback import find_resume_poi
 
 PROGRAM = """
 import sys, time
+from pathlib import Path
 sys.path.insert(0, {tests!r})
-from training_toy import Toy, fit
+from tiny.training import Toy, fit
 from nemo_aligner_diffusion.training.callbacks.interruption import Interruption, InterruptionCallback, run_then_close
 from nemo_aligner_diffusion.runtime.directory import RunDirectory
 
-run = RunDirectory.prepare({{"explicit_log_dir": sys.argv[1]}})
-run.begin()
+run = RunDirectory.prepare(Path(sys.argv[1]))
+run.begin("")
 interruption = Interruption()
 interruption.again_after = 600.0  # however long the machine takes between the two signals below
 module = Toy(max_steps=1000)
@@ -60,6 +61,7 @@ sys.exit(run_then_close(interruption, train, [export, report]))
 """
 
 
+@pytest.mark.alone
 def test_a_signal_ends_the_run_well(tmp_path: Path) -> None:
     program = PROGRAM.format(tests=str(Path(__file__).parent))
     with subprocess.Popen(
@@ -233,14 +235,14 @@ def test_what_another_process_was_told_is_not_a_first_signal_of_this_one(caplog:
         os.kill(os.getpid(), signal.SIGTERM)
         done.append("went on")
 
-    assert run_then_close(interruption, lambda: interruption.hear_of(signal.SIGTERM), [export]) == 143
+    assert run_then_close(interruption, lambda: interruption.note_signal_elsewhere(signal.SIGTERM), [export]) == 143
     assert done == ["export"]
     assert "another process got SIGTERM" in caplog.text
 
 
 def test_an_error_in_training_is_not_swallowed(tmp_path: Path) -> None:
-    run = RunDirectory.prepare({"explicit_log_dir": str(tmp_path)})
-    run.begin()
+    run = RunDirectory.prepare(tmp_path)
+    run.begin("")
 
     def train() -> None:
         raise ValueError("broken")

@@ -7,16 +7,13 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
-from training_toy import Toy, fit
+from tiny.training import Toy, fit
 
 from nemo_aligner_diffusion.errors import ConfigurationError
-from nemo_aligner_diffusion.training.callbacks.metrics import (
-    CSVTable,
-    build_loggers,
-    peak_memory_bytes,
-    wandb_arguments,
-)
+from nemo_aligner_diffusion.evaluation.metrics.peak_memory import peak_memory_bytes
+from nemo_aligner_diffusion.runtime.csv_table import CSVTable
+from nemo_aligner_diffusion.training.callbacks.metrics import build_loggers, wandb_arguments
+from nemo_aligner_diffusion.training.callbacks.settings import LoggerSettings
 from nemo_aligner_diffusion.training.checkpoints.callback import find_resume_point
 
 
@@ -59,6 +56,18 @@ def test_resuming_drops_the_rows_of_steps_that_are_done_again(tmp_path: Path) ->
         assert all(None not in row and row["reward"] != "-1.0" for row in rows)
 
 
+def test_bytes_that_are_no_text_cost_their_row_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "metrics.csv"
+    content = b"step,reward\n1,1.0\n2,\xff\xfe\nthree,3.0\n4,4.0\n5,"
+    path.write_bytes(content)
+    table = CSVTable(path, ["step", "reward"])
+    assert table.steps() == {1, 4}
+    assert table.drop(lambda step: step > 3) == 4
+    assert path.read_text() == "step,reward\n1,1.0\n"
+    assert (tmp_path / "metrics.csv.damaged").read_bytes() == content
+    assert "2 damaged rows are left out; the file as it was is metrics.csv.damaged" in caplog.text
+
+
 def test_a_column_that_comes_later(tmp_path: Path) -> None:
     table = CSVTable(tmp_path / "t.csv", ["step", "reward"])
     table.append({"step": 1, "reward": 0.1 + 0.2})
@@ -81,8 +90,7 @@ def test_peak_memory_grows_with_what_is_held() -> None:
 def test_tensorboard_gets_the_same_figures(tmp_path: Path, every: int) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    cfg = OmegaConf.create({"exp_manager": {"create_tensorboard_logger": True, "create_wandb_logger": False}})
-    loggers = build_loggers(cfg, tmp_path)
+    loggers = build_loggers(LoggerSettings(), "mine", tmp_path)
     fit(tmp_path, Toy(), 3, val_every=3, logger=loggers, log_every_n_steps=every)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
@@ -93,19 +101,19 @@ def test_tensorboard_gets_the_same_figures(tmp_path: Path, every: int) -> None:
 
 
 def test_weights_and_biases_gets_the_runs_name(tmp_path: Path) -> None:
-    given = {"name": "mine", "exp_manager": {"wandb_logger_kwargs": {"project": "p", "group": None}}}
-    assert wandb_arguments(given, tmp_path) == {"save_dir": str(tmp_path), "name": "mine", "project": "p"}
-    given["exp_manager"]["wandb_logger_kwargs"] = {"name": "other"}
-    assert wandb_arguments(given, tmp_path)["name"] == "other"
+    given = LoggerSettings(wandb_logger_kwargs={"project": "p", "group": None})
+    assert wandb_arguments(given, "mine", tmp_path) == {"save_dir": str(tmp_path), "name": "mine", "project": "p"}
+    given = LoggerSettings(wandb_logger_kwargs={"name": "other"})
+    assert wandb_arguments(given, "mine", tmp_path)["name"] == "other"
     with pytest.raises(ConfigurationError, match=r"wandb_logger_kwargs\.project or \.name"):
-        wandb_arguments({"name": "mine", "exp_manager": {"wandb_logger_kwargs": {}}}, tmp_path)
+        wandb_arguments(LoggerSettings(), "mine", tmp_path)
 
 
 def test_no_logger(tmp_path: Path) -> None:
-    assert build_loggers({"create_tensorboard_logger": False}, tmp_path) == []
+    assert build_loggers(LoggerSettings(create_tensorboard_logger=False), "mine", tmp_path) == []
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
 def test_a_logger_without_its_package(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"create_wandb_logger=True needs the package 'wandb'.*pip install"):
-        build_loggers({"exp_manager": {"create_wandb_logger": True}}, tmp_path)
+        build_loggers(LoggerSettings(create_wandb_logger=True), "mine", tmp_path)

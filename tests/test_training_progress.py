@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from training_toy import Toy, fit
+from tiny.training import Toy, fit
 
 from nemo_aligner_diffusion.training.callbacks.progress import TrainingProgress, clock
 from nemo_aligner_diffusion.training.checkpoints.callback import find_resume_point

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import save_tiny_pipeline
+from tiny.stable_diffusion import save_tiny_pipeline
 
 from nemo_aligner_diffusion.config.load import load_config
 from nemo_aligner_diffusion.errors import RewardError

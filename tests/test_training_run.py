@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
@@ -14,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import save_tiny_pipeline, tiny_stable_diffusion
+from tiny.runs import overrides, rows
+from tiny.stable_diffusion import tiny_stable_diffusion
 
 from nemo_aligner_diffusion.config.load import load_config
 from nemo_aligner_diffusion.errors import ConfigurationError, NumericalError, OutputError
@@ -23,48 +23,8 @@ from nemo_aligner_diffusion.training.run import run_training
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    return save_tiny_pipeline(tmp_path_factory.mktemp("model") / "pipeline")
-
-
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory):
-    file = tmp_path_factory.mktemp("data") / "prompts.txt"
-    file.write_text("".join(f"p{i}\n" for i in range(40)), encoding="utf-8")
-    return file
-
-
-def overrides(pipeline, prompts, directory, *more, loop="draftp_sd"):
-    return [
-        "rm=symmetry",
-        f"model.from_pretrained={pipeline}",
-        f"model.data.train.webdataset.local_root_path={prompts}",
-        f"model.data.validation.webdataset.local_root_path={prompts}",
-        "model.data.validation.max_prompts=3",
-        "model.infer.inference_steps=4",
-        "model.infer.unconditional_guidance_scale=2",
-        "model.micro_batch_size=2",
-        "model.global_batch_size=4",
-        "model.optim.lr=0.01",
-        "model.truncation_steps=1",
-        "sched=warmup_hold",
-        "trainer.accelerator=cpu",
-        f"trainer.{loop}.max_steps=4",
-        f"trainer.{loop}.val_check_interval=2",
-        f"trainer.{loop}.save_interval=2",
-        f"exp_manager.explicit_log_dir={directory}",
-        *more,
-    ]
-
-
 def run(pipeline, prompts, directory, *more, recipe="draftp_sd"):
     return run_training(load_config(recipe, overrides(pipeline, prompts, directory, *more, loop=recipe)))
-
-
-def rows(file):
-    with file.open(encoding="utf-8", newline="") as handle:
-        return list(csv.DictReader(handle))
 
 
 def adapter(directory):
@@ -251,6 +211,7 @@ def test_nan_rewards_are_skipped_then_stop_the_run_without_touching_the_weights(
     assert json.loads((tmp_path / "stops" / "run.json").read_text())["status"] == "failed"
 
 
+@pytest.mark.alone
 def test_ctrl_c_leaves_an_export_and_a_report(pipeline, prompts, tmp_path):
     directory = tmp_path / "run"
     command = [

@@ -15,8 +15,8 @@ PROGRAM = """
 import os, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from training_toy import Toy, fit
-from nemo_aligner_diffusion.runtime.launch import end
+from tiny.training import Toy, fit
+from nemo_aligner_diffusion.runtime.ending import end
 from nemo_aligner_diffusion.training.checkpoints.callback import find_resume_point
 from nemo_aligner_diffusion.training.callbacks.interruption import Interruption, InterruptionCallback, RunTimer
 

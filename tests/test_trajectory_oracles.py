@@ -6,9 +6,9 @@ import random
 
 import pytest
 import torch
-from gradient_toy import flat, generators, relative, reward, run, with_adapters
 from naive_loop import PROMPTS, StableDiffusion3Parts, StableDiffusionParts, naive_run
-from tiny import tiny_stable_diffusion
+from tiny.gradients import flat, generators, relative, reward, run, with_adapters
+from tiny.stable_diffusion import tiny_stable_diffusion
 from tiny_pipelines import named
 
 from nemo_aligner_diffusion.algorithms.registry import methods

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from datetime import timedelta
 from pathlib import Path
@@ -11,46 +10,51 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig
 from safetensors.torch import load_file
-from tiny import save_tiny_pipeline
+from tiny.runs import rows
+from tiny.stable_diffusion import save_tiny_pipeline
 
-from nemo_aligner_diffusion.config.load import load_config
+from nemo_aligner_diffusion.config.load import load_settings
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.rewards import build_reward
 from nemo_aligner_diffusion.runtime.directory import RunDirectory
-from nemo_aligner_diffusion.runtime.faults import RunWatch
-from nemo_aligner_diffusion.runtime.health import Launch, Limits, Progress
-from nemo_aligner_diffusion.runtime.launch import join
+from nemo_aligner_diffusion.runtime.health.progress import Limits
+from nemo_aligner_diffusion.runtime.join import AgentNotes, find_device
+from nemo_aligner_diffusion.runtime.process import Process
+from nemo_aligner_diffusion.runtime.watch import RunWatch, watched
 from nemo_aligner_diffusion.training.build import build_model, build_module
+from nemo_aligner_diffusion.training.callbacks.health import HealthCallback
 from nemo_aligner_diffusion.training.callbacks.interruption import Interruption
 from nemo_aligner_diffusion.training.run import run_training
 from nemo_aligner_diffusion.training.run_frame import RunFrame
+from nemo_aligner_diffusion.training.settings import RunSettings
 
 TWO = ["trainer.devices=2", "model.micro_batch_size=1", "model.global_batch_size=2"]
 
 
-def configured(*words: str) -> DictConfig:
-    return load_config("draftp_sd", [*TWO, *(f"exp_manager.{word}" for word in words)])
+def configured(*words: str) -> RunSettings:
+    return load_settings("draftp_sd", [*TWO, *(f"exp_manager.{word}" for word in words)])
 
 
 def timeouts(folder: Path) -> dict[str, timedelta]:
     """Of every process group that a run of two processes talks through."""
     import torch.distributed as dist
-    from training_toy import Toy, fit
+    from tiny.training import Toy, fit
 
     from nemo_aligner_diffusion.parallel import broadcast
     from nemo_aligner_diffusion.parallel.layout import Layout
     from nemo_aligner_diffusion.parallel.strategy import ParallelStrategy
-    from nemo_aligner_diffusion.runtime.faults import process_group_timeout
+    from nemo_aligner_diffusion.runtime.join import join
     from nemo_aligner_diffusion.training.checkpoints.callback import TrainingCheckpoint
 
     class Replica(Toy):
         def configure_model(self) -> None:
             """Lightning's strategy wants one."""
 
-    limit = process_group_timeout(configured("fault_tolerance.rank_heartbeat_timeout=20000"))
-    join(2, 1, "cpu", limit)
+    settings = configured("fault_tolerance.rank_heartbeat_timeout=20000")
+    with watched(settings.trainer, settings.exp_manager) as watch:
+        limit = watch.collective_timeout
+        join(watch.process, torch.device("cpu"), watch)
     broadcast.gather(None)
     trainer = fit(folder, Replica(), 1, devices=2, strategy=ParallelStrategy(Layout(data=2), limit))
     (checkpoint,) = [callback for callback in trainer.callbacks if isinstance(callback, TrainingCheckpoint)]
@@ -74,22 +78,29 @@ def test_no_collective_call_gives_up_before_the_watch_over_ranks(processes: Any,
         assert set(found.values()) == {timedelta(seconds=20600)}
 
 
+@pytest.fixture
+def first_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "x"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+
+
+@pytest.mark.usefixtures("first_of_two")
 def test_the_watch_over_ranks_is_as_configured() -> None:
-    watch = RunWatch.start(
-        configured(
-            "fault_tolerance.workload_check_interval=0.25",
-            "fault_tolerance.silence_timeout=11",
-            "fault_tolerance.initial_rank_heartbeat_timeout=12",
-            "fault_tolerance.rank_heartbeat_timeout=null",
-            "fault_tolerance.calculate_timeouts=false",
-            "fault_tolerance.safety_factor=13",
-            "fault_tolerance.minimum_heartbeat_timeout=14",
-            "straggler_detection_params.report_time_interval=16",
-            "straggler_detection_params.gpu_relative_perf_threshold=0.6",
-            "straggler_detection_params.stop_if_detected=true",
-        )
+    settings = configured(
+        "fault_tolerance.workload_check_interval=0.25",
+        "fault_tolerance.silence_timeout=11",
+        "fault_tolerance.initial_rank_heartbeat_timeout=12",
+        "fault_tolerance.rank_heartbeat_timeout=null",
+        "fault_tolerance.calculate_timeouts=false",
+        "fault_tolerance.safety_factor=13",
+        "fault_tolerance.minimum_heartbeat_timeout=14",
+        "straggler_detection_params.report_time_interval=16",
+        "straggler_detection_params.gpu_relative_perf_threshold=0.6",
+        "straggler_detection_params.stop_if_detected=true",
     )
-    try:
+    with watched(settings.trainer, settings.exp_manager) as watch:
+        watch.begin(watch.serve(), "")
         assert watch.progress is not None
         assert watch.progress.limits == Limits(12.0, float("inf"), calculate=False, safety_factor=13.0, least=14.0)
         client, server = watch.client, watch.server
@@ -97,32 +108,32 @@ def test_the_watch_over_ranks_is_as_configured() -> None:
         assert server is not None
         assert server.stragglers is not None
         assert (client.interval, client.silence) == (server.interval, server.watch.silence) == (0.25, 11.0)
-        assert (server.watch.world_size, server.watch.first) == (2, 12.0)
         assert (server.stragglers.interval, server.stragglers.threshold) == (16.0, 0.6)
         assert server.stop_if_straggler
-        (callback,) = watch.callbacks()
-        assert callback.probe_interval == 4.0  # type: ignore[attr-defined]
-    finally:
-        watch.close()
+        assert HealthCallback(watch).probe_interval == 4.0
 
 
+@pytest.mark.usefixtures("first_of_two")
 def test_what_the_watch_over_ranks_leaves_out_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    watch = RunWatch.start(configured("create_straggler_detection_callback=false"))
-    watch.close()
-    assert watch.server is not None
-    assert watch.server.stragglers is None
+    settings = configured("create_straggler_detection_callback=false")
+    with watched(settings.trainer, settings.exp_manager) as watch:
+        watch.serve()
+        assert watch.server is not None
+        assert watch.server.stragglers is None
     assert caplog.text == ""
-    assert RunWatch.start(configured("create_fault_tolerance_callback=false")).callbacks() == []
+    settings = configured("create_fault_tolerance_callback=false")
+    with watched(settings.trainer, settings.exp_manager) as watch:
+        assert watch.serve() == ""
     assert "slow ranks are not looked for" in caplog.text
 
 
 def test_closing_work_is_known_to_the_watch_over_ranks(tmp_path: Path) -> None:
     """After the last validation the phase of a step would be on: five minutes for an export, then it counts as hung."""
-    watch = RunWatch(Launch(0, 2, 0, "torchrun"), Progress(Limits()))
+    watch = RunWatch(Process(0, 2, 0, 2), configured().exp_manager)
     progress, seen = watch.progress, []
     assert progress is not None
-    directory = RunDirectory.prepare({"explicit_log_dir": str(tmp_path)})
-    frame = RunFrame(configured(), watch, Interruption(), torch.device("cpu"), directory, None)
+    directory = RunDirectory.prepare(tmp_path)
+    frame = RunFrame(configured(), watch, Interruption(), torch.device("cpu"), directory, None, AgentNotes(Process()))
 
     def train() -> None:
         for _ in range(2):
@@ -144,12 +155,7 @@ def test_closing_work_is_known_to_the_watch_over_ranks(tmp_path: Path) -> None:
 )
 def test_devices_that_are_not_there_are_refused(devices: Any, accelerator: str, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
-        join(devices, 1, accelerator)
-
-
-def rows(file: Path) -> list[dict[str, str]]:
-    with file.open(encoding="utf-8", newline="") as handle:
-        return list(csv.DictReader(handle))
+        find_device(Process(), devices, accelerator)
 
 
 def test_a_run_does_what_the_keys_of_the_loop_and_of_exp_manager_say(tmp_path: Path) -> None:
@@ -187,7 +193,7 @@ def test_a_run_does_what_the_keys_of_the_loop_and_of_exp_manager_say(tmp_path: P
         "exp_manager.ema.every_n_steps=2",
     ]
     run = tmp_path / "run"
-    assert run_training(load_config("draftp_sd", [*words, f"exp_manager.explicit_log_dir={run}"])) == 0
+    assert run_training(load_settings("draftp_sd", [*words, f"exp_manager.explicit_log_dir={run}"])) == 0
     metrics = rows(run / "metrics.csv")
     assert [row["step"] for row in metrics] == ["1", "2", "3", "4"]  # max_epochs
     assert len(json.loads((run / "validation_samples.json").read_text())["prompts"]) == 8  # limit_val_batches
@@ -215,13 +221,13 @@ def test_a_run_does_what_the_keys_of_the_loop_and_of_exp_manager_say(tmp_path: P
 
     more = ["trainer.precision=bf16", "trainer.draftp_sd.max_steps=1", "trainer.draftp_sd.val_check_interval=1"]
     other = tmp_path / "other"
-    run_training(load_config("draftp_sd", [*words, *more, f"exp_manager.explicit_log_dir={other}"]))
+    run_training(load_settings("draftp_sd", [*words, *more, f"exp_manager.explicit_log_dir={other}"]))
     whole, half = (float(rows(folder / "validation.csv")[0]["base_reward"]) for folder in (run, other))
     assert 1e-6 < abs(whole - half) < 1e-2  # precision
 
 
 @pytest.mark.parametrize(("precision", "fused"), [("bf16", True), ("16", False)])
 def test_the_fused_optimizer_is_left_out_only_where_there_is_a_loss_scale(precision: str, fused: bool) -> None:
-    cfg = load_config("draftp_sd", ["rm=symmetry", "optim=fused_adam", f"trainer.precision={precision}"])
+    cfg = load_settings("draftp_sd", ["rm=symmetry", "optim=fused_adam", f"trainer.precision={precision}"])
     module = build_module(cfg, build_model(cfg), build_reward(cfg.rm), 5)
     assert bool(module.configure_optimizers()["optimizer"].defaults["fused"]) == fused

@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.autoencoders.vae import Decoder
-from omegaconf import DictConfig
-from tiny import save_tiny_pipeline
+from tiny.stable_diffusion import save_tiny_pipeline
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from nemo_aligner_diffusion.algorithms import AlignProp, DRaFT, DRaFTK, DRaFTLV, DRaFTPlus, DRTune, ReFL
 from nemo_aligner_diffusion.algorithms.reward_tuning import RewardTuning
-from nemo_aligner_diffusion.config.load import load_config
+from nemo_aligner_diffusion.config.load import load_settings
 from nemo_aligner_diffusion.diffusion.generate import Sampling
 from nemo_aligner_diffusion.diffusion.loading import load_model
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
@@ -22,35 +21,33 @@ from nemo_aligner_diffusion.diffusion.noise import plan_random, sample_generator
 from nemo_aligner_diffusion.diffusion.schedule import SchedulerPath
 from nemo_aligner_diffusion.diffusion.trajectory import rollout
 from nemo_aligner_diffusion.errors import ConfigurationError
-from nemo_aligner_diffusion.evaluation.report_pictures import load_grid
+from nemo_aligner_diffusion.evaluation.report.pictures import load_grid
 from nemo_aligner_diffusion.evaluation.run_files import column, read_run
 from nemo_aligner_diffusion.parallel.layout import Layout
 from nemo_aligner_diffusion.rewards import build_reward
-from nemo_aligner_diffusion.training.build import build_layout, build_model, build_module
+from nemo_aligner_diffusion.training.build import build_model, build_module
 from nemo_aligner_diffusion.training.run import _build_data, run_training
+from nemo_aligner_diffusion.training.settings import RunSettings
 
 
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_pipeline(tmp_path_factory.mktemp("model") / "pipeline")
-
-
-def configured(pipeline: Path, *words: str, recipe: str = "draftp_sd") -> DictConfig:
+def configured(
+    pipeline: Path, *words: str, recipe: str = "draftp_sd", more: tuple[str, ...] | list[str] = ()
+) -> RunSettings:
     model = [f"model.{word}" for word in words]
-    return load_config(recipe, [f"model.from_pretrained={pipeline}", "rm=symmetry", *model])
+    return load_settings(recipe, [f"model.from_pretrained={pipeline}", "rm=symmetry", *model, *more])
 
 
 def test_the_layout_is_as_configured() -> None:
     words = ["trainer.devices=4", "model.micro_batch_size=1"]
-    assert build_layout(load_config("draftp_sd", words)) == Layout(data=4)
+    assert load_settings("draftp_sd", words).layout == Layout(data=4)
     sharded = ["model.fsdp=true", "model.fsdp_sharding_strategy=grad", "model.fsdp_frozen=[vae,reward]"]
     cut = ["model.tensor_model_parallel_size=2", "model.tensor_parallel_reward=true"]
-    assert build_layout(load_config("draftp_sd", [*words, *sharded, *cut])) == Layout(
+    assert load_settings("draftp_sd", [*words, *sharded, *cut]).layout == Layout(
         2, 2, fsdp=True, reshard_after_forward=False, sharded_frozen=("vae", "reward"), cut_reward=True
     )
 
 
-def assembled(cfg: DictConfig) -> tuple[DiffusionModel, RewardTuning]:
+def assembled(cfg: RunSettings) -> tuple[DiffusionModel, RewardTuning]:
     model = build_model(cfg)
     return model, build_module(cfg, model, build_reward(cfg.rm), 10)
 
@@ -109,7 +106,7 @@ def test_the_pipeline_is_as_configured(pipeline: Path) -> None:
     own = build_model(configured(pipeline))
     assert dict(own.pipe.scheduler.config) == dict(load_model(pipeline).pipe.scheduler.config)
     for words, message in (
-        (["pipeline.arguments.negativ_prompt=x"], "did you mean 'negative_prompt'"),
+        (["pipeline.arguments.negativ_prompt=x"], "did you mean negative_prompt"),
         (["pipeline.arguments.prompt=x"], "arguments.prompt is set by model.data; leave it out"),
         (["pipeline.arguments.eta=1"], "arguments.eta is set by model.infer.eta"),
         (["pipeline.trained=vae"], "has no denoiser 'vae'"),
@@ -203,7 +200,7 @@ def test_the_data_are_as_configured(pipeline: Path, tmp_path: Path) -> None:
     assert _build_data(
         configured(pipeline, *common, f"data.validation.webdataset.local_root_path={own}")
     ).validation_prompts == ["mine"]
-    once = load_config(
+    once = load_settings(
         "draftp_sd",
         [*(f"model.{word}" for word in common), "trainer.draftp_sd.max_epochs=2"],
     )
@@ -213,7 +210,7 @@ def test_the_data_are_as_configured(pipeline: Path, tmp_path: Path) -> None:
 def test_the_reward_is_as_configured() -> None:
     settings = ["score=hps", "micro_batch_size=3", "activation_checkpointing=true"]
     words = [f"rm.model.{word}" for word in settings]
-    reward: Any = build_reward(load_config("draftp_sd", [*words, "rm.trainer.precision=64"]).rm)
+    reward: Any = build_reward(load_settings("draftp_sd", [*words, "rm.trainer.precision=64"]).rm)
     assert (reward.score_type, reward.micro_batch_size, reward.activation_checkpointing) == ("hps", 3, True)
     assert reward.dtype == torch.float64
 
@@ -221,10 +218,9 @@ def test_the_reward_is_as_configured() -> None:
 def test_the_pictures_and_the_report_are_as_configured(pipeline: Path, tmp_path: Path) -> None:
     cfg = configured(pipeline, "micro_batch_size=2", "global_batch_size=2", "infer.inference_steps=2",
                      "truncation_steps=1", "kl_coeff=0", "decode_micro_batch_size=1",
-                     "data.validation.prompts=[cat,dog,sun]")  # fmt: skip
-    cfg.report.max_prompts, cfg.report.enable = 2, False
-    cfg.trainer.draftp_sd.max_steps, cfg.trainer.accelerator = 1, "cpu"
-    cfg.exp_manager.explicit_log_dir = str(tmp_path / "run")
+                     "data.validation.prompts=[cat,dog,sun]",
+                     more=["report.max_prompts=2", "report.enable=false", "trainer.draftp_sd.max_steps=1",
+                           "trainer.accelerator=cpu", f"exp_manager.explicit_log_dir={tmp_path / 'run'}"])  # fmt: skip
     decoded: list[int] = []
     hook = register_module_forward_pre_hook(
         lambda part, args: decoded.append(len(args[0])) if isinstance(part, Decoder) else None
@@ -304,10 +300,10 @@ def test_draws_are_keyed_by_seed_step_and_sample() -> None:
 
 def test_a_plan_is_drawn_anew_for_every_step(pipeline: Path, tmp_path: Path) -> None:
     cfg = configured(pipeline, "micro_batch_size=1", "global_batch_size=1", "infer.inference_steps=4", "seed=3",
-                     recipe="alignprop_sd")  # fmt: skip
-    loop = cfg.trainer.alignprop_sd
-    loop.max_steps, loop.val_check_interval, cfg.report.enable, cfg.trainer.accelerator = 4, 0, False, "cpu"
-    cfg.exp_manager.explicit_log_dir = str(tmp_path / "run")
+                     recipe="alignprop_sd",
+                     more=["trainer.alignprop_sd.max_steps=4", "trainer.alignprop_sd.val_check_interval=0",
+                           "report.enable=false", "trainer.accelerator=cpu",
+                           f"exp_manager.explicit_log_dir={tmp_path / 'run'}"])  # fmt: skip
     assert run_training(cfg) == 0
     model = load_model(pipeline)
     model.pipe.scheduler.set_timesteps(4)

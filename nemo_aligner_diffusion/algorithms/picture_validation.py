@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,9 @@ class PictureValidation(ParallelModule):
         sampling: how pictures are made.
         decode_micro_batch_size: pictures decoded at a time; ``None``: all.
         optimizer_factory, guard, parallel: see :class:`.ParallelModule`.
+
+    Attributes:
+        measure_validation: gives :attr:`last_validation`; a run sets it to all metrics (``evaluation/metrics``).
     """
 
     def __init__(
@@ -51,7 +55,8 @@ class PictureValidation(ParallelModule):
         self.reward = reward
         self.sampling = sampling
         self.decode_micro_batch_size = decode_micro_batch_size
-        self.last_validation: dict[str, float] = {}
+        self.last_validation: dict[str, float] = {}  # complete, and the same on every rank, when the epoch has ended
+        self.measure_validation: Callable[[ValidationPictures], dict[str, float]] = lambda pictures: {}
         self.validation_prompts: list[str] = []  # prompt of each row of the validation set
         self.validation_pictures: ValidationPictures | None = None
         self.validated_step = -1
@@ -90,20 +95,15 @@ class PictureValidation(ParallelModule):
         together = {name: value.cpu() for name, value in mine.items()}
         order = {int(row): place for place, row in reversed(list(enumerate(together["rows"])))}  # each row once
         places = [order[row] for row in sorted(order)]
-        base, tuned = together["base_rewards"][places], together["tuned_rewards"][places]
         self.validation_pictures = ValidationPictures(
             prompts=[self.validation_prompts[row] for row in sorted(order)],
             seeds=[int(seed) for seed in together["seeds"][places]],
             base=together["base"][places],
             tuned=together["tuned"][places],
-            base_rewards=base.tolist(),
-            tuned_rewards=tuned.tolist(),
+            base_rewards=together["base_rewards"][places].tolist(),
+            tuned_rewards=together["tuned_rewards"][places].tolist(),
         )
-        self.last_validation = {
-            "reward": float(tuned.mean()),
-            "base_reward": float(base.mean()),
-            "share_improved": float((tuned > base).float().mean()),
-        }
+        self.last_validation = self.measure_validation(self.validation_pictures)
         self.validated_step = self.trainer.global_step
         self._validated = []
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -16,7 +16,7 @@ from nemo_aligner_diffusion.settings import ANY, Kind
 
 _PACKAGE = "nemo_aligner_diffusion.algorithms"
 # Modules of the package that hold no method; importing them may be slow.
-_OTHERS = {"base", "custom", "picture_validation", "registry", "reward_tuning"}
+_OTHERS = {"base", "custom", "picture_validation", "registry", "reward_tuning", "settings"}
 
 
 @functools.cache
@@ -32,27 +32,27 @@ def methods() -> dict[str, type[Method]]:
     return found
 
 
-def method_of(cfg: DictConfig) -> Method:
+def method_of(cfg: Mapping[str, Any]) -> Method:
     """The method of ``model.algorithm`` with its settings; a user's own module is imported for it.
+
+    Args:
+        cfg: a whole configuration.
 
     Raises:
         ConfigurationError: a user's own cannot be imported or made, or refuses its settings.
     """
-    name = cfg.model.algorithm
+    tree: Any = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else cfg
+    name = tree["model"]["algorithm"]
     if is_import_path(name):
-        settings: Any = OmegaConf.to_container(cfg.model.get(CUSTOM_SECTION) or OmegaConf.create({}), resolve=True)
-        return load_method(name, settings)
-    values = {field: OmegaConf.select(cfg, key) for field, key in methods()[name].keys().items()}
-    plain = OmegaConf.to_container(OmegaConf.create(values))
-    assert isinstance(plain, dict)
-    return methods()[name](**{str(field): value for field, value in plain.items()})
+        return load_method(name, tree["model"].get(CUSTOM_SECTION))
+    return methods()[name].from_tree(tree)
 
 
 def method_keys() -> dict[str, Kind]:
     """Dotted key -> kind, of every method."""
     keys: dict[str, Kind] = {}
     for method in methods().values():
-        keys |= {key: method.kinds()[field] for field, key in method.keys().items()}
+        keys |= method.schema()
     return {**keys, f"model.{CUSTOM_SECTION}.*": ANY}
 
 
@@ -68,11 +68,11 @@ def defaults(algorithm: str) -> dict[str, Any]:
     if algorithm not in methods():
         return {}
     method = methods()[algorithm]
-    values: dict[str, Any] = {entry.name: entry.default for entry in dataclasses.fields(method)}
-    return {key: _plain(values[field]) for field, key in method.keys().items()}
+    values = method.defaults()
+    return {key: _as_list(values[field]) for field, key in method.keys().items()}
 
 
-def _plain(value: Any) -> Any:
+def _as_list(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 

@@ -9,16 +9,21 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_aligner_diffusion.command_line import command
 from nemo_aligner_diffusion.data.prompt_files import MAX_PROMPT_BYTES, clean_prompt
+from nemo_aligner_diffusion.diffusion.settings import SamplingSettings
 from nemo_aligner_diffusion.errors import ConfigurationError, DataError
+from nemo_aligner_diffusion.evaluation.annealing import annealed_weights
+from nemo_aligner_diffusion.evaluation.request import Adapter, Request
 from nemo_aligner_diffusion.formats.files import decode_utf8, open_regular, text_lines
+from nemo_aligner_diffusion.settings import integer, number
 
-# As in conf/model/stable_diffusion.yaml; an adapter made by a run brings that run's settings instead.
-DEFAULT_STEPS, DEFAULT_GUIDANCE, DEFAULT_ETA = 20, 2.0, 0.0
+_KINDS = {
+    **dict.fromkeys(("num_images", "steps", "height", "width", "batch_size"), integer(1, nullable=True)),
+    **dict.fromkeys(("guidance", "eta"), number(nullable=True)),
+}
 
 EXAMPLES = """\
 examples:
@@ -35,41 +40,6 @@ examples:
   generate.py --unet results/run/export/unet --compare --prompt animal
       a full fine-tune
 """
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """``--lora PATH[:weight]``."""
-
-    path: Path
-    weight: float = 1.0
-
-
-@dataclass(frozen=True)
-class Request:
-    """The command line, checked. None: not given, so the run's own setting or the default holds."""
-
-    prompts: list[str]
-    seeds: list[int]
-    model: Path | None
-    unet: Path | None
-    vae: Path | None
-    adapters: list[Adapter]
-    scales: list[float]
-    weights: list[str]
-    compare: bool
-    steps: int | None
-    guidance: float | None
-    sampler: str | None
-    eta: float | None
-    height: int | None
-    width: int | None
-    batch_size: int
-    device: str | None
-    precision: str
-    reward: str | None
-    output: Path
-    overwrite: bool
 
 
 @command(interrupted="interrupted; the pictures written so far are complete")
@@ -129,9 +99,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="annealed guidance between base and tuned: base, draft, linear, power_P or numbers, comma-separated",
     )
 
+    shipped = SamplingSettings()  # an adapter made by a run brings that run's settings instead
     sampling = parser.add_argument_group("sampling (default: as the adapter's run, else as shipped)")
-    sampling.add_argument("--steps", type=int, metavar="N", help=f"sampling steps (shipped: {DEFAULT_STEPS})")
-    sampling.add_argument("--guidance", type=float, metavar="G", help=f"guidance scale (shipped: {DEFAULT_GUIDANCE:g})")
+    sampling.add_argument("--steps", type=int, metavar="N", help=f"sampling steps (shipped: {shipped.inference_steps})")
+    guidance = f"guidance scale (shipped: {shipped.unconditional_guidance_scale:g})"
+    sampling.add_argument("--guidance", type=float, metavar="G", help=guidance)
     sampling.add_argument("--sampler", metavar="NAME", help="ddim, euler, dpm++2m, … (shipped: the pipeline's own)")
     sampling.add_argument("--eta", type=float, metavar="ETA", help="DDIM's noise, 0 to 1 (shipped: 0)")
     sampling.add_argument("--height", type=int, metavar="PX", help="default: the model's own")
@@ -166,63 +138,39 @@ def read_request(arguments: argparse.Namespace) -> Request:
         ConfigurationError, DataError: naming the option or the file's line.
     """
     prompts = [*arguments.prompt, *(_read_prompts(arguments.prompts_file) if arguments.prompts_file else [])]
-    if not prompts:
-        raise ConfigurationError("no prompt: give --prompt TEXT (repeatable) or --prompts-file FILE")
-    if arguments.seeds is not None and arguments.num_images is not None:
-        raise ConfigurationError("--seeds and --num-images exclude each other: give one of them")
-    if arguments.num_images is not None and arguments.num_images < 1:
-        raise ConfigurationError(f"--num-images must be at least 1, got {arguments.num_images}")
     adapters = [parse_adapter(text) for text in arguments.lora]
     scales = [_number("--scales", part) for part in _parts("--scales", arguments.scales)]
     weights = _parts("--weights", arguments.weights)
-    if weights:
-        from nemo_aligner_diffusion.evaluation.annealing import annealed_weights
-
-        for kind in weights:
-            annealed_weights(kind, 1)  # only to complain before anything is loaded
+    for kind in weights:
+        annealed_weights(kind, 1)  # only to complain before anything is loaded
     tuned = bool(adapters or arguments.unet)
-    for option, given in (("--compare", arguments.compare), ("--scales", scales), ("--weights", weights)):
-        if given and not tuned:
-            raise ConfigurationError(f"{option} compares with a tuned model: give --lora PATH or --unet PATH too")
-    if adapters and arguments.unet:
-        raise ConfigurationError(
-            "--lora and --unet exclude each other: an adapter belongs to the model it was made for"
-        )
-    if scales and not adapters:
-        raise ConfigurationError("--scales scales adapters: it needs --lora PATH (a full fine-tune has --weights)")
-    if scales and weights:
-        raise ConfigurationError("--scales and --weights each make the rows of the grid: give one of them")
-    for option in ("steps", "height", "width", "batch_size"):
-        value = getattr(arguments, option)
-        if value is not None and value < 1:
-            raise ConfigurationError(f"--{option.replace('_', '-')} must be at least 1, got {value}")
-    for option in ("guidance", "eta"):
-        value = getattr(arguments, option)
-        if value is not None and not math.isfinite(value):
-            raise ConfigurationError(f"--{option} must be a finite number, got {value}")
-    return Request(
-        prompts=prompts,
-        seeds=list(range(arguments.num_images)) if arguments.num_images else parse_seeds(arguments.seeds or "0"),
-        model=arguments.model,
-        unet=arguments.unet,
-        vae=arguments.vae,
-        adapters=adapters,
-        scales=scales,
-        weights=weights,
-        compare=arguments.compare,
-        steps=arguments.steps,
-        guidance=arguments.guidance,
-        sampler=arguments.sampler,
-        eta=arguments.eta,
-        height=arguments.height,
-        width=arguments.width,
-        batch_size=arguments.batch_size,
-        device=arguments.device,
-        precision=arguments.precision,
-        reward=arguments.reward,
-        output=arguments.output,
-        overwrite=arguments.overwrite,
-    )
+    comparisons = {"--compare": arguments.compare, "--scales": scales, "--weights": weights}
+    untuned = next((option for option, given in comparisons.items() if given and not tuned), None)
+    wrong = {
+        "no prompt: give --prompt TEXT (repeatable) or --prompts-file FILE": not prompts,
+        "--seeds and --num-images exclude each other: give one of them": arguments.seeds and arguments.num_images,
+        f"{untuned} compares with a tuned model: give --lora PATH or --unet PATH too": untuned,
+        "--lora and --unet exclude each other: an adapter belongs to the model it was made for": adapters
+        and arguments.unet,
+        "--scales scales adapters: it needs --lora PATH (a full fine-tune has --weights)": scales and not adapters,
+        "--scales and --weights each make the rows of the grid: give one of them": scales and weights,
+    }
+    for message, given in wrong.items():
+        if given:
+            raise ConfigurationError(message)
+    for name, expected in _KINDS.items():
+        expected.read(f"--{name.replace('_', '-')}", getattr(arguments, name))
+    made = {
+        "prompts": prompts,
+        "seeds": list(range(arguments.num_images))
+        if arguments.num_images is not None
+        else parse_seeds(arguments.seeds or "0"),
+        "adapters": adapters,
+        "scales": scales,
+        "weights": weights,
+    }
+    asked = {name: value for name, value in vars(arguments).items() if name in Request.__annotations__}
+    return Request(**{**asked, **made})
 
 
 def parse_adapter(text: str) -> Adapter:

@@ -5,15 +5,15 @@ Imports nothing heavy before the configuration has been read: ``--help`` and a m
 
 from __future__ import annotations
 
-import difflib
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from nemo_aligner_diffusion.command_line import command
 from nemo_aligner_diffusion.errors import ConfigurationError
+from nemo_aligner_diffusion.keys import closest
 from nemo_aligner_diffusion.planner.gpus import GPUS, gpu_named
+from nemo_aligner_diffusion.planner.options import Options
 from nemo_aligner_diffusion.planner.presets import MODELS, REWARDS, model_spec
 
 HELP = f"""\
@@ -51,19 +51,6 @@ _FLAGS = ("--layouts", "--no-sharding", "--json")
 _WITH_VALUES = ("--model", "--reward", "--gpu", "--gpus-per-node", "--tensor-sizes", "--attention")
 
 
-@dataclass
-class Options:
-    model: str | None = None
-    reward: str | None = None
-    gpu: str = "h100-80gb"
-    gpus_per_node: int | None = None
-    layouts: bool = False
-    tensor_sizes: tuple[int, ...] = (1, 2, 4, 8)
-    sharding: bool = True
-    attention: str = "auto"
-    json: bool = False
-
-
 def take_options(argv: Sequence[str]) -> tuple[Options, list[str]]:
     """The planner's own options, and the words that are left for the configuration.
 
@@ -84,8 +71,8 @@ def take_options(argv: Sequence[str]) -> tuple[Options, list[str]]:
                     raise ConfigurationError(f"{name} needs a value")
                 value = words.pop(0)
             _set(options, name, value)
-        elif name.startswith("-") and (near := difflib.get_close_matches(name, (*_FLAGS, *_WITH_VALUES), 1, 0.75)):
-            raise ConfigurationError(f"unknown option {word!r}: did you mean {near[0]}? nad-plan --help lists all")
+        elif name.startswith("-") and (hint := closest(name, (*_FLAGS, *_WITH_VALUES), least=0.75)):
+            raise ConfigurationError(f"unknown option {word!r}{hint} nad-plan --help lists all")
         else:
             rest.append(word)
     return options, rest
@@ -117,17 +104,17 @@ def main(argv: Sequence[str]) -> int:
         return 0
     options, words = take_options(argv)
     from nemo_aligner_diffusion.cli.train import parse_arguments
-    from nemo_aligner_diffusion.config.load import load_config
+    from nemo_aligner_diffusion.config.load import load_settings
 
     arguments = parse_arguments("draftp_sd", words)
-    cfg = load_config(arguments.config_name, arguments.overrides, config_dir=arguments.config_path)
+    run = load_settings(arguments.config_name, arguments.overrides, config_dir=arguments.config_path)
     from nemo_aligner_diffusion.embedded_assets import embedded_model_path
 
-    spec = model_spec(options.model or cfg.model.from_pretrained or str(embedded_model_path()))
+    spec = model_spec(options.model or run.model.from_pretrained or str(embedded_model_path()))
     from nemo_aligner_diffusion.planner.answer import as_json, show
     from nemo_aligner_diffusion.planner.plan import make_plan  # torch and all, only now
 
-    plan = make_plan(cfg, spec, options, lambda line: print(f"measuring: {line}", file=sys.stderr, flush=True))
+    plan = make_plan(run, spec, options, lambda line: print(f"measuring: {line}", file=sys.stderr, flush=True))
     if options.json:
         print(json.dumps(as_json(plan), indent=2))
     else:

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING
 
 from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError
 from nemo_aligner_diffusion.runtime import startup
-from nemo_aligner_diffusion.runtime.health.launch import claim_first_word, write_error_file
-from nemo_aligner_diffusion.runtime.launch import EndAtExit, end
+from nemo_aligner_diffusion.runtime.ending import EndAtExit, end
+from nemo_aligner_diffusion.runtime.said import is_first_to_say, write_error_file
+from nemo_aligner_diffusion.runtime.streams import outlive_readers
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from nemo_aligner_diffusion.runtime.signals import Interruption
+    from nemo_aligner_diffusion.training.settings import ProgramSettings
 
 _TOO_EARLY = "interrupted before training began"
 
@@ -129,7 +131,7 @@ def main(config_name: str, argv: Sequence[str] | None = None) -> int:
     phases = startup.begin()
     phases.enter("configuration")
     words = sys.argv[1:] if argv is None else argv
-    return told(lambda: _main(config_name, words, phases), is_whole_program=argv is None)
+    return exit_status(lambda: _main(config_name, words, phases), is_whole_program=argv is None)
 
 
 def _main(config_name: str, argv: Sequence[str], phases: startup.Startup) -> int:
@@ -138,6 +140,7 @@ def _main(config_name: str, argv: Sequence[str], phases: startup.Startup) -> int
         print(help_text(os.path.basename(sys.argv[0]) or "train", arguments.config_name))
         return 0
     from nemo_aligner_diffusion.config.load import load_config
+    from nemo_aligner_diffusion.training.settings import RunSettings
 
     cfg = load_config(arguments.config_name, arguments.overrides, config_dir=arguments.config_path, recipe=config_name)
     if arguments.show_config:
@@ -150,7 +153,7 @@ def _main(config_name: str, argv: Sequence[str], phases: startup.Startup) -> int
 
         return run_training(cfg, interruption)
 
-    return launch(cfg, run)
+    return launch(RunSettings.of(cfg), run)
 
 
 def show(cfg: DictConfig) -> None:
@@ -160,19 +163,21 @@ def show(cfg: DictConfig) -> None:
     print(OmegaConf.to_yaml(cfg), end="")
 
 
-def told(program: Callable[[], int], is_whole_program: bool) -> int:
+def exit_status(program: Callable[[], int], is_whole_program: bool) -> int:
     """Call ``program``; an error of the user's is one line on the screen, and an exit code.
 
     Args:
         is_whole_program: its exit status will be the process's; nothing of the caller's follows.
     """
+    if is_whole_program:
+        outlive_readers()
     ending = EndAtExit()  # before anything that registers what is to come before it
     try:
         code = program()
         ending.code = code if is_whole_program else None
         return code
     except AlignerError as error:
-        if not error.said and claim_first_word(str(error)):
+        if not error.said and is_first_to_say(str(error)):
             print(f"error: {error}", file=sys.stderr)
         write_error_file(f"error: {error}")
         end(error.exit_code)
@@ -182,31 +187,30 @@ def told(program: Callable[[], int], is_whole_program: bool) -> int:
         return 130
 
 
-def launch(cfg: DictConfig, run: Callable[[Interruption], int]) -> int:
+def launch(settings: ProgramSettings, run: Callable[[Interruption], int]) -> int:
     """Start the processes of a run where nobody has, or be one of them.
 
     Args:
-        cfg: with the sections ``trainer`` and ``exp_manager``.
         run: imports torch and all, and trains; signals are taken from here on.
 
     Returns:
         the exit status.
     """
-    from nemo_aligner_diffusion.config.checks import check_launcher, devices_per_node
-    from nemo_aligner_diffusion.runtime.directory import process_rank, resolve_run_directory
+    from nemo_aligner_diffusion.runtime.directory import resolve_run_directory
     from nemo_aligner_diffusion.runtime.launch import start_processes
+    from nemo_aligner_diffusion.runtime.process import check_agrees, this_process
     from nemo_aligner_diffusion.runtime.signals import Interrupted, Interruption
-    from nemo_aligner_diffusion.runtime.slurm import Requeue, check_tasks
+    from nemo_aligner_diffusion.runtime.slurm import Requeue
 
-    devices, nodes = devices_per_node(cfg), int(cfg.trainer.num_nodes)
-    check_launcher(cfg, os.environ)
+    section, process = settings.exp_manager, this_process()
+    devices, nodes = settings.trainer.devices_per_node, settings.trainer.num_nodes
+    check_agrees(process, devices, nodes)
     # a directory that is named after the time is named here, for all of them
-    code = start_processes(devices, nodes, prepare=lambda: resolve_run_directory(cfg.exp_manager, cfg.name))
+    code = start_processes(devices, nodes, prepare=lambda: resolve_run_directory(section))
     if code is not None:
         return code
-    check_tasks(devices, nodes, os.environ)
     interruption = Interruption()
-    interruption.speaks = process_rank() == 0
+    interruption.speaks = process.is_rank_zero
     with interruption:
         try:
             code = run(interruption)
@@ -217,7 +221,7 @@ def launch(cfg: DictConfig, run: Callable[[Interruption], int]) -> int:
             logging.basicConfig(level=logging.INFO, format="%(message)s")  # it may not have come to that
             if interruption.speaks:
                 print(_TOO_EARLY, file=sys.stderr)
-            requeue = Requeue.from_config(cfg.exp_manager, os.environ, is_writer=interruption.speaks)
+            requeue = Requeue.for_this_run(section, section, is_writer=process.is_rank_zero)
             if requeue is None:
                 return interruption.exit_code
             interruption.dismiss()

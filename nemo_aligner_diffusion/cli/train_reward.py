@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from nemo_aligner_diffusion.cli.train import launch, parse_arguments, show, told
+from nemo_aligner_diffusion.cli.train import exit_status, launch, parse_arguments, show
 
 if TYPE_CHECKING:
     from nemo_aligner_diffusion.runtime.signals import Interruption
@@ -38,11 +38,15 @@ def help_text(program: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status: 0, or the ``exit_code`` of the error that was printed."""
     words = sys.argv[1:] if argv is None else argv
-    return told(lambda: _main(words), is_whole_program=argv is None)
+    return exit_status(lambda: _main(words), is_whole_program=argv is None)
 
 
 def _main(argv: Sequence[str]) -> int:
-    from nemo_aligner_diffusion.reward_training.configuration import CONFIG_NAME, load_reward_config
+    from nemo_aligner_diffusion.reward_training.configuration import (
+        CONFIG_NAME,
+        RewardTrainingSettings,
+        load_reward_config,
+    )
 
     arguments = parse_arguments(CONFIG_NAME, argv)
     if arguments.show_help:
@@ -58,4 +62,4 @@ def _main(argv: Sequence[str]) -> int:
 
         return run_reward_training(cfg, interruption)
 
-    return launch(cfg, run)
+    return launch(RewardTrainingSettings.of(cfg), run)

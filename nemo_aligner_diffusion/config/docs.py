@@ -1,78 +1,73 @@
-"""The tables of ``docs/configuration.md``, of comments in ``conf/`` and the schema, and of ``docs/algorithms.md``.
+"""The tables of ``docs/configuration.md``, of the classes of settings, and of ``docs/algorithms.md``.
 
 python -m nemo_aligner_diffusion.config.docs docs
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from nemo_aligner_diffusion.algorithms.registry import methods
 from nemo_aligner_diffusion.config.load import conf_directory
-from nemo_aligner_diffusion.config.schema import LOOP, kind_of
+from nemo_aligner_diffusion.config.schema import kind_of
+from nemo_aligner_diffusion.settings import LOOP, Settings
+from nemo_aligner_diffusion.training.settings import RunSettings
 
 BEGIN, END = "<!-- keys: begin -->\n", "<!-- keys: end -->"
 LINE = re.compile(r"(?P<indent> *)(?P<key>[\w+]+):(?P<value>.*?) # (?P<comment>.*)")
 
-# Section of the tables -> files that explain its keys, the one whose defaults are shown first.
-SECTIONS: dict[str, list[str]] = {
-    "Run": ["draftp_sd.yaml"],
-    "Machine": ["trainer/default.yaml"],
-    "Training loop": ["loop/default.yaml"],
-    "Results, logging, resuming": ["exp_manager/default.yaml"],
-    "Model and sampling": ["model/stable_diffusion.yaml"],
-    "Method": [
-        "algorithm/draft_plus.yaml",
-        "algorithm/base.yaml",
-        *(f"algorithm/{method.option}.yaml" for method in methods().values()),
-    ],
-    "What is trained": ["peft/sdlora.yaml"],
-    "Optimizer": ["optim/fused_adam.yaml", "optim/sgd.yaml"],
-    "Learning-rate schedule": ["sched/warmup_hold.yaml", "sched/cosine.yaml"],
-    "Prompts": ["data/prompts.yaml"],
-    "Reward": [
-        "rm/clip.yaml",
-        "rm/base.yaml",
-        "rm/compressibility.yaml",
-        "rm/feature_symmetry.yaml",
-        "rm/classifier.yaml",
-        "rm/detection.yaml",
-        "rm/custom.yaml",
-        "rm/composite.yaml",
-        "rm/ensemble.yaml",
-    ],
-    "Report": ["report/default.yaml"],
-}
+# Files of conf/rm that explain the keys of rewards, the one whose defaults are shown first.
+REWARDS = ("clip", "base", "compressibility", "feature_symmetry", "classifier", "detection", "custom", "composite",
+           "ensemble")  # fmt: skip
 
 
-def documented_keys(section: str | None = None) -> dict[str, tuple[str, str]]:
-    """Dotted key -> (default, meaning), of one section or all. Methods' own values are those of ``draft_plus``."""
-    result: dict[str, tuple[str, str]] = {}
-    for name in [section] if section else SECTIONS:
-        for file in SECTIONS[name]:
-            for key, entry in _file_keys(file).items():
-                result.setdefault(key, entry)
-    return result
+def documented_keys() -> dict[str, dict[str, tuple[str, str]]]:
+    """Title of a table -> dotted key -> (default, meaning)."""
+    tables: dict[str, dict[str, tuple[str, str]]] = {}
+    _add(RunSettings, "", tables)
+    methods_own = tables.setdefault("Method", {})
+    for method in methods().values():
+        methods_own |= {key: entry for key, entry in _entries(method).items() if key not in methods_own}
+    rewards = tables.setdefault("Reward", {})
+    for name in REWARDS:
+        rewards.update({key: entry for key, entry in _file_keys(f"rm/{name}.yaml").items() if key not in rewards})
+    return tables
+
+
+def _add(section: type[Settings], title: str, tables: dict[str, dict[str, tuple[str, str]]]) -> None:
+    title = section.title or title
+    tables.setdefault(title, {}).update(_entries(section))
+    for kind in section.parts().values():
+        _add(kind, title, tables)
+
+
+def _entries(section: type[Settings]) -> dict[str, tuple[str, str]]:
+    defaults, meanings = section.defaults(), section.meanings()
+    return {key: (_written(defaults[field]), meanings[field]) for field, key in section.keys().items()}
+
+
+def _written(value: Any) -> str:
+    """As YAML writes it."""
+    if isinstance(value, str):
+        return value
+    return json.dumps(list(value) if isinstance(value, tuple) else value)
 
 
 def _file_keys(file: str) -> dict[str, tuple[str, str]]:
-    path = conf_directory() / file
-    text = path.read_text(encoding="utf-8")
-    header = re.match(r"# @package (\S+)", text)
-    group = file.partition("/")[0] if "/" in file else ""
-    package = header.group(1) if header else f"trainer.{LOOP}" if group == "loop" else group
+    """Of a file in ``conf/rm``."""
     result: dict[str, tuple[str, str]] = {}
     sections: list[str] = []
-    lines = text.splitlines()
+    lines = (conf_directory() / file).read_text(encoding="utf-8").splitlines()
     for line, following in zip(lines, [*lines[1:], ""], strict=True):
         match = LINE.fullmatch(line)
         if not match:
             continue
-        depth = len(match["indent"]) // 2
-        sections[depth:] = [match["key"]]
-        key = ".".join(filter(None, [package, *sections]))
+        sections[len(match["indent"]) // 2 :] = [match["key"]]
+        key = ".".join(["rm", *sections])
         if kind_of(key, LOOP) is not None:
             value = match["value"].strip()
             if not value and following.strip().startswith("["):  # a list too long for its line stands on the next
@@ -84,9 +79,9 @@ def _file_keys(file: str) -> dict[str, tuple[str, str]]:
 def tables() -> str:
     """Markdown: one table a section, ``key | default | meaning``."""
     parts: list[str] = []
-    for section in SECTIONS:
-        parts += [f"### {section}", "", "| key | default | meaning, range |", "| --- | --- | --- |"]
-        for key, (default, meaning) in documented_keys(section).items():
+    for title, entries in documented_keys().items():
+        parts += [f"### {title}", "", "| key | default | meaning, range |", "| --- | --- | --- |"]
+        for key, (default, meaning) in entries.items():
             shown = key.replace(LOOP, "draftp_sd")
             parts.append(f"| `{shown}` | `{default}` | {meaning.replace('|', chr(92) + '|')} |")
         parts.append("")

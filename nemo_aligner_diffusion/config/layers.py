@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+import shlex
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from nemo_aligner_diffusion.config import schema
@@ -15,8 +15,13 @@ from nemo_aligner_diffusion.config.nemo_names import (
     pattern_without_effect,
     reason_without_effect,
 )
+from nemo_aligner_diffusion.config.words import quoted, settled, split, with_words
 from nemo_aligner_diffusion.errors import ConfigurationError
+from nemo_aligner_diffusion.keys import closest
+from nemo_aligner_diffusion.settings import ANY, LOOP, Kind
+from nemo_aligner_diffusion.training.schedules import EITHER_OR
 
+_PART = re.compile(r"^rm\.(parts\.[^.]+\.(reward\.)?)+")  # of a composite reward
 KEY = re.compile(r"[A-Za-z_][\w@/+-]*(\.[\w@/+-]+)*")
 
 
@@ -45,39 +50,6 @@ class Note(NamedTuple):
     reason: str
 
 
-def flatten(tree: Mapping[str, Any], dotted: bool = False) -> dict[str, Any]:
-    """Nested mappings as ``{dotted key: value}``; lists and empty mappings are values.
-
-    ``dotted``: the keys of the outermost mapping may contain dots, as those of the command line do.
-    """
-    leaves: dict[str, Any] = {}
-
-    def visit(prefix: str, value: Any) -> None:
-        if isinstance(value, Mapping) and value:
-            for key, below in value.items():
-                visit(f"{prefix}.{key}" if prefix else str(key), below)
-        else:
-            leaves[prefix] = value
-
-    for key, value in tree.items():
-        if not dotted and "." in str(key):
-            raise ConfigurationError(f"key {key!r} in YAML: write the sections indented, not with dots")
-        visit(str(key), value)
-    return leaves
-
-
-def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of :func:`flatten`."""
-    tree: dict[str, Any] = {}
-    for key, value in leaves.items():
-        *sections, last = key.split(".")
-        node = tree
-        for section in sections:
-            node = node.setdefault(section, {})
-        node[last] = value
-    return tree
-
-
 def parse_override(text: str) -> Override:
     """Read ``key=value`` with Hydra's grammar, and literally where that grammar has other plans for plain paths.
 
@@ -101,14 +73,29 @@ def parse_override(text: str) -> Override:
         parsed = OverridesParser.create().parse_override(f"key={raw}")
     except HydraException as error:
         if raw.strip()[:1] in ("[", "'", '"') or re.match(r"\{[^}]*:", raw.strip()):
-            raise ConfigurationError(f"{key} = {raw}: cannot be read: {str(error).splitlines()[0]}") from error
+            raise ConfigurationError(f"{key} = {raw}: cannot be read{_how_to_quote(key, raw.strip())}") from error
         return Override(key, raw)
     if parsed.is_sweep_override():
         raise ConfigurationError(
             f"{key} = {raw}: several values separated by commas; write a list as {key}=[{raw}], text with a comma as "
             f"{key}=\"'{raw}'\""
         )
-    return Override(key, parsed.value())
+    return Override(key, with_words(parsed.value(), raw))
+
+
+def _how_to_quote(key: str, raw: str) -> str:
+    """What to write in place of a value that Hydra's grammar has no reading for."""
+    opening, closing = raw[:1], {"[": "]", "{": "}"}.get(raw[:1], raw[:1])
+    if len(raw) < 2 or not raw.endswith(closing):
+        return f": expected {closing} at its end"
+    if opening != "[":
+        return ": text with other than letters, digits and spaces needs quotes in it, such as {label: 'it is: a cat'}"
+    if (raw.count("'") + raw.count('"')) % 2:
+        texts = [text.strip() for text in raw[1:-1].split(",")]  # an apostrophe, no quotation mark
+    else:
+        texts = [text[1:-1] if text[:1] in ("'", '"') and text[-1:] == text[:1] else text for text in split(raw[1:-1])]
+    written = f"{key}=[{','.join(map(quoted, texts))}]"
+    return f": text with other than letters, digits and spaces needs quotes: {shlex.quote(written)}"
 
 
 def add_layer(
@@ -125,6 +112,8 @@ def add_layer(
         ConfigurationError: an unknown key, or two spellings of one key that disagree.
     """
     given: dict[str, Any] = {}
+    leaves = {key: settled(value, _kind_in_the_end(key, loop, recipes)) for key, value in layer.leaves.items()}
+    layer = replace(layer, leaves=leaves)
     for key, value in layer.leaves.items():
         own = _own_loop(key, loop, recipes)
         if own != key and own in layer.leaves:
@@ -135,7 +124,7 @@ def add_layer(
         _check_known(key, value, loop, layer.origin)
         alias = ALIASES.get(key)
         if alias is not None:
-            target = alias.target.replace(schema.LOOP, loop)
+            target = alias.target.replace(LOOP, loop)
             converted = alias.convert(value) if alias.convert else value
             if alias.weak and target in layer.leaves:
                 notes.append(Note(key, f"{target} is given too"))
@@ -150,7 +139,7 @@ def add_layer(
             reason = reason_without_effect(key)
             if reason is not None:
                 notes.append(Note(key, reason))
-    for key, other in schema.EITHER_OR.items():
+    for key, other in EITHER_OR.items():
         if given.get(key) is not None and other not in given and other in tree:
             given[other] = None
     result = dict(tree)
@@ -161,6 +150,14 @@ def add_layer(
             continue  # an empty section in YAML says nothing
         _set(result, key, value)
     return result
+
+
+def _kind_in_the_end(key: str, loop: str, recipes: Collection[str]) -> Kind | None:
+    """The kind of a key or of the one that it is another spelling of; in a part of a reward, of the reward's own."""
+    key = _own_loop(key, loop, recipes)
+    if key in ALIASES:
+        key = ALIASES[key].target.replace(LOOP, loop)
+    return schema.kind_of(_PART.sub("rm.", key), loop) or schema.kind_of(key, loop)
 
 
 def _own_loop(key: str, loop: str, recipes: Collection[str]) -> str:
@@ -200,29 +197,13 @@ def _nearly_known(key: str, loop: str) -> bool:
         for known in (*schema.known_keys(loop), *ALIASES)
         if known.rpartition(".")[0] == section
     ]
-    return bool(difflib.get_close_matches(last, siblings, n=1, cutoff=0.85))
-
-
-def closest(wrong: str, known: Iterable[str]) -> str:
-    """``; did you mean …?`` with up to three names, or nothing. A dotted key is also compared by its last parts."""
-
-    def likeness(candidate: str) -> float:
-        whole = difflib.SequenceMatcher(None, wrong.lower(), candidate.lower()).ratio()
-        depth = wrong.count(".") + 1
-        tail = ".".join(candidate.split(".")[-depth:])
-        tails = difflib.SequenceMatcher(None, wrong.lower(), tail.lower()).ratio()
-        last = difflib.SequenceMatcher(None, wrong.lower().split(".")[-1], candidate.lower().split(".")[-1]).ratio()
-        return max(whole, 0.98 * tails, 0.9 * last)
-
-    ranked = sorted(((likeness(candidate), candidate) for candidate in known), reverse=True)
-    best = [candidate for score, candidate in ranked[:3] if score > 0.7 and score > ranked[0][0] - 0.08]
-    return f"; did you mean {' or '.join(best)}?" if best else ""
+    return bool(closest(last, siblings, least=0.85))
 
 
 def _delete(tree: dict[str, Any], key: str, loop: str) -> None:
     """``~key``: only what is free content may go; a setting of the schema goes back by naming its value."""
     kind = schema.kind_of(key, loop)
-    if kind is not schema.ANY:
+    if kind is not ANY:
         raise ConfigurationError(f"~{key}: a setting cannot be deleted; set it, for example {key}=null")
     found = [leaf for leaf in tree if leaf == key or leaf.startswith(f"{key}.")]
     if not found:

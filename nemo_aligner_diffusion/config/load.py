@@ -25,30 +25,22 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_aligner_diffusion.algorithms.registry import defaults, reads
 from nemo_aligner_diffusion.config import schema
-from nemo_aligner_diffusion.config.checks import Derived, check, check_launcher, derived
 from nemo_aligner_diffusion.config.layers import (
     Layer,
     Note,
     Override,
     add_layer,
-    closest,
-    flatten,
     parse_override,
-    unflatten,
 )
+from nemo_aligner_diffusion.config.reward_checks import check_reward
+from nemo_aligner_diffusion.config.reward_keys import REWARDS
+from nemo_aligner_diffusion.config.words import is_secret, of_the_environment, with_yaml_words
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.formats.yaml_reader import read_yaml
-
-__all__ = [
-    "Derived",
-    "check_launcher",
-    "conf_directory",
-    "derived",
-    "groups",
-    "load_config",
-    "loop_section",
-    "recipes",
-]
+from nemo_aligner_diffusion.keys import closest, flatten, unflatten
+from nemo_aligner_diffusion.runtime.process import this_process
+from nemo_aligner_diffusion.settings import ANY
+from nemo_aligner_diffusion.training.settings import RunSettings
 
 logger = logging.getLogger(__name__)
 
@@ -88,14 +80,6 @@ def groups(folder: Path | None = None) -> dict[str, list[str]]:
     }
 
 
-def loop_section(cfg: DictConfig) -> DictConfig:
-    """The training loop's section, ``trainer.<recipe>``, whatever its name."""
-    for section in cfg.trainer.values():
-        if isinstance(section, DictConfig):
-            return section
-    raise ConfigurationError("trainer has no section of the training loop, such as trainer.draftp_sd")
-
-
 def load_config(
     config_name: str,
     overrides: Sequence[str] = (),
@@ -112,7 +96,8 @@ def load_config(
         recipe: the recipe under a user's YAML.
 
     Returns:
-        The resolved, complete configuration with the canonical keys only.
+        The resolved, complete configuration with the canonical keys only. Texts of the environment
+        (``${oc.env:TOKEN}``) alone stay references, so that ``--cfg`` and ``config.yaml`` do not show them.
 
     Raises:
         ConfigurationError: a key or value cannot be used; one clear message.
@@ -147,13 +132,30 @@ def load_config(
 
     leaves = _resolve(tree)
     leaves = {key: value for key, value in leaves.items() if schema.kind_of(key, loop) is not None}
-    cfg = OmegaConf.create(unflatten(_methods_own(schema.read_values(leaves, loop))))
-    check(cfg)
-    notes.extend(_unread(command_line.leaves, cfg))
-    for section in [entry for entry in cfg.rm if entry not in ("name", *schema.REWARDS[cfg.rm.name])]:
+    used = _methods_own(schema.read_values(leaves, loop))
+    used |= {
+        key: text
+        for key, text in of_the_environment(tree).items()
+        if key in used and is_secret(schema.kind_of(key, loop) or ANY)
+    }
+    cfg = OmegaConf.create(unflatten(used))
+    settings = RunSettings.of(cfg)
+    check_reward(cfg)
+    notes.extend(_unread(command_line.leaves, settings))
+    for section in [entry for entry in cfg.rm if entry not in ("name", *REWARDS[cfg.rm.name])]:
         del cfg.rm[section]  # left by the recipe when only rm.name is changed
     _warn(notes)
     return cfg
+
+
+def load_settings(
+    config_name: str,
+    overrides: Sequence[str] = (),
+    config_dir: str | os.PathLike[str] | None = None,
+    recipe: str = "draftp_sd",
+) -> RunSettings:
+    """:func:`load_config`, as the objects that code takes."""
+    return RunSettings.of(load_config(config_name, overrides, config_dir, recipe))
 
 
 def _existing_folder(config_dir: str | os.PathLike[str]) -> Path:
@@ -231,11 +233,13 @@ def _read_user_file(folder: Path, name: str, selections: list[Override]) -> dict
         raise ConfigurationError(f"{file} {error}") from error
     if not isinstance(container, dict):
         raise ConfigurationError(f"{file}: expected keys and values, found {type(container).__name__}")
+    text = file.read_text(encoding="utf-8")
     if "defaults" not in container:
-        return {str(key): value for key, value in container.items()}
+        return {str(key): value for key, value in with_yaml_words(container, text).items()}
     # Groups that the file itself composes are picked in it; others only in the recipe below it.
     inside = [item for item in selections if re.search(rf"(^|/|\s){item.key}\b", str(container["defaults"]))]
-    return _compose(folder, name, [f"{item.key}={item.value}" for item in inside], conf_directory())
+    composed = _compose(folder, name, [f"{item.key}={item.value}" for item in inside], conf_directory())
+    return with_yaml_words(composed, text)
 
 
 def _selected_layer(item: Override, base: str, own_folder: Path) -> Layer:
@@ -252,7 +256,7 @@ def _selected_layer(item: Override, base: str, own_folder: Path) -> Layer:
                 content = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
                 assert isinstance(content, dict)
                 content.pop("defaults", None)
-                leaves.update(flatten({package: content}, dotted=True))
+                leaves.update(flatten({package: with_yaml_words(content, text)}, dotted=True))
                 break
     return Layer(leaves, origin=f"{item.key}={option}")
 
@@ -291,22 +295,23 @@ def _methods_own(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _unread(given: Mapping[str, Any], cfg: DictConfig) -> list[Note]:
-    """Settings of the command line that the chosen method does not read."""
+def _unread(given: Mapping[str, Any], settings: RunSettings) -> list[Note]:
+    """Settings of the command line that nothing reads beside the others."""
+    algorithm, reward, unread = settings.model.algorithm, settings.rm["name"], settings.unread_keys()
     notes = []
     for key in given:
-        if not reads(cfg.model.algorithm, key):
-            notes.append(Note(key, f"model.algorithm={cfg.model.algorithm} does not read it"))
-        if key.startswith("rm.") and key.split(".")[1] not in ("name", *schema.REWARDS[cfg.rm.name]):
-            notes.append(Note(key, f"rm.name={cfg.rm.name} does not read it"))
-        if key.startswith("model.peft.lora_tuning.") and cfg.model.peft.peft_scheme == "none":
-            notes.append(Note(key, "model.peft.peft_scheme=none trains every weight"))
+        if not reads(algorithm, key):
+            notes.append(Note(key, f"model.algorithm={algorithm} does not read it"))
+        elif key.startswith("rm.") and key.split(".")[1] not in ("name", *REWARDS[reward]):
+            notes.append(Note(key, f"rm.name={reward} does not read it"))
+        elif key in unread and given[key] is not None:
+            notes.append(Note(key, unread[key]))
     return notes
 
 
 def _warn(notes: Sequence[Note]) -> None:
     """One warning for all, keys with the same reason together, from the first process only."""
-    if not notes or os.environ.get("RANK", "0") != "0":
+    if not notes or not this_process().is_rank_zero:
         return
     by_reason: dict[str, list[str]] = {}
     for note in dict.fromkeys(notes):

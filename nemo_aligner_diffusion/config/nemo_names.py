@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_aligner_diffusion.config.schema import LOOP
+from nemo_aligner_diffusion.settings import LOOP
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_aligner_diffusion.config.layers import closest, flatten
 from nemo_aligner_diffusion.config.reward_keys import (
     CLIP_MODES,
     MODEL_KEYS,
@@ -16,6 +15,7 @@ from nemo_aligner_diffusion.config.reward_keys import (
     REWARDS,
 )
 from nemo_aligner_diffusion.errors import ConfigurationError
+from nemo_aligner_diffusion.keys import closest, flatten
 from nemo_aligner_diffusion.settings import choice, number
 
 _PARTED = ("composite", "ensemble")

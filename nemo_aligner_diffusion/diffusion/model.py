@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import difflib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from nemo_aligner_diffusion.diffusion.families import DENOISERS, Family, family_
 from nemo_aligner_diffusion.diffusion.lora import adapters_off, has_lora
 from nemo_aligner_diffusion.diffusion.schedule import build_scheduler
 from nemo_aligner_diffusion.errors import ConfigurationError
+from nemo_aligner_diffusion.keys import closest
 
 # arguments of a pipeline's call that are given here -> by what
 _OURS = {"prompt": "model.data", "num_inference_steps": "model.infer.inference_steps", "height": "model.infer.height",
@@ -237,6 +237,5 @@ class DiffusionModel(nn.Module):
             raise ConfigurationError(f"{given} is set by {_OURS[name]}; leave it out of model.pipeline.arguments")
         if name not in self._signature or name == "self":
             free = [known for known in self._signature if known != "self" and known not in _OURS]
-            near = difflib.get_close_matches(name, free, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; it takes {', '.join(free)}"
+            hint = closest(name, free) or f"; it takes {', '.join(free)}"
             raise ConfigurationError(f"{given} is no argument of {kind}{hint}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import difflib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -14,18 +13,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from nemo_aligner_diffusion.diffusion.settings import SAMPLER_ALIASES, SAMPLERS
 from nemo_aligner_diffusion.errors import ConfigurationError
+from nemo_aligner_diffusion.keys import closest
 
-# name in `model.infer.sampler_type` -> (diffusers class, configuration that makes it that sampler)
-SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ddim": ("DDIMScheduler", {"clip_sample": False}),
-    "plms": ("PNDMScheduler", {"skip_prk_steps": True}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "dpm++2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
-    "dpm++2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-}
-SAMPLER_ALIASES = {"dpm": "dpm++2m", "dpmsolver++": "dpm++2m", "para_ddim": "ddim"}
 # what the noise schedule is; a solver's own options (its order, its algorithm) must not leak into another solver
 _NOISE_SCHEDULE = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
@@ -34,16 +25,14 @@ _NOISE_SCHEDULE = (
 
 
 def sampler_name(sampler_type: str) -> str:
-    """The canonical name of a ``model.infer.sampler_type``; NeMo's upper-case spellings are accepted."""
-    name = sampler_type.lower()
-    name = SAMPLER_ALIASES.get(name, name)
-    if name not in SAMPLERS:
-        near = difflib.get_close_matches(name, SAMPLERS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+    """The name in :data:`.SAMPLERS` of a ``model.infer.sampler_type``; case does not count."""
+    known = {name.lower(): name for name in SAMPLERS} | {name.lower(): of for name, of in SAMPLER_ALIASES.items()}
+    if sampler_type.lower() not in known:
         raise ConfigurationError(
-            f"model.infer.sampler_type={sampler_type!r} is not a known sampler (known: {', '.join(SAMPLERS)}){hint}"
+            f"model.infer.sampler_type={sampler_type!r} is not a known sampler (known: {', '.join(SAMPLERS)})"
+            f"{closest(sampler_type, known.values())}"
         )
-    return name
+    return known[sampler_type.lower()]
 
 
 def build_scheduler(own: Any, sampler_type: str | None, eta: float = 0.0) -> Any:
@@ -51,7 +40,7 @@ def build_scheduler(own: Any, sampler_type: str | None, eta: float = 0.0) -> Any
 
     Args:
         own: the pipeline's scheduler.
-        sampler_type: one of :data:`SAMPLERS` (NeMo's spellings accepted); ``None``: ``own``.
+        sampler_type: one of :data:`.SAMPLERS` (NeMo's spellings accepted); ``None``: ``own``.
         eta: DDIM's η in ``[0, 1]``; other solvers accept only 0.
 
     Raises:

@@ -93,13 +93,17 @@ def seed_diversity(embedder: Embedder, images: Tensor, prompts: Sequence[str], b
     """
     if len(images) != len(prompts):
         raise ValueError(f"one prompt for each picture: got {len(images)} pictures and {len(prompts)} prompts")
+    return diversity_of(embed_images(embedder, images, batch_size), prompts)
+
+
+def diversity_of(embeddings: Tensor, prompts: Sequence[str]) -> Diversity:
+    """:func:`seed_diversity` of pictures by their embeddings ``(N, D)``."""
     groups: dict[str, list[int]] = {}
     for index, prompt in enumerate(prompts):
         groups.setdefault(prompt, []).append(index)
     groups = {prompt: rows for prompt, rows in groups.items() if len(rows) > 1}
     if not groups:
         raise ValueError("diversity needs a prompt with at least two pictures (seeds), there is none")
-    embeddings = embed_images(embedder, images, batch_size)
     by_prompt = {prompt: mean_pairwise_distance(embeddings[rows]) for prompt, rows in groups.items()}
     return Diversity(sum(by_prompt.values()) / len(by_prompt), by_prompt)
 

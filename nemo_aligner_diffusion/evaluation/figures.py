@@ -12,7 +12,6 @@ Example::
 
 from __future__ import annotations
 
-import functools
 import io
 import json
 import math
@@ -24,6 +23,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+from nemo_aligner_diffusion.evaluation.run_files import parse_json
+from nemo_aligner_diffusion.evaluation.text import fit_text, font, format_gain, format_number
 from nemo_aligner_diffusion.runtime.files import write_atomic
 
 GRID_KEY = "grid"  # name of the PNG text chunk that describes a grid
@@ -33,7 +34,6 @@ _QUIET = (107, 114, 128)
 _BETTER = (21, 128, 61)
 _WORSE = (185, 28, 28)
 _EMPTY = (238, 240, 243)
-_MINUS = "\N{MINUS SIGN}"
 _GAP = 10  # px between pictures
 _SMALL_SIDE = 160  # px; a picture whose longer side is below this is enlarged by a whole factor
 _LARGE_SIDE = 512  # px; a larger one is reduced
@@ -81,36 +81,6 @@ def _to_picture(image: Any) -> Image.Image:
     return Image.fromarray(np.rint(array.transpose(1, 2, 0) * 255.0).astype(np.uint8))
 
 
-@functools.lru_cache(maxsize=32)
-def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans as matplotlib ships it (so that no system font is needed), ``size`` in pixels."""
-    import matplotlib
-
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
-
-
-def format_number(value: float) -> str:
-    """Four significant digits without exponent where that is readable: ``21.43``, ``-0.0312``, ``1.2e-07``."""
-    if not math.isfinite(value):
-        return "NaN" if math.isnan(value) else ("∞" if value > 0 else f"{_MINUS}∞")
-    if value == 0:
-        return "0"
-    magnitude = math.floor(math.log10(abs(value)))
-    decimals = max(0, min(4, 3 - magnitude))
-    text = f"{value:.{decimals}f}" if -4 <= magnitude <= 6 else f"{value:.1e}"
-    return f"{_MINUS}{text[1:]}" if text.startswith("-") else text
-
-
-def format_gain(gain: float, beside: float) -> str:
-    """A signed difference with as many decimals as :func:`format_number` gives the number it stands beside."""
-    written = format_number(beside)
-    if not math.isfinite(gain) or "e" in written:
-        return format_number(gain)
-    decimals = len(written.partition(".")[2])
-    return f"{gain:+.{decimals}f}".replace("-", _MINUS)
-
-
 def enlarge(picture: Image.Image, small_side: int = _SMALL_SIDE, large_side: int = _LARGE_SIDE) -> Image.Image:
     """Bring a picture to a size one can look at, keeping its proportions.
 
@@ -129,42 +99,55 @@ def enlarge(picture: Image.Image, small_side: int = _SMALL_SIDE, large_side: int
     return picture
 
 
-def wrap_text(text: str, width: int, face: ImageFont.FreeTypeFont, max_lines: int) -> list[str]:
-    """Break ``text`` into at most ``max_lines`` lines of ``width`` pixels; a rest that does not fit ends in ``…``."""
-    lines: list[str] = []
-    line = ""
-    for word in " ".join(text.split()).split(" "):
-        candidate = f"{line} {word}".strip()
-        if face.getlength(candidate) <= width:
-            line = candidate
-            continue
-        if line:
-            lines.append(line)
-        while face.getlength(word) > width and len(word) > 1:  # one word longer than a line
-            keep = next((n for n in range(len(word) - 1, 0, -1) if face.getlength(word[:n]) <= width), 1)
-            lines.append(word[:keep])
-            word = word[keep:]
-        line = word
-    lines.append(line)
-    if len(lines) > max_lines:
-        last = lines[max_lines - 1]
-        while last and face.getlength(last + "…") > width:
-            last = last[:-1]
-        lines = [*lines[: max_lines - 1], last.rstrip() + "…"]
-    return [line for line in lines if line]
+Rectangle = list[int]  # [left, top, width, height] in pixels
+
+
+def _draw_table(
+    rows: Sequence[Sequence[Cell]],
+    row_labels: Sequence[str],
+    column_labels: Sequence[str],
+    title: str,
+    max_columns: int | None,
+) -> tuple[Image.Image, list[list[Rectangle | None]]]:
+    """The grid, and of each cell where its picture is; too many columns continue in further bands below."""
+    widest = max((cell.picture.width for row in rows for cell in row if cell.picture), default=_SMALL_SIDE)
+    most = max_columns or max(1, min(10, 1700 // (widest + _GAP)))
+    count = len(column_labels)
+    step = math.ceil(count / math.ceil(count / most))  # spread evenly over the bands
+    longest = max((font(16, bold=True).getlength(label) for label in row_labels), default=0.0)
+    label_width = min(170, math.ceil(longest) + _GAP) if any(row_labels) else 0
+    bands = [
+        _band([row[start : start + step] for row in rows], row_labels, column_labels[start : start + step], label_width)
+        for start in range(0, count, step)
+    ]
+    width = max(band.width for band, _ in bands)
+    title_lines, face = fit_text(title, width - 2 * _GAP, 18, max_lines=2, bold=True)
+    top = _GAP + 25 * len(title_lines) if title_lines else 0
+    canvas = Image.new("RGB", (width, top + sum(band.height for band, _ in bands)), _PAPER)
+    draw = ImageDraw.Draw(canvas)
+    for offset, line in enumerate(title_lines):
+        draw.text((_GAP, _GAP + 25 * offset), line, font=face, fill=_INK)
+    rectangles: list[list[Rectangle | None]] = [[] for _ in rows]
+    for index, (band, places) in enumerate(bands):
+        canvas.paste(band, (0, top))
+        if index:
+            draw.line((_GAP, top, width - _GAP, top), fill=(221, 225, 230))
+        for row, found in zip(rectangles, places, strict=True):
+            row += [place and [place[0], place[1] + top, *place[2:]] for place in found]
+        top += band.height
+    return canvas, rectangles
 
 
 def _band(
     rows: Sequence[Sequence[Cell]], row_labels: Sequence[str], column_labels: Sequence[str], label_width: int
-) -> tuple[Image.Image, list[list[tuple[int, int, int, int] | None]]]:
-    """Draw one block of a grid; also return each picture's rectangle ``(left, top, width, height)`` in it."""
+) -> tuple[Image.Image, list[list[Rectangle | None]]]:
     pictures = [cell.picture for row in rows for cell in row if cell.picture is not None]
     cell_width = max((p.width for p in pictures), default=_SMALL_SIDE)
     cell_height = max((p.height for p in pictures), default=_SMALL_SIDE)
     text_size = 13 if cell_width < 256 else 16
-    face, line_height = font(text_size), round(text_size * 1.35)
-    captions = [wrap_text(label, cell_width, face, max_lines=3) for label in column_labels]
-    caption_height = max((len(c) for c in captions), default=0) * line_height
+    line_height = round(text_size * 1.35)
+    captions = [fit_text(label, cell_width, text_size, max_lines=3) for label in column_labels]
+    caption_height = max((len(lines) for lines, _ in captions), default=0) * line_height
     note_height = line_height + 4 if any(cell.note for row in rows for cell in row) else 0
     columns = max(len(row) for row in rows)
     width = label_width + columns * (cell_width + _GAP) + _GAP
@@ -172,15 +155,20 @@ def _band(
     canvas = Image.new("RGB", (width, height), _PAPER)
     draw = ImageDraw.Draw(canvas)
     lefts = [label_width + _GAP + column * (cell_width + _GAP) for column in range(columns)]
-    for left, caption in zip(lefts, captions, strict=False):
-        top = _GAP + caption_height - len(caption) * line_height  # captions stand on the pictures
-        for offset, line in enumerate(caption):
-            x = left + (cell_width - face.getlength(line)) / 2
-            draw.text((x, top + offset * line_height), line, font=face, fill=_INK)
-    rectangles: list[list[tuple[int, int, int, int] | None]] = []
+
+    def centred(line: str, face: ImageFont.FreeTypeFont, left: int, top: float, colour: tuple[int, int, int]) -> None:
+        draw.text((left + (cell_width - face.getlength(line)) / 2, top), line, font=face, fill=colour)
+
+    for left, (lines, face) in zip(lefts, captions, strict=False):
+        for offset, line in enumerate(lines):  # captions stand on the pictures
+            centred(line, face, left, _GAP + caption_height + (offset - len(lines)) * line_height, _INK)
+    rectangles: list[list[Rectangle | None]] = []
     top = _GAP + caption_height + 4
     for row, label in zip(rows, row_labels, strict=True):
-        _row_label(draw, label, label_width, top + cell_height / 2, text_size)
+        lines, face = fit_text(label, max(1, label_width - _GAP), text_size, max_lines=4, bold=True)
+        for offset, line in enumerate(lines):
+            y = top + cell_height / 2 + (offset - len(lines) / 2) * line_height
+            draw.text((label_width - face.getlength(line), y), line, font=face, fill=_INK)
         rectangles.append([])
         for left, cell in zip(lefts, row, strict=False):
             if cell.picture is None:
@@ -189,55 +177,12 @@ def _band(
             else:
                 x, y = left + (cell_width - cell.picture.width) // 2, top + (cell_height - cell.picture.height) // 2
                 canvas.paste(cell.picture, (x, y))
-                rectangles[-1].append((x, y, cell.picture.width, cell.picture.height))
-            note = wrap_text(cell.note, cell_width, face, max_lines=1)
-            if note:
-                x_note = left + (cell_width - face.getlength(note[0])) / 2
-                draw.text((x_note, top + cell_height + 2), note[0], font=face, fill=cell.note_colour)
+                rectangles[-1].append([x, y, cell.picture.width, cell.picture.height])
+            lines, face = fit_text(cell.note, cell_width, text_size, max_lines=1)
+            for line in lines:
+                centred(line, face, left, top + cell_height + 2, cell.note_colour)
         top += cell_height + note_height + 6
     return canvas, rectangles
-
-
-def _row_label(draw: ImageDraw.ImageDraw, label: str, width: int, middle: float, size: int) -> None:
-    face, line_height = font(size, bold=True), round(size * 1.35)
-    lines = wrap_text(label, max(1, width - _GAP), face, max_lines=4)
-    for offset, line in enumerate(lines):
-        y = middle + (offset - len(lines) / 2) * line_height
-        draw.text((width - face.getlength(line), y), line, font=face, fill=_INK)
-
-
-def _label_width(labels: Sequence[str]) -> int:
-    longest = max((font(16, bold=True).getlength(label) for label in labels), default=0.0)
-    return 0 if not any(labels) else min(170, math.ceil(longest) + _GAP)
-
-
-def _stack(bands: Sequence[Image.Image], title: str) -> tuple[Image.Image, list[int]]:
-    """Put bands under each other beneath the title; return the picture and each band's top."""
-    width = max(band.width for band in bands)
-    face = font(18, bold=True)
-    title_lines = wrap_text(title, width - 2 * _GAP, face, max_lines=2) if title else []
-    top = _GAP + 25 * len(title_lines) if title_lines else 0
-    tops = []
-    canvas = Image.new("RGB", (width, top + sum(band.height for band in bands)), _PAPER)
-    draw = ImageDraw.Draw(canvas)
-    for offset, line in enumerate(title_lines):
-        draw.text((_GAP, _GAP + 25 * offset), line, font=face, fill=_INK)
-    for index, band in enumerate(bands):
-        if index:
-            draw.line((_GAP, top, width - _GAP, top), fill=(221, 225, 230))
-        canvas.paste(band, (0, top))
-        if index:
-            draw.line((_GAP, top, width - _GAP, top), fill=(221, 225, 230))
-        tops.append(top)
-        top += band.height
-    return canvas, tops
-
-
-def _columns(count: int, cell_width: int, max_columns: int | None) -> int:
-    """Columns of one band: at most ``max_columns`` (default: what fits 1,700 px), spread evenly over the bands."""
-    most = max_columns or max(1, min(10, 1700 // (cell_width + _GAP)))
-    bands = math.ceil(count / most)
-    return math.ceil(count / bands)
 
 
 def labelled_grid(
@@ -273,22 +218,12 @@ def labelled_grid(
         )
     cells = [
         [
-            Cell(
-                None if image is None else enlarge(to_pictures([image])[0]),
-                notes[r][c] if notes else "",
-            )
+            Cell(None if image is None else enlarge(to_pictures([image])[0]), notes[r][c] if notes else "")
             for c, image in enumerate(row)
         ]
         for r, row in enumerate(images)
     ]
-    cell_width = max((cell.picture.width for row in cells for cell in row if cell.picture), default=_SMALL_SIDE)
-    step = _columns(width, cell_width, max_columns)
-    labels = _label_width(row_labels)
-    bands = [
-        _band([row[start : start + step] for row in cells], row_labels, column_labels[start : start + step], labels)[0]
-        for start in range(0, width, step)
-    ]
-    return _stack(bands, title)[0]
+    return _draw_table(cells, row_labels, column_labels, title, max_columns)[0]
 
 
 def sample_grid(
@@ -319,40 +254,26 @@ def sample_grid(
         ValueError: the numbers of pictures, prompts, rewards and seeds differ, or there are none.
     """
     base, tuned = [enlarge(p) for p in to_pictures(base_images)], [enlarge(p) for p in to_pictures(tuned_images)]
-    base_scores, tuned_scores = _numbers(base_rewards), _numbers(tuned_rewards)
-    counts = {
-        "base_images": len(base),
-        "tuned_images": len(tuned),
-        "prompts": len(prompts),
-        **{
-            name: len(values)
-            for name, values in (("base_rewards", base_scores), ("tuned_rewards", tuned_scores), ("seeds", seeds))
-            if values is not None
-        },
-    }
+    scores = {"base_rewards": _numbers(base_rewards), "tuned_rewards": _numbers(tuned_rewards)}
+    given = {"base_images": base, "tuned_images": tuned, "prompts": prompts, **scores, "seeds": seeds}
+    counts = {name: len(values) for name, values in given.items() if values is not None}
     if len(set(counts.values())) != 1 or not base:
         raise ValueError(f"a grid needs equally many of each, and at least one; given were {counts}")
+    empty: list[float | None] = [None] * len(base)
+    before, after = (values or empty for values in scores.values())
     rows = [
-        [Cell(picture, _note(base_scores, i)) for i, picture in enumerate(base)],
-        [_tuned_cell(picture, base_scores, tuned_scores, i) for i, picture in enumerate(tuned)],
+        [_scored(picture, score) for picture, score in zip(base, before, strict=True)],
+        [_scored(picture, score, beside) for picture, score, beside in zip(tuned, after, before, strict=True)],
     ]
-    step = _columns(len(base), max(p.width for p in base + tuned), max_columns)
-    labels = ["base", "tuned"]
-    bands, rectangles = [], []
-    for start in range(0, len(base), step):
-        part = [row[start : start + step] for row in rows]
-        band, places = _band(part, labels, prompts[start : start + step], _label_width(labels))
-        bands.append(band)
-        rectangles.append(places)
-    grid, tops = _stack(bands, title)
+    grid, (above, below) = _draw_table(rows, ["base", "tuned"], prompts, title, max_columns)
     cells = [
         {
             "prompt": prompts[index],
             "seed": None if seeds is None else int(seeds[index]),
-            "base_reward": None if base_scores is None else base_scores[index],
-            "reward": None if tuned_scores is None else tuned_scores[index],
-            "base": _shifted(rectangles[index // step][0][index % step], tops[index // step]),
-            "tuned": _shifted(rectangles[index // step][1][index % step], tops[index // step]),
+            "base_reward": before[index],
+            "reward": after[index],
+            "base": above[index],
+            "tuned": below[index],
         }
         for index in range(len(base))
     ]
@@ -360,49 +281,37 @@ def sample_grid(
     return grid
 
 
-def _numbers(values: Any) -> list[float] | None:
+def _numbers(values: Any) -> list[float | None] | None:
     if values is None:
         return None
     return [float(value) for value in (values.tolist() if hasattr(values, "tolist") else values)]
 
 
-def _note(scores: list[float] | None, index: int) -> str:
-    return "" if scores is None else format_number(scores[index])
-
-
-def _tuned_cell(picture: Image.Image, base: list[float] | None, tuned: list[float] | None, index: int) -> Cell:
-    if base is None or tuned is None:
-        return Cell(picture, _note(tuned, index))
-    gain = tuned[index] - base[index]
+def _scored(picture: Image.Image, score: float | None, base: float | None = None) -> Cell:
+    if score is None or base is None:
+        return Cell(picture, "" if score is None else format_number(score))
+    gain = score - base
     colour = _BETTER if gain > 0 else _WORSE if gain < 0 else _QUIET
-    return Cell(picture, f"{format_number(tuned[index])} ({format_gain(gain, tuned[index])})", colour)
-
-
-def _shifted(rectangle: tuple[int, int, int, int] | None, top: int) -> list[int]:
-    assert rectangle is not None  # sample_grid has a picture in every place
-    return [rectangle[0], rectangle[1] + top, rectangle[2], rectangle[3]]
+    return Cell(picture, f"{format_number(score)} ({format_gain(gain, score)})", colour)
 
 
 def read_grid(image: Image.Image) -> list[dict[str, Any]] | None:
     """The cells of a grid: ``prompt, seed, base_reward, reward`` and the rectangles ``base, tuned`` as
     ``[left, top, width, height]`` in pixels; None where the picture does not describe itself (or wrongly)."""
     try:
-        description = json.loads(image.info[GRID_KEY])
-        cells = description["cells"]
-        for cell in cells:
-            for row in ("base", "tuned"):
-                left, top, width, height = cell[row]
-                if (
-                    min(left, top) < 0
-                    or left + width > image.width
-                    or top + height > image.height
-                    or width < 1 > height
-                ):
-                    return None
-            str(cell["prompt"])
-    except (KeyError, TypeError, ValueError):
+        cells = parse_json(image.info[GRID_KEY])["cells"]
+        places = [cell[row] for cell in cells for row in ("base", "tuned")]
+        inside = all(_lies_in(image, *place) for place in places)
+        prompts = [cell["prompt"] for cell in cells]
+    except (KeyError, TypeError, ValueError, RecursionError):
         return None
-    return cells
+    return cells if cells and inside and all(isinstance(prompt, str) for prompt in prompts) else None
+
+
+def _lies_in(image: Image.Image, left: int, top: int, width: int, height: int) -> bool:
+    if not all(type(number) is int for number in (left, top, width, height)):
+        return False
+    return min(left, top) >= 0 < min(width, height) and left + width <= image.width and top + height <= image.height
 
 
 def encode_png(image: Image.Image, metadata: Mapping[str, str] | None = None) -> bytes:

@@ -17,21 +17,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nemo_aligner_diffusion.cli.generate import (
-    DEFAULT_ETA,
-    DEFAULT_GUIDANCE,
-    DEFAULT_STEPS,
-    Request,
-)
 from nemo_aligner_diffusion.diffusion.generate import Sampling, generate
 from nemo_aligner_diffusion.diffusion.loading import is_hub_id, load_model
 from nemo_aligner_diffusion.diffusion.lora import load_lora_weights, mix
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
+from nemo_aligner_diffusion.diffusion.settings import PipelineSettings, SamplingSettings
 from nemo_aligner_diffusion.diffusion.trajectory import check_repeatable
-from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError
+from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError, printable
 from nemo_aligner_diffusion.evaluation.annealing import annealed_weights
 from nemo_aligner_diffusion.evaluation.generation_output import claim_folder, print_rewards, write_grid, write_pictures
-from nemo_aligner_diffusion.evaluation.run_files import RunFiles, read_run
+from nemo_aligner_diffusion.evaluation.request import Request
+from nemo_aligner_diffusion.evaluation.run_files import RunFiles, read_config
 from nemo_aligner_diffusion.formats.checkpoints import load_component
 
 if TYPE_CHECKING:
@@ -161,14 +157,16 @@ def resolve_settings(request: Request, run: RunFiles | None) -> Settings:
     """The command line over the settings of the run that made the adapter, over the shipped ones.
 
     Raises:
-        ConfigurationError: weights that the run was based on have moved.
+        ConfigurationError: weights that the run was based on have moved, or its settings are none.
     """
-
-    def setting(key: str, default: Any) -> Any:
-        return run.setting(key, default) if run else default
+    config = run.config if run else {}
+    try:
+        infer, pipeline = SamplingSettings.from_tree(config), PipelineSettings.from_tree(config).declared()
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{run.folder if run else ''}/config.yaml: {error}") from error
 
     def base_path(key: str) -> Path | None:
-        value = setting(key, None)
+        value = run.setting(key) if run else None
         if value is None or request.model is not None:
             return None
         path = Path(str(value)).expanduser()
@@ -183,10 +181,6 @@ def resolve_settings(request: Request, run: RunFiles | None) -> Settings:
     def first(given: Any, otherwise: Any) -> Any:
         return otherwise if given is None else given
 
-    guidance_key = "model.infer.unconditional_guidance_scale"
-    shipped = None if run and run.has(guidance_key) else DEFAULT_GUIDANCE  # a run's null is the pipeline's default
-    guidance = first(request.guidance, setting(guidance_key, shipped))
-    given = setting("model.pipeline", {})
     model = request.model or base_path("model.from_pretrained")
     if model is None:
         from nemo_aligner_diffusion.embedded_assets import embedded_model_path
@@ -196,24 +190,27 @@ def resolve_settings(request: Request, run: RunFiles | None) -> Settings:
         model=model,
         unet=base_path("model.unet_config.from_pretrained"),
         vae=request.vae or base_path("model.first_stage_config.from_pretrained"),
-        steps=int(first(request.steps, setting("model.infer.inference_steps", DEFAULT_STEPS))),
-        guidance=None if guidance is None else float(guidance),
-        sampler=first(request.sampler, setting("model.infer.sampler_type", None)),
-        eta=float(first(request.eta, setting("model.infer.eta", DEFAULT_ETA))),
-        height=first(request.height, setting("model.infer.height", None)),
-        width=first(request.width, setting("model.infer.width", None)),
-        pipeline={key: given[key] for key in ("trained", "stateless", "arguments") if given.get(key)},
+        steps=first(request.steps, infer.inference_steps),
+        guidance=first(request.guidance, infer.unconditional_guidance_scale),
+        sampler=first(request.sampler, infer.sampler_type),
+        eta=first(request.eta, infer.eta),
+        height=first(request.height, infer.height),
+        width=first(request.width, infer.width),
+        pipeline={name: value for name, value in pipeline.items() if value},
     )
 
 
 def _run_of(request: Request) -> RunFiles | None:
-    """The run directory around the (first) adapter or the fine-tuned denoiser, if it is one."""
+    """The run directory around the (first) adapter or the fine-tuned denoiser, if it is one; its settings alone."""
     path = request.adapters[0].path if request.adapters else request.unet
-    if path is None:
-        return None
-    for folder in list(path.absolute().parents)[:2]:
+    for folder in list(path.absolute().parents)[:2] if path is not None else []:
         if folder.name != "export" and (folder / "config.yaml").is_file():
-            return read_run(folder)
+            problems: list[str] = []
+            run = RunFiles(folder, read_config(folder, problems))
+            for problem in problems:
+                text = f"{folder}: {problem}; the pictures are made with the shipped settings, not with the run's"
+                print(f"warning: {printable(text, 600)}", file=sys.stderr)
+            return run
     return None
 
 
@@ -302,7 +299,8 @@ def _reward(request: Request, run: RunFiles | None, device: torch.device) -> Rew
         elif by_path:
             config = {"name": "custom", "import_path": asked}
         return build_reward(config, device=device)
-    section = run.config["rm"] if run and run.config.get("rm") else {"name": "clip"}
+    section = run.setting("rm", {"name": "clip"}) if run else {"name": "clip"}
+    section = section if isinstance(section, dict) else {"name": section}
     for key, value in import_paths(section):  # code that a folder names, which may be somebody else's
         print(
             f"note: the pictures are not scored: the run's reward is Python code ({key} = {value}), which is imported "

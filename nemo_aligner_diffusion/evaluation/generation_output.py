@@ -9,14 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_aligner_diffusion.errors import OutputError, printable
-from nemo_aligner_diffusion.evaluation.figures import (
-    format_gain,
-    format_number,
-    labelled_grid,
-    sample_grid,
-    save_image,
-    to_pictures,
-)
+from nemo_aligner_diffusion.evaluation.figures import labelled_grid, sample_grid, save_image, to_pictures
+from nemo_aligner_diffusion.evaluation.text import format_gain, format_number
 
 _MOST_IN_GRID = 240  # columns; the single pictures are written in any case
 _MOST_PRINTED = 40

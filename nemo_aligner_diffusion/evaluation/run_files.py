@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from nemo_aligner_diffusion.formats.files import parse_json, read_bytes
 from nemo_aligner_diffusion.formats.yaml_reader import read_yaml
 
 Table = dict[str, list[float]]
+_MOST_COLUMNS = 200  # of a table
 
 
 @dataclass(frozen=True)
@@ -21,13 +23,14 @@ class RunFiles:
     """What a run directory holds. Missing or damaged files are empty here and named in ``problems``."""
 
     folder: Path
-    config: dict[str, Any]
-    metrics: Table
-    validation: Table
-    samples: list[tuple[int, Path]]  # (optimizer step, grid), ascending
-    run: dict[str, Any]
-    prompt_rewards: list[dict[str, Any]]  # of the last validation: prompt, seed, base_reward, reward
-    prompt_rewards_step: int | None
+    config: dict[str, Any] = field(default_factory=dict)
+    metrics: Table = field(default_factory=dict)
+    validation: Table = field(default_factory=dict)
+    samples: list[tuple[int, Path]] = field(default_factory=list)  # (optimizer step, grid), ascending
+    run: dict[str, Any] = field(default_factory=dict)
+    # of the last validation: prompt, seed, base_reward, reward
+    prompt_rewards: list[dict[str, Any]] = field(default_factory=list)
+    prompt_rewards_step: int | None = None
     problems: list[str] = field(default_factory=list)
     startup: dict[str, Any] = field(default_factory=dict)  # startup.json: seconds to the first step, by phase
 
@@ -39,13 +42,8 @@ class RunFiles:
     @property
     def denoiser_export(self) -> Path | None:
         """A fully fine-tuned denoiser: ``export/unet``, ``export/transformer`` or whatever component was trained."""
-        return next((path.parent for path in sorted((self.folder / "export").glob("[!.]*/config.json"))), None)
-
-    def has(self, dotted: str) -> bool:
-        """Whether the configuration has this key, be it null."""
-        *sections, name = dotted.split(".")
-        section = self.setting(".".join(sections))
-        return isinstance(section, dict) and name in section
+        found = sorted((self.folder / "export").glob("[!.]*/config.json"))
+        return next((path.parent for path in found if path.parent.name.isidentifier()), None)
 
     def setting(self, dotted: str, default: Any = None) -> Any:
         """A value of the configuration by its dotted key; ``default`` where it is absent or null."""
@@ -57,16 +55,24 @@ class RunFiles:
         return default if value is None else value
 
 
-def read_table(path: Path) -> Table:
+def read_table(path: Path, problems: list[str] | None = None) -> Table:
     """A CSV of numbers as columns of equal length; what is no number is NaN, an incomplete last line is dropped.
 
-    After a resume some steps may be written twice: of rows with the same ``step`` the last one counts.
+    After a resume some steps may be written twice: of rows with the same ``step`` the last one counts. Rows of another
+    length, or with bytes that are no UTF-8, are left out and counted in ``problems``.
     """
-    with path.open(newline="", encoding="utf-8", errors="replace") as stream:
-        reader = csv.reader(stream)
-        header = [name.strip() for name in next(reader, [])]
-        rows = [row for row in reader if len(row) == len(header)]
-    table = {name: [_number(row[i]) for row in rows] for i, name in enumerate(header) if name}
+    lines = path.read_text(encoding="utf-8", errors="replace").replace("\0", "\ufffd").splitlines()
+    header, *rows = list(csv.reader(lines[:1])) + list(csv.reader(lines[1:])) or [[]]
+
+    def is_whole(row: list[str]) -> bool:
+        return len(row) == len(header) and not any("\ufffd" in cell for cell in row)
+
+    whole = [row for row in rows if is_whole(row)]
+    damaged = len(rows) - len(whole) - (1 if rows and not is_whole(rows[-1]) else 0)  # the last one is cut at times
+    if problems is not None and damaged:
+        problems.append(f"{path.name}: {damaged} of {len(rows)} rows are damaged and left out")
+    names = [name.strip() for name in header[:_MOST_COLUMNS]]
+    table = {name: [_number(row[i]) for row in whole] for i, name in enumerate(names) if name}
     if "step" not in table:
         return table
     last = {step: index for index, step in enumerate(table["step"]) if math.isfinite(step)}
@@ -93,21 +99,14 @@ def read_run(folder: str | Path) -> RunFiles:
     problems: list[str] = []
 
     def attempt(name: str, read: Any, empty: Any) -> Any:
-        path = folder / name
-        if not path.is_file():
-            return empty
-        try:
-            return read(path)
-        except Exception as error:  # a damaged file must not take the report of the others with it
-            problems.append(f"{name} cannot be read ({type(error).__name__}: {first_line(error)})")
-            return empty
+        return _attempt(folder / name, read, empty, problems)
 
     scores = attempt("validation_samples.json", _read_prompt_rewards, (None, []))
     return RunFiles(
         folder=folder,
-        config=attempt("config.yaml", _read_config, {}),
-        metrics=attempt("metrics.csv", read_table, {}),
-        validation=attempt("validation.csv", read_table, {}),
+        config=read_config(folder, problems),
+        metrics=attempt("metrics.csv", lambda path: read_table(path, problems), {}),
+        validation=attempt("validation.csv", lambda path: read_table(path, problems), {}),
         samples=_samples(folder / "samples"),
         run=attempt("run.json", _read_object, {}),
         prompt_rewards=scores[1],
@@ -117,9 +116,26 @@ def read_run(folder: str | Path) -> RunFiles:
     )
 
 
+def _attempt(path: Path, read: Callable[[Path], Any], empty: Any, problems: list[str]) -> Any:
+    if not path.is_file():
+        return empty
+    try:
+        return read(path)
+    except Exception as error:  # a damaged file must not take the report of the others with it
+        problems.append(f"{path.name} cannot be read ({type(error).__name__}: {first_line(error)})")
+        return empty
+
+
+def read_config(folder: Path, problems: list[str]) -> dict[str, Any]:
+    """``config.yaml`` of a run directory; empty where there is none, or where it is damaged, which is a problem."""
+    return _attempt(folder / "config.yaml", _read_config, {}, problems)
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     config = read_yaml(path)
-    return {str(key): value for key, value in config.items()} if isinstance(config, dict) else {}
+    if not isinstance(config, dict):
+        raise ValueError("expected a mapping of keys")
+    return {str(key): value for key, value in config.items()}
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 import pickle
 import platform
 from collections.abc import Callable
@@ -24,12 +23,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nemo_aligner_diffusion.errors import AlignerError
-from nemo_aligner_diffusion.runtime.launch import collective_timeout
+from nemo_aligner_diffusion.runtime.join import collective_timeout
+from nemo_aligner_diffusion.runtime.process import this_process
 
 log = logging.getLogger(__name__)
-
-# Which node a process runs on, as torchrun, Lightning and Slurm say it; the first that is set, beside the host's name.
-NODE_VARIABLES = ("GROUP_RANK", "NODE_RANK", "SLURM_NODEID")
 
 _Module = TypeVar("_Module", bound=nn.Module)
 _Value = TypeVar("_Value")
@@ -151,7 +148,7 @@ def _node() -> _Node:
     timeout = collective_timeout()  # the others wait for their leader to read a file
     world = dist.new_group(backend="gloo", timeout=timeout)
     names: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(names, _node_name(), group=world)
+    dist.all_gather_object(names, (this_process().node_rank, platform.node()), group=world)
     mine: _Node | None = None
     for name in dict.fromkeys(names):  # every process makes every group, in the same order
         ranks = [rank for rank, other in enumerate(names) if other == name]
@@ -164,11 +161,6 @@ def _node() -> _Node:
     assert mine is not None
     _known = (default, mine)
     return mine
-
-
-def _node_name() -> tuple[str, str]:
-    number = next((os.environ[name] for name in NODE_VARIABLES if name in os.environ), "")
-    return number, platform.node()
 
 
 def _agree(failure: Exception | None, node: _Node) -> None:

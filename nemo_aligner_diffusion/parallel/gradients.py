@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_aligner_diffusion.parallel.placements import is_sharded
-from nemo_aligner_diffusion.runtime.health import waiting
+from nemo_aligner_diffusion.runtime.health.progress import waiting
 
 BUCKET_BYTES = 64 * 2**20  # of one all-reduce: large enough for the link's full speed, small beside the model
 

@@ -22,12 +22,9 @@ def simulated_mesh(layout: Layout) -> Iterator[Any]:
     Raises:
         RuntimeError: this process is in a process group already.
     """
-    # the module registers the backend; it lies among PyTorch's test helpers, but is installed with every PyTorch
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
     if dist.is_initialized():
         raise RuntimeError("a layout cannot be simulated in a process that is in a process group already")
-    dist.init_process_group("fake", rank=0, world_size=layout.world_size, store=FakeStore())
+    dist.init_process_group("fake", rank=0, world_size=layout.world_size)
     try:
         yield init_device_mesh("cpu", (layout.data, layout.tensor), mesh_dim_names=("data_parallel", "tensor_parallel"))
     finally:

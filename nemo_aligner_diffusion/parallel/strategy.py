@@ -7,12 +7,60 @@ from datetime import timedelta
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.plugins.environments import ClusterEnvironment
 from pytorch_lightning.strategies import ModelParallelStrategy
 from pytorch_lightning.strategies.strategy import Strategy
-from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.optim import Optimizer
 
 from nemo_aligner_diffusion.parallel.layout import Layout
+from nemo_aligner_diffusion.parallel.private_api import set_timeout
+from nemo_aligner_diffusion.runtime.process import Process
+
+
+class LaunchedProcesses(ClusterEnvironment):
+    """Tells Lightning which process this is, so that it does not look for a launcher itself.
+
+    Left alone it would take other variables at their word, and under Slurm SIGUSR1 for itself: save in the middle of a
+    step, from the signal handler, and requeue.
+    """
+
+    def __init__(self, process: Process) -> None:
+        super().__init__()
+        self.process = process
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        return True
+
+    @property
+    def main_address(self) -> str:
+        raise NotImplementedError("the processes have met already (runtime/join.py)")
+
+    @property
+    def main_port(self) -> int:
+        raise NotImplementedError("the processes have met already (runtime/join.py)")
+
+    @staticmethod
+    def detect() -> bool:
+        return False
+
+    def world_size(self) -> int:
+        return self.process.world_size
+
+    def set_world_size(self, size: int) -> None:
+        pass
+
+    def global_rank(self) -> int:
+        return self.process.rank
+
+    def set_global_rank(self, rank: int) -> None:
+        pass
+
+    def local_rank(self) -> int:
+        return self.process.local_rank
+
+    def node_rank(self) -> int:
+        return self.process.node_rank
 
 
 class ParallelStrategy(ModelParallelStrategy):
@@ -35,7 +83,7 @@ class ParallelStrategy(ModelParallelStrategy):
         super().setup_environment()
         mesh = self.device_mesh
         for name in mesh.mesh_dim_names or ():  # its groups have torch's own timeout, which may be the shorter one
-            _set_pg_timeout(self.timeout, mesh.get_group(name))
+            set_timeout(mesh.get_group(name), self.timeout)
 
     @property
     def lightning_restore_optimizer(self) -> bool:

@@ -6,11 +6,11 @@ them; ``docs/planner.md`` names the sheets. Links count one direction: NVLink's 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from nemo_aligner_diffusion.errors import ConfigurationError
+from nemo_aligner_diffusion.keys import closest
 
 TERA, GIGA = 1e12, 1e9
 
@@ -74,7 +74,7 @@ def gpu_named(name: str) -> GPU:
     """
     key = name.lower()
     if key not in GPUS:
-        near = [known for known in GPUS if known.startswith(key)] or difflib.get_close_matches(key, GPUS, cutoff=0.4)
-        hint = f" (did you mean {near[0]}?)" if near else ""
+        longer = [known for known in GPUS if known.startswith(key)]
+        hint = f"; did you mean {longer[0]}?" if longer else closest(key, GPUS, least=0.4)
         raise ConfigurationError(f"--gpu {name!r}: no such GPU{hint}; there are {', '.join(GPUS)}")
     return GPUS[key]

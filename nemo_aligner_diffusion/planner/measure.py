@@ -294,7 +294,7 @@ def _build(settings: Settings, case: Case) -> _Subject:
     model = build_model(settings.spec, **settings.pipeline)
     if settings.lora is not None:
         names = [name for name, _ in model.denoiser.named_modules()]
-        asked = list(settings.lora["target_modules"] or model.lora_targets)
+        asked = list(settings.lora.target_modules or model.lora_targets)
         targets = [t for t in asked if any(name == t or name.endswith(f".{t}") for name in names)]
         if not targets:
             raise ConfigurationError(
@@ -303,9 +303,7 @@ def _build(settings: Settings, case: Case) -> _Subject:
         if len(targets) < len(asked):
             missing = ", ".join(t for t in asked if t not in targets)
             notes.append(f"{settings.spec.name} has no modules named {missing}: no adapters there")
-        add_lora(
-            model.denoiser, settings.lora["adapter_dim"], settings.lora["alpha"], settings.lora["dropout"], targets
-        )
+        add_lora(model.denoiser, settings.lora.adapter_dim, settings.lora.alpha, settings.lora.dropout, targets)
     else:
         model.denoiser.requires_grad_(True)
         model.keep_reference()

@@ -7,19 +7,16 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from omegaconf import DictConfig
-
-from nemo_aligner_diffusion.cli.plan import Options
-from nemo_aligner_diffusion.config.checks import devices_per_node
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.planner.estimate import Assumptions
 from nemo_aligner_diffusion.planner.gpus import gpu_named
 from nemo_aligner_diffusion.planner.measure import Measurement, measure
+from nemo_aligner_diffusion.planner.options import Options
 from nemo_aligner_diffusion.planner.presets import ModelSpec
 from nemo_aligner_diffusion.planner.schedule import StepCounts, step_counts
 from nemo_aligner_diffusion.planner.search import Candidate, Machines, candidate, nothing_fits, search
 from nemo_aligner_diffusion.planner.settings import Case, Settings, settings_from
-from nemo_aligner_diffusion.training.build import build_layout
+from nemo_aligner_diffusion.training.settings import RunSettings
 
 
 @dataclass
@@ -46,23 +43,21 @@ class Plan:
     notes: list[str] = field(default_factory=list)
 
 
-def make_plan(cfg: DictConfig, spec: ModelSpec, options: Options, progress: Callable[[str], None]) -> Plan:
-    """Measure and estimate what ``cfg`` asks for.
+def make_plan(run: RunSettings, spec: ModelSpec, options: Options, progress: Callable[[str], None]) -> Plan:
+    """Measure and estimate what ``run`` asks for.
 
     Raises:
         ConfigurationError: the model cannot be laid out as asked.
     """
     quiet()
-    settings = settings_from(cfg, spec, options.reward, options.attention)
-    counts = step_counts(cfg, spec)
-    devices = devices_per_node(cfg)
+    settings = settings_from(run, spec, options.reward, options.attention)
+    counts = step_counts(run, spec)
+    devices = run.trainer.devices_per_node
     machines = Machines(
-        gpu_named(options.gpu), devices * int(cfg.trainer.num_nodes), options.gpus_per_node or devices, Assumptions()
+        gpu_named(options.gpu), devices * run.trainer.num_nodes, options.gpus_per_node or devices, Assumptions()
     )
-    model = cfg.model
-    case = Case(
-        build_layout(cfg), model.micro_batch_size, model.activation_checkpointing, model.decode_micro_batch_size
-    )
+    model = run.model
+    case = Case(run.layout, model.micro_batch_size, model.activation_checkpointing, model.decode_micro_batch_size)
     progress(f"{spec.name}, tensor {case.layout.tensor} × data {case.layout.data}, "
              f"{case.micro_batch_size} pictures")  # fmt: skip
     measured = measure(settings, case, counts.plan)

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from statistics import fmean
 
 import diffusers
-from omegaconf import DictConfig
 
-from nemo_aligner_diffusion.algorithms.registry import method_of
 from nemo_aligner_diffusion.diffusion.plan import Plan
 from nemo_aligner_diffusion.diffusion.schedule import build_scheduler, path_of
 from nemo_aligner_diffusion.planner.presets import DEFAULT_SCHEDULER, ModelSpec
+from nemo_aligner_diffusion.training.settings import RunSettings
 
 DRAWS = 400  # plans averaged over
 
@@ -37,7 +36,7 @@ class StepCounts:
     plan: Plan
 
 
-def step_counts(cfg: DictConfig, spec: ModelSpec | None = None, draw: random.Random | None = None) -> StepCounts:
+def step_counts(run: RunSettings, spec: ModelSpec | None = None, draw: random.Random | None = None) -> StepCounts:
     """Of ``model.algorithm`` with its settings.
 
     Args:
@@ -45,13 +44,13 @@ def step_counts(cfg: DictConfig, spec: ModelSpec | None = None, draw: random.Ran
         draw: what one plan is drawn from; ``None``: averages over :data:`DRAWS` of them.
     """
     kind, config = DEFAULT_SCHEDULER if spec is None else spec.scheduler
-    scheduler = build_scheduler(getattr(diffusers, kind).from_config(config), cfg.model.infer.sampler_type)
-    rule, path = method_of(cfg).plan, path_of(scheduler, cfg.model.infer.inference_steps)
+    scheduler = build_scheduler(getattr(diffusers, kind).from_config(config), run.model.infer.sampler_type)
+    rule, path = run.method().plan, path_of(scheduler, run.model.infer.inference_steps)
     plans = [rule(path, each) for each in ([draw] if draw else map(random.Random, range(DRAWS)))]
     active = fmean(map(active_calls, plans))
     return StepCounts(
         network_calls=fmean(calls_of(plan, path.steps) for plan in plans),
-        references=active if cfg.model.kl_coeff else 0.0,
+        references=active if run.model.kl_coeff else 0.0,
         replays=active,
         reads=fmean(plan.network_reads for plan in plans),
         plan=max(plans, key=active_calls),

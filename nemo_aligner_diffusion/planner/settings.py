@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
+from nemo_aligner_diffusion.diffusion.settings import LoRASettings
 from nemo_aligner_diffusion.parallel.layout import Layout
 from nemo_aligner_diffusion.planner.presets import REWARDS, ModelSpec
+from nemo_aligner_diffusion.training.settings import RunSettings
 
 # trainer.precision -> (weights, what matrix products are computed in, autocast)
 PRECISIONS: dict[str, tuple[str, str, bool]] = {
@@ -63,7 +63,7 @@ class Settings:
     reward: str | None
     rm: dict[str, Any]
     precision: str
-    lora: dict[str, Any] | None
+    lora: LoRASettings | None
     pipeline: dict[str, Any]
     guidance_scale: float | None
     kl_coeff: float
@@ -81,36 +81,31 @@ class Settings:
         return self.optimizer == "fused_adam" and not PRECISIONS[self.precision][2]
 
 
-def settings_from(cfg: DictConfig, spec: ModelSpec, reward: str | None = None, attention: str = "auto") -> Settings:
-    """What ``cfg`` says, for the architecture ``spec``.
+def settings_from(run: RunSettings, spec: ModelSpec, reward: str | None = None, attention: str = "auto") -> Settings:
+    """What ``run`` says, for the architecture ``spec``.
 
     Args:
         reward: a preset; ``recipe``: what the ``rm`` section builds; ``None``: the model's own preset where the recipe
             names no reward file of its own.
     """
-    from nemo_aligner_diffusion.config.load import loop_section
-
-    rm: dict[str, Any] = OmegaConf.to_container(cfg.rm, resolve=True)  # type: ignore[assignment]
-    if reward is None and rm.get("name") == "clip" and not rm["model"].get("restore_from_path"):
+    if reward is None and run.rm.get("name") == "clip" and not run.rm["model"].get("restore_from_path"):
         reward = spec.reward
     assert reward in (None, "recipe", *REWARDS)
-    tuning = OmegaConf.to_container(cfg.model.peft.lora_tuning, resolve=True)
-    pipeline: dict[str, Any] = OmegaConf.to_container(cfg.model.pipeline, resolve=True)  # type: ignore[assignment]
-    ema = cfg.exp_manager.ema
+    model, ema = run.model, run.exp_manager.ema
     return Settings(
         spec=spec,
         reward=None if reward == "recipe" else reward,
-        rm=rm,
-        precision=str(cfg.trainer.precision),
-        lora=tuning if cfg.model.peft.peft_scheme == "sdlora" else None,  # type: ignore[arg-type]
-        pipeline={name: value for name, value in pipeline.items() if value is not None},
-        guidance_scale=cfg.model.infer.unconditional_guidance_scale,
-        kl_coeff=float(cfg.model.kl_coeff),
-        height=cfg.model.infer.height,
-        width=cfg.model.infer.width,
-        optimizer=str(cfg.model.optim.name),
-        optimizer_states=2 if cfg.model.optim.name != "sgd" else int(cfg.model.optim.get("momentum", 0) > 0),
-        ema_on_device=bool(ema.enable) and not bool(ema.cpu_offload),
-        validation_batch_size=max(int(cfg.model.micro_batch_size), 8) if loop_section(cfg).val_check_interval else 0,
+        rm=run.rm,
+        precision=run.trainer.precision,
+        lora=model.peft.lora_tuning if model.peft.is_lora else None,
+        pipeline=model.pipeline.declared(),
+        guidance_scale=model.infer.unconditional_guidance_scale,
+        kl_coeff=model.kl_coeff,
+        height=model.infer.height,
+        width=model.infer.width,
+        optimizer=model.optim.name,
+        optimizer_states=model.optim.state_tensors,
+        ema_on_device=ema.enable and not ema.cpu_offload,
+        validation_batch_size=model.validation_batch_size if run.loop.val_check_interval else 0,
         attention=attention,
     )

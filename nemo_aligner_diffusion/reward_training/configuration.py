@@ -9,19 +9,38 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_aligner_diffusion.config import schema
-from nemo_aligner_diffusion.config.checks import check_precision, world_size
-from nemo_aligner_diffusion.config.layers import closest, flatten, parse_override, unflatten
+from nemo_aligner_diffusion.config.layers import parse_override
 from nemo_aligner_diffusion.config.load import conf_directory
-from nemo_aligner_diffusion.config.schema import BOOL, PATH, TEXT, Kind, choice, integer, number
+from nemo_aligner_diffusion.config.words import is_secret, of_the_environment, settled, with_yaml_words
+from nemo_aligner_diffusion.data.settings import ReadingSettings
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.formats.yaml_reader import read_yaml
+from nemo_aligner_diffusion.keys import closest, flatten, unflatten
+from nemo_aligner_diffusion.runtime.settings import MachineSettings
+from nemo_aligner_diffusion.settings import (
+    ANY,
+    BOOL,
+    PATH,
+    PATHS,
+    Kind,
+    Settings,
+    choice,
+    integer,
+    number,
+    part,
+    setting,
+)
+from nemo_aligner_diffusion.training.callbacks.settings import NonFiniteSettings
+from nemo_aligner_diffusion.training.optimizers import OptimizerSettings
+from nemo_aligner_diffusion.training.schedules import EITHER_OR
+from nemo_aligner_diffusion.training.settings import LoopSettings, ProgramSettings
 
 CONFIG_NAME = "reward_model"
 # Other spellings: NeMo-Aligner's examples/mm/clip, and the shorter ones.
@@ -30,53 +49,161 @@ ALIASES = {
     "model.data.data_path": "model.data.train.webdataset.local_root_path",
     "model.data.webdataset.local_root_path": "model.data.train.webdataset.local_root_path",
 }
-# What means the same as in the diffusion runs.
-_SHARED = (
-    "exp_manager.",
-    "trainer.devices",
-    "trainer.num_nodes",
-    "trainer.accelerator",
-    "trainer.log_every_n_steps",
-    "model.seed",
-    "model.micro_batch_size",
-    "model.global_batch_size",
-    "model.activation_checkpointing",
-    "model.nan_policy.",
-    "model.optim.",
-    "model.data.",
-    "report.enable",
-)
-_NOT_SHARED = (
-    "exp_manager.ema.",
-    "exp_manager.checkpoint_callback_params.save_top_k",  # every checkpoint holds the weights of the best validation
-    "model.data.validation.prompts",
-    "model.data.validation.max_prompts",
-    "model.data.validation.seeds",
-)
-KEYS: dict[str, Kind] = {
-    "name": TEXT,
-    **{key: kind for key, kind in schema.KEYS.items() if key.startswith(_SHARED) and not key.startswith(_NOT_SHARED)},
-    "trainer.precision": choice("32", "bf16", "16", "32-true", "bf16-mixed", "16-mixed"),
-    "trainer.max_steps": integer(1),
-    "trainer.max_epochs": integer(1, nullable=True),
-    "trainer.val_check_interval": integer(0),
-    "trainer.limit_val_batches": number(0),
-    "trainer.save_interval": integer(0),
-    "trainer.gradient_clip_val": number(0, nullable=True),
-    "trainer.early_stopping.patience": integer(0),
-    "trainer.early_stopping.metric": choice("loss", "accuracy"),
-    "trainer.early_stopping.min_delta": number(0),
-    "model.restore_from_path": PATH,
-    "model.from_pretrained": PATH,
-    "model.tokenizer": PATH,
-    "model.vision.freeze": BOOL,
-    "model.vision.trainable_layers": integer(0, nullable=True),
-    "model.text.freeze": BOOL,
-    "model.text.trainable_layers": integer(0, nullable=True),
-    "model.projections": BOOL,
-    "model.logit_scale": BOOL,
-    "model.save_dtype": choice("32", "16", "bf16"),
-}
+
+
+@dataclass(frozen=True)
+class RewardMachineSettings(MachineSettings):
+    """The machine, and the precisions in which a reward can be trained."""
+
+    precision: str = setting(
+        "32",
+        choice("32", "bf16", "16", "32-true", "bf16-mixed", "16-mixed"),
+        "32, bf16 (bf16-mixed) or 16 (16-mixed); 16 for one process",
+    )
+
+
+@dataclass(frozen=True)
+class EarlyStoppingSettings(Settings):
+    """When validation no longer gets better (Lightning's EarlyStopping)."""
+
+    section = "trainer.early_stopping"
+
+    patience: int = setting(5, integer(0), "validations without improvement that end the run; 0: never stop early")
+    metric: str = setting(
+        "loss", choice("loss", "accuracy"), "loss or accuracy, of the validation; chooses the best weights, too"
+    )
+    min_delta: float = setting(0.0, number(0), "smallest change that counts as an improvement; >= 0")
+
+
+@dataclass(frozen=True)
+class RewardLoopSettings(LoopSettings):
+    """The training loop; its section is the machine's."""
+
+    section = "trainer"
+
+    early_stopping: EarlyStoppingSettings = part(EarlyStoppingSettings)
+
+
+@dataclass(frozen=True)
+class VisionSettings(Settings):
+    """What is trained of the picture tower."""
+
+    section = "model.vision"
+
+    freeze: bool = setting(False, BOOL, "leave the tower as it is")
+    trainable_layers: int | None = setting(
+        None, integer(0, nullable=True), "train its last so many layers and last norm; null: all of it"
+    )
+
+    @property
+    def trained_layers(self) -> int | None:
+        return 0 if self.freeze else self.trainable_layers
+
+
+@dataclass(frozen=True)
+class TextSettings(VisionSettings):
+    """What is trained of the prompt tower."""
+
+    section = "model.text"
+
+
+@dataclass(frozen=True)
+class PairSettings(ReadingSettings):
+    """Preference shards."""
+
+    validation_path: str | tuple[str, ...] | None = setting(
+        None,
+        PATHS,
+        "shard, folder, glob, brace range or list; null: no validation, no early stopping",
+        key="model.data.validation.webdataset.local_root_path",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.train_path is None:
+            raise ConfigurationError(
+                "model.data.train.webdataset.local_root_path is not set; expected preference shards: make them with "
+                "parquet_to_shards.py, folder_to_shards.py or make_rule_preferences.py (docs/reward_training.md)"
+            )
+
+
+@dataclass(frozen=True)
+class RewardModelSettings(Settings):
+    """What is trained, and how."""
+
+    section = "model"
+
+    restore_from_path: str | None = setting(None, PATH, "a CLIP reward .nemo to start from; null: the embedded reward")
+    from_pretrained: str | None = setting(None, PATH, "instead: a Hugging Face CLIP folder")
+    tokenizer: str | None = setting(
+        None, PATH, "folder with vocab.json and merges.txt, for a .nemo that only names its tokenizer"
+    )
+    seed: int = setting(1234, Kind("int", low=0, high=2**63 - 1), "of the order of the pairs")
+    micro_batch_size: int = setting(32, integer(1), "pairs a process handles at once")
+    global_batch_size: int = setting(
+        32, integer(1), "pairs an optimizer step; micro_batch_size × processes × accumulation"
+    )
+    activation_checkpointing: bool = setting(
+        False, BOOL, "recompute transformer layers in the backward pass: less memory, a third more time"
+    )
+    projections: bool = setting(True, BOOL, "train the linear maps from both towers into the common space")
+    logit_scale: bool = setting(True, BOOL, "train the scale of the scores; kept at or below 100")
+    save_dtype: str = setting("32", choice("32", "16", "bf16"), "precision of the weights in the .nemo: 32, 16 or bf16")
+    vision: VisionSettings = part(VisionSettings)
+    text: TextSettings = part(TextSettings)
+    nan_policy: NonFiniteSettings = part(NonFiniteSettings)
+    optim: OptimizerSettings = part(OptimizerSettings)
+    data: PairSettings = part(PairSettings)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.restore_from_path is not None and self.from_pretrained is not None:
+            raise ConfigurationError(
+                f"model.restore_from_path = {self.restore_from_path!r} and model.from_pretrained = "
+                f"{self.from_pretrained!r} both say where to start; keep one"
+            )
+
+
+@dataclass(frozen=True)
+class RewardReportSettings(Settings):
+    """The page that sums up a run."""
+
+    section = "report"
+
+    enable: bool = setting(True, BOOL, "write report.html, loss.png and accuracy.png")
+
+
+@dataclass(frozen=True)
+class RewardTrainingSettings(ProgramSettings):
+    """A run of reward training."""
+
+    trainer: RewardMachineSettings = part(RewardMachineSettings)
+    loop: RewardLoopSettings = part(RewardLoopSettings)
+    model: RewardModelSettings = part(RewardModelSettings)
+    report: RewardReportSettings = part(RewardReportSettings)
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches an optimizer step on each process.
+
+        Raises:
+            ConfigurationError: the sizes do not divide; names a size that would fit.
+        """
+        micro, whole, ranks = self.model.micro_batch_size, self.model.global_batch_size, self.trainer.world_size
+        step = micro * ranks
+        if whole % step:
+            raise ConfigurationError(
+                f"model.global_batch_size = {whole} is no multiple of micro_batch_size × processes = "
+                f"{micro} × {ranks} = {step}; {max(whole // step, 1) * step} would fit"
+            )
+        return whole // step
+
+    def check(self) -> None:
+        _ = self.accumulation
+        self.model.optim.sched.factor(self.loop.max_steps)
+
+
+KEYS: dict[str, Kind] = RewardTrainingSettings.schema()
 
 
 def load_reward_config(
@@ -91,7 +218,7 @@ def load_reward_config(
     Raises:
         ConfigurationError: an unknown key or an impossible value; one clear message, with the nearest key.
     """
-    leaves = _read(conf_directory() / f"{CONFIG_NAME}.yaml")
+    leaves = _over({}, _read(conf_directory() / f"{CONFIG_NAME}.yaml"), CONFIG_NAME)
     name = config_name.removesuffix(".yaml").removesuffix(".yml")
     if config_dir is not None:
         file = Path(config_dir).expanduser() / f"{name}.yaml"
@@ -107,26 +234,12 @@ def load_reward_config(
         if item.delete:
             raise ConfigurationError(f"~{item.key}: a setting cannot be deleted; set it, for example {item.key}=null")
         given.update(flatten({item.key: item.value}, dotted=True))
-    leaves = _resolved(_over(leaves, given, "command line"))
-    cfg = OmegaConf.create(unflatten({key: _kind(key).read(key, value) for key, value in leaves.items()}))
-    _check(cfg)
+    leaves = _over(leaves, given, "command line")
+    values = {key: _kind(key).read(key, value) for key, value in _resolved(leaves).items()}
+    values |= {key: text for key, text in of_the_environment(leaves).items() if is_secret(_kind(key))}
+    cfg = OmegaConf.create(unflatten(values))
+    RewardTrainingSettings.of(cfg)
     return cfg
-
-
-def accumulation(cfg: DictConfig) -> int:
-    """Micro-batches an optimizer step on each process.
-
-    Raises:
-        ConfigurationError: the sizes do not divide; names a size that would fit.
-    """
-    ranks = world_size(cfg)
-    step, whole = cfg.model.micro_batch_size * ranks, cfg.model.global_batch_size
-    if whole % step:
-        raise ConfigurationError(
-            f"model.global_batch_size = {whole} is no multiple of micro_batch_size × processes = "
-            f"{cfg.model.micro_batch_size} × {ranks} = {step}; {max(whole // step, 1) * step} would fit"
-        )
-    return int(whole // step)
 
 
 def documented_keys() -> list[tuple[str, str, str]]:
@@ -154,11 +267,13 @@ def _read(file: Path) -> dict[str, Any]:
         raise ConfigurationError(f"{file} {error}") from error
     if not isinstance(container, dict):
         raise ConfigurationError(f"{file}: expected keys and values, found {type(container).__name__}")
-    return flatten({str(key): value for key, value in container.items()})
+    worded = with_yaml_words(container, file.read_text(encoding="utf-8"))
+    return flatten({str(key): value for key, value in worded.items()})
 
 
 def _over(leaves: Mapping[str, Any], given: Mapping[str, Any], origin: str) -> dict[str, Any]:
     result = dict(leaves)
+    given = {key: settled(value, _find_kind(ALIASES.get(key, key))) for key, value in given.items()}
     for key, value in given.items():
         target = ALIASES.get(key, key)
         if target != key and given.get(target, value) != value:
@@ -176,7 +291,7 @@ def _over(leaves: Mapping[str, Any], given: Mapping[str, Any], origin: str) -> d
             raise ConfigurationError(
                 f"unknown key {key!r}{source}{closest(key, [*KEYS, *ALIASES]) or '; --help lists the keys'}"
             )
-        other = schema.EITHER_OR.get(target)
+        other = EITHER_OR.get(target)
         if value is not None and other in result and other not in given:
             result[other] = None
         result[target] = value
@@ -186,7 +301,7 @@ def _over(leaves: Mapping[str, Any], given: Mapping[str, Any], origin: str) -> d
 def _find_kind(key: str) -> Kind | None:
     if key in KEYS:
         return KEYS[key]
-    return schema.ANY if key.startswith("exp_manager.wandb_logger_kwargs.") else None
+    return ANY if key.startswith("exp_manager.wandb_logger_kwargs.") else None
 
 
 def _kind(key: str) -> Kind:
@@ -202,24 +317,3 @@ def _resolved(leaves: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigurationError(f"the configuration cannot be resolved: {str(error).splitlines()[0]}") from error
     assert isinstance(container, dict)
     return flatten({str(key): value for key, value in container.items()})
-
-
-def _check(cfg: DictConfig) -> None:
-    accumulation(cfg)
-    check_precision(cfg)
-    if cfg.model.restore_from_path is not None and cfg.model.from_pretrained is not None:
-        raise ConfigurationError(
-            f"model.restore_from_path = {cfg.model.restore_from_path!r} and model.from_pretrained = "
-            f"{cfg.model.from_pretrained!r} both say where to start; keep one"
-        )
-    if cfg.model.data.train.webdataset.local_root_path is None:
-        raise ConfigurationError(
-            "model.data.train.webdataset.local_root_path is not set; expected preference shards: make them with "
-            "parquet_to_shards.py, folder_to_shards.py or make_rule_preferences.py (docs/reward_training.md)"
-        )
-    limit = cfg.exp_manager.max_time_per_run
-    if limit is not None and not schema.MAX_TIME.fullmatch(limit):
-        raise ConfigurationError(
-            f"exp_manager.max_time_per_run = {limit!r}: expected days:hours:minutes:seconds such as 00:03:45:00, or "
-            "null"
-        )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
-import csv
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from nemo_aligner_diffusion.evaluation.curves import Curve, curve_plot
+from nemo_aligner_diffusion.evaluation.run_files import read_table
 from nemo_aligner_diffusion.runtime.files import write_atomic
 
 _STYLE = (
@@ -26,7 +26,8 @@ def write_reward_report(run: Path, figures: Mapping[str, object]) -> Path:
         run: holds ``metrics.csv``, ``config.yaml`` and, where there was validation, ``validation.csv``.
         figures: shown in a table, in this order.
     """
-    training, validation = _read(run / "metrics.csv"), _read(run / "validation.csv")
+    paths = run / "metrics.csv", run / "validation.csv"
+    training, validation = (read_table(path) if path.is_file() else {} for path in paths)
     pictures = []
     for name, label in (("loss", "divergence from the labels"), ("accuracy", "accuracy without ties")):
         curves = [
@@ -51,16 +52,6 @@ def write_reward_report(run: Path, figures: Mapping[str, object]) -> Path:
         f"<details><summary>Settings</summary><pre>{settings}</pre></details></html>\n"
     )
     return write_atomic(run / "report.html", page)
-
-
-def _read(path: Path) -> dict[str, list[float]]:
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            rows: Sequence[dict[str, str]] = list(csv.DictReader(file))
-    except OSError:
-        return {}
-    names = rows[0] if rows else {}
-    return {name: [float(row[name]) if row.get(name) else math.nan for row in rows] for name in names}
 
 
 def _shown(value: object) -> str:

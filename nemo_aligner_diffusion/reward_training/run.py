@@ -8,10 +8,8 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig
 from pytorch_lightning.callbacks import EarlyStopping
 
-from nemo_aligner_diffusion.config.checks import precision_name, world_size
 from nemo_aligner_diffusion.embedded_assets import embedded_reward_path
 from nemo_aligner_diffusion.parallel.broadcast import load_once, on_every_process
 from nemo_aligner_diffusion.parallel.layout import Layout
@@ -23,19 +21,18 @@ from nemo_aligner_diffusion.reward_training.clip_files import (
     load_nemo_clip,
     save_clip_reward,
 )
-from nemo_aligner_diffusion.reward_training.configuration import accumulation
+from nemo_aligner_diffusion.reward_training.configuration import RewardModelSettings, RewardTrainingSettings
 from nemo_aligner_diffusion.reward_training.outcome import write_reward_report
 from nemo_aligner_diffusion.reward_training.preference_clip import PreferenceCLIP, TrainedParts
 from nemo_aligner_diffusion.reward_training.preference_data import PreferenceDataModule
 from nemo_aligner_diffusion.rewards.clip.reward import CLIPReward
-from nemo_aligner_diffusion.runtime.faults import RunWatch, watched
+from nemo_aligner_diffusion.runtime.watch import watched
+from nemo_aligner_diffusion.training.build import optimizer_factory
 from nemo_aligner_diffusion.training.callbacks.interruption import Interruption
 from nemo_aligner_diffusion.training.callbacks.metrics import MetricsCSV
 from nemo_aligner_diffusion.training.callbacks.non_finite import NonFinitePolicy
 from nemo_aligner_diffusion.training.callbacks.progress import TrainingProgress
-from nemo_aligner_diffusion.training.optimizers import build_optimizer
-from nemo_aligner_diffusion.training.run_frame import RunFrame, plain, quiet
-from nemo_aligner_diffusion.training.schedules import build_schedule
+from nemo_aligner_diffusion.training.run_frame import RunFrame, quiet
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +56,14 @@ class PreferenceProgress(TrainingProgress):
         )
 
 
-def run_reward_training(cfg: DictConfig, interruption: Interruption | None = None) -> int:
+class ConfiguredEarlyStopping(EarlyStopping):
+    """Goes on from a checkpoint with the patience that is configured now."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict({**state_dict, "patience": self.patience})
+
+
+def run_reward_training(cfg: Mapping[str, Any], interruption: Interruption | None = None) -> int:
     """Train as ``cfg`` says and leave the run directory complete.
 
     ``export/reward.nemo`` holds the weights of the best validation, or the last ones where there was none.
@@ -76,26 +80,31 @@ def run_reward_training(cfg: DictConfig, interruption: Interruption | None = Non
         AlignerError: with one clear message; the run directory says ``failed``.
     """
     quiet()
-    with watched(cfg) as watch:
-        return _run(cfg, watch, interruption or Interruption())
+    settings = RewardTrainingSettings.of(cfg)
+    with (
+        watched(settings.trainer, settings.exp_manager) as watch,
+        RunFrame.open(settings, watch, interruption or Interruption()) as frame,
+    ):
+        return _run(settings, frame)
 
 
-def _run(cfg: DictConfig, watch: RunWatch, interruption: Interruption) -> int:
-    frame = RunFrame.open(cfg, watch, interruption)
+def _run(settings: RewardTrainingSettings, frame: RunFrame) -> int:
+    watch = frame.watch
+    loop, section = settings.loop, settings.model
     directory = frame.directory
     watch.phase("loading the model")
-    reward = load_once(lambda: load_start(cfg), frame.device)
+    reward = load_once(lambda: load_start(section), frame.device)
     watch.phase("opening the data")
-    data = build_data(cfg, reward)
+    data = build_data(settings, reward)
     on_every_process(lambda: data.setup("fit"))  # names a missing or unreadable shard before anything is written
-    policy = NonFinitePolicy(cfg.model.nan_policy.max_consecutive)
-    layout = Layout(data=world_size(cfg))
-    module = build_module(cfg, reward, policy, Parallelism(layout))
+    policy = NonFinitePolicy(section.nan_policy.max_consecutive)
+    layout = Layout(data=settings.trainer.world_size)
+    module = build_module(settings, reward, policy, Parallelism(layout))
 
-    frame.begin()
-    validates = data.validation is not None and cfg.trainer.val_check_interval > 0
-    best = BestWeights(cfg.trainer.early_stopping.metric)
-    stopping = cfg.trainer.early_stopping
+    frame.begin(module)
+    validates = data.validation is not None and loop.val_check_interval > 0
+    best = BestWeights(loop.early_stopping.metric)
+    stopping = loop.early_stopping
     callbacks: list[pl.Callback] = [
         best,
         MetricsCSV(directory.path, COLUMNS, VALIDATION_COLUMNS),
@@ -103,7 +112,7 @@ def _run(cfg: DictConfig, watch: RunWatch, interruption: Interruption) -> int:
     ]
     if validates and stopping.patience > 0:
         callbacks.append(
-            EarlyStopping(
+            ConfiguredEarlyStopping(
                 f"val_{stopping.metric}",
                 mode="min" if stopping.metric == "loss" else "max",
                 patience=stopping.patience,
@@ -112,10 +121,10 @@ def _run(cfg: DictConfig, watch: RunWatch, interruption: Interruption) -> int:
                 check_on_train_epoch_end=False,
             )
         )
-    interval = cfg.trainer.val_check_interval if validates else 0
+    interval = loop.val_check_interval if validates else 0
     # what early stopping and the best weights learn from a validation is not in the checkpoint that comes before it
-    callbacks += frame.callbacks(cfg.trainer.save_interval, interval, validate_again=True)
-    trainer = frame.trainer(cfg.trainer, layout, accumulation(cfg), callbacks, validates)
+    callbacks += frame.callbacks(loop.save_interval, interval, validate_again=True)
+    trainer = frame.trainer(loop, layout, settings.accumulation, callbacks, validates)
     if trainer.is_global_zero:
         trained = sum(p.numel() for _, p in module.trainable_parameters())
         log.info("training %s of %s parameters", f"{trained:,}", f"{sum(p.numel() for p in module.parameters()):,}")
@@ -123,7 +132,7 @@ def _run(cfg: DictConfig, watch: RunWatch, interruption: Interruption) -> int:
     figures: dict[str, Any] = {}
 
     def train() -> None:
-        torch.manual_seed(cfg.model.seed)
+        torch.manual_seed(section.seed)
         trainer.fit(module, datamodule=data, ckpt_path=str(frame.resume.path) if frame.resume is not None else None)
 
     def validate() -> None:
@@ -140,7 +149,7 @@ def _run(cfg: DictConfig, watch: RunWatch, interruption: Interruption) -> int:
             target = save_clip_reward(
                 module.reward,
                 directory.path / "export" / "reward.nemo",
-                dtype=SAVE_DTYPES[cfg.model.save_dtype],
+                dtype=SAVE_DTYPES[section.save_dtype],
                 extra={"trained_by": "nemo_aligner_diffusion.reward_training", "trained_steps": trainer.global_step},
             )
             log.info("exported %s", target)
@@ -149,33 +158,33 @@ def _run(cfg: DictConfig, watch: RunWatch, interruption: Interruption) -> int:
         frame.record(trainer, best_step=best.step, skipped_steps=policy.skipped, non_finite_events=policy.events)
 
     def report() -> None:
-        if cfg.report.enable and trainer.is_global_zero:
+        if settings.report.enable and trainer.is_global_zero:
             log.info("report: %s", write_reward_report(directory.path, figures))
 
-    return frame.carry_out(trainer, cfg.trainer.max_steps, train, [validate, export, record, report])
+    return frame.carry_out(trainer, loop.max_steps, train, [validate, export, record, report])
 
 
-def load_start(cfg: DictConfig) -> CLIPReward:
+def load_start(section: RewardModelSettings) -> CLIPReward:
     """The CLIP that the training starts from: in float32, named ``clip``."""
-    if cfg.model.from_pretrained is not None:
-        return load_hugging_face_clip(cfg.model.from_pretrained)
-    return load_nemo_clip(cfg.model.restore_from_path or embedded_reward_path(), cfg.model.tokenizer)
+    if section.from_pretrained is not None:
+        return load_hugging_face_clip(section.from_pretrained)
+    return load_nemo_clip(section.restore_from_path or embedded_reward_path(), section.tokenizer)
 
 
-def build_data(cfg: DictConfig, reward: CLIPReward) -> PreferenceDataModule:
+def build_data(settings: RewardTrainingSettings, reward: CLIPReward) -> PreferenceDataModule:
     """The pairs of training and validation, prepared as the model wants its pictures."""
-    section = cfg.model.data
+    model, section = settings.model, settings.model.data
     return PreferenceDataModule(
-        plain(section.train.webdataset.local_root_path),
-        plain(section.validation.webdataset.local_root_path),
+        section.train_path,
+        section.validation_path,
         image_size=reward.image_size,
         interpolation=reward.interpolation,
-        micro_batch_size=cfg.model.micro_batch_size,
-        global_batch_size=cfg.model.global_batch_size,
-        seed=cfg.model.seed,
+        micro_batch_size=model.micro_batch_size,
+        global_batch_size=model.global_batch_size,
+        seed=model.seed,
         shuffle_buffer=section.shuffle_buffer,
         num_workers=section.num_workers,
-        epochs=cfg.trainer.max_epochs,
+        epochs=settings.loop.max_epochs,
         on_bad_sample=section.on_bad_sample,
         on_bad_shard=section.on_bad_shard,
         index_folder=section.index_folder,
@@ -184,26 +193,23 @@ def build_data(cfg: DictConfig, reward: CLIPReward) -> PreferenceDataModule:
 
 
 def build_module(
-    cfg: DictConfig, reward: CLIPReward, guard: NonFinitePolicy | None = None, parallel: Parallelism | None = None
+    settings: RewardTrainingSettings,
+    reward: CLIPReward,
+    guard: NonFinitePolicy | None = None,
+    parallel: Parallelism | None = None,
 ) -> PreferenceCLIP:
     """The Lightning module with its optimizer and schedule."""
-
-    def optimizer(parameters: list[tuple[str, torch.nn.Parameter]]) -> tuple[torch.optim.Optimizer, Any]:
-        # Lightning lets no fused optimizer be clipped under a loss scale
-        built = build_optimizer(parameters, cfg.model.optim, allow_fused=precision_name(cfg) != "16-mixed")
-        return built, build_schedule(built, cfg.model.optim.sched, cfg.trainer.max_steps)
-
-    parts = TrainedParts(
-        vision_layers=0 if cfg.model.vision.freeze else cfg.model.vision.trainable_layers,
-        text_layers=0 if cfg.model.text.freeze else cfg.model.text.trainable_layers,
-        projections=cfg.model.projections,
-        logit_scale=cfg.model.logit_scale,
-    )
+    section = settings.model
     return PreferenceCLIP(
         reward,
-        parts,
-        optimizer,
-        activation_checkpointing=cfg.model.activation_checkpointing,
+        TrainedParts(
+            vision_layers=section.vision.trained_layers,
+            text_layers=section.text.trained_layers,
+            projections=section.projections,
+            logit_scale=section.logit_scale,
+        ),
+        optimizer_factory(section.optim, settings.trainer, settings.loop.max_steps),
+        activation_checkpointing=section.activation_checkpointing,
         guard=guard,
         parallel=parallel,
     )

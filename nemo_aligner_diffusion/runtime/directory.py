@@ -6,31 +6,49 @@ import datetime
 import errno
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import re
-import shutil
 import socket
 import sys
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemo_aligner_diffusion.errors import OutputError
+from nemo_aligner_diffusion.errors import OutputError, first_line
 from nemo_aligner_diffusion.formats.files import parse_json, read_bytes
 from nemo_aligner_diffusion.formats.yaml_reader import read_yaml
-from nemo_aligner_diffusion.runtime.slurm import SlurmJob, is_interactive
+from nemo_aligner_diffusion.runtime.claim import Claim, in_use, is_alive
+from nemo_aligner_diffusion.runtime.files import atomic_path, remove_leftovers, write_atomic
+from nemo_aligner_diffusion.runtime.settings import RunDirectorySettings
+from nemo_aligner_diffusion.runtime.slurm import SlurmJob
+
+log = logging.getLogger(__name__)
 
 STATE_FILE = "run.json"
-FOLDERS = ("checkpoints", "samples")
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+CONFIG_FILE = "config.yaml"
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_UNUSABLE = (*_FULL_DISK, errno.EROFS, errno.EIO, errno.ESTALE)
+_DENIED = (errno.EACCES, errno.EPERM)
+# what libraries that are not written in Python make of these
+_UNUSABLE_WORDS = (
+    *("No space left on device", "os error 28", "Disk quota exceeded", "File too large"),
+    *("Read-only file system", "os error 30"),
+)
+_STATE_TYPES: dict[str, Any] = {
+    **dict.fromkeys(("status", "started", "host"), str),
+    **dict.fromkeys(("finished", "error"), (str, type(None))),
+    "pid": int,
+    "step": (int, type(None)),
+    "slurm": (dict, type(None)),
+    "history": list,
+}
 _HOW_TO_RESUME = ("exp_manager.resume_", "exp_manager.explicit_log_dir", "exp_manager.exp_dir", "exp_manager.version")
 CHECKPOINT_PATTERN = re.compile(r"step_(\d+)")
 OLD_CHECKPOINT_PATTERN = re.compile(r"step_\d+\.ckpt")  # single files, before there were folders
-UNFINISHED = ".tmp"  # what a write that was cut short leaves ends so, and begins with a dot
 PACKAGES = (
     "nemo-aligner-diffusion",
     "torch",
@@ -46,67 +64,21 @@ PACKAGES = (
 )
 
 
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary neighbour of ``path`` to write to; on leaving it is flushed to disk and takes ``path``'s place.
-
-    Whoever looks sees the old file or the complete new one. On an exception nothing remains.
-    """
-    path = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=UNFINISHED, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner can read
-        os.replace(temporary, path)
-        sync_directory(path.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """Replace ``path`` by a UTF-8 file with this text, completely or not at all."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def process_rank() -> int:
-    """This process's rank from the launcher's environment (torchrun, Slurm, Lightning), before torch is imported."""
-    # on every node of a Slurm step there is a LOCAL_RANK of 0, if the job script exports one
-    in_step = "SLURM_STEP_ID" in os.environ and not is_interactive(os.environ)
-    ranks = ("SLURM_PROCID", "LOCAL_RANK") if in_step else ("LOCAL_RANK", "SLURM_PROCID")
-    for name in ("RANK", *ranks, "JSM_NAMESPACE_RANK"):
-        value = os.environ.get(name)
-        if value is not None:
-            return int(value)
-    return 0
-
-
-def resolve_run_directory(
-    exp_manager: Mapping[str, Any], default_name: str = "default", now: datetime.datetime | None = None
-) -> Path:
+def resolve_run_directory(section: RunDirectorySettings, now: datetime.datetime | None = None) -> Path:
     """The run directory as NeMo's ``exp_manager`` chooses it.
 
     ``explicit_log_dir`` as it is; else ``exp_dir/name/version`` with ``exp_dir`` ``./nemo_experiments`` by default and
     ``version`` the date and time. With ``resume_if_exists`` there is no version folder, so that the next run finds it.
     """
-    explicit = exp_manager.get("explicit_log_dir")
-    if explicit:
-        return Path(str(explicit)).expanduser().absolute()
-    base = Path(str(exp_manager.get("exp_dir") or "nemo_experiments")).expanduser()
-    directory = base / str(exp_manager.get("name") or default_name)
-    version = exp_manager.get("version") or os.environ.get("NEMO_EXPM_VERSION")
-    if not version and not exp_manager.get("resume_if_exists"):
+    if section.explicit_log_dir:
+        return Path(section.explicit_log_dir).expanduser().absolute()
+    directory = Path(section.exp_dir or "nemo_experiments").expanduser() / section.name
+    version = section.version or os.environ.get("NEMO_EXPM_VERSION")
+    if not version and not section.resume_if_exists:
         version = (now or datetime.datetime.now()).strftime("%Y-%m-%d_%H-%M-%S")
         # processes that this one launches inherit it and agree on the directory
         os.environ["NEMO_EXPM_VERSION"] = version
-    return (directory / str(version) if version else directory).absolute()
+    return (directory / version if version else directory).absolute()
 
 
 @dataclass
@@ -117,11 +89,15 @@ class RunDirectory:
         path: absolute; exists and is writable (on rank 0).
         previous: ``run.json`` of the run that this one continues, or ``{}``.
         is_writer: whether this process (rank 0) writes files.
+        has_begun: whether anything of this run is in it.
     """
 
     path: Path
     previous: dict[str, Any] = field(default_factory=dict)
     is_writer: bool = True
+    has_begun: bool = field(default=False, init=False)
+    _claim: Claim | None = None
+    _made: list[Path] = field(default_factory=list)  # folders that were not there, innermost first
 
     @property
     def checkpoints(self) -> Path:
@@ -137,96 +113,125 @@ class RunDirectory:
 
     @classmethod
     def prepare(
-        cls, exp_manager: Mapping[str, Any], default_name: str = "default", rank: int | None = None
+        cls, path: Path, resume: bool = False, may_start_anew: bool = False, is_writer: bool = True
     ) -> RunDirectory:
-        """Resolve, check and create the directory. Cheap, and meant to come before anything heavy is loaded.
+        """Check, create and claim the directory. Cheap, and meant to come before anything heavy is loaded.
 
         Only rank 0 looks and writes; the others would see what rank 0 has just begun.
 
+        Args:
+            path: from :func:`resolve_run_directory`.
+            resume: go on with what is there (``exp_manager.resume_if_exists``).
+            may_start_anew: where there is nothing to resume (``exp_manager.resume_ignore_no_checkpoint``).
+            is_writer: whether this is rank 0.
+
         Raises:
-            OutputError: the place cannot be written to; it holds an earlier run and ``resume_if_exists`` is false; or
-                ``resume_if_exists`` finds no checkpoint and ``resume_ignore_no_checkpoint`` is false.
+            OutputError: the place cannot be written to; another run has it; it holds an earlier run and ``resume`` is
+                false; or ``resume`` finds no checkpoint and ``may_start_anew`` is false.
         """
-        path = resolve_run_directory(exp_manager, default_name)
-        rank = process_rank() if rank is None else rank
-        if rank != 0:
+        if not is_writer:
             return cls(path=path, is_writer=False)
-        _check_writable(path)
-        previous = read_state(path)
+        made = [folder for folder in (path, *path.parents) if not folder.exists()]
+        directory = cls(path, _claim=_claim(path), _made=made)
+        try:
+            directory._check_contents(resume, may_start_anew)
+        except BaseException:
+            directory.release()
+            raise
+        return directory
+
+    def _check_contents(self, resume: bool, may_start_anew: bool) -> None:
+        path, previous = self.path, read_state(self.path)
         found = _describe_contents(path, previous)
-        resume = bool(exp_manager.get("resume_if_exists"))
-        if _is_running(previous):
-            job = (previous.get("slurm") or {}).get("job")
-            owner = f"Slurm job {job}" if job else f"process {previous.get('pid')} on this machine"
-            raise OutputError(
-                f"{path} is in use: {owner} has been writing to it since "
-                f"{previous.get('started')}. Wait for it, stop it, or choose another exp_manager.explicit_log_dir."
-            )
+        assert self._claim is not None
+        if previous.get("status") == "running" and is_alive(previous, self._claim.is_locked):
+            raise in_use(path, previous)  # on a file system whose locks do not reach as far
         if found and not resume:
             raise OutputError(
                 f"{path} already holds {found}. Nothing was changed. Continue it with "
                 "exp_manager.resume_if_exists=True, choose another exp_manager.explicit_log_dir, or remove the "
                 "directory to start over."
             )
-        if resume and not (checkpoint_files(path / "checkpoints") or old_checkpoint_files(path / "checkpoints")):
-            if not exp_manager.get("resume_ignore_no_checkpoint"):
+        if resume and not (checkpoint_files(self.checkpoints) or old_checkpoint_files(self.checkpoints)):
+            if not may_start_anew:
                 raise OutputError(
-                    f"exp_manager.resume_if_exists=True, but {path / 'checkpoints'} holds no checkpoint"
+                    f"exp_manager.resume_if_exists=True, but {self.checkpoints} holds no checkpoint"
                     f"{f' ({path} holds {found})' if found else ''}. To start from step 0 there, add "
                     "exp_manager.resume_ignore_no_checkpoint=True; to start a new run, leave out resume_if_exists."
                 )
             previous = {}
-        for folder in FOLDERS:
-            (path / folder).mkdir(exist_ok=True)
-        for place in (path, path / "checkpoints", path / "samples", path / "export"):
-            remove_leftovers(place)  # of a run that was killed
-        return cls(path=path, previous=previous)
+        if resume and not previous and (path / STATE_FILE).exists() and checkpoint_files(self.checkpoints):
+            log.warning("%s cannot be read: what it said of earlier runs is lost", path / STATE_FILE)
+        self.previous = previous
 
-    def write_config(self, cfg: Any) -> None:
-        """Write ``config.yaml``: the configuration with every reference resolved."""
-        if not self.is_writer:
+    def release(self, files: Iterable[str] = ()) -> None:
+        """Give the directory back; a run that has not begun leaves no trace.
+
+        Args:
+            files: names of what a start that failed before its run began has put there.
+        """
+        if self._claim is None:
             return
-        from omegaconf import OmegaConf
+        if not self.has_begun:
+            for name in files:
+                (self.path / name).unlink(missing_ok=True)
+        self._claim.release()
+        self._claim = None
+        if not self.has_begun:
+            for folder in self._made:
+                with suppress(OSError):  # there is something in it: somebody else's
+                    folder.rmdir()
 
-        write_text_atomically(self.path / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-
-    def changed_keys(self, cfg: Any) -> dict[str, tuple[Any, Any]]:
+    def changed_keys(self, config: str) -> dict[str, tuple[Any, Any]]:
         """Keys whose value differs from the ``config.yaml`` already here: ``{dotted key: (there, now)}``.
 
-        Call it before :meth:`write_config`, to tell the user of a resumed run what is no longer the same. What says
-        where the run is and that it resumes is left out.
+        Call it before :meth:`begin`, to tell the user of a resumed run what is no longer the same. What says where the
+        run is and that it resumes is left out.
+
+        Args:
+            config: YAML, as for :meth:`begin`.
         """
         from omegaconf import OmegaConf
 
-        try:
-            there = _flatten(read_yaml(self.path / "config.yaml"))
-        except (OSError, ValueError):
+        path = self.path / CONFIG_FILE
+        if not path.exists():
             return {}
-        now = _flatten(OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(cfg, resolve=True))))
+        try:
+            there = _flatten(read_yaml(path))
+        except (OSError, ValueError) as error:
+            log.warning("%s cannot be read (%s): whether settings have changed is not known", path, first_line(error))
+            return {}
+        now = _flatten(OmegaConf.to_container(OmegaConf.create(config)))
         return {
             key: (there.get(key), now.get(key))
             for key in sorted({*there, *now})
             if there.get(key) != now.get(key) and not key.startswith(_HOW_TO_RESUME)
         }
 
-    def begin(self, argv: Sequence[str] | None = None) -> None:
-        """Write ``run.json`` with status ``running``, the command line and the versions of what computes."""
+    def begin(self, config: str, argv: Sequence[str] | None = None) -> None:
+        """Write ``config.yaml`` and ``run.json`` with status ``running``, the command line and versions.
+
+        Args:
+            config: YAML.
+        """
+        self.has_begun = True
         if not self.is_writer:
             return
+        for folder in (self.checkpoints, self.samples):
+            folder.mkdir(exist_ok=True)
+        for folder in (self.path, self.checkpoints, self.samples, self.export):
+            remove_leftovers(folder)  # of a run that was killed
+        write_atomic(self.path / CONFIG_FILE, config)
         history = list(self.previous.get("history", []))
         if self.previous:
             history.append({key: self.previous.get(key) for key in ("status", "started", "finished", "step")})
-        job = SlurmJob.from_environment(os.environ)
         self._write_state(
             {
                 "status": "running",
-                "started": _now(),
+                **_holder(),
                 "finished": None,
                 "step": None,
                 "command": list(sys.argv if argv is None else argv),
-                "host": socket.gethostname(),
-                "pid": os.getpid(),
-                "slurm": None if job is None else {"job": job.job_id, "restarts": job.restarts, "nodes": job.nodes},
                 "python": platform.python_version(),
                 "platform": platform.platform(),
                 "packages": package_versions(),
@@ -247,9 +252,10 @@ class RunDirectory:
     def _write_state(self, state: dict[str, Any]) -> None:
         text = json.dumps(state, indent=2, ensure_ascii=False) + "\n"
         try:
-            write_text_atomically(self.path / STATE_FILE, text)
+            with atomic_path(self.path / STATE_FILE) as temporary:
+                temporary.write_text(text, encoding="utf-8")
         except OSError as error:
-            if error.errno not in FULL_DISK or not (self.path / STATE_FILE).exists():
+            if error.errno not in _FULL_DISK or not (self.path / STATE_FILE).exists():
                 raise
             # no room for a second file: how the run ended is worth more than the old text in the block that is there
             with open(self.path / STATE_FILE, "r+", encoding="utf-8") as file:
@@ -258,12 +264,17 @@ class RunDirectory:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """``run.json`` of a directory; ``{}`` if there is none or it is unreadable."""
+    """``run.json`` of a directory; ``{}`` if there is none or it is unreadable. What is of another type is left out."""
     try:
         state = parse_json(read_bytes(path / STATE_FILE))
     except (OSError, ValueError):
         return {}
-    return state if isinstance(state, dict) else {}
+    if not isinstance(state, dict):
+        return {}
+    state = {key: value for key, value in state.items() if isinstance(value, _STATE_TYPES.get(key, object))}
+    if "history" in state:
+        state["history"] = [entry for entry in state["history"] if isinstance(entry, dict)]
+    return state
 
 
 def checkpoint_files(folder: Path) -> list[tuple[int, Path]]:
@@ -281,19 +292,6 @@ def old_checkpoint_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if OLD_CHECKPOINT_PATTERN.fullmatch(path.name))
 
 
-def remove_leftovers(folder: Path) -> list[str]:
-    """Delete what writes that were cut short left in ``folder`` (not below it), and give their names."""
-    if not folder.is_dir():
-        return []
-    leftovers = [path for path in folder.iterdir() if path.name.startswith(".") and path.name.endswith(UNFINISHED)]
-    for path in leftovers:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-    return sorted(path.name for path in leftovers)
-
-
 def package_versions() -> dict[str, str]:
     """Versions of the packages whose numbers end up in the results; those not installed are left out."""
     versions = {}
@@ -305,17 +303,47 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def _check_writable(path: Path) -> None:
+def _claim(path: Path) -> Claim:
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path) as file:
-            file.write(b"x")
-            file.flush()
+        while True:
+            path.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):  # another start that failed has just taken the folder away
+                return Claim(path, _holder())
     except OSError as error:
         raise OutputError(
             f"the results directory {path} cannot be written to: {error.strerror or error}. Give a place that can, "
             "with exp_manager.explicit_log_dir=..."
         ) from error
+
+
+def _holder() -> dict[str, Any]:
+    """This process, as ``run.json`` and the claim of a directory name it."""
+    job = SlurmJob.from_environment(os.environ)
+    return {
+        "started": _now(),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "slurm": None if job is None else {"job": job.job_id, "restarts": job.restarts, "nodes": job.nodes},
+    }
+
+
+def unusable_disk(error: BaseException, folder: Path | None) -> OutputError | None:
+    """What to tell the user if this error is a disk that is full, read-only or failing, whatever library met it.
+
+    Args:
+        folder: the run directory; any failure to write there counts.
+    """
+    link: BaseException | None = error
+    while link is not None:
+        number, file = (link.errno, link.filename) if isinstance(link, OSError) else (None, None)
+        ours = folder is not None and isinstance(file, str) and Path(file).is_relative_to(folder)
+        if number in _UNUSABLE or (ours and number in _DENIED) or any(words in str(link) for words in _UNUSABLE_WORDS):
+            return OutputError(
+                f"{file or folder or 'the disk'} could not be written: {first_line(link)}. Checkpoints written before "
+                "are intact; make room, or the place writable, and continue with exp_manager.resume_if_exists=True."
+            )
+        link = link.__cause__ or link.__context__
+    return None
 
 
 def _describe_contents(path: Path, previous: Mapping[str, Any]) -> str:
@@ -343,40 +371,6 @@ def _rows(path: Path) -> int:
         return 0
 
 
-def _is_running(state: Mapping[str, Any]) -> bool:
-    """Whether the process that claimed the directory is still alive: its Slurm job, or itself on this machine."""
-    if state.get("status") != "running":
-        return False
-    job = (state.get("slurm") or {}).get("job")
-    if job is not None:
-        mine = SlurmJob.from_environment(os.environ)
-        if mine is not None and mine.job_id == job:
-            return False  # an earlier start of this very job, which was put back into the queue
-        running = SlurmJob(str(job)).is_running()  # on whatever node
-        if running is not None:
-            return running
-    if state.get("host") != socket.gethostname():
-        return False
-    pid = state.get("pid")
-    if not isinstance(pid, int) or pid <= 0 or pid == os.getpid():
-        return False
-    try:
-        os.kill(pid, 0)  # signal 0 only asks
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return _looks_like_python(pid)
-
-
-def _looks_like_python(pid: int) -> bool:
-    """Process numbers are reused (every container starts at 1): where /proc tells, trust only a Python process."""
-    try:
-        return b"python" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return True
-
-
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict):
         return {prefix: tree}
@@ -388,26 +382,3 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 def _now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-
-
-def sync_directory(path: Path) -> None:
-    # A rename is on disk only when the directory is; some file systems cannot sync one, which must not stop a run.
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        with suppress(OSError):
-            os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def remove_if_not_begun(path: Path, files: Iterable[str] = ()) -> None:
-    """Take away what a start that failed before its run began has put into ``path``: ``files``, and empty folders."""
-    if path.is_dir() and not (path / STATE_FILE).exists():
-        for name in files:
-            (path / name).unlink(missing_ok=True)
-        for place in (*(path / folder for folder in FOLDERS), path):
-            with suppress(OSError):  # there is something in it: somebody else's
-                place.rmdir()

@@ -1,45 +1,79 @@
-"""Whole files or none: everything the evaluation writes goes through a temporary file beside its target."""
+"""Whole files or none: what is written goes through a temporary neighbour, which then takes its place."""
 
 from __future__ import annotations
 
-import contextlib
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nemo_aligner_diffusion.errors import OutputError
 
+UNFINISHED = ".tmp"  # what a write that was cut short leaves ends so, and begins with a dot
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary neighbour of ``path`` to write to; on leaving it is flushed to disk and takes ``path``'s place.
+
+    Whoever looks sees the old file or the complete new one, after a power failure too. On an exception nothing remains.
+    """
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=UNFINISHED, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        umask = os.umask(0o022)  # there is no call that only reads it
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner can read
+        os.replace(temporary, path)
+        sync_directory(path.parent)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
 
 def write_atomic(path: str | Path, data: bytes | str) -> Path:
-    """Write ``data`` (text as UTF-8) to ``path`` so that a reader sees the old file or the new one, never a part.
-
-    Missing parent folders are made.
+    """Replace ``path`` by a file with this content (text as UTF-8), completely or not at all; folders are made.
 
     Raises:
         OutputError: the folder cannot be made or written to.
     """
     path = Path(path)
-    payload = data.encode("utf-8") if isinstance(data, str) else data
-    temporary: str | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(payload)
-        # mkstemp makes private files; pictures and reports are for everyone the umask allows.
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
     except OSError as error:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
         raise OutputError(
             f"cannot write {path}: {error.strerror or error}; give a folder this user may write to, on a disk with room"
         ) from error
     return path
 
 
-def _umask() -> int:
-    current = os.umask(0o022)  # there is no call that only reads it
-    os.umask(current)
-    return current
+def sync_directory(path: Path) -> None:
+    """A rename is on disk only when its directory is; some file systems cannot sync one, which must not stop a run."""
+    with suppress(OSError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def remove_leftovers(folder: Path) -> list[str]:
+    """Delete what writes that were cut short left in ``folder`` (not below it), and give their names."""
+    if not folder.is_dir():
+        return []
+    leftovers = [path for path in folder.iterdir() if path.name.startswith(".") and path.name.endswith(UNFINISHED)]
+    for path in leftovers:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    return sorted(path.name for path in leftovers)

@@ -1,4 +1,4 @@
-"""Signals that end a run early and well: Ctrl-C, SIGTERM, SIGUSR1. Imports no torch, so that they are taken at once."""
+"""Signals that end a run early and well: Ctrl-C, SIGTERM, SIGHUP, SIGUSR1. Imports no torch: they are taken at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 # SIGUSR1 is how Slurm (sbatch --signal=USR1@120) says that the time limit is near; by default it kills the process.
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# SIGHUP comes when a terminal is closed; nohup has it ignored, and then it stays so.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Interrupted(BaseException):
@@ -22,7 +23,7 @@ class Interrupted(BaseException):
 
 
 class Interruption:
-    """Turns Ctrl-C, SIGTERM and SIGUSR1 into a clean end of the run.
+    """Turns Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 into a clean end of the run.
 
     Before training begins a signal stops at once: there is nothing to save. During training the first one lets the
     optimizer step under way complete, with a checkpoint after it; a second one, later than :attr:`again_after`
@@ -61,7 +62,8 @@ class Interruption:
     again_after = 1.0  # seconds
 
     def __init__(self, signals: Sequence[signal.Signals] = SIGNALS, then: str = ", then export and report") -> None:
-        self._signals = tuple(signals)
+        ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        self._signals = tuple(number for number in signals if number != signal.SIGHUP or not ignored)
         self._then = then
         self.requested: signal.Signals | None = None
         self.patient = False
@@ -70,7 +72,7 @@ class Interruption:
         self.stopped_training = False
         self.at_once = False
         self._requested_at = 0.0
-        self._hearsay = False
+        self._was_elsewhere = False
         self._graceful = False
         self._closing = False
         self._dismissed = False
@@ -79,7 +81,7 @@ class Interruption:
 
     @property
     def exit_code(self) -> int:
-        """0, or 130 after Ctrl-C, 143 after SIGTERM, 138 after SIGUSR1 (128 + the signal's number, as shells count)."""
+        """0, or 128 + the signal's number, as shells count: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP."""
         return 0 if self.requested is None else 128 + int(self.requested)
 
     @property
@@ -111,11 +113,11 @@ class Interruption:
         self.training_began = self._graceful = True
         self.install()
 
-    def hear_of(self, number: signal.Signals) -> None:
-        """Another process was told; a signal that this one gets later is still its first."""
+    def note_signal_elsewhere(self, number: signal.Signals) -> None:
+        """Another process got it; a signal that this one gets later is still its first."""
         if self.requested is None:
             self.requested = number
-            self._hearsay = True
+            self._was_elsewhere = True
             if self.speaks:
                 log.warning("another process got %s: stopping", number.name)
 
@@ -140,8 +142,8 @@ class Interruption:
             return
         now = time.monotonic()
         if self.requested is not None:
-            if self._hearsay:
-                self._hearsay, self._requested_at = False, now
+            if self._was_elsewhere:
+                self._was_elsewhere, self._requested_at = False, now
             if now - self._requested_at < self.again_after or (self.patient and number != signal.SIGINT):
                 return
             log.warning("second signal: stopping at once")

@@ -18,15 +18,16 @@ has put back already only ends; and one that was cancelled is not brought back t
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from nemo_aligner_diffusion.errors import ConfigurationError
+from nemo_aligner_diffusion.runtime.process import is_interactive
+from nemo_aligner_diffusion.runtime.settings import RequeueSettings, RunDirectorySettings
 
 log = logging.getLogger(__name__)
 
@@ -39,63 +40,6 @@ _AT_WORK = ("RUNNING", "SIGNALING", "STOPPED")
 _SECONDS = 30  # for one call of scontrol
 _TRANSIENT = ("Unable to contact", "timed out", "Zero Bytes", "Socket", "Communication", "Connection")
 _PAUSES = (0, 2, 5)  # before each attempt: a controller under load refuses now and then
-
-
-def is_interactive(environment: Mapping[str, str]) -> bool:
-    """A shell in an allocation (``srun --pty bash``): its Slurm variables describe the shell, not the run."""
-    return environment.get("SLURM_JOB_NAME") in ("bash", "interactive")
-
-
-def lightning_plugins() -> list[Any]:
-    """For ``Trainer(plugins=…)``: Lightning takes ranks and addresses from Slurm, and leaves requeueing to us.
-
-    Left alone it would take SIGUSR1 for itself: save in the middle of a step, from the signal handler, and requeue.
-    """
-    from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
-
-    if TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():
-        return []
-    return [SLURMEnvironment(auto_requeue=False)]
-
-
-def check_tasks(devices: int, nodes: int, environment: Mapping[str, str]) -> None:
-    """Compare the configured processes with the tasks that Slurm started.
-
-    Args:
-        devices: processes a node, as configured.
-        nodes: machines, as configured.
-        environment: of this process.
-
-    Raises:
-        ConfigurationError: they differ: the run would wait for processes that never come, or go on with too few.
-    """
-    tasks = environment.get("SLURM_NTASKS")
-    if tasks is None or is_interactive(environment) or "TORCHELASTIC_RUN_ID" in environment:
-        return
-    expected = devices * nodes
-    configured = f"trainer.devices × trainer.num_nodes = {devices} × {nodes} = {expected}"
-    if "SLURM_STEP_ID" not in environment:
-        if expected > 1 or int(tasks) > 1:
-            raise ConfigurationError(
-                f"{configured}, in a Slurm job of {tasks} task{'' if tasks == '1' else 's'}, but the program was not "
-                f"started by srun. Put srun before it, with --nodes={nodes} --ntasks-per-node={devices} for the job "
-                "(examples/mm/slurm/ has scripts), or start it with torchrun"
-            )
-        return
-    # of the step, which srun may have been asked to make smaller than the job
-    started = int(tasks)
-    machines = int(environment.get("SLURM_STEP_NUM_NODES") or environment.get("SLURM_NNODES") or 1)
-    if started != expected or machines != nodes:
-        raise ConfigurationError(
-            f"srun started {started} process{'' if started == 1 else 'es'} on {machines} "
-            f"node{'' if machines == 1 else 's'}, but {configured}: add trainer.devices={started // machines} "
-            f"trainer.num_nodes={machines}, or ask Slurm for --nodes={nodes} --ntasks-per-node={devices}"
-        )
-    if started > 1 and "SLURM_NTASKS_PER_NODE" not in environment:
-        raise ConfigurationError(
-            f"the Slurm job asked for --ntasks={started}: write --nodes={nodes} --ntasks-per-node={devices} instead, "
-            "so that the processes are spread as configured"
-        )
 
 
 @dataclass(frozen=True)
@@ -196,14 +140,12 @@ class Requeue:
         self._exit_code: int | None = None
 
     @classmethod
-    def from_config(
-        cls, exp_manager: Mapping[str, Any], environment: Mapping[str, str], is_writer: bool
-    ) -> Requeue | None:
+    def for_this_run(cls, section: RequeueSettings, directory: RunDirectorySettings, is_writer: bool) -> Requeue | None:
         """None outside Slurm, and where the configuration does not let the run continue by itself."""
-        job = SlurmJob.from_environment(environment)
-        if job is None or not exp_manager.get("requeue_on_preemption"):
+        job = SlurmJob.from_environment(os.environ)
+        if job is None or not section.requeue_on_preemption:
             return None
-        lacking = [key for key in ("resume_if_exists", "resume_ignore_no_checkpoint") if not exp_manager.get(key)]
+        lacking = [key for key in ("resume_if_exists", "resume_ignore_no_checkpoint") if not getattr(directory, key)]
         if lacking:
             if is_writer:
                 log.info(
@@ -216,7 +158,7 @@ class Requeue:
         if is_writer:
             again = f", restarted {job.restarts} time{'' if job.restarts == 1 else 's'}" if job.restarts else ""
             log.info("Slurm job %s on %s%s", job.job_id, job.nodes, again)
-        return cls(job, is_writer, bool(exp_manager.get("requeue_on_max_time")))
+        return cls(job, is_writer, section.requeue_on_max_time)
 
     def leave(
         self,

@@ -7,30 +7,28 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 
 from nemo_aligner_diffusion.algorithms.base import Method
-from nemo_aligner_diffusion.algorithms.registry import method_of
 from nemo_aligner_diffusion.algorithms.reward_tuning import RewardTuning
-from nemo_aligner_diffusion.config.checks import precision_name
-from nemo_aligner_diffusion.config.load import derived
 from nemo_aligner_diffusion.diffusion.generate import Sampling
 from nemo_aligner_diffusion.diffusion.loading import load_model
 from nemo_aligner_diffusion.diffusion.lora import add_lora
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
+from nemo_aligner_diffusion.diffusion.settings import SamplingSettings
 from nemo_aligner_diffusion.embedded_assets import embedded_model_path
 from nemo_aligner_diffusion.parallel.broadcast import load_once
-from nemo_aligner_diffusion.parallel.layout import Layout
-from nemo_aligner_diffusion.parallel.module import NonFiniteGuard
+from nemo_aligner_diffusion.parallel.module import NonFiniteGuard, OptimizerFactory
 from nemo_aligner_diffusion.parallel.parallelism import Parallelism
 from nemo_aligner_diffusion.parallel.tensor.plans import check_tensor_parallel
 from nemo_aligner_diffusion.rewards.base import Reward
-from nemo_aligner_diffusion.training.optimizers import build_optimizer
+from nemo_aligner_diffusion.runtime.settings import MachineSettings
+from nemo_aligner_diffusion.training.optimizers import OptimizerSettings, build_optimizer
 from nemo_aligner_diffusion.training.schedules import build_schedule
+from nemo_aligner_diffusion.training.settings import ModelSettings, RunSettings
 
 
 def build_model(
-    cfg: DictConfig,
+    settings: RunSettings,
     device: str | torch.device = "cpu",
     phase: Callable[[str], AbstractContextManager[Any]] | None = None,
     pipe: Any = None,
@@ -40,68 +38,63 @@ def build_model(
     Its files are read once on each node, so this is a collective call where there is a process group; ``phase``: see
     :func:`.load_once`. ``pipe``: a pipeline that is tuned itself, in place of files.
     """
-    declared: dict[str, Any] = {
-        "trained": cfg.model.pipeline.trained,
-        "stateless": list(cfg.model.pipeline.stateless or ()),
-        "arguments": _plain(cfg.model.pipeline.arguments),
-    }
+    section = settings.model
+    declared = section.pipeline.declared()
     if pipe is not None:
         model = DiffusionModel(pipe, **declared).to(device)
     else:
         model = load_once(
             lambda: load_model(
-                cfg.model.from_pretrained or embedded_model_path(),
-                denoiser_path=cfg.model.unet_config.from_pretrained,
-                vae_path=cfg.model.first_stage_config.from_pretrained,
+                section.from_pretrained or embedded_model_path(),
+                denoiser_path=section.denoiser_path,
+                vae_path=section.vae_path,
                 **declared,
             ),
             device,
             phase,
         )
-    _prepare(cfg, model)
+    _prepare(section, model)
     for _, parameter in model.trainable_parameters():  # of a pipeline in half precision; peft computes either way
         if parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.float()
     return model
 
 
-def _prepare(cfg: DictConfig, model: DiffusionModel) -> None:
+def _prepare(section: ModelSettings, model: DiffusionModel) -> None:
     """Mark the trainable part of a loaded model and give its pipeline the solver that is asked for."""
-    if cfg.model.tensor_model_parallel_size > 1:
+    if section.tensor_model_parallel_size > 1:
         config = {"_class_name": type(model.denoiser).__name__, **model.denoiser.config}
-        check_tensor_parallel(config, cfg.model.tensor_model_parallel_size)
-    model.set_scheduler(cfg.model.infer.sampler_type, cfg.model.infer.eta)
-    if cfg.model.peft.peft_scheme == "sdlora":
-        tuning = cfg.model.peft.lora_tuning
+        check_tensor_parallel(config, section.tensor_model_parallel_size)
+    model.set_scheduler(section.infer.sampler_type, section.infer.eta)
+    if section.peft.is_lora:
+        tuning = section.peft.lora_tuning
         targets = list(tuning.target_modules or model.lora_targets)
-        torch.manual_seed(cfg.model.seed)  # the adapter's start is part of the run
+        torch.manual_seed(section.seed)  # the adapter's start is part of the run
         add_lora(model.denoiser, tuning.adapter_dim, tuning.alpha, tuning.dropout, targets)
     else:
         model.denoiser.requires_grad_(True)
         model.keep_reference()  # validation shows the base model beside the tuned one, the KL term needs it
-    if cfg.model.activation_checkpointing:
+    if section.activation_checkpointing:
         model.denoiser.enable_gradient_checkpointing()
 
 
-def build_layout(cfg: DictConfig) -> Layout:
-    """Processes and what each is for, from ``trainer`` and ``model``."""
-    return Layout(
-        data=derived(cfg).data_parallel_size,
-        tensor=cfg.model.tensor_model_parallel_size,
-        fsdp=cfg.model.fsdp,
-        reshard_after_forward=cfg.model.fsdp_sharding_strategy == "full",
-        sharded_frozen=tuple(cfg.model.fsdp_frozen or ()),
-        cut_reward=cfg.model.tensor_parallel_reward,
-    )
+def optimizer_factory(settings: OptimizerSettings, machine: MachineSettings, max_steps: int) -> OptimizerFactory:
+    """What makes optimizer and schedule of a model's parameters."""
+
+    def build(parameters: list[tuple[str, torch.nn.Parameter]]) -> tuple[torch.optim.Optimizer, Any]:
+        # under a loss scale Lightning leaves unscaling to a fused optimizer, after gradients are measured and clipped
+        optimizer = build_optimizer(parameters, settings, allow_fused=not machine.has_loss_scale)
+        return optimizer, build_schedule(optimizer, settings.sched, max_steps)
+
+    return build
 
 
-def build_sampling(cfg: DictConfig) -> Sampling:
-    infer = cfg.model.infer
+def build_sampling(infer: SamplingSettings) -> Sampling:
     return Sampling(infer.inference_steps, infer.unconditional_guidance_scale, infer.height, infer.width, infer.eta)
 
 
 def build_module(
-    cfg: DictConfig,
+    settings: RunSettings,
     model: DiffusionModel,
     reward: Reward,
     max_steps: int,
@@ -109,29 +102,19 @@ def build_module(
     method: Method | None = None,
 ) -> RewardTuning:
     """The Lightning module, with the rule of ``method``, or of ``model.algorithm``."""
-    optim = _plain(cfg.model.optim)
-
-    def optimizer_factory(parameters: list[tuple[str, torch.nn.Parameter]]) -> tuple[torch.optim.Optimizer, Any]:
-        # under a loss scale Lightning leaves unscaling to a fused optimizer, after gradients are measured and clipped
-        optimizer = build_optimizer(parameters, optim, allow_fused=precision_name(cfg) != "16-mixed")
-        return optimizer, build_schedule(optimizer, optim.get("sched"), max_steps)
-
+    section = settings.model
     return RewardTuning(
         model,
         reward,
-        build_sampling(cfg),
-        (method or method_of(cfg)).plan,
-        optimizer_factory,
-        kl_coeff=cfg.model.kl_coeff,
-        kl_space=cfg.model.kl_space,
-        reward_scale=cfg.model.reward_scale,
-        reward_margin=cfg.model.reward_margin,
-        decode_micro_batch_size=cfg.model.decode_micro_batch_size,
-        seed=cfg.model.seed,
+        build_sampling(section.infer),
+        (method or settings.method()).plan,
+        optimizer_factory(section.optim, settings.trainer, max_steps),
+        kl_coeff=section.kl_coeff,
+        kl_space=section.kl_space,
+        reward_scale=section.reward_scale,
+        reward_margin=section.reward_margin,
+        decode_micro_batch_size=section.decode_micro_batch_size,
+        seed=section.seed,
         guard=guard,
-        parallel=Parallelism(build_layout(cfg)),
+        parallel=Parallelism(settings.layout),
     )
-
-
-def _plain(section: Any) -> dict[str, Any]:
-    return OmegaConf.to_container(section, resolve=True)  # type: ignore[return-value]

@@ -12,7 +12,7 @@ from torch import Tensor
 from nemo_aligner_diffusion.diffusion.lora import has_lora, lora_state_dict, save_lora_weights
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.parallel.parallelism import Parallelism
-from nemo_aligner_diffusion.runtime.directory import UNFINISHED, remove_leftovers
+from nemo_aligner_diffusion.runtime.files import UNFINISHED, remove_leftovers
 
 
 def export_weights(

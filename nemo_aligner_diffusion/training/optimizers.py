@@ -3,33 +3,71 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import inspect
 import logging
-from collections.abc import Iterable, Mapping
-from typing import Any
-
-import torch
-from pytorch_lightning.utilities.rank_zero import rank_zero_only
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from nemo_aligner_diffusion.errors import ConfigurationError
+from nemo_aligner_diffusion.settings import BOOL, FRACTION, Kind, Settings, choice, number, part, setting
+from nemo_aligner_diffusion.training.schedules import ScheduleSettings
+
+if TYPE_CHECKING:
+    import torch
+
+    Parameters = Iterable[torch.nn.Parameter | tuple[str, torch.nn.Parameter]]
 
 log = logging.getLogger(__name__)
 
-OPTIMIZER_NAMES = ("fused_adam", "adamw", "adam", "sgd")
+OPTIMIZERS = ("fused_adam", "adamw", "adam", "sgd")
 
-Parameters = Iterable[torch.nn.Parameter | tuple[str, torch.nn.Parameter]]
+
+@dataclass(frozen=True)
+class OptimizerSettings(Settings):
+    """Optimizer."""
+
+    section = "model.optim"
+    title = "Optimizer"
+
+    name: str = setting("fused_adam", choice(*OPTIMIZERS), "fused_adam, adamw, adam or sgd")
+    lr: float = setting(4e-4, number(above=0), "learning rate the schedule scales; > 0")
+    weight_decay: float = setting(0.0, number(0), "decoupled weight decay; >= 0")
+    betas: tuple[float, float] = setting(
+        (0.9, 0.999),
+        Kind("floats", low=0, high=1, open_high=True, length=2),
+        "decay of the running mean of the gradient and of its square; each in [0, 1)",
+    )
+    eps: float = setting(1e-8, number(above=0), "added to the denominator; > 0")
+    momentum: float = setting(0.0, FRACTION, "sgd: share of the last update that is kept; in [0, 1)")
+    nesterov: bool = setting(False, BOOL, "sgd: look ahead along the momentum; true or false")
+    sched: ScheduleSettings = part(ScheduleSettings)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.name == "sgd" and self.nesterov and self.momentum == 0:
+            raise ConfigurationError("model.optim.nesterov = true needs model.optim.momentum above 0")
+        if self.sched.name != "constant" and self.sched.min_lr > self.lr:
+            raise ConfigurationError(f"{self.sched.given('min_lr')} is above {self.given('lr')}")
+
+    @property
+    def state_tensors(self) -> int:
+        """Tensors of a parameter's size that the optimizer keeps for it."""
+        return 2 if self.name != "sgd" else int(self.momentum > 0)
+
+    def unread(self) -> dict[str, str]:
+        others = ("betas", "eps") if self.name == "sgd" else ("momentum", "nesterov")
+        return dict.fromkeys(others, f"model.optim.name={self.name} does not read it")
 
 
 def build_optimizer(
-    params: Parameters, optim_cfg: Mapping[str, Any], *, allow_fused: bool = True
+    params: Parameters, settings: OptimizerSettings, *, allow_fused: bool = True
 ) -> torch.optim.Optimizer:
     """The optimizer that ``model.optim`` names, over the parameters that require gradients.
 
     Args:
         params: parameters, or ``(name, parameter)`` pairs as ``named_parameters()`` gives them.
-        optim_cfg: ``name`` (one of :data:`OPTIMIZER_NAMES`), ``lr``, ``weight_decay`` (0), ``betas`` ((0.9, 0.999)),
-            ``eps`` (1e-8), ``momentum`` and ``nesterov`` (sgd). ``sched`` is for :func:`build_schedule`.
+        settings: its ``sched`` is for :func:`.build_schedule`.
         allow_fused: False keeps to unfused kernels, which Lightning's float16 mixed precision needs to clip gradients.
 
     Weight decay leaves out parameters of fewer than two dimensions (biases, normalisation gains), as NeMo's
@@ -39,35 +77,23 @@ def build_optimizer(
     all parameters are on CUDA, else ``torch.optim.AdamW``, fused where torch supports it. One log line says which.
 
     Raises:
-        ConfigurationError: an unknown name, no ``lr``, an impossible value, or nothing to train.
+        ConfigurationError: nothing to train.
     """
-    name = str(optim_cfg.get("name", "fused_adam"))
-    if name not in OPTIMIZER_NAMES:
-        raise ConfigurationError(
-            f"model.optim.name={name!r} is not an optimizer here; the known ones are {', '.join(OPTIMIZER_NAMES)}"
-            f"{_did_you_mean(name, OPTIMIZER_NAMES)}"
-        )
+    import torch
+
     trained = [p for p in (item[1] if isinstance(item, tuple) else item for item in params) if p.requires_grad]
     if not trained:
         raise ConfigurationError(
             "nothing to train: no parameter of the model requires a gradient. Check model.peft.peft_scheme "
             "(sdlora or none) and model.peft.lora_tuning.target_modules."
         )
-    lr = _number(optim_cfg, "lr", None)
-    weight_decay = _number(optim_cfg, "weight_decay", 0.0)
-    groups = _decay_groups(trained, weight_decay)
-    if name == "sgd":
-        momentum = _number(optim_cfg, "momentum", 0.0)
-        nesterov = bool(optim_cfg.get("nesterov", False))
-        if nesterov and momentum == 0:
-            raise ConfigurationError("model.optim.nesterov=True needs model.optim.momentum above 0")
-        return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov)
-
-    betas = _betas(optim_cfg.get("betas"))
-    eps = _number(optim_cfg, "eps", 1e-8)
-    if name == "adam":
+    groups = _decay_groups(trained, settings.weight_decay)
+    lr, betas, eps = settings.lr, settings.betas, settings.eps
+    if settings.name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=settings.momentum, nesterov=settings.nesterov)
+    if settings.name == "adam":
         return torch.optim.Adam(groups, lr=lr, betas=betas, eps=eps)
-    if name == "adamw":
+    if settings.name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps)
     return _fused_adam(groups, lr, betas, eps, allow_fused)
 
@@ -75,24 +101,28 @@ def build_optimizer(
 def _fused_adam(
     groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float, allow_fused: bool
 ) -> torch.optim.Optimizer:
+    import torch
+    from pytorch_lightning.utilities.rank_zero import rank_zero_only
+
     parameters = [p for group in groups for p in group["params"]]
     devices = {p.device.type for p in parameters}
+    say = rank_zero_only(log.info)
     if allow_fused and devices == {"cuda"}:
         try:
             from apex.optimizers import FusedAdam
         except Exception as error:  # apex without its CUDA build fails on import in several ways
-            _say(f"fused_adam: apex is not usable ({type(error).__name__}); torch.optim.AdamW(fused=True) instead")
+            say(f"fused_adam: apex is not usable ({type(error).__name__}); torch.optim.AdamW(fused=True) instead")
         else:
             # The package index has an unrelated apex; only NVIDIA's FusedAdam takes adam_w_mode.
             if "adam_w_mode" in inspect.signature(FusedAdam).parameters:
-                _say("fused_adam: apex.optimizers.FusedAdam")
+                say("fused_adam: apex.optimizers.FusedAdam")
                 return FusedAdam(groups, lr=lr, betas=betas, eps=eps, adam_w_mode=True)
     if allow_fused and len(devices) == 1 and all(p.is_floating_point() for p in parameters):
         with contextlib.suppress(RuntimeError):  # raised at construction where there is no fused kernel for the device
             optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
-            _say(f"fused_adam: torch.optim.AdamW(fused=True) on {devices.pop()}")
+            say(f"fused_adam: torch.optim.AdamW(fused=True) on {devices.pop()}")
             return optimizer
-    _say("fused_adam: torch.optim.AdamW, without a fused kernel")
+    say("fused_adam: torch.optim.AdamW, without a fused kernel")
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps)
 
 
@@ -103,39 +133,3 @@ def _decay_groups(parameters: list[torch.nn.Parameter], weight_decay: float) -> 
     if weight_decay == 0 or not exempt or not decayed:
         return [{"params": parameters, "weight_decay": weight_decay if decayed else 0.0}]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
-
-
-def _number(cfg: Mapping[str, Any], key: str, default: float | None) -> float:
-    value = cfg.get(key)
-    if value is None:
-        value = default
-    try:
-        number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        raise ConfigurationError(f"model.optim.{key}={value!r}: expected a number") from None
-    if not 0 <= number < float("inf"):
-        raise ConfigurationError(f"model.optim.{key}={value!r}: expected a finite number of at least 0")
-    return number
-
-
-def _betas(value: Any) -> tuple[float, float]:
-    if value is None:
-        return (0.9, 0.999)
-    try:
-        first, second = (float(beta) for beta in value)
-    except (TypeError, ValueError):
-        raise ConfigurationError(f"model.optim.betas={value!r}: expected two numbers such as [0.9, 0.999]") from None
-    if not (0 <= first < 1 and 0 <= second < 1):
-        raise ConfigurationError(f"model.optim.betas={list(value)!r}: each must be at least 0 and below 1")
-    return first, second
-
-
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
-    nearest = difflib.get_close_matches(name.lower(), [k.lower() for k in known], n=1, cutoff=0.4)
-    original = {k.lower(): k for k in known}
-    return f" — did you mean {original[nearest[0]]!r}?" if nearest else ""
-
-
-@rank_zero_only
-def _say(message: str) -> None:
-    log.info(message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
@@ -12,25 +13,23 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig
 
 from nemo_aligner_diffusion.algorithms.base import Method
-from nemo_aligner_diffusion.algorithms.registry import method_of
 from nemo_aligner_diffusion.algorithms.reward_tuning import RewardTuning
-from nemo_aligner_diffusion.config.load import derived, loop_section
 from nemo_aligner_diffusion.data.datamodule import PromptDataModule
 from nemo_aligner_diffusion.data.prompts import read_prompts
 from nemo_aligner_diffusion.embedded_assets import embedded_prompts_path, embedded_reward_path
 from nemo_aligner_diffusion.evaluation.diversity import Embedder
+from nemo_aligner_diffusion.evaluation.metrics.registry import validation_figures
 from nemo_aligner_diffusion.evaluation.report import write_report
 from nemo_aligner_diffusion.parallel.broadcast import load_once, on_every_process
 from nemo_aligner_diffusion.rewards import build_reward, restore_reward
 from nemo_aligner_diffusion.rewards.base import Reward
 from nemo_aligner_diffusion.rewards.build import import_paths
-from nemo_aligner_diffusion.runtime.directory import remove_if_not_begun, write_text_atomically
-from nemo_aligner_diffusion.runtime.faults import RunWatch, watched
+from nemo_aligner_diffusion.runtime.files import write_atomic
 from nemo_aligner_diffusion.runtime.startup import Startup, take
-from nemo_aligner_diffusion.training.build import build_layout, build_model, build_module
+from nemo_aligner_diffusion.runtime.watch import RunWatch, watched
+from nemo_aligner_diffusion.training.build import build_model, build_module
 from nemo_aligner_diffusion.training.callbacks.ema import EMACallback
 from nemo_aligner_diffusion.training.callbacks.interruption import Interruption
 from nemo_aligner_diffusion.training.callbacks.metrics import MetricsCSV
@@ -40,7 +39,8 @@ from nemo_aligner_diffusion.training.callbacks.reward_normalization import Rewar
 from nemo_aligner_diffusion.training.callbacks.startup import StartupCallback
 from nemo_aligner_diffusion.training.callbacks.validation import ValidationFiles, validation_loader
 from nemo_aligner_diffusion.training.export import export_weights
-from nemo_aligner_diffusion.training.run_frame import RunFrame, plain, quiet
+from nemo_aligner_diffusion.training.run_frame import RunFrame, quiet
+from nemo_aligner_diffusion.training.settings import ModelSettings, RunSettings
 from nemo_aligner_diffusion.training.trial import try_out
 
 log = logging.getLogger(__name__)
@@ -93,11 +93,11 @@ class Ended:
     step: int
 
 
-def run_training(cfg: DictConfig, interruption: Interruption | None = None) -> int:
+def run_training(cfg: Mapping[str, Any] | RunSettings, interruption: Interruption | None = None) -> int:
     """Train as ``cfg`` says and leave the run directory complete.
 
     A program of several processes that calls this should leave by
-    :func:`~nemo_aligner_diffusion.runtime.launch.end`, which says why.
+    :func:`~nemo_aligner_diffusion.runtime.ending.end`, which says why.
 
     Args:
         cfg: from :func:`~nemo_aligner_diffusion.config.load.load_config`.
@@ -111,69 +111,68 @@ def run_training(cfg: DictConfig, interruption: Interruption | None = None) -> i
         AlignerError: with one clear message; the run directory says ``failed``.
     """
     quiet()
-    with watched(cfg) as watch:
-        return train(cfg, watch, interruption or Interruption()).code
+    settings = RunSettings.of(cfg)
+    with watched(settings.trainer, settings.exp_manager) as watch:
+        return train(settings, watch, interruption or Interruption()).code
 
 
-def train(cfg: DictConfig, watch: RunWatch, interruption: Interruption, given: Given | None = None) -> Ended:
+def train(settings: RunSettings, watch: RunWatch, interruption: Interruption, given: Given | None = None) -> Ended:
     """:func:`run_training` for programs: with objects of theirs, and what was tuned in their hands."""
     given, startup = given or Given(), take()
-    frame = RunFrame.open(cfg, watch, interruption, startup.enter)
-    try:
-        return _train(cfg, frame, startup, given)
-    except BaseException:
-        remove_if_not_begun(frame.directory.path, given.prompts)
-        raise
+    with RunFrame.open(settings, watch, interruption, startup.enter) as frame:
+        return _train(settings, frame, startup, given)
 
 
-def _train(cfg: DictConfig, frame: RunFrame, startup: Startup, given: Given) -> Ended:
+def _train(settings: RunSettings, frame: RunFrame, startup: Startup, given: Given) -> Ended:
     directory, device, resume = frame.directory, frame.device, frame.resume
     watch, interruption = frame.watch, frame.interruption
-    steps = int(cfg.model.infer.inference_steps)
+    loop, section, layout = settings.loop, settings.model, settings.layout
     # a user's own is imported before anything is loaded
-    on_every_process(lambda: (given.method or method_of(cfg)).check(steps))
+    on_every_process(lambda: (given.method or settings.method()).check(section.infer.inference_steps))
     for name, prompts in given.prompts.items():
-        write_text_atomically(directory.path / name, "".join(f"{prompt}\n" for prompt in prompts))
-    data = _build_data(cfg)
+        frame.inputs.append(name)
+        write_atomic(directory.path / name, "".join(f"{prompt}\n" for prompt in prompts))
+    data = _build_data(settings)
     watch.phase("opening the data")
     startup.enter("data index")
     # names a missing or unreadable shard before anything is loaded or written
     on_every_process(lambda: data.setup("fit"))
     watch.phase("loading the model")
     startup.enter("building")
-    loop, layout = loop_section(cfg), build_layout(cfg)
-    policy = NonFinitePolicy(cfg.model.nan_policy.max_consecutive)
-    model = build_model(cfg, device, startup.phase, given.pipe)
-    reward = given.reward.to(device) if given.reward is not None else _build_reward(cfg, device, startup)
+    policy = NonFinitePolicy(section.nan_policy.max_consecutive)
+    model = build_model(settings, device, startup.phase, given.pipe)
+    reward = given.reward.to(device) if given.reward is not None else _build_reward(settings.rm, device, startup)
     startup.enter("building")
-    module = build_module(cfg, model, reward, loop.max_steps, policy, given.method)
+    module = build_module(settings, model, reward, loop.max_steps, policy, given.method)
     module.validation_prompts = [prompt for prompt in data.validation_prompts for _ in data.validation_seeds]
+    module.measure_validation = functools.partial(validation_figures, embedder=_embedder(section, reward))
     if given.reward is not None:
-        section, size = cfg.model.data, cfg.model.micro_batch_size
-        prompts = read_prompts(data.train, size, section.on_bad_sample, section.on_bad_shard, section.prompt_key)
+        size = section.micro_batch_size
+        reading = section.data
+        prompts = read_prompts(data.train, size, reading.on_bad_sample, reading.on_bad_shard, reading.prompt_key)
         try_out(module, list(itertools.islice(itertools.cycle(prompts), size)))
     startup.enter("checking the pipeline")
     on_every_process(module.check_pipeline)
     startup.enter("run directory")
-    frame.begin()
-    ema = EMACallback.from_config(cfg.exp_manager.ema)
+    frame.begin(module)
+    ema = EMACallback(settings.exp_manager.ema) if settings.exp_manager.ema.enable else None
     callbacks: list[pl.Callback] = [
         StartupCallback(startup, directory.path),
         RewardNormalization(directory.path, resumed=resume is not None),
         *([ema] if ema is not None else []),
-        ValidationFiles(directory.path, _embedder(cfg, reward), cfg.report.max_prompts),
+        ValidationFiles(directory.path, settings.report.max_prompts),
         MetricsCSV(directory.path),
         TrainingProgress(silent=given.silent),
         *frame.callbacks(loop.save_interval if given.keep else None, loop.val_check_interval),
     ]
     startup.enter("trainer")
-    trainer = frame.trainer(loop, layout, derived(cfg).accumulation, callbacks, validates=loop.val_check_interval > 0)
+    trainer = frame.trainer(loop, layout, settings.accumulation, callbacks, validates=loop.val_check_interval > 0)
     if trainer.is_global_zero:
         log.info("run directory: %s", directory.path)
 
     def fit() -> None:
         # dropout masks differ between samples, and are the same where processes share a sample
-        torch.manual_seed(cfg.model.seed + trainer.global_rank // layout.tensor)
+        torch.manual_seed(section.seed + trainer.global_rank // layout.tensor)
         trainer.fit(module, datamodule=data, ckpt_path=str(resume.path) if resume is not None else None)
 
     def validate() -> None:
@@ -207,7 +206,7 @@ def _train(cfg: DictConfig, frame: RunFrame, startup: Startup, given: Given) -> 
         )
 
     def report() -> None:
-        if cfg.report.enable and trainer.is_global_zero:
+        if settings.report.enable and trainer.is_global_zero:
             log.info("report: %s", write_report(directory.path))
 
     def salvage() -> None:
@@ -222,55 +221,50 @@ def _train(cfg: DictConfig, frame: RunFrame, startup: Startup, given: Given) -> 
     return Ended(code, module, device, directory.path, trainer.global_step)
 
 
-def _build_reward(cfg: DictConfig, device: torch.device, startup: Startup) -> Reward:
+def _build_reward(rm: Mapping[str, Any], device: torch.device, startup: Startup) -> Reward:
     """The reward on ``device``; its files are read once on each node, but code of the user's own runs everywhere."""
     with startup.phase("reward"):
-        if any(import_paths(cfg.rm)):
-            return on_every_process(lambda: build_reward(cfg.rm, device))
-        return load_once(lambda: build_reward(cfg.rm), device)
+        if any(import_paths(rm)):
+            return on_every_process(lambda: build_reward(rm, device))
+        return load_once(lambda: build_reward(rm), device)
 
 
-def _build_data(cfg: DictConfig) -> RunData:
-    section = cfg.model.data
-    validation = section.validation
-    if loop_section(cfg).val_check_interval == 0:
+def _build_data(settings: RunSettings) -> RunData:
+    section, sizes = settings.model.data, settings.model
+    if settings.loop.val_check_interval == 0:
         prompts: list[str] = []
-    elif validation.prompts is not None:
-        prompts = list(validation.prompts)
+    elif section.prompts is not None:
+        prompts = list(section.prompts)
     else:
         # a user's own prompts are validated on their first ones: the embedded ones say nothing about them
-        source = (
-            plain(validation.webdataset.local_root_path)
-            or plain(section.train.webdataset.local_root_path)
-            or str(embedded_prompts_path("validation"))
-        )
+        source = section.validation_path or section.train_path or str(embedded_prompts_path("validation"))
         prompts = read_prompts(
-            source, validation.max_prompts, section.on_bad_sample, section.on_bad_shard, section.prompt_key
+            source, section.max_prompts, section.on_bad_sample, section.on_bad_shard, section.prompt_key
         )
     return RunData(
-        prompts[: validation.max_prompts],
-        list(validation.seeds),
-        train=plain(section.train.webdataset.local_root_path) or str(embedded_prompts_path("train")),
-        micro_batch_size=cfg.model.micro_batch_size,
-        global_batch_size=cfg.model.global_batch_size,
-        seed=cfg.model.seed,
+        prompts[: section.max_prompts],
+        list(section.seeds),
+        train=section.train_path or str(embedded_prompts_path("train")),
+        micro_batch_size=sizes.micro_batch_size,
+        global_batch_size=sizes.global_batch_size,
+        seed=sizes.seed,
         shuffle_buffer=section.shuffle_buffer,
         num_workers=section.num_workers,
-        epochs=loop_section(cfg).max_epochs,
+        epochs=settings.loop.max_epochs,
         on_bad_sample=section.on_bad_sample,
         on_bad_shard=section.on_bad_shard,
         prompt_key=section.prompt_key,
         index_folder=section.index_folder,
         worker_timeout_seconds=section.worker_timeout_seconds,
-        validation_batch_size=max(cfg.model.micro_batch_size, 8),
+        validation_batch_size=sizes.validation_batch_size,
     )
 
 
-def _embedder(cfg: DictConfig, reward: Reward) -> Embedder | None:
+def _embedder(section: ModelSettings, reward: Reward) -> Embedder | None:
     """What measures diversity: the reward itself where it embeds pictures, else the CLIP of the embedded model."""
     for module in reward.modules():
         if hasattr(module, "embed_images"):
             return module  # type: ignore[return-value]
-    if cfg.model.from_pretrained is None:
+    if section.from_pretrained is None:
         return restore_reward(embedded_reward_path())  # type: ignore[return-value]
     return None

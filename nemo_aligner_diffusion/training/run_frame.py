@@ -15,18 +15,19 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import OmegaConf
 
-from nemo_aligner_diffusion.config.checks import precision_name, world_size
-from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError
+from nemo_aligner_diffusion.errors import AlignerError
 from nemo_aligner_diffusion.parallel.broadcast import gather, on_every_process
 from nemo_aligner_diffusion.parallel.layout import Layout
-from nemo_aligner_diffusion.parallel.strategy import ParallelStrategy
-from nemo_aligner_diffusion.runtime.directory import RunDirectory
-from nemo_aligner_diffusion.runtime.faults import RunWatch, began, explained, process_group_timeout
-from nemo_aligner_diffusion.runtime.health import launch as launching
-from nemo_aligner_diffusion.runtime.launch import is_launched, join
-from nemo_aligner_diffusion.runtime.slurm import Requeue, lightning_plugins
+from nemo_aligner_diffusion.parallel.strategy import LaunchedProcesses, ParallelStrategy
+from nemo_aligner_diffusion.runtime.directory import RunDirectory, resolve_run_directory
+from nemo_aligner_diffusion.runtime.join import AgentNotes, find_device, join
+from nemo_aligner_diffusion.runtime.process import Process, left_over
+from nemo_aligner_diffusion.runtime.settings import RunDirectorySettings
+from nemo_aligner_diffusion.runtime.slurm import Requeue
+from nemo_aligner_diffusion.runtime.watch import RunWatch, explained
+from nemo_aligner_diffusion.training.callbacks.health import HealthCallback
 from nemo_aligner_diffusion.training.callbacks.interruption import (
     Interrupted,
     Interruption,
@@ -37,35 +38,49 @@ from nemo_aligner_diffusion.training.callbacks.interruption import (
 from nemo_aligner_diffusion.training.callbacks.metrics import build_loggers
 from nemo_aligner_diffusion.training.callbacks.missed_validation import MissedValidation
 from nemo_aligner_diffusion.training.checkpoints.callback import TrainingCheckpoint
-from nemo_aligner_diffusion.training.checkpoints.resume import ResumePoint, find_resume_point
+from nemo_aligner_diffusion.training.checkpoints.resume import ResumePoint, check_fits, find_resume_point
+from nemo_aligner_diffusion.training.settings import LoopSettings, ProgramSettings
 
 log = logging.getLogger(__name__)
+
+_BEGUN = "begun"  # a note for the next start by torchrun: this run's directory is in use
 
 
 @dataclass
 class RunFrame:
     """A run that has its processes and its directory: :meth:`open` it, build, :meth:`begin`, :meth:`carry_out`.
 
+    As a context it gives the directory back at the end; a run that has not begun leaves no trace there.
+
     Attributes:
         device: this process's.
         resume: the checkpoint to go on from, if any.
+        inputs: names of files that were put into the directory before the run began.
     """
 
-    cfg: DictConfig
+    settings: ProgramSettings
     watch: RunWatch
     interruption: Interruption
     device: torch.device
     directory: RunDirectory
     resume: ResumePoint | None
+    notes: AgentNotes
+    inputs: list[str] = field(default_factory=list, init=False)
     _requeue: Requeue | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        self._timer = RunTimer.from_config(self.cfg.exp_manager)
+        self._timer = RunTimer.from_settings(self.settings.exp_manager)
+
+    def __enter__(self) -> RunFrame:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.directory.release(self.inputs)
 
     @classmethod
     def open(
         cls,
-        cfg: DictConfig,
+        settings: ProgramSettings,
         watch: RunWatch,
         interruption: Interruption,
         enter: Callable[[str], None] = lambda phase: None,
@@ -73,38 +88,54 @@ class RunFrame:
         """Join the other processes; find the directory, and what it holds. Comes before anything heavy is loaded.
 
         Args:
-            enter: told what the start has come to.
+            enter: called with the name of what the start has come to.
 
         Raises:
-            ConfigurationError: nobody has started the other processes.
             OutputError, CheckpointError: the directory, or what is in it, cannot be used.
         """
-        if world_size(cfg) > 1 and not is_launched(os.environ):
-            raise ConfigurationError(
-                f"trainer.devices × trainer.num_nodes = {world_size(cfg)}, but no launcher has started the processes: "
-                "start the program with torchrun or srun, or by its own command line, which starts them itself"
-            )
         enter("process group")
         watch.phase("joining the process group")
-        trainer = cfg.trainer
-        device = join(plain(trainer.devices), trainer.num_nodes, trainer.accelerator, process_group_timeout(cfg))
-        watch.joined()
-        _agree_on_version(cfg, watch)
-        _resume_after_restart(cfg, watch)
+        process = watch.process
+        device = find_device(process, settings.trainer.lightning_devices, settings.trainer.accelerator)
+        if message := left_over(process):
+            log.warning("%s", message)
+        join(process, device, watch)
+        notes = AgentNotes(process)
+        _agree_on_version(settings.exp_manager, process, notes)
+        if _is_restart(process, notes):
+            settings = settings.resuming()
         enter("run directory")
-        directory = on_every_process(lambda: RunDirectory.prepare(cfg.exp_manager, default_name=cfg.name))
-        resume = find_resume_point(directory.checkpoints) if cfg.exp_manager.resume_if_exists else None
-        if resume is not None and directory.is_writer:
-            for key, (before, now) in directory.changed_keys(cfg).items():
-                log.warning("resuming with %s = %s; it was %s", key, now, before)
-        return cls(cfg, watch, interruption, device, directory, resume)
+        section = settings.exp_manager
+        path, resumes = resolve_run_directory(section), section.resume_if_exists
+        anew = section.resume_ignore_no_checkpoint
+        directory = on_every_process(lambda: RunDirectory.prepare(path, resumes, anew, process.is_rank_zero))
+        try:
+            resume = find_resume_point(directory.checkpoints) if resumes else None
+            if resume is not None and directory.is_writer:
+                for key, (before, now) in directory.changed_keys(OmegaConf.to_yaml(settings.shown)).items():
+                    log.warning("resuming with %s = %s; it was %s", key, now, before)
+        except BaseException:
+            directory.release()
+            raise
+        return cls(settings, watch, interruption, device, directory, resume, notes)
 
-    def begin(self) -> None:
-        """Claim the directory, now that everything has been built."""
-        self.directory.write_config(self.cfg)
-        self.directory.begin()
-        began(self.watch, self.directory)
-        self._requeue = Requeue.from_config(self.cfg.exp_manager, os.environ, self.directory.is_writer)
+    def begin(self, module: torch.nn.Module) -> None:
+        """Take the directory into use, now that everything has been built.
+
+        Args:
+            module: what is trained, still whole; the checkpoint must fit it.
+
+        Raises:
+            CheckpointError: it does not. Nothing has been written.
+        """
+        if self.resume is not None:
+            check_fits(self.resume, module)
+        self.directory.begin(OmegaConf.to_yaml(self.settings.shown))
+        self.watch.directory = self.directory
+        if self.directory.is_writer:
+            self.notes.set(_BEGUN, "1")
+        section = self.settings.exp_manager
+        self._requeue = Requeue.for_this_run(section, section, self.directory.is_writer)
         self.interruption.patient = self._requeue is not None
 
     def callbacks(
@@ -123,18 +154,19 @@ class RunFrame:
                 self.directory.checkpoints,
                 every_n_optimizer_steps=save_interval or None,
                 resume=self.resume,
-                **self.cfg.exp_manager.checkpoint_callback_params,
+                **self.settings.tree["exp_manager"]["checkpoint_callback_params"],
             )
+        health = [HealthCallback(self.watch)] if self.watch.progress is not None else []
         return [
             InterruptionCallback(self.interruption),
             MissedValidation(self.directory.path, validation_interval, always=validate_again),
             *([checkpoint] if checkpoint is not None else []),
             *([self._timer] if self._timer is not None else []),
-            *self.watch.callbacks(),
+            *health,
         ]
 
     def trainer(
-        self, loop: DictConfig, layout: Layout, accumulation: int, callbacks: list[pl.Callback], validates: bool
+        self, loop: LoopSettings, layout: Layout, accumulation: int, callbacks: list[pl.Callback], validates: bool
     ) -> pl.Trainer:
         """Lightning's Trainer as all runs have it.
 
@@ -142,14 +174,14 @@ class RunFrame:
             loop: the section that holds ``max_steps``, ``val_check_interval`` (optimizer steps) …
             accumulation: micro-batches an optimizer step.
         """
-        cfg = self.cfg
+        machine, experiment = self.settings.trainer, self.settings.exp_manager
         interval = loop.val_check_interval * accumulation if validates else 0
         return pl.Trainer(
-            accelerator=cfg.trainer.accelerator,
-            devices=plain(cfg.trainer.devices),
-            num_nodes=cfg.trainer.num_nodes,
-            precision=precision_name(cfg),  # type: ignore[arg-type]
-            strategy="auto" if layout.is_single else ParallelStrategy(layout, process_group_timeout(cfg)),
+            accelerator=machine.accelerator,
+            devices=machine.lightning_devices,
+            num_nodes=machine.num_nodes,
+            precision=machine.lightning_precision,  # type: ignore[arg-type]
+            strategy="auto" if layout.is_single else ParallelStrategy(layout, self.watch.collective_timeout),
             max_steps=loop.max_steps,
             max_epochs=1,  # one pass of the loader is all passes over the samples
             accumulate_grad_batches=accumulation,
@@ -158,10 +190,12 @@ class RunFrame:
             check_val_every_n_epoch=None,
             limit_val_batches=loop.limit_val_batches if interval else 0,
             num_sanity_val_steps=0,
-            log_every_n_steps=cfg.trainer.log_every_n_steps,
-            logger=build_loggers(cfg, self.directory.path, self.resume.step if self.resume is not None else 0),
+            log_every_n_steps=machine.log_every_n_steps,
+            logger=build_loggers(
+                experiment, self.settings.name, self.directory.path, self.resume.step if self.resume is not None else 0
+            ),
             callbacks=callbacks,
-            plugins=lightning_plugins(),
+            plugins=[LaunchedProcesses(self.watch.process)],
             use_distributed_sampler=False,
             enable_model_summary=False,
             enable_checkpointing=any(isinstance(callback, TrainingCheckpoint) for callback in callbacks),
@@ -244,11 +278,6 @@ class RunFrame:
         return left
 
 
-def plain(value: Any) -> Any:
-    """A list or number instead of OmegaConf's."""
-    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-
-
 _LIGHTNING = ("pytorch_lightning", "lightning.pytorch", "lightning_fabric")
 _PIPELINES = ("diffusers", "transformers")
 
@@ -293,29 +322,27 @@ def _hush() -> None:
         ".*isinstance.treespec.*",
         ".*IterableDataset.*__len__.*",
         ".*in eval mode at the start of training.*",  # frozen parts, on purpose
-        ".*`srun` command is available.*",  # slurm.check_tasks says what matters
+        ".*`srun` command is available.*",  # process.check_agrees says what matters
         ".*functional.all_gather is deprecated.*",  # Lightning's to mend
     ):
         warnings.filterwarnings("ignore", pattern)
 
 
-def _agree_on_version(cfg: DictConfig, watch: RunWatch) -> None:
+def _agree_on_version(section: RunDirectorySettings, process: Process, notes: AgentNotes) -> None:
     """A directory named after the time has one name in all processes, also after torchrun has started them again."""
-    section = cfg.exp_manager
     if section.explicit_log_dir or section.version or section.resume_if_exists:
         return
-    mine = os.environ.get("NEMO_EXPM_VERSION") or launching.agree_on_version(
-        watch.launch, datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    )
-    os.environ["NEMO_EXPM_VERSION"] = gather(mine)[0]
+    mine = os.environ.get("NEMO_EXPM_VERSION") or notes.get("version")
+    version = gather(mine or datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))[0]
+    os.environ["NEMO_EXPM_VERSION"] = version
+    if process.is_rank_zero:
+        notes.set("version", version)
 
 
-def _resume_after_restart(cfg: DictConfig, watch: RunWatch) -> None:
-    """Where torchrun has started the processes again, the run goes on in its own directory."""
-    if watch.launch.restart == 0 or not launching.is_noted("began"):
-        return  # what a first attempt refused to touch, a second one does not touch either
-    with open_dict(cfg):
-        cfg.exp_manager.resume_if_exists = True
-        cfg.exp_manager.resume_ignore_no_checkpoint = True
-    if watch.launch.rank == 0:
-        log.warning("torchrun has started the processes again (restart %d): resuming this run", watch.launch.restart)
+def _is_restart(process: Process, notes: AgentNotes) -> bool:
+    """Whether torchrun has started the processes again: then the run goes on in its own directory."""
+    if process.restart == 0 or notes.get(_BEGUN) is None:
+        return False  # what a first attempt refused to touch, a second one does not touch either
+    if process.is_rank_zero:
+        log.warning("torchrun has started the processes again (restart %d): resuming this run", process.restart)
+    return True

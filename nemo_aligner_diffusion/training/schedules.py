@@ -8,29 +8,37 @@ Source of the formulas: ``nemo/core/optim/lr_scheduler.py`` (``WarmupHoldPolicy`
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
-
-import torch
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from nemo_aligner_diffusion.errors import ConfigurationError
-from nemo_aligner_diffusion.training.optimizers import _did_you_mean
+from nemo_aligner_diffusion.settings import SHARE, Settings, choice, integer, number, setting
 
-SCHEDULE_NAMES = ("WarmupHoldPolicy", "CosineAnnealing", "constant")
-_KEYS = {
-    "WarmupHoldPolicy": {"warmup_steps", "warmup_ratio", "hold_steps", "hold_ratio", "min_lr"},
-    "CosineAnnealing": {"warmup_steps", "warmup_ratio", "hold_steps", "constant_steps", "constant_ratio", "min_lr"},
-    "constant": {"warmup_steps", "warmup_ratio"},
+if TYPE_CHECKING:
+    import torch
+    from torch.optim.lr_scheduler import LRScheduler
+
+# name in `model.optim.sched` -> what it reads beside the warm-up
+SCHEDULES: dict[str, tuple[str, ...]] = {
+    "WarmupHoldPolicy": ("min_lr",),
+    "CosineAnnealing": ("hold_steps", "hold_ratio", "constant_steps", "constant_ratio", "min_lr"),
+    "constant": (),
+}
+# Two ways to say one thing: who gives one of them takes the other back.
+EITHER_OR: dict[str, str] = {
+    f"model.optim.sched.{name}_{way}": f"model.optim.sched.{name}_{other}"
+    for name in ("warmup", "hold", "constant")
+    for way, other in (("steps", "ratio"), ("ratio", "steps"))
 }
 _FOREVER = 10**12  # NeMo's configurations hold for 10,000,000,000,000 steps to say "for good"
-_NO_EFFECT = {"last_epoch", "max_steps", "monitor", "reduce_on_plateau"}  # set by NeMo's machinery, not by users
+
+Factor = Callable[[int, float], float]  # (optimizer steps taken, min_lr / peak) -> share of the peak
 
 
-def build_schedule(
-    optimizer: torch.optim.Optimizer, sched_cfg: Mapping[str, Any] | None, max_steps: int | None
-) -> LRScheduler:
-    """The schedule that ``model.optim.sched`` names; step it once per optimizer step (Lightning ``interval: step``).
+@dataclass(frozen=True)
+class ScheduleSettings(Settings):
+    """Learning-rate schedule.
 
     - ``WarmupHoldPolicy``: linear from ``lr/(warmup_steps+1)`` to ``lr`` over ``warmup_steps``, then ``lr`` for good.
       In NeMo too the rate stays at ``lr`` after ``hold_steps``, and drops to ``min_lr`` only past ``max_steps``.
@@ -39,51 +47,101 @@ def build_schedule(
       Megatron-LM and NeMo. ``hold_steps`` is ours (NeMo has none there); a hold "for good", which is what
       ``WarmupHoldPolicy``'s settings leave behind when only the name is changed, counts as none.
     - ``constant``: ``lr``, after the warmup if one is set.
+    """
+
+    section = "model.optim.sched"
+    title = "Learning-rate schedule"
+
+    name: str = setting("CosineAnnealing", choice(*SCHEDULES), "WarmupHoldPolicy, CosineAnnealing or constant")
+    warmup_steps: int | None = setting(
+        0,
+        integer(0, nullable=True),
+        "optimizer steps of the rise; integer >= 0; or warmup_ratio, a share of all steps",
+    )
+    warmup_ratio: float | None = setting(
+        None, SHARE, "in place of warmup_steps: their share of all optimizer steps; in [0, 1]"
+    )
+    hold_steps: int | None = setting(
+        None,
+        integer(0, nullable=True),
+        "CosineAnnealing: optimizer steps at the full rate between rise and fall; integer >= 0; WarmupHoldPolicy holds "
+        "it to the end whatever stands here",
+    )
+    hold_ratio: float | None = setting(
+        None, SHARE, "in place of hold_steps: their share of all optimizer steps; in [0, 1]"
+    )
+    constant_steps: int | None = setting(
+        0,
+        integer(0, nullable=True),
+        "CosineAnnealing: last optimizer steps, spent at min_lr; integer >= 0; or constant_ratio",
+    )
+    constant_ratio: float | None = setting(
+        None, SHARE, "in place of constant_steps: their share of all optimizer steps; in [0, 1]"
+    )
+    min_lr: float = setting(
+        0.0,
+        number(0),
+        "learning rate at the end of CosineAnnealing, and of WarmupHoldPolicy past the run's max_steps; >= 0",
+    )
+
+    def unread(self) -> dict[str, str]:
+        read = ("name", "warmup_steps", "warmup_ratio", *SCHEDULES[self.name])
+        reason = f"model.optim.sched.name={self.name} does not read it"
+        return {field: reason for field in self.kinds() if field not in read}
+
+    def factor(self, max_steps: int | None) -> Factor:
+        """The schedule of a run of ``max_steps`` optimizer steps; ``None`` or -1: open (no ratios and no cosine then).
+
+        Raises:
+            ConfigurationError: the numbers do not fit together.
+        """
+        total = None if max_steps is None or max_steps < 0 else max_steps
+        warmup = self._steps("warmup", total)
+        if self.name == "WarmupHoldPolicy":
+            return _warmup_hold(warmup, total)
+        if self.name == "constant":
+            return _warmup_hold(warmup, None)
+        hold = self._steps("hold", total)
+        return _cosine(warmup, 0 if hold >= _FOREVER else hold, self._steps("constant", total), total)
+
+    def _steps(self, which: str, total: int | None) -> int:
+        steps, ratio = getattr(self, f"{which}_steps"), getattr(self, f"{which}_ratio")
+        if ratio is None:
+            return steps or 0
+        if steps:
+            raise ConfigurationError(f"model.optim.sched: give {which}_steps or {which}_ratio, not both")
+        if total is None:
+            raise ConfigurationError(f"model.optim.sched.{which}_ratio needs trainer.max_steps")
+        return int(ratio * total)
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer, settings: ScheduleSettings | None, max_steps: int | None
+) -> LRScheduler:
+    """The schedule, to be stepped once per optimizer step (Lightning ``interval: step``).
 
     Args:
         optimizer: its groups' ``lr`` is the peak rate.
-        sched_cfg: ``name`` and its numbers; ``None`` or ``name: null`` means constant.
-        max_steps: optimizer steps of the whole run; ``None`` or -1 if open (then no ratios and no cosine).
+        settings: ``None``: constant.
+        max_steps: as for :meth:`ScheduleSettings.factor`.
 
     Raises:
-        ConfigurationError: unknown name or key, or numbers that do not fit together.
+        ConfigurationError: numbers that do not fit together.
     """
-    cfg = {key: value for key, value in dict(sched_cfg or {}).items() if value is not None}
-    name = str(cfg.pop("name", "constant"))
-    by_lower = {known.lower(): known for known in SCHEDULE_NAMES}
-    if name.lower() not in by_lower:
-        raise ConfigurationError(
-            f"model.optim.sched.name={name!r} is not a schedule here; the known ones are "
-            f"{', '.join(SCHEDULE_NAMES)}{_did_you_mean(name, SCHEDULE_NAMES)}"
-        )
-    name = by_lower[name.lower()]
-    for key in set(cfg) - _KEYS[name] - _NO_EFFECT:
-        known = {other for keys in _KEYS.values() for other in keys}
-        if key not in known:
-            raise ConfigurationError(f"unknown key model.optim.sched.{key}{_did_you_mean(key, known)}")
-        # a key of another schedule: configuration groups share them, and NeMo ignores them too
-    total = None if max_steps is None or max_steps < 0 else int(max_steps)
-    min_lr = float(cfg.get("min_lr", 0.0))
-    factor: Callable[[int, float], float]
-    if name == "WarmupHoldPolicy":
-        factor = _warmup_hold(_steps(cfg, "warmup", total), total)
-    elif name == "CosineAnnealing":
-        hold = _steps(cfg, "hold", total)
-        factor = _cosine(
-            _steps(cfg, "warmup", total), 0 if hold >= _FOREVER else hold, _steps(cfg, "constant", total), total
-        )
-    else:
-        factor = _warmup_hold(_steps(cfg, "warmup", total), None)
+    from torch.optim.lr_scheduler import LambdaLR
+
+    settings = settings or ScheduleSettings(name="constant")
+    factor = settings.factor(max_steps)
     functions = []
     for group in optimizer.param_groups:
         peak = float(group["lr"])
-        if min_lr > peak:
-            raise ConfigurationError(f"model.optim.sched.min_lr={min_lr} is above model.optim.lr={peak}")
-        functions.append(_scaled(factor, min_lr / peak if peak else 0.0))
+        if settings.min_lr > peak:
+            raise ConfigurationError(f"{settings.given('min_lr')} is above model.optim.lr = {peak}")
+        functions.append(_scaled(factor, settings.min_lr / peak if peak else 0.0))
     return LambdaLR(optimizer, functions)
 
 
-def _scaled(factor: Callable[[int, float], float], floor: float) -> Callable[[int], float]:
+def _scaled(factor: Factor, floor: float) -> Callable[[int], float]:
     # A function, not a partial or an object: LambdaLR puts the attributes of callable objects into its state.
     def at(step: int) -> float:
         return factor(step, floor)
@@ -91,7 +149,7 @@ def _scaled(factor: Callable[[int, float], float], floor: float) -> Callable[[in
     return at
 
 
-def _warmup_hold(warmup: int, total: int | None) -> Callable[[int, float], float]:
+def _warmup_hold(warmup: int, total: int | None) -> Factor:
     def factor(step: int, floor: float) -> float:
         if warmup > 0 and step <= warmup:
             return (step + 1) / (warmup + 1)
@@ -100,7 +158,7 @@ def _warmup_hold(warmup: int, total: int | None) -> Callable[[int, float], float
     return factor
 
 
-def _cosine(warmup: int, hold: int, constant: int, total: int | None) -> Callable[[int, float], float]:
+def _cosine(warmup: int, hold: int, constant: int, total: int | None) -> Factor:
     if total is None:
         raise ConfigurationError(
             "model.optim.sched.name=CosineAnnealing needs the length of the run: set trainer.max_steps"
@@ -119,20 +177,3 @@ def _cosine(warmup: int, hold: int, constant: int, total: int | None) -> Callabl
         return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * done))
 
     return factor
-
-
-def _steps(cfg: Mapping[str, Any], which: str, total: int | None) -> int:
-    steps, ratio = cfg.get(f"{which}_steps"), cfg.get(f"{which}_ratio")
-    if steps is not None and ratio is not None:
-        raise ConfigurationError(f"model.optim.sched: give {which}_steps or {which}_ratio, not both")
-    if ratio is not None:
-        if total is None:
-            raise ConfigurationError(f"model.optim.sched.{which}_ratio needs trainer.max_steps")
-        if not 0 <= float(ratio) <= 1:
-            raise ConfigurationError(f"model.optim.sched.{which}_ratio={ratio}: expected a share between 0 and 1")
-        return int(float(ratio) * total)
-    if steps is None:
-        return 0
-    if float(steps) != int(steps) or int(steps) < 0:
-        raise ConfigurationError(f"model.optim.sched.{which}_steps={steps}: expected a whole number of at least 0")
-    return int(steps)

@@ -20,8 +20,8 @@ from nemo_aligner_diffusion.formats.nemo import load_nemo
 from nemo_aligner_diffusion.rewards.aesthetic import convert_aesthetic_to_nemo
 from nemo_aligner_diffusion.rewards.clip.archive import convert_hf_clip_to_nemo
 from nemo_aligner_diffusion.rewards.image_reward.archive import convert_image_reward_to_nemo
-from tests.clip_toy import megatron_twin, tensor_parallel_shards, tokenizer_files, toy_clip
-from tests.image_reward_toy import MAX_LENGTH, TEXT_HEADS, VISION_HEADS, VOCABULARY, toy_checkpoint
+from tests.tiny.clip import megatron_twin, tensor_parallel_shards, tokenizer_files, toy_clip
+from tests.tiny.image_reward import MAX_LENGTH, TEXT_HEADS, VISION_HEADS, VOCABULARY, toy_checkpoint
 
 CONFIG, WEIGHTS = "model_config.yaml", "model_weights.ckpt"
 # The head of the aesthetic archive: (place, kind, shape).

@@ -23,7 +23,7 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
-from tiny import SCHEDULER, tiny_parts
+from tiny.stable_diffusion import SCHEDULER, tiny_parts
 from transformers import Qwen3ForCausalLM, Qwen3Model
 
 from .parts import DYNAMIC_SHIFT, WIDTH, clip, flow_euler, kl_vae, qwen3, qwen_vl, t5

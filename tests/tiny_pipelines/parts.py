@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
-from tiny import tiny_tokenizer
+from tiny.stable_diffusion import tiny_tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from transformers import (

@@ -5,7 +5,7 @@ python examples/mm/clip/judge_rule.py colourfulness results/colourful/export
 
 import sys
 
-from nemo_aligner_diffusion.reward_training.rule_judge import main
+from nemo_aligner_diffusion.cli.judge_rule import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -25,6 +25,7 @@ from torch.distributed import ProcessGroup
 
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.parallel.placements import CUTS, GROUP, TensorCut
+from nemo_aligner_diffusion.parallel.private_api import forget_load_hooks
 
 try:
     with warnings.catch_warnings():
@@ -264,7 +265,7 @@ def _linear(kind: Any, module: nn.Module, group: ProcessGroup, **arguments: Any)
             tp_group=group,
             **arguments,
         )
-    layer._load_state_dict_pre_hooks.clear()  # it invents an entry `_extra_state`
+    forget_load_hooks(layer)  # an entry `_extra_state`
     return layer
 
 

@@ -5,11 +5,3 @@ it, and none can say for whom. So each process has a small thread that sends its
 socket (:mod:`.client`, :mod:`.server`), rank 0's thread judges (:mod:`.verdict`), and every process hears the verdict
 and comes down. Nothing here makes a collective call, and nothing is started where there is one process.
 """
-
-from nemo_aligner_diffusion.runtime.health.client import HealthClient
-from nemo_aligner_diffusion.runtime.health.launch import Launch, find_launch
-from nemo_aligner_diffusion.runtime.health.messages import Fault
-from nemo_aligner_diffusion.runtime.health.progress import Limits, Progress, waiting
-from nemo_aligner_diffusion.runtime.health.server import HealthServer
-
-__all__ = ["Fault", "HealthClient", "HealthServer", "Launch", "Limits", "Progress", "find_launch", "waiting"]

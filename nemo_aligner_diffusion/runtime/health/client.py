@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import multiprocessing
 import os
-import select
+import selectors
 import signal
 import socket
 import threading
@@ -15,11 +15,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from nemo_aligner_diffusion.runtime.health import launch as launching
 from nemo_aligner_diffusion.runtime.health import processes
-from nemo_aligner_diffusion.runtime.health.launch import Launch
-from nemo_aligner_diffusion.runtime.health.messages import LONGEST_DETAILS, Fault, Line, Member, Position
+from nemo_aligner_diffusion.runtime.health.lines import Line, call
+from nemo_aligner_diffusion.runtime.health.messages import LONGEST_DETAILS, Fault, Member, Position
 from nemo_aligner_diffusion.runtime.health.progress import Progress
+from nemo_aligner_diffusion.runtime.process import Process
+from nemo_aligner_diffusion.runtime.said import write_error_file
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,8 @@ class HealthClient(threading.Thread):
     """Start it on every rank, rank 0 included.
 
     Args:
-        launch: this process.
+        process: this one.
+        address, host: of rank 0's server.
         progress: what the main thread marks.
         interval: seconds between heartbeats.
         silence: seconds without a sign of life of rank 0 after which it counts as gone.
@@ -46,22 +48,25 @@ class HealthClient(threading.Thread):
 
     def __init__(
         self,
-        launch: Launch,
+        process: Process,
+        address: str,
+        host: str,
         progress: Progress,
         interval: float,
         silence: float,
         on_fault: Callable[[Fault], None] | None = None,
     ) -> None:
         super().__init__(name="health client", daemon=True)
-        self.launch = launch
+        self.process = process
+        self._address = address, host
         self.progress = progress
         self.interval = interval
         self.silence = silence
         self.on_fault = on_fault
-        self.member = Member(launch.rank, launching.host_name(), os.getpid(), launch.local_rank)
+        self.member = Member(process.rank, socket.gethostname(), os.getpid(), process.local_rank)
         self.verdict: Fault | None = None
         self._members: dict[int, Member] = {}
-        self._birth: dict[int, int | None] = {}  # processes of this machine: when each began
+        self._line: Line | None = None
         self._rank0 = Position()
         self._connected = threading.Event()
         self._settled = threading.Event()  # connected, or given up
@@ -81,7 +86,7 @@ class HealthClient(threading.Thread):
     def settle(self) -> None:
         """Wait until rank 0 knows this rank. Then errors find everybody in touch, and no rank ends unheard.
 
-        Call it once rank 0 can be found (see :func:`.launch.look_up`). After seconds it goes on without.
+        After seconds it goes on without.
         """
         self._settled.wait(_SETTLED_WITHIN)
 
@@ -116,7 +121,7 @@ class HealthClient(threading.Thread):
 
     def wait_for_rank_0(self) -> None:
         """After :meth:`failed`, before this process ends: all ranks may have raised, and rank 0 may be exporting."""
-        if self._raised.is_set() and self.launch.rank != 0 and self._connected.is_set():
+        if self._raised.is_set() and self.process.rank != 0 and self._connected.is_set():
             self._may_end.wait(_CLOSING_TIME)
 
     def end_process(self, code: int, within: float) -> None:
@@ -154,11 +159,11 @@ class HealthClient(threading.Thread):
     def run(self) -> None:
         line = None
         try:
-            line = self._connect()
+            self._line = line = self._connect()
         except Exception as error:
             self._settled.set()
             if not self._over.wait(_NOT_OVER_WITHIN):
-                log.warning("rank %d is not watched: %s", self.launch.rank, error)
+                log.warning("rank %d is not watched: %s", self.process.rank, error)
         try:
             if line is not None:
                 self._connected.set()
@@ -176,20 +181,22 @@ class HealthClient(threading.Thread):
             self._woken.close()
             os.close(self._screen)
 
-    def _connect(self) -> Line | None:
-        address = launching.look_up(self.launch, self._closing.is_set)
-        if address is None:
-            return None
-        host, port, token = address
-        line = Line(socket.create_connection((host, port), timeout=60.0))
-        line.send("hello", token=token, member=vars(self.member))
+    def _connect(self) -> Line:
+        line, secret = call(*self._address)
+        line.send("hello", secret=secret, member=vars(self.member))
         return line
 
     def _talk(self, line: Line) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(line.connection, selectors.EVENT_READ)
+            selector.register(self._woken, selectors.EVENT_READ)
+            self._exchange(line, selector)
+
+    def _exchange(self, line: Line, selector: selectors.BaseSelector) -> None:
         heard = looked = time.monotonic()
         due = 0.0
         while True:
-            readable, _, _ = select.select([line.connection, self._woken], [], [], max(due - time.monotonic(), 0.0))
+            readable = [key.fileobj for key, _ in selector.select(max(due - time.monotonic(), 0.0))]
             if self._woken in readable:
                 self._woken.recv(4096)
             while self._outbox:
@@ -230,11 +237,10 @@ class HealthClient(threading.Thread):
     def _handle(self, line: Line, message: dict[str, Any]) -> None:
         kind = message["kind"]
         if kind == "alive":
-            self._rank0 = Position(**message["position"])
+            self._rank0 = Position.from_json(message["position"])
         elif kind == "members":
-            self._members = {member["rank"]: Member(**member) for member in message["members"]}
-            here = [member for member in self._members.values() if member.host == self.member.host]
-            self._birth = {member.pid: processes.start_of(member.pid) for member in here}
+            members = map(Member.from_json, message["members"])
+            self._members = {member.rank: member for member in members}
         elif kind == "stack":
             line.send("stack", stack=processes.main_thread_stack())
         elif kind == "first":
@@ -250,7 +256,7 @@ class HealthClient(threading.Thread):
         if self._closing.is_set() or self.verdict is not None:
             return
         member = self._members.get(0, Member(0, "unknown", 0, 0))
-        self._come_down(Fault(kind, member, self._rank0.place, reason))
+        self._come_down(Fault(kind, member, f"last heard of in {self._rank0.place}", reason))
 
     def _come_down(self, fault: Fault) -> None:
         """Say it once a machine, write it down once, and end this process."""
@@ -274,7 +280,7 @@ class HealthClient(threading.Thread):
                 end = time.monotonic() + _LINGER / 3
             time.sleep(0.02)
         if fault.kind != "error":
-            launching.write_error_file(fault.headline)
+            write_error_file(fault.headline)
         self._end(fault.exit_code)
 
     def _is_closing(self, fault: Fault) -> bool:
@@ -287,10 +293,10 @@ class HealthClient(threading.Thread):
         if fault.kind == "error" and fault.culprit.host == self.member.host:
             return False
         here = [member.rank for member in self._members.values() if member.host == self.member.host]
-        return self.launch.rank == min(self._able(here, fault), default=self.launch.rank)
+        return self.process.rank == min(self._able(here, fault), default=self.process.rank)
 
     def _is_writer(self, fault: Fault) -> bool:
-        return self.launch.rank == min(self._able(list(self._members) or [0], fault), default=self.launch.rank)
+        return self.process.rank == min(self._able(list(self._members) or [0], fault), default=self.process.rank)
 
     @staticmethod
     def _able(ranks: list[int], fault: Fault) -> list[int]:
@@ -300,7 +306,7 @@ class HealthClient(threading.Thread):
         """With what this machine's kernel knows of the culprit, if it is a process of this machine."""
         culprit = fault.culprit
         more = []
-        if culprit.host == self.member.host and culprit.pid and culprit.rank != self.launch.rank:
+        if culprit.host == self.member.host and culprit.pid and culprit.rank != self.process.rank:
             if fault.kind == "lost":
                 more.append(processes.death_of(culprit.pid))
                 if processes.out_of_memory_kills() > self._killed_before:
@@ -314,22 +320,30 @@ class HealthClient(threading.Thread):
         if fault.details and fault.kind == "hang":
             lines += ["  its main thread, innermost call last:"]
             lines += [f"    {line}" for line in fault.details.splitlines()[-_STACK_LINES:]]
-        lines += [f"  ending all {self.launch.world_size} processes with exit code {fault.exit_code}"]
+        lines += [f"  ending all {self.process.world_size} processes with exit code {fault.exit_code}"]
         return "\n".join(lines)
 
     def _settle(self, fault: Fault) -> None:
         """See to it that a culprit of this machine that can't end itself does end, and that torchrun knows why."""
         culprit = fault.culprit
-        if culprit.host != self.member.host or culprit.rank == self.launch.rank or not culprit.pid:
+        if culprit.host != self.member.host or culprit.rank == self.process.rank or not culprit.pid:
             return
         if fault.kind in ("lost", "silent"):
-            launching.write_error_file(fault.headline, culprit.local_rank)
-        if fault.kind == "silent" and self._birth.get(culprit.pid) == processes.start_of(culprit.pid) is not None:
+            write_error_file(fault.headline, culprit.local_rank)
+        if fault.kind == "silent" and (pid := self._pid_by_kernel(culprit)):
             with contextlib.suppress(OSError):
-                if not processes.state_of(culprit.pid):  # it runs, but holds the interpreter: see faulthandler
-                    os.kill(culprit.pid, signal.SIGUSR2)
+                if not processes.state_of(pid):  # it runs, but holds the interpreter: see faulthandler
+                    os.kill(pid, signal.SIGUSR2)
                     _pause(0.5)
-                os.kill(culprit.pid, signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
+
+    def _pid_by_kernel(self, culprit: Member) -> int:
+        """Of a process that still has its connection open; 0 where the number has only been told: none to signal."""
+        if self._line is None or not self._line.is_by_kernel:
+            return 0
+        if culprit.rank == 0:
+            return self._line.pid
+        return self._members[culprit.rank].pid if culprit.rank in self._members else 0
 
     def _mute(self) -> None:
         null = os.open(os.devnull, os.O_WRONLY)

@@ -1,19 +1,22 @@
-"""What the processes of a run tell each other about their health: lines of JSON over a socket."""
+"""What the processes of a run tell each other about their health; what comes over a socket is bounded and cleaned."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import socket
-import weakref
+import math
 from dataclasses import dataclass
 from typing import Any
 
-LONGEST_LINE = 1 << 20  # bytes; whoever sends more is not one of us
-LONGEST_DETAILS = 60_000  # characters of a traceback
+from nemo_aligner_diffusion.errors import RankLostError
 
-EXIT_CODE = 4  # of every process, after one was lost or hung: nothing is wrong with the input (2), so try again
+LONGEST_DETAILS = 60_000  # characters of a traceback
+_LONGEST_TEXT = 4_000
+
+
+def clean(value: Any, limit: int = _LONGEST_TEXT) -> str:
+    """Text for a terminal and a file: lines of printable characters, the last ``limit`` of them."""
+    text = str(value)[-limit:]
+    return "".join(c if c.isprintable() or c == "\n" else " " if c == "\t" else "?" for c in text)
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,10 @@ class Member:
 
     def __str__(self) -> str:
         return f"rank {self.rank} (host {self.host}, pid {self.pid})"
+
+    @classmethod
+    def from_json(cls, tree: dict[str, Any]) -> Member:
+        return cls(int(tree["rank"]), clean(tree["host"], 255), int(tree["pid"]), int(tree["local_rank"]))
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ class Position:
     step: int = 0
     events: int = 0
     idle: float = 0.0
-    limit: float = float("inf")
+    limit: float = math.inf
     waiting: bool = False
     in_training: bool = False
     timed: int = 0
@@ -58,6 +65,11 @@ class Position:
     def place(self) -> str:
         return f"{self.phase} of step {self.step + 1}" if self.in_training else self.phase
 
+    @classmethod
+    def from_json(cls, tree: dict[str, Any]) -> Position:
+        plain = {name: type(value)(tree[name]) for name, value in vars(cls()).items()}
+        return cls(**{**plain, "phase": clean(plain["phase"], 255)})
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -65,8 +77,8 @@ class Fault:
 
     Attributes:
         kind: ``error`` (the rank raised), ``lost`` (its process is gone), ``silent`` (its process gives no sign of
-            life), ``hang`` (no progress), ``absent`` (it never came up).
-        culprit: of which rank; host and pid are unknown for ``absent``.
+            life), ``hang`` (no progress), ``slow``.
+        culprit: of which rank.
         reason: one or a few lines.
         details: traceback or stack, for the file ``fault.txt`` and, shortened, the screen.
         exit_code: of every process that comes down because of it.
@@ -78,7 +90,7 @@ class Fault:
     place: str
     reason: str
     details: str = ""
-    exit_code: int = EXIT_CODE
+    exit_code: int = RankLostError.exit_code
     places: tuple[str, ...] = ()
 
     @property
@@ -90,60 +102,12 @@ class Fault:
 
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> Fault:
-        tree = {**tree, "culprit": Member(**tree["culprit"]), "places": tuple(tree["places"])}
-        return cls(**tree)
-
-
-_own: weakref.WeakSet[socket.socket] = weakref.WeakSet()
-
-
-def keep_from_children(connection: socket.socket) -> socket.socket:
-    """Have it closed in forked children (data workers), which would hold it open beyond this process's end."""
-    _own.add(connection)
-    return connection
-
-
-def _let_go() -> None:
-    for connection in list(_own):
-        connection.close()
-
-
-os.register_at_fork(after_in_child=_let_go)
-
-
-class Line:
-    """A socket that carries one JSON object a line. Not thread-safe: each belongs to one thread."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self.connection = keep_from_children(connection)
-        self._received = b""
-
-    def send(self, kind: str, **content: Any) -> None:
-        """Raises OSError where the other side is gone or does not read for 5 s."""
-        data = json.dumps({"kind": kind, **content}).encode() + b"\n"
-        self.connection.settimeout(5.0)
-        self.connection.sendall(data)
-
-    def receive(self) -> list[dict[str, Any]] | None:
-        """What has arrived, once the socket is readable; None: the other side is gone, or talks something else."""
-        try:
-            self.connection.settimeout(5.0)
-            data = self.connection.recv(1 << 16)
-        except TimeoutError:
-            return []
-        except OSError:
-            return None
-        if not data:
-            return None
-        self._received += data
-        *lines, self._received = self._received.split(b"\n")
-        if len(self._received) > LONGEST_LINE:
-            return None
-        try:
-            messages = [json.loads(line) for line in lines]
-        except ValueError:
-            return None
-        return messages if all(isinstance(message, dict) for message in messages) else None
-
-    def close(self) -> None:
-        self.connection.close()
+        return cls(
+            clean(tree["kind"], 10),
+            Member.from_json(tree["culprit"]),
+            clean(tree["place"], 255),
+            clean(tree["reason"]),
+            clean(tree["details"], LONGEST_DETAILS),
+            int(tree["exit_code"]) & 0xFF or 1,
+            tuple(clean(line, 500) for line in tree["places"][:100]),
+        )

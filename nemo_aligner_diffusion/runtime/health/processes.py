@@ -46,12 +46,6 @@ def is_running(pid: int) -> bool:
     return fields is not None and fields[0] not in "ZX"
 
 
-def start_of(pid: int) -> int | None:
-    """When a process started, in ticks since the machine did: tells it from a later one of the same number."""
-    fields = _stat(pid)
-    return int(fields[19]) if fields else None
-
-
 def out_of_memory_kills() -> int:
     """Processes that this machine's kernel has killed for want of memory since it started; 0 where it won't say."""
     try:

@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import hmac
+import dataclasses
 import logging
-import os
-import secrets
 import selectors
-import socket
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
-from nemo_aligner_diffusion.runtime.health import launch as launching
-from nemo_aligner_diffusion.runtime.health.launch import Launch
-from nemo_aligner_diffusion.runtime.health.messages import (
-    EXIT_CODE,
-    LONGEST_DETAILS,
-    Fault,
-    Line,
-    Member,
-    Position,
-    keep_from_children,
-)
+from nemo_aligner_diffusion.runtime.health import lines
+from nemo_aligner_diffusion.runtime.health.messages import LONGEST_DETAILS, Fault, Member, Position, clean
 from nemo_aligner_diffusion.runtime.health.stragglers import StragglerReport, StragglerWatch
 from nemo_aligner_diffusion.runtime.health.verdict import Watch
 
@@ -33,25 +21,28 @@ log = logging.getLogger(__name__)
 _TICK = 0.1  # seconds between two looks at the clock
 _STACKS_WITHIN = 2.0  # seconds to wait for the stacks of ranks that stand still
 _SAME_ERROR_WITHIN = 0.7  # seconds in which other ranks may raise the same error as the first one
+_HELLO_WITHIN = 5.0  # seconds; then a caller is turned away
+_MOST_CALLERS = 64  # at a time, beside as many as there are ranks; then the one who has waited longest is turned away
 
 
 class HealthServer(threading.Thread):
-    """Start it on rank 0; it listens on this machine only, or on all interfaces where the run has several nodes.
+    """Start it on rank 0.
 
     Args:
-        launch: of rank 0.
-        several_nodes: see above.
+        one_node: whether it listens on this machine only.
         watch: the judge.
         interval: seconds between the server's own signs of life.
         stragglers: looks for slow ranks; None: nobody does.
         on_straggler_report: called in this thread with every report.
         stop_if_straggler: bring the run down once a rank is named.
+
+    Attributes:
+        address: for the ranks, see :func:`.lines.call`.
     """
 
     def __init__(
         self,
-        launch: Launch,
-        several_nodes: bool,
+        one_node: bool,
         watch: Watch,
         interval: float,
         stragglers: StragglerWatch | None = None,
@@ -59,19 +50,17 @@ class HealthServer(threading.Thread):
         stop_if_straggler: bool = False,
     ) -> None:
         super().__init__(name="health server", daemon=True)
-        self.launch = launch
         self.watch = watch
         self.interval = interval
         self.stragglers = stragglers
         self.on_straggler_report = on_straggler_report
         self.stop_if_straggler = stop_if_straggler
-        self.token = secrets.token_hex(16)
-        self._several_nodes = several_nodes
-        listener = socket.create_server(("" if several_nodes else "127.0.0.1", 0), backlog=1024)
-        self._listener = keep_from_children(listener)
-        self.port = int(self._listener.getsockname()[1])
+        listener, self.address, self._secret = lines.listen(one_node)
+        self._listener = lines.keep_from_children(listener)
+        self._listener.setblocking(False)
+        self._callers: dict[_RankLine, float] = {}  # who has not said hello yet -> since when
         self._selector = selectors.DefaultSelector()
-        self._lines: dict[int, Line] = {}  # rank -> its connection
+        self._lines: dict[int, _RankLine] = {}  # rank -> its connection
         self._fault: Fault | None = None
         self._errors: dict[int, float] = {}  # rank that raised -> when
         self._handed_on: set[int] = set()  # of these, who raised what another rank has met
@@ -81,26 +70,14 @@ class HealthServer(threading.Thread):
         self._asked = 0.0
         self._closing = threading.Event()
 
-    def start(self) -> None:
-        super().start()
-        if self.launch.launcher == "lightning":  # before Lightning starts the other processes, which inherit it
-            launching.announce(self.port, self.token)
-        if self.launch.launcher != "lightning" or self._several_nodes:
-            threading.Thread(target=self._publish, name="health address", daemon=True).start()
-
     def close(self) -> None:
         """Say goodbye to everybody who is still there."""
         self._closing.set()
-        os.environ.pop(launching.ADDRESS_VARIABLE, None)
         self.join(timeout=5.0)
-
-    def _publish(self) -> None:
-        with contextlib.suppress(Exception):  # the run ended before its store came up
-            launching.publish(self.launch, self.port, self.token, self._closing.is_set)
 
     def run(self) -> None:
         self._selector.register(self._listener, selectors.EVENT_READ, None)
-        told = looked = time.monotonic()
+        said = looked = time.monotonic()
         while not self._closing.is_set():
             for key, _ in self._selector.select(_TICK):
                 if key.data is None:
@@ -110,18 +87,22 @@ class HealthServer(threading.Thread):
             now = time.monotonic()
             if now - looked > self.watch.silence / 2:  # this whole process was stopped: nobody could be heard
                 self.watch.forgive(now, now - looked)
+                self._callers = dict.fromkeys(self._callers, now)
             looked = now
-            self._judge(now)
-            if now - told >= self.interval:
-                told = now
+            for caller in [caller for caller, since in self._callers.items() if now - since > _HELLO_WITHIN]:
+                self._drop(caller)
+            try:
+                self._judge(now)
+            except Exception:  # a bug must not end the watching, which then says that everybody is silent
+                log.exception("the watch over ranks could not judge")
+            if now - said >= self.interval:
+                said = now
                 self._tell_position()
         self._say_goodbye()
 
     def _say_goodbye(self) -> None:
         """To those who have called and not been heard yet, too: a connection that just closes is a crash to them."""
-        for _ in range(self.watch.world_size):
-            if any(key.data is None for key, _ in self._selector.select(0)):
-                self._accept()
+        self._accept()
         for key in list(self._selector.get_map().values()):
             if key.data is not None:
                 with contextlib.suppress(OSError):
@@ -130,24 +111,30 @@ class HealthServer(threading.Thread):
         self._selector.close()
 
     def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            connection, _ = self._listener.accept()
-            line = _Unknown(connection)
-            self._selector.register(connection, selectors.EVENT_READ, line)
+        """Everybody who has called."""
+        with contextlib.suppress(OSError):  # nobody is left, or there are no descriptors
+            while True:
+                connection, _ = self._listener.accept()
+                line = _RankLine(connection, lines.LONGEST_HELLO)
+                if not line.is_own_user:
+                    line.close()
+                    continue
+                self._selector.register(connection, selectors.EVENT_READ, line)
+                self._callers[line] = time.monotonic()
+                if len(self._callers) > _MOST_CALLERS + self.watch.world_size:
+                    self._drop(next(iter(self._callers)))
 
-    def _read(self, line: _Unknown) -> None:
-        messages = line.receive()
+    def _read(self, line: _RankLine) -> None:
         now = time.monotonic()
-        for message in messages or []:
-            try:
+        try:
+            messages = line.receive()
+            for message in messages or []:
                 self._handle(line, message, now)
-            except (KeyError, TypeError, ValueError):  # not one of us
-                messages = None
-                break
+        except Exception as error:  # not one of us: whatever it says must not end this thread
+            log.debug("turned away: %r", error)
+            messages = None
         if messages is None:
-            with contextlib.suppress(KeyError, ValueError):
-                self._selector.unregister(line.connection)
-            line.close()
+            self._drop(line)
             rank = line.rank
             if rank is not None and self._lines.get(rank) is line:
                 del self._lines[rank]
@@ -156,37 +143,46 @@ class HealthServer(threading.Thread):
                         self._decide(self.watch.lost(rank, now))
                     self.watch.leave(rank)
 
-    def _handle(self, line: _Unknown, message: dict[str, Any], now: float) -> None:
+    def _drop(self, line: _RankLine) -> None:
+        self._callers.pop(line, None)
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(line.connection)
+        line.close()
+
+    def _handle(self, line: _RankLine, message: dict[str, Any], now: float) -> None:
         kind = message["kind"]
         if line.rank is None:
-            if kind != "hello" or not hmac.compare_digest(str(message["token"]), self.token):
+            if kind != "hello" or not lines.knows(self._secret, message["secret"]):
                 raise ValueError("unknown caller")
-            member = Member(**message["member"])
-            if not 0 <= member.rank < self.watch.world_size:
-                raise ValueError("unknown rank")
-            line.rank = member.rank
+            member = Member.from_json(message["member"])
+            if line.is_by_kernel:
+                member = dataclasses.replace(member, pid=line.pid)
+            if not 0 <= member.rank < self.watch.world_size or member.rank in self.watch.ranks:
+                raise ValueError(f"not a rank, or one that is there already: {member.rank}")
+            del self._callers[line]
+            line.rank, line.longest = member.rank, lines.LONGEST_LINE
             self._lines[member.rank] = line
             self.watch.join(member, now)
             if self._fault is not None:  # it comes up into a run that is coming down
                 self._send(member.rank, "verdict", fault=self._fault.to_json())
-            elif not self.watch.absent:
+            elif self.watch.is_complete:
                 members = [vars(entry.member) for entry in self.watch.ranks.values()]
                 for rank in list(self._lines):
                     self._send(rank, "members", members=members)
         elif kind == "beat":
-            self.watch.heard(line.rank, now, Position(**message["position"]))
+            self.watch.heard(line.rank, now, Position.from_json(message["position"]))
         elif kind == "stack":
-            self._stacks[line.rank] = [str(entry) for entry in message["stack"]]
+            self._stacks[line.rank] = [clean(entry, 500) for entry in message["stack"][-200:]]
         elif kind == "bye":
             self.watch.leave(line.rank)
         elif kind == "error":
-            self.watch.heard(line.rank, now, Position(**message["position"]))
+            self.watch.heard(line.rank, now, Position.from_json(message["position"]))
             self._errors[line.rank] = now
             if message.get("said"):  # whose error it is will say so, and be the one that is named
                 self._handed_on.add(line.rank)
                 return
-            reason, details = str(message["reason"]), str(message["details"])[-LONGEST_DETAILS:]
-            self._decide(self.watch.error(line.rank, reason, details, int(message["exit_code"]), now))
+            reason, details = clean(message["reason"]), clean(message["details"], LONGEST_DETAILS)
+            self._decide(self.watch.error(line.rank, reason, details, int(message["exit_code"]) & 0xFF or 1, now))
             fault = self._fault
             first = fault is not None and fault.kind == "error" and fault.culprit.rank == line.rank
             self._send(line.rank, "first", first=first)
@@ -195,16 +191,13 @@ class HealthServer(threading.Thread):
         self._answer_errors(now)
         if self._fault is not None:
             return
-        fault = self.watch.silent(now) or self.watch.missed(now)
+        fault = self.watch.silent(now)
         if fault is not None:
             self._decide(fault)
             return
         suspects = self.watch.suspects(now)
         if not suspects:
             self._suspects = []
-        elif self.watch.absent and (fault := self.watch.missed(now, all_stand_still=True)):
-            self._decide(fault)
-            return
         elif not self._suspects:
             self._suspects, self._stacks, self._asked = suspects, {}, now
             for entry in suspects[:16]:
@@ -245,7 +238,7 @@ class HealthServer(threading.Thread):
                 line.send(kind, **content)
 
     def _report_stragglers(self, now: float) -> None:
-        if self.stragglers is None or self.watch.absent:
+        if self.stragglers is None or not self.watch.is_complete:
             return
         active = self.watch.active
         totals = {entry.member: (entry.position.timed, entry.position.worked) for entry in active}
@@ -265,12 +258,10 @@ class HealthServer(threading.Thread):
                 "(exp_manager.straggler_detection_params.stop_if_detected)"
             )
             place = self.watch.ranks[member.rank].position.place
-            self._decide(Fault("slow", member, place, reason, exit_code=EXIT_CODE, places=self.watch.places(now)))
+            self._decide(Fault("slow", member, place, reason, places=self.watch.places(now)))
 
 
-class _Unknown(Line):
-    """A connection whose rank is known once it has said hello with the token."""
+class _RankLine(lines.Line):
+    """A connection whose rank is known once it has said hello."""
 
-    def __init__(self, connection: socket.socket) -> None:
-        super().__init__(connection)
-        self.rank: int | None = None
+    rank: int | None = None

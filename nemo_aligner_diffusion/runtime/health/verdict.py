@@ -24,15 +24,11 @@ class Watch:
     Args:
         world_size: processes of the run.
         silence: seconds without any sign of life after which a process counts as gone or stopped.
-        first: seconds after which a rank that has not come up is missed.
-        now: the present, on the clock of all later calls (monotonic, seconds).
     """
 
-    def __init__(self, world_size: int, silence: float, first: float, now: float) -> None:
+    def __init__(self, world_size: int, silence: float) -> None:
         self.world_size = world_size
         self.silence = silence
-        self.first = first
-        self._began = now
         self.ranks: dict[int, _Rank] = {}
 
     @property
@@ -41,8 +37,9 @@ class Watch:
         return [rank for rank in self.ranks.values() if not rank.left]
 
     @property
-    def absent(self) -> list[int]:
-        return [rank for rank in range(self.world_size) if rank not in self.ranks]
+    def is_complete(self) -> bool:
+        """Whether every rank has come up."""
+        return len(self.ranks) == self.world_size
 
     def join(self, member: Member, now: float) -> None:
         self.ranks[member.rank] = _Rank(member, heard=now)
@@ -58,7 +55,6 @@ class Watch:
 
     def forgive(self, now: float, slept: float) -> None:
         """The watcher itself was stopped so long: whoever is silent may have spoken, or was stopped with it."""
-        self._began += slept
         for entry in self.ranks.values():
             entry.heard = min(entry.heard + slept, now)
 
@@ -89,20 +85,6 @@ class Watch:
         least = min((entry.position.step, entry.position.events) for entry in outside)
         behind = [entry for entry in outside if (entry.position.step, entry.position.events) == least]
         return sorted(behind, key=lambda entry: entry.member.rank)
-
-    def missed(self, now: float, all_stand_still: bool = False) -> Fault | None:
-        """A rank that never came up, although there was time enough, or all the others have come to a stand.
-
-        Where others train, it is only out of reach (a firewall between nodes): nobody can train without it.
-        """
-        absent = self.absent
-        training = any(entry.position.step or entry.position.in_training for entry in self.active)
-        if not absent or not (all_stand_still or (not training and now - self._began > self.first)):
-            return None
-        reason = f"it has not come up within {now - self._began:.0f} s"
-        if len(absent) > 1:
-            reason += f"; nor have {len(absent) - 1} more: {', '.join(str(rank) for rank in absent[1:20])}"
-        return Fault("absent", Member(absent[0], "unknown", 0, 0), "starting", reason, places=self.places(now))
 
     def hang(self, suspects: list[_Rank], stacks: dict[int, list[str]], now: float) -> Fault:
         """The verdict over ranks that stand still, with the stacks that could be had of them."""
@@ -146,4 +128,7 @@ class Watch:
         self, kind: str, entry: _Rank, reason: str, now: float, details: str = "", exit_code: int | None = None
     ) -> Fault:
         code = {} if exit_code is None else {"exit_code": exit_code}
-        return Fault(kind, entry.member, entry.position.place, reason, details, places=self.places(now), **code)
+        place = entry.position.place
+        if kind in ("lost", "silent"):  # as of its last heartbeat: it may have got further
+            place = f"last heard of in {place}"
+        return Fault(kind, entry.member, place, reason, details, places=self.places(now), **code)

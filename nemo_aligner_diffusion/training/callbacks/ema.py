@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 
-from nemo_aligner_diffusion.errors import ConfigurationError
+from nemo_aligner_diffusion.training.callbacks.settings import EMASettings
 
 log = logging.getLogger(__name__)
 
@@ -23,44 +23,15 @@ class EMACallback(pl.Callback):
     :meth:`averaged_weights` to write them. The averages travel in the checkpoint, in this callback's state.
 
     Args:
-        decay: in [0, 1]; 0 follows the weights, 1 never moves.
-        every_n_steps: average only at every n-th optimizer step (NeMo: ``every_n_steps``).
-        validate_original_weights: validate the weights being trained instead of the averages.
-        cpu_offload: hold the averages in host memory.
+        settings: ``decay`` 0 follows the weights.
     """
 
-    def __init__(
-        self,
-        decay: float = 0.999,
-        every_n_steps: int = 1,
-        validate_original_weights: bool = False,
-        cpu_offload: bool = False,
-    ) -> None:
+    def __init__(self, settings: EMASettings) -> None:
         super().__init__()
-        if not 0.0 <= decay <= 1.0:
-            raise ConfigurationError(f"exp_manager.ema.decay={decay}: expected a number between 0 and 1")
-        if every_n_steps < 1:
-            raise ConfigurationError(f"exp_manager.ema.every_n_steps={every_n_steps}: expected 1 or more")
-        self.decay = decay
-        self.every_n_steps = every_n_steps
-        self.validate_original_weights = validate_original_weights
-        self.cpu_offload = cpu_offload
+        self.settings = settings
         self._average: dict[str, torch.Tensor] = {}
         self._kept: dict[str, torch.Tensor] | None = None  # the trained weights, while the averages stand in for them
         self._step = 0  # last optimizer step that was seen
-
-    @classmethod
-    def from_config(cls, ema_cfg: Mapping[str, Any] | None) -> EMACallback | None:
-        """The callback for ``exp_manager.ema``, or None if it is absent or ``enable`` is false."""
-        cfg = {key: value for key, value in dict(ema_cfg or {}).items() if value is not None}
-        if not cfg.get("enable", False):
-            return None
-        return cls(
-            decay=float(cfg.get("decay", 0.999)),
-            every_n_steps=int(cfg.get("every_n_steps", 1)),
-            validate_original_weights=bool(cfg.get("validate_original_weights", False)),
-            cpu_offload=bool(cfg.get("cpu_offload", False)),
-        )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         trained = _trained(pl_module)
@@ -69,7 +40,7 @@ class EMACallback(pl.Callback):
             self._average = {}
         for name, parameter in trained.items():
             source = self._average.get(name, parameter.detach())
-            device = torch.device("cpu") if self.cpu_offload else parameter.device
+            device = torch.device("cpu") if self.settings.cpu_offload else parameter.device
             self._average[name] = source.to(device=device, dtype=torch.float32, copy=True)
         self._step = trainer.global_step
 
@@ -81,11 +52,11 @@ class EMACallback(pl.Callback):
         if step == self._step:  # still accumulating
             return
         self._step = step
-        if step % self.every_n_steps != 0:
+        if step % self.settings.every_n_steps != 0:
             return
         for name, parameter in _trained(pl_module).items():
             average = self._average[name]
-            average.lerp_(parameter.detach().to(device=average.device, dtype=torch.float32), 1.0 - self.decay)
+            average.lerp_(parameter.detach().to(device=average.device, dtype=torch.float32), 1.0 - self.settings.decay)
 
     @contextmanager
     def averaged_weights(self, pl_module: pl.LightningModule) -> Iterator[None]:
@@ -119,11 +90,11 @@ class EMACallback(pl.Callback):
         self._kept = None
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not self.validate_original_weights:
+        if not self.settings.validate_original_weights:
             self._swap_in(pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not self.validate_original_weights:
+        if not self.settings.validate_original_weights:
             self._swap_out(pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

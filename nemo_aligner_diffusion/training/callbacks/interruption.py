@@ -14,6 +14,7 @@ from pytorch_lightning.callbacks import Timer
 
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.runtime.signals import Interrupted, Interruption, run_then_close
+from nemo_aligner_diffusion.training.callbacks.settings import TimeLimitSettings
 
 __all__ = ["Interrupted", "Interruption", "InterruptionCallback", "RunTimer", "parse_duration", "run_then_close"]
 
@@ -44,7 +45,7 @@ class InterruptionCallback(pl.Callback):
         # one rank may see the signal a step before another, or alone: all must stop at the same one
         mine = torch.tensor(int(self.interruption.requested or 0), device=pl_module.device)
         if number := int(trainer.strategy.reduce(mine, reduce_op="max")):
-            self.interruption.hear_of(signal.Signals(number))
+            self.interruption.note_signal_elsewhere(signal.Signals(number))
             self.interruption.stopped_training = True
             self._stop.stop(trainer)
 
@@ -68,10 +69,9 @@ class RunTimer(Timer):
         self._stop = _StopAfterStep()
 
     @classmethod
-    def from_config(cls, exp_manager: Any) -> RunTimer | None:
+    def from_settings(cls, settings: TimeLimitSettings) -> RunTimer | None:
         """The timer for ``exp_manager.max_time_per_run``, or None if it is not set."""
-        duration = exp_manager.get("max_time_per_run")
-        return None if duration in (None, "") else cls(str(duration))
+        return None if settings.max_time_per_run is None else cls(settings.max_time_per_run)
 
     def state_dict(self) -> dict[str, Any]:
         return {}

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import csv
 import importlib.util
-import io
-import os
-import resource
-import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,113 +13,35 @@ import torch
 from pytorch_lightning.loggers import Logger
 
 from nemo_aligner_diffusion.errors import ConfigurationError
-from nemo_aligner_diffusion.runtime.directory import write_text_atomically
-
-METRIC_COLUMNS = (
-    "step",
-    "reward",
-    "kl_penalty",
-    "loss",
-    "grad_norm",
-    "lr",
-    "images_per_second",
-    "peak_memory_bytes",
-)
-VALIDATION_COLUMNS = ("step", "reward", "base_reward")
-
-
-class CSVTable:
-    """A CSV file that grows by a row at a time; a process that is killed loses none of them.
-
-    Floats are written with ``repr``: reading them back gives the same bits. A column that first appears later is added
-    on the right, and empty in the rows before.
-
-    Args:
-        path: the file; its folder exists.
-        columns: the first columns, in this order, always there.
-    """
-
-    def __init__(self, path: Path, columns: Iterable[str]) -> None:
-        self.path = Path(path)
-        self.columns = list(columns)
-        existing = self._read()
-        if existing:
-            self.columns += [name for name in existing[0] if name not in self.columns]
-
-    def append(self, row: Mapping[str, Any]) -> None:
-        """Add a row; keys not seen before become columns."""
-        new = [name for name in row if name not in self.columns]
-        self.columns += new
-        if new or not self.path.exists():
-            self._rewrite(self._read())
-        with open(self.path, "a", encoding="utf-8", newline="") as file:
-            file.write(self._format([row.get(name) for name in self.columns]))
-
-    def drop(self, unwanted: Any) -> int:
-        """Remove the rows for whose step ``unwanted(step)`` is true, and any half-written one; returns how many."""
-        rows, torn = self._read_all()
-        kept = [row for row in rows if _step_of(row) is not None and not unwanted(_step_of(row))]
-        if torn or len(kept) != len(rows):
-            self._rewrite(kept)
-        return len(rows) + torn - len(kept)
-
-    def steps(self) -> set[int]:
-        """The steps that have a row."""
-        return {step for step in map(_step_of, self._read()) if step is not None}
-
-    def sync(self) -> None:
-        """Have every row on disk, so that a checkpoint which comes after them cannot outlive them."""
-        with contextlib.suppress(OSError), open(self.path, "rb+") as file:  # not there yet; or it cannot be synced
-            os.fsync(file.fileno())
-
-    def _read(self) -> list[dict[str, str]]:
-        return self._read_all()[0]
-
-    def _read_all(self) -> tuple[list[dict[str, str]], int]:
-        """The complete rows, and the number of others: a power failure may have kept the beginning of a row only."""
-        try:
-            with open(self.path, encoding="utf-8", newline="") as file:
-                lines = file.read().splitlines(keepends=True)
-        except OSError:
-            return [], 0
-        whole = [line for line in lines if line.endswith("\n")]
-        rows = list(csv.DictReader(whole))
-        complete = [row for row in rows if None not in row and None not in row.values()]
-        return complete, len(lines) - len(whole) + len(rows) - len(complete)
-
-    def _rewrite(self, rows: list[dict[str, str]]) -> None:
-        lines = [self._format(self.columns)] + [self._format([row.get(n, "") for n in self.columns]) for row in rows]
-        write_text_atomically(self.path, "".join(lines))
-
-    @staticmethod
-    def _format(values: Iterable[Any]) -> str:
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerow([_cell(value) for value in values])
-        return text.getvalue()
+from nemo_aligner_diffusion.evaluation.metrics.base import Step
+from nemo_aligner_diffusion.evaluation.metrics.registry import training_columns, training_figures
+from nemo_aligner_diffusion.runtime.csv_table import CSVTable
+from nemo_aligner_diffusion.training.callbacks.settings import LoggerSettings
 
 
 class MetricsCSV(pl.Callback):
     """Writes a row of ``metrics.csv`` per optimizer step and of ``validation.csv`` per validation, on rank 0.
 
-    The figures come from the LightningModule: ``module.last_metrics`` (set before the batch that completes an
-    optimizer step ends; ``images`` and ``seconds`` give ``images_per_second``) and ``module.last_validation`` (set no
-    later than its ``on_validation_epoch_end``). Keys beyond the fixed columns become columns of their own. The same
-    figures go to the Trainer's loggers as ``train/...`` (every ``log_every_n_steps``) and ``validation/...``.
+    The figures come from the LightningModule: what it reports of a step is ``module.last_metrics`` (set before the
+    batch that completes an optimizer step ends), from which the metrics of ``evaluation/metrics`` are measured; those
+    of a validation are ``module.last_validation`` (set no later than its ``on_validation_epoch_end``). Names that are
+    no metric's become columns, too. The same figures go to the Trainer's loggers as ``train/...`` (every
+    ``log_every_n_steps``) and ``validation/...``.
 
     A resumed run appends, after removing the rows past the step that it resumes from.
 
     Args:
-        columns, validation_columns: the fixed columns of the two files.
+        columns, validation_columns: those that the two files begin with; ``None``: all metrics of a step.
     """
 
     def __init__(
         self,
         run_dir: Path,
-        columns: Sequence[str] = METRIC_COLUMNS,
-        validation_columns: Sequence[str] = VALIDATION_COLUMNS,
+        columns: Sequence[str] | None = None,
+        validation_columns: Sequence[str] = ("step",),
     ) -> None:
         self.run_dir = Path(run_dir)
-        self.columns = columns
+        self.columns = training_columns() if columns is None else columns
         self.validation_columns = validation_columns
         self._metrics: CSVTable | None = None
         self._validation: CSVTable | None = None
@@ -170,16 +86,10 @@ class MetricsCSV(pl.Callback):
         seconds, self._started = now - self._started, now
         if self._metrics is None:
             return
-        figures = _floats(getattr(pl_module, "last_metrics", {}))
-        images, used = figures.get("images"), figures.get("seconds", seconds)
-        row: dict[str, Any] = {
-            "step": self._step,
-            "lr": self._lr,
-            "images_per_second": images / used if images is not None and used > 0 else None,
-            "peak_memory_bytes": peak_memory_bytes(pl_module.device),
-        }
-        row |= {name: value for name, value in figures.items() if name != "step"}
-        self._metrics.append({name: row.get(name) for name in (*self.columns, *row)})
+        step = Step(_floats(getattr(pl_module, "last_metrics", {})), self._lr, seconds, pl_module.device)
+        measured = {**training_figures(step), "step": self._step}
+        row = {name: value for name, value in measured.items() if value is not None}
+        self._metrics.append({**dict.fromkeys(self.columns), **row})
         if self._step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # set by its connector
             _log(trainer, "train", row, self._step)
 
@@ -194,54 +104,43 @@ class MetricsCSV(pl.Callback):
         self._started = time.monotonic()  # so that validation does not count as training time
 
 
-def build_loggers(cfg: Mapping[str, Any], run_dir: Path, resumed_step: int = 0) -> list[Logger]:
+def build_loggers(settings: LoggerSettings, name: str, run_dir: Path, resumed_step: int = 0) -> list[Logger]:
     """The Lightning loggers that ``exp_manager`` asks for; ``metrics.csv`` needs none of them.
 
     Args:
-        cfg: the whole configuration, or its ``exp_manager`` section.
+        name: of the run.
         run_dir: TensorBoard files go to ``run_dir/tensorboard``, Weights & Biases to ``run_dir/wandb``.
         resumed_step: what TensorBoard holds past this step is hidden (it cannot be deleted there).
 
     Raises:
         ConfigurationError: the package of a requested logger is not installed, or W&B was given no project or name.
     """
-    section: Mapping[str, Any] = cfg.get("exp_manager", cfg)
     loggers: list[Logger] = []
-    if section.get("create_tensorboard_logger", True):
+    if settings.create_tensorboard_logger:
         _require("tensorboard", "exp_manager.create_tensorboard_logger")
         from pytorch_lightning.loggers import TensorBoardLogger
 
         purge: dict[str, Any] = {"purge_step": resumed_step + 1} if resumed_step else {}
         loggers.append(TensorBoardLogger(save_dir=str(run_dir), name="", version="tensorboard", **purge))
-    if section.get("create_wandb_logger", False):
+    if settings.create_wandb_logger:
         _require("wandb", "exp_manager.create_wandb_logger")
         from pytorch_lightning.loggers import WandbLogger
 
-        loggers.append(WandbLogger(**wandb_arguments(cfg, run_dir)))
+        loggers.append(WandbLogger(**wandb_arguments(settings, name, run_dir)))
     return loggers
 
 
-def wandb_arguments(cfg: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
+def wandb_arguments(settings: LoggerSettings, name: str, run_dir: Path) -> dict[str, Any]:
     """For Lightning's WandbLogger: what the configuration gives, and else the run's name and directory.
 
     Args, Raises: as for :func:`build_loggers`.
     """
-    given = cfg.get("exp_manager", cfg).get("wandb_logger_kwargs") or {}
-    kwargs = {str(key): value for key, value in given.items() if value is not None}
+    kwargs = {str(key): value for key, value in settings.wandb_logger_kwargs.items() if value is not None}
     if "name" not in kwargs and "project" not in kwargs:
         raise ConfigurationError(
             "exp_manager.create_wandb_logger=True needs exp_manager.wandb_logger_kwargs.project or .name"
         )
-    return {"save_dir": str(run_dir), "name": cfg.get("name"), **kwargs}
-
-
-def peak_memory_bytes(device: torch.device | str = "cpu") -> int:
-    """Most memory held so far: allocated by torch on a CUDA device, else resident in this process."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"save_dir": str(run_dir), "name": name, **kwargs}
 
 
 def _require(package: str, key: str) -> None:
@@ -253,9 +152,7 @@ def _require(package: str, key: str) -> None:
 
 
 def _log(trainer: pl.Trainer, prefix: str, figures: Mapping[str, Any], step: int) -> None:
-    values = {
-        f"{prefix}/{name}": float(value) for name, value in figures.items() if value is not None and name != "step"
-    }
+    values = {f"{prefix}/{name}": float(value) for name, value in figures.items() if name != "step"}
     for logger in trainer.loggers:
         logger.log_metrics(values, step=step)
 
@@ -269,16 +166,3 @@ def _floats(figures: Mapping[str, Any]) -> dict[str, float]:
         elif isinstance(value, (int, float)):
             numbers[name] = value
     return numbers
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return repr(float(value)) if isinstance(value, float) else str(value)
-
-
-def _step_of(row: Mapping[str, str]) -> int | None:
-    try:
-        return int(row.get("step", ""))
-    except ValueError:
-        return None

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from nemo_aligner_diffusion.errors import ConfigurationError, NumericalError
-from nemo_aligner_diffusion.runtime.directory import process_rank
+from nemo_aligner_diffusion.runtime.process import this_process
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class NonFinitePolicy:
                 "lower gradient_clip_val, use trainer.precision=32, or look at the prompts named."
             )
         log.log(
-            logging.WARNING if process_rank() == 0 else logging.DEBUG,
+            logging.WARNING if this_process().is_rank_zero else logging.DEBUG,
             "%s; the update is skipped (%d in a row, stopping after %d)",
             message,
             self.consecutive,

@@ -21,7 +21,7 @@ from nemo_aligner_diffusion.rewards.parts import (
     read_statistics,
     statistics_of,
 )
-from nemo_aligner_diffusion.runtime.directory import write_text_atomically
+from nemo_aligner_diffusion.runtime.files import write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -70,9 +70,7 @@ class RewardNormalization(pl.Callback):
         known = known_statistics(pl_module.reward)
         recorded = (self.run_dir / STATISTICS_FILE).is_file() and known == self.statistics
         if known and not recorded and trainer.is_global_zero:
-            write_text_atomically(
-                self.run_dir / STATISTICS_FILE, json.dumps(known, indent=1, ensure_ascii=False) + "\n"
-            )
+            write_atomic(self.run_dir / STATISTICS_FILE, json.dumps(known, indent=1, ensure_ascii=False) + "\n")
         self.statistics = known
 
     def _raw_scores(self, trainer: pl.Trainer, module: RewardTuning, parted: PartedReward, part: str) -> Tensor:

@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 import torch
 
 from nemo_aligner_diffusion.parallel.broadcast import gather
-from nemo_aligner_diffusion.runtime.directory import write_text_atomically
+from nemo_aligner_diffusion.runtime.files import write_atomic
 from nemo_aligner_diffusion.runtime.startup import STARTUP_FILE, Startup, summary
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class StartupCallback(pl.Callback):
         by_rank = gather(self.startup.seconds)
         if trainer.is_global_zero:
             log.info("%s", self.startup.line())
-            write_text_atomically(self.folder / STARTUP_FILE, json.dumps(summary(by_rank), indent=1) + "\n")
+            write_atomic(self.folder / STARTUP_FILE, json.dumps(summary(by_rank), indent=1) + "\n")
 
     def _enter(self, phase: str) -> None:
         if self._done:

@@ -12,9 +12,8 @@ from torch.utils.data import DataLoader
 
 from nemo_aligner_diffusion.algorithms.picture_validation import ValidationPictures
 from nemo_aligner_diffusion.algorithms.reward_tuning import RewardTuning
-from nemo_aligner_diffusion.evaluation.diversity import Embedder, seed_diversity
 from nemo_aligner_diffusion.evaluation.figures import sample_grid, save_image
-from nemo_aligner_diffusion.runtime.directory import write_text_atomically
+from nemo_aligner_diffusion.runtime.files import write_atomic
 
 
 def validation_loader(
@@ -40,32 +39,23 @@ def validation_loader(
 
 
 class ValidationFiles(pl.Callback):
-    """Writes ``samples/step_NNNNNN.png`` and ``validation_samples.json``, and adds diversity to the figures.
+    """Writes ``samples/step_NNNNNN.png`` and ``validation_samples.json``.
 
     Args:
         run_dir: the run directory.
-        embedder: measures how far apart pictures of one prompt are; ``None`` or a single seed: not measured.
         max_prompts: prompts in the grid (all their seeds are shown).
     """
 
-    def __init__(self, run_dir: Path, embedder: Embedder | None, max_prompts: int) -> None:
+    def __init__(self, run_dir: Path, max_prompts: int) -> None:
         self.run_dir = run_dir
-        self.embedder = embedder
         self.max_prompts = max_prompts
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, RewardTuning)
         pictures = pl_module.validation_pictures
-        if pictures is None or trainer.sanity_checking:
+        if pictures is None or trainer.sanity_checking or not trainer.is_global_zero:
             return
         step = trainer.global_step
-        here = trainer.is_global_zero or pl_module.parallel.layout.spreads_reward  # the embedder may be the reward
-        if here and self.embedder is not None and len(set(pictures.prompts)) < len(pictures.prompts):
-            base = seed_diversity(self.embedder, pictures.base, pictures.prompts).mean
-            tuned = seed_diversity(self.embedder, pictures.tuned, pictures.prompts).mean
-            pl_module.last_validation |= {"diversity": tuned, "base_diversity": base}
-        if not trainer.is_global_zero:
-            return
         self._write_grid(pictures, step)
         rows = [
             {"prompt": prompt, "seed": seed, "base_reward": base, "reward": tuned}
@@ -74,7 +64,7 @@ class ValidationFiles(pl.Callback):
             )
         ]
         text = json.dumps({"step": step, "prompts": rows}, indent=1, ensure_ascii=False)
-        write_text_atomically(self.run_dir / "validation_samples.json", text + "\n")
+        write_atomic(self.run_dir / "validation_samples.json", text + "\n")
 
     def _write_grid(self, pictures: ValidationPictures, step: int) -> None:
         shown = list(dict.fromkeys(pictures.prompts))[: self.max_prompts]

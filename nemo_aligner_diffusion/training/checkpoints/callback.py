@@ -19,10 +19,12 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Checkpoint
+from torch.optim.lr_scheduler import LambdaLR
 
 from nemo_aligner_diffusion.errors import CheckpointError, OutputError
 from nemo_aligner_diffusion.parallel.strategy import layout_of
-from nemo_aligner_diffusion.runtime.directory import checkpoint_files, remove_leftovers, write_text_atomically
+from nemo_aligner_diffusion.runtime.directory import checkpoint_files
+from nemo_aligner_diffusion.runtime.files import remove_leftovers, write_atomic
 from nemo_aligner_diffusion.training.checkpoints.files import mark_last, remove
 from nemo_aligner_diffusion.training.checkpoints.io import FolderCheckpointIO
 from nemo_aligner_diffusion.training.checkpoints.resume import (
@@ -111,6 +113,8 @@ class TrainingCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step = trainer.global_step
+        for config in trainer.lr_scheduler_configs if self.resume is not None else ():
+            _follow_schedule(config.scheduler)  # type: ignore[arg-type]
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -153,7 +157,7 @@ class TrainingCheckpoint(Checkpoint):
             return
         if trainer.global_step == self._saved_step:
             scores = {**self._scores(), trainer.global_step: float(reward)}
-            write_text_atomically(self.folder / SCORES_FILE, json.dumps(scores, indent=1) + "\n")
+            write_atomic(self.folder / SCORES_FILE, json.dumps(scores, indent=1) + "\n")
             self._prune()
 
     def save(self, trainer: pl.Trainer) -> Path:
@@ -260,23 +264,47 @@ def _named(state: dict[str, Any], names: list[str]) -> dict[str, Any]:
 
 
 def _numbered(module: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of :func:`_named`, for the order that ``optimizer`` has now."""
+    """The inverse of :func:`_named`, for the order that ``optimizer`` has now.
+
+    What the groups are set to (learning rate, decay, moments) is as the configuration has it now, not as it was saved.
+    """
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     groups = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
-    if [sorted(group) for group in groups] != [sorted(map(str, group["params"])) for group in state["param_groups"]]:
+    saved = {key: value for group in state["param_groups"] for key, value in group.items()}
+    if ("betas" in saved) != ("betas" in optimizer.param_groups[0]):
+        was, now = ("Adam", "sgd") if "betas" in saved else ("sgd", "Adam")
         raise CheckpointError(
-            "the optimizer's state in the checkpoint is of other parameters, or groups them otherwise: resume with the "
-            "model.optim and model.peft settings of its config.yaml"
+            f"the checkpoint holds the moments of {was}, with which {now} cannot go on: resume with the "
+            "model.optim.name of its config.yaml, or begin a run of its own with another exp_manager.explicit_log_dir"
+        )
+    known = sorted(str(name) for group in state["param_groups"] for name in group["params"])
+    if sorted(name for group in groups for name in group) != known:
+        raise CheckpointError(
+            "the optimizer's state in the checkpoint is of other parameters: resume with the model.peft settings of "
+            "its config.yaml"
         )
     number = {name: index for index, name in enumerate(name for group in groups for name in group)}
     return {
         **state,
         "state": {number[name]: slots for name, slots in state["state"].items()},
         "param_groups": [
-            {**saved, "params": [number[name] for name in group]}
-            for saved, group in zip(state["param_groups"], groups, strict=True)
+            {**saved, **now, "params": [number[name] for name in group]}
+            for now, group in zip(optimizer.param_groups, groups, strict=True)
         ],
     }
+
+
+def _follow_schedule(scheduler: LambdaLR) -> None:
+    """Have a restored schedule give the rates of the configuration, from the peaks that it says, at the step restored.
+
+    Its state brings along the peaks of the run that saved it, and the rate that was next there.
+    """
+    groups = scheduler.optimizer.param_groups
+    peaks = [group["initial_lr"] for group in groups]
+    rates = [peak * factor(scheduler.last_epoch) for peak, factor in zip(peaks, scheduler.lr_lambdas, strict=True)]
+    scheduler.load_state_dict({**scheduler.state_dict(), "base_lrs": peaks, "_last_lr": rates})
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate
 
 
 def _recount(checkpoint: dict[str, Any], accumulation: int) -> None:

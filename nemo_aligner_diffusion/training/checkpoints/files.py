@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_aligner_diffusion.runtime.directory import UNFINISHED, sync_directory, write_text_atomically
+from nemo_aligner_diffusion.runtime.files import UNFINISHED, sync_directory, write_atomic
 
 FORMAT = 2  # 1 was a single file, written by torch.save
 MANIFEST = "manifest.json"
@@ -114,7 +114,7 @@ def mark_last(place: Path) -> None:
     """Note a checkpoint as the newest one, in ``last``."""
     marker, text = place.parent / LAST_MARKER, place.name + "\n"
     if not marker.is_file() or marker.read_text(encoding="utf-8") != text:
-        write_text_atomically(marker, text)
+        write_atomic(marker, text)
 
 
 def remove(folder: Path) -> None:

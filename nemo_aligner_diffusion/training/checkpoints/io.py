@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from nemo_aligner_diffusion.errors import CheckpointError, OutputError, first_line
 from nemo_aligner_diffusion.parallel.placements import Placement, is_sharded, placements
-from nemo_aligner_diffusion.runtime.launch import collective_timeout
+from nemo_aligner_diffusion.runtime.join import collective_timeout
 from nemo_aligner_diffusion.training.checkpoints.files import (
     FORMAT,
     STATE,

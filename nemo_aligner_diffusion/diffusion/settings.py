@@ -1,0 +1,166 @@
+"""The settings of the model, of sampling and of what is trained. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_aligner_diffusion.errors import ConfigurationError
+from nemo_aligner_diffusion.settings import (
+    FRACTION,
+    FREE,
+    PATH,
+    Kind,
+    Settings,
+    choice,
+    integer,
+    number,
+    part,
+    setting,
+)
+
+# name in `model.infer.sampler_type` -> (diffusers class, configuration that makes it that sampler)
+SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "DDIM": ("DDIMScheduler", {"clip_sample": False}),
+    "PLMS": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "Euler": ("EulerDiscreteScheduler", {}),
+    "DPM++2M": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+    "DPM++2M_SDE": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}),
+    "UniPC": ("UniPCMultistepScheduler", {}),
+}
+SAMPLER_ALIASES = {"DPM": "DPM++2M", "DPMSolver++": "DPM++2M", "PARA_DDIM": "DDIM"}
+
+
+@dataclass(frozen=True)
+class PipelineSettings(Settings):
+    """What is declared about the pipeline, beyond what docs/models.md lists for its class."""
+
+    section = "model.pipeline"
+
+    trained: str | None = setting(
+        None,
+        Kind("text", nullable=True),
+        "component that is trained; null: its denoiser (unet or transformer)",
+    )
+    stateless: tuple[str, ...] | None = setting(
+        None,
+        Kind("texts", nullable=True),
+        "class names of objects it hands to its networks that remember nothing from call to call; null: none",
+    )
+    arguments: dict[str, Any] = setting(
+        {},
+        FREE,
+        "further arguments of the pipeline's call: {max_sequence_length: 256, negative_prompt: blurry}",
+    )
+
+    def declared(self) -> dict[str, Any]:
+        """As the model takes it."""
+        return {"trained": self.trained, "stateless": list(self.stateless or ()), "arguments": self.arguments}
+
+
+@dataclass(frozen=True)
+class SamplingSettings(Settings):
+    """How pictures are sampled, in training and validation."""
+
+    section = "model.infer"
+
+    unconditional_guidance_scale: float | None = setting(
+        2.0,
+        number(0, nullable=True),
+        "classifier-free guidance as the pipeline means it (usually 1: none); SD 1.5: 7.5; null: its default",
+    )
+    inference_steps: int = setting(20, Kind("int", low=1, high=1000), "sampling steps T; integer >= 1")
+    sampler_type: str | None = setting(
+        None,
+        choice(*SAMPLERS, *SAMPLER_ALIASES, nullable=True),
+        "null: the pipeline's own scheduler; DDIM, PLMS, Euler, DPM++2M, DPM++2M_SDE or UniPC, in any case",
+    )
+    eta: float = setting(
+        0.0,
+        Kind("float", low=0, high=1),
+        "DDIM's noise in each step: 0 none, 1 as much as DDPM; in [0, 1]; 0 with every other sampler",
+    )
+    height: int | None = setting(
+        None, integer(8, nullable=True), "picture height in pixels; multiple of 8, null: the model's own"
+    )
+    width: int | None = setting(
+        None, integer(8, nullable=True), "picture width in pixels; multiple of 8, null: the model's own"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for side in ("height", "width"):
+            pixels = getattr(self, side)
+            if pixels is not None and pixels % 8:
+                raise ConfigurationError(
+                    f"model.infer.{side} = {pixels}: expected a multiple of 8 pixels, such as {pixels // 8 * 8 or 8} "
+                    f"or {pixels // 8 * 8 + 8}"
+                )
+        if self.eta and SAMPLER_ALIASES.get(self.sampler_type or "", self.sampler_type) not in (None, "DDIM"):
+            raise ConfigurationError(
+                f"{self.given('eta')} with {self.given('sampler_type')}: eta is DDIM's own; expected 0, or "
+                "sampler_type=DDIM"
+            )
+
+
+@dataclass(frozen=True)
+class LoRASettings(Settings):
+    """The adapters."""
+
+    section = "model.peft.lora_tuning"
+
+    adapter_dim: int = setting(8, integer(1), "rank r; integer >= 1")
+    alpha: float | None = setting(
+        32,
+        number(above=0, nullable=True),
+        "the adapter's output is scaled by alpha / r; > 0, null: r, that is 1",
+    )
+    dropout: float = setting(0.0, FRACTION, "share of the adapter's input dropped in training; in [0, 1)")
+    target_modules: tuple[str, ...] | None = setting(
+        None,
+        Kind("texts", nullable=True),
+        "ends of the names of the layers that get an adapter: [to_q, to_k, …]; null: its family's (docs/models.md)",
+    )
+
+
+@dataclass(frozen=True)
+class TunedSettings(Settings):
+    """What is trained."""
+
+    section = "model.peft"
+    title = "What is trained"
+
+    peft_scheme: str = setting(
+        "sdlora", choice("sdlora", "none"), "sdlora: LoRA; none: train every weight of the denoiser"
+    )
+    lora_tuning: LoRASettings = part(LoRASettings)
+
+    @property
+    def is_lora(self) -> bool:
+        return self.peft_scheme == "sdlora"
+
+    def unread_keys(self) -> dict[str, str]:
+        reason = "model.peft.peft_scheme=none trains every weight"
+        return {} if self.is_lora else dict.fromkeys(LoRASettings.keys().values(), reason)
+
+
+@dataclass(frozen=True)
+class WeightsSettings(Settings):
+    """The model: any text-to-image pipeline of `diffusers`; with nothing set, the embedded one."""
+
+    section = "model"
+
+    from_pretrained: str | None = setting(
+        None, PATH, "diffusers folder of the whole pipeline, or hub id; null: the embedded model"
+    )
+    denoiser_path: str | None = setting(
+        None,
+        PATH,
+        "diffusers folder or one file (.safetensors, .ckpt, .bin); diffusers', CompVis's or NeMo's; path, null: the "
+        "model's",
+        key="model.unet_config.from_pretrained",
+    )
+    vae_path: str | None = setting(None, PATH, "as above", key="model.first_stage_config.from_pretrained")
+    pipeline: PipelineSettings = part(PipelineSettings)
+    infer: SamplingSettings = part(SamplingSettings)
+    peft: TunedSettings = part(TunedSettings)

@@ -1,0 +1,193 @@
+"""What a metric is: its name, unit, direction, caption and computation, in one file of this package.
+
+A class in such a file is found by :func:`.registry.metrics`, and by that alone stands in ``validation.csv`` or
+``metrics.csv``, TensorBoard, the progress line and the report's charts. Nothing here imports torch, nor may a metric's
+module do so outside of its functions: the report needs none.
+
+Example::
+
+    class Brightness(ValidationMetric):
+        name, title, unit = "brightness", "Brightness", "0 to 1"
+        caption = "Mean value of all pixels."
+
+        def of(self, pictures: Pictures) -> float:
+            return float(pictures.images.mean())
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from nemo_aligner_diffusion.evaluation.curves import Curve
+from nemo_aligner_diffusion.evaluation.run_files import RunFiles, Table, column, last
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+ENOUGH_ROWS = 12  # fewer optimizer steps say nothing about a trend
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One figure of the report: the main ones first, the others (``main=False``) behind a click."""
+
+    title: str
+    curves: Sequence[Curve]
+    caption: str = ""
+    log: bool = False
+    from_zero: bool = False
+    main: bool = True
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A figure at the head of the report; ``change`` is drawn in the colour of ``kind``: gain, loss or quiet."""
+
+    label: str
+    value: str
+    under: str = ""
+    change: str = ""
+    kind: str = "quiet"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One remark of the report: ``level`` is ``warning`` or ``note``."""
+
+    level: str
+    title: str
+    text: str
+
+
+class Metric:
+    """Of a step or of a validation; see the two kinds below.
+
+    Attributes:
+        name: the column, and the tag in TensorBoard.
+        title: of its chart.
+        unit: of the figures as they are shown.
+        direction: which is better; ``None``: neither.
+        caption: what it measures, in a sentence.
+        order: its place among the others in tables and on the page.
+        colour, log, from_zero, main: how it is drawn: see :class:`.Curve` and :class:`Chart`.
+    """
+
+    name: ClassVar[str] = ""
+    title: ClassVar[str] = ""
+    unit: ClassVar[str] = ""
+    direction: ClassVar[Literal["higher", "lower"] | None] = None
+    caption: ClassVar[str] = ""
+    order: ClassVar[int] = 100
+    colour: ClassVar[str] = "tuned"
+    log: ClassVar[bool] = False
+    from_zero: ClassVar[bool] = False
+    main: ClassVar[bool] = True
+
+    def describe(self, run: RunFiles) -> str:
+        """The caption of the chart, with what the run's settings add to it."""
+        better = f" {self.direction.capitalize()} is better." if self.direction else ""
+        return self.caption + better
+
+    def columns(self, table: Table) -> list[str]:
+        """Which columns of its table are the metric's."""
+        return [self.name]
+
+    def curves(self, run: RunFiles) -> list[Curve]:
+        raise NotImplementedError
+
+    def charts(self, run: RunFiles) -> list[Chart]:
+        """The report leaves out charts without a figure, or of zeros only."""
+        title = f"{self.title}, {self.unit}" if self.unit else self.title
+        return [Chart(title, self.curves(run), self.describe(run), self.log, self.from_zero, self.main)]
+
+    def tile(self, run: RunFiles) -> Tile | None:
+        """For the few that a reader wants to see first."""
+        return None
+
+    def findings(self, run: RunFiles) -> list[Finding]:
+        """What a reader should be told without having to find it in the curve. Every rule is stated in its text."""
+        return []
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is known when an optimizer step has ended.
+
+    Attributes:
+        reported: by the training step, where they arise: name -> mean over micro-batches and ranks.
+        learning_rate: the one that the step was made with.
+        seconds: since the step before; validation does not count.
+        device: of the model.
+    """
+
+    reported: Mapping[str, float]
+    learning_rate: float
+    seconds: float
+    device: Any
+
+
+class TrainingMetric(Metric):
+    """Measured at each optimizer step: what the training step reports under this name, or what ``measure`` returns."""
+
+    def measure(self, step: Step) -> float | None:
+        return step.reported.get(self.name)
+
+    def values(self, run: RunFiles) -> list[float]:
+        return column(run.metrics, self.name)
+
+    def curves(self, run: RunFiles) -> list[Curve]:
+        return [Curve(self.title, run.metrics.get("step", []), self.values(run), self.colour, smooth=True)]
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """One model's pictures of the validation prompts; those of the other model have the same prompts and seeds.
+
+    Attributes:
+        images: ``(N, 3, H, W)`` in [0, 1] on the CPU; of a video ``(N, F, 3, H, W)``.
+        prompts, seeds, rewards: of each picture.
+        embedder: see :class:`~nemo_aligner_diffusion.evaluation.diversity.Embedder`; ``None`` where there is no CLIP.
+    """
+
+    images: Tensor
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+    rewards: Sequence[float]
+    embedder: Any = None
+
+    @functools.cached_property
+    def embeddings(self) -> Tensor | None:
+        """Unit length ``(N, D)`` in CLIP's image space; made once for all metrics. ``None`` without an embedder."""
+        from nemo_aligner_diffusion.evaluation.diversity import embed_images
+
+        return None if self.embedder is None else embed_images(self.embedder, self.images)
+
+
+class ValidationMetric(Metric):
+    """Measured on the validation pictures, on every rank alike; a subclass has ``of`` or ``measure``."""
+
+    def of(self, pictures: Pictures) -> float | None:
+        """The figure of one model's pictures; ``None`` where it cannot be measured."""
+        raise NotImplementedError
+
+    def measure(self, base: Pictures, tuned: Pictures) -> dict[str, float | None]:
+        """Column -> figure: ``of`` both models, or what compares them."""
+        return {self.name: self.of(tuned), f"base_{self.name}": self.of(base)}
+
+    def columns(self, table: Table) -> list[str]:
+        return [self.name, f"base_{self.name}"]
+
+    def ends(self, run: RunFiles) -> tuple[float | None, float | None]:
+        """The last figure of the tuned model and of the base model."""
+        return tuple(last(column(run.validation, name)) for name in (self.name, f"base_{self.name}"))  # type: ignore[return-value]
+
+    def curves(self, run: RunFiles) -> list[Curve]:
+        steps = run.validation.get("step", [])
+        shown = {"tuned": self.name, "base": f"base_{self.name}"}
+        values = {label: column(run.validation, name) for label, name in shown.items()}
+        markers = len(steps) <= 40
+        return [Curve(label, steps, of, label, markers=markers) for label, of in values.items()]

@@ -1,0 +1,44 @@
+"""Reward of the pictures that a step was made of; with its parts, where the reward has some."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from nemo_aligner_diffusion.evaluation.curves import Curve
+from nemo_aligner_diffusion.evaluation.metrics.base import Chart, Tile, TrainingMetric
+from nemo_aligner_diffusion.evaluation.run_files import RunFiles, Table
+from nemo_aligner_diffusion.evaluation.text import format_number
+
+_COLOURS = ("tuned", "second", "third", "fourth", "base")
+
+
+class TrainingReward(TrainingMetric):
+    name, title, direction, order = "reward", "Training reward", "higher", 20
+    caption = "Mean of the step's pictures. Pale: each step. Strong: running mean."
+
+    def columns(self, table: Table) -> list[str]:
+        return [self.name, *self._parts(table)]
+
+    @staticmethod
+    def _parts(table: Table) -> list[str]:
+        return [name for name in table if re.match(r"reward[/_.]", name)]
+
+    def charts(self, run: RunFiles) -> list[Chart]:
+        parts = [
+            Curve(name[len("reward") + 1 :], run.metrics.get("step", []), run.metrics[name], colour, smooth=True)
+            for name, colour in zip(self._parts(run.metrics), _COLOURS, strict=False)
+        ]
+        return [
+            Chart(self.title, self.curves(run), self.caption),
+            Chart("Parts of the reward", parts, "Before their weights."),
+        ]
+
+    def tile(self, run: RunFiles) -> Tile | None:
+        rewards = [value for value in self.values(run) if math.isfinite(value)]
+        if not rewards:
+            return None
+        window = max(1, min(10, len(rewards) // 4))
+        before, after = sum(rewards[:window]) / window, sum(rewards[-window:]) / window
+        under = f"first and last {window} steps" if window > 1 else "first and last step"
+        return Tile(self.title, f"{format_number(before)} → {format_number(after)}", under)

@@ -1,0 +1,51 @@
+"""Errors that several processes have to report: told once a machine, and to torchrun for its summary."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+
+CLAIMS_VARIABLE = "NAD_CLAIMS"  # a folder of the processes that our own launcher has started
+
+
+def write_error_file(message: str, local_rank: int | None = None) -> None:
+    """Tell torchrun why: its summary then shows the reason instead of "To enable traceback see …".
+
+    Args:
+        local_rank: of the process of this machine that failed, if it is not this one. What it wrote itself stands.
+    """
+    own = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not own:
+        return
+    path = Path(own) if local_rank is None else Path(own).parent.parent / str(local_rank) / Path(own).name
+    if path.exists():
+        return
+    # torchrun's form: https://pytorch.org/docs/stable/elastic/errors.html; it sorts by the time of day
+    extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
+    text = json.dumps({"message": {"message": message, "extraInfo": extra}})
+    with contextlib.suppress(OSError):  # a courtesy: the reason is on the screen already
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+
+
+def is_first_to_say(text: str) -> bool:
+    """True for one of the processes of this machine that have the same to say.
+
+    Under torchrun and our own launcher; elsewhere (srun) always.
+    """
+    own = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    folder = os.environ.get(CLAIMS_VARIABLE) if not own else Path(own).parent.parent
+    if not folder:
+        return True
+    try:
+        (Path(folder) / f"said-{hashlib.sha256(text.encode()).hexdigest()[:16]}").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        return True
+    return True

@@ -1,0 +1,182 @@
+"""All settings of a run: the sections of the packages, put together. No torch here.
+
+:class:`RunSettings` is what a checked configuration becomes, once; code takes the section that it needs. A new class of
+settings is named here as a part, or as a base where its keys stand beside others of one section.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_aligner_diffusion.algorithms.base import Method
+from nemo_aligner_diffusion.algorithms.custom import is_import_path
+from nemo_aligner_diffusion.algorithms.registry import method_of
+from nemo_aligner_diffusion.algorithms.settings import RewardTuningSettings
+from nemo_aligner_diffusion.data.settings import PromptSettings
+from nemo_aligner_diffusion.diffusion.settings import WeightsSettings
+from nemo_aligner_diffusion.evaluation.settings import ReportSettings
+from nemo_aligner_diffusion.parallel.layout import Layout
+from nemo_aligner_diffusion.parallel.settings import LayoutSettings
+from nemo_aligner_diffusion.runtime.settings import (
+    MachineSettings,
+    RequeueSettings,
+    RunDirectorySettings,
+    WatchSettings,
+)
+from nemo_aligner_diffusion.settings import LOOP, TEXT, Kind, Settings, integer, number, part, setting
+from nemo_aligner_diffusion.training.callbacks.settings import (
+    BestCheckpointSettings,
+    CheckpointSettings,
+    EMASettings,
+    LoggerSettings,
+    NonFiniteSettings,
+    TimeLimitSettings,
+)
+from nemo_aligner_diffusion.training.optimizers import OptimizerSettings
+
+Self = TypeVar("Self", bound="ProgramSettings")
+
+
+@dataclass(frozen=True)
+class LoopSettings(Settings):
+    """The training loop; a recipe places it at trainer.<recipe>, and trainer.draftp_sd.* means it in every recipe."""
+
+    section = f"trainer.{LOOP}"
+    title = "Training loop"
+
+    max_epochs: int | None = setting(
+        None,
+        integer(1, nullable=True),
+        "stop after this many passes over the prompts; integer >= 1, null: only max_steps counts",
+    )
+    max_steps: int = setting(30, integer(1), "stop after this many optimizer steps; integer >= 1")
+    val_check_interval: int = setting(10, integer(0), "optimizer steps between two validations; integer >= 1, 0: none")
+    limit_val_batches: float = setting(
+        1.0,
+        Kind("batches"),
+        "how much validation: an integer counts batches, a fraction in (0, 1] is of all; 0: none",
+    )
+    save_interval: int = setting(
+        10, integer(0), "optimizer steps between two checkpoints; integer >= 1, 0: only the last"
+    )
+    gradient_clip_val: float | None = setting(
+        1.0,
+        number(0, nullable=True),
+        "largest gradient norm (L2, all trained parameters); > 0, null or 0: no clipping",
+    )
+
+
+@dataclass(frozen=True)
+class ExperimentSettings(WatchSettings, RequeueSettings, TimeLimitSettings, LoggerSettings, RunDirectorySettings):
+    """Where the run's files go, who else hears of its figures, how it resumes. Spelt as NeMo's exp_manager."""
+
+    title = "Results, logging, resuming"
+
+    checkpoint_callback_params: CheckpointSettings = part(CheckpointSettings)
+
+
+@dataclass(frozen=True)
+class DiffusionExperimentSettings(ExperimentSettings):
+    """Where the run's files go, who else hears of its figures, how it resumes. Spelt as NeMo's exp_manager."""
+
+    checkpoint_callback_params: BestCheckpointSettings = part(BestCheckpointSettings)
+    ema: EMASettings = part(EMASettings)
+
+
+@dataclass(frozen=True)
+class ModelSettings(RewardTuningSettings, LayoutSettings, WeightsSettings):
+    """The model, sampling and the loss."""
+
+    title = "Model, sampling, loss"
+
+    nan_policy: NonFiniteSettings = part(NonFiniteSettings)
+    optim: OptimizerSettings = part(OptimizerSettings)
+    data: PromptSettings = part(PromptSettings)
+
+
+@dataclass(frozen=True)
+class ProgramSettings(Settings):
+    """What every training has, whatever it trains.
+
+    Attributes:
+        tree: the whole configuration that was read, for what other rooms read of it: ``rm``, the method's section.
+        shown: the same for ``config.yaml``: texts of the environment are references (``${oc.env:TOKEN}``).
+    """
+
+    title = "Run"
+
+    name: str = setting("draftp_sd", TEXT, "name of the run: loggers and reports show it; any text")
+    trainer: MachineSettings = part(MachineSettings)
+    exp_manager: ExperimentSettings = part(ExperimentSettings)
+    tree: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    shown: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls: type[Self], cfg: Mapping[str, Any] | Self) -> Self:
+        """From a checked configuration; settings are what they are.
+
+        Raises:
+            ConfigurationError: settings that do not fit together.
+        """
+        if isinstance(cfg, cls):
+            return cfg
+        tree: Any = cfg
+        shown: Any = cfg
+        if isinstance(cfg, DictConfig):
+            tree, shown = (OmegaConf.to_container(cfg, resolve=resolve) for resolve in (True, False))
+        loops = [name for name, section in tree["trainer"].items() if isinstance(section, Mapping)]
+        settings = replace(cls.from_tree(tree, *loops[:1]), tree=tree, shown=shown)
+        settings.check()
+        return settings
+
+    def check(self) -> None:
+        """What one section cannot check alone.
+
+        Raises:
+            ConfigurationError: naming the keys, their values and what would be right.
+        """
+
+    def resuming(self: Self) -> Self:
+        """The same run, going on where its directory stands."""
+        section = replace(self.exp_manager, resume_if_exists=True, resume_ignore_no_checkpoint=True)
+        changed = {"resume_if_exists": True, "resume_ignore_no_checkpoint": True}
+        tree, shown = ({**tree, "exp_manager": {**tree["exp_manager"], **changed}} for tree in (self.tree, self.shown))
+        return replace(self, exp_manager=section, tree=tree, shown=shown)
+
+
+@dataclass(frozen=True)
+class RunSettings(ProgramSettings):
+    """A run of reward fine-tuning."""
+
+    loop: LoopSettings = part(LoopSettings)
+    exp_manager: DiffusionExperimentSettings = part(DiffusionExperimentSettings)
+    model: ModelSettings = part(ModelSettings)
+    report: ReportSettings = part(ReportSettings)
+
+    @property
+    def rm(self) -> dict[str, Any]:
+        """The reward's section, as :func:`~nemo_aligner_diffusion.rewards.build.build_reward` takes it."""
+        return self.tree["rm"]
+
+    @property
+    def layout(self) -> Layout:
+        return self.model.layout(self.trainer)
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches an optimizer step on each process."""
+        return self.model.accumulation(self.trainer)
+
+    def method(self) -> Method:
+        """The method; a user's own module is imported for it."""
+        return method_of(self.tree)
+
+    def check(self) -> None:
+        self.model.accumulation(self.trainer)
+        if not is_import_path(self.model.algorithm):  # a user's own module is imported when training begins
+            self.method().check(self.model.infer.inference_steps)
+        self.model.optim.sched.factor(self.loop.max_steps)
