@@ -21,6 +21,7 @@ import os
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -32,10 +33,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from nemo_aligner_diffusion.data.bad_samples import BadSamples, OnBadSample, warn_of
 from nemo_aligner_diffusion.data.epoch_order import epoch_rows
-from nemo_aligner_diffusion.data.epoch_reader import EpochReader
+from nemo_aligner_diffusion.data.epoch_reader import EpochReader, SpanReader
 from nemo_aligner_diffusion.data.paths import SHARD_SUFFIXES, PathSpec, expand_paths
 from nemo_aligner_diffusion.data.shard_index import NotIndexableError, ShardIndex, Span, open_index
-from nemo_aligner_diffusion.data.span_reader import SpanReader
 from nemo_aligner_diffusion.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -203,7 +203,7 @@ class SampleStream(IterableDataset[Any], ABC):
         items: list[Any] = []
         epochs: list[int] = []
         first = position
-        with SpanReader(self.files) as spans:
+        with closing(SpanReader(self.files)) as spans:
             while stop is None or position < stop:
                 reader = EpochReader(self, spans, epoch, worker)
                 if self.epochs is None or epoch < self.epochs:
