@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.judge import Job, Judge, run_jobs, table
 from nemo_aligner_diffusion.evaluation.figures import labelled_grid, save_image, to_pictures
-from nemo_aligner_diffusion.rewards import JPEGCompressibility
+from nemo_aligner_diffusion.rewards import Compressibility
 
 COLUMNS = ["w", "CLIP reward", "compressibility", "JPEG bytes a picture", "CLIP top-1", "KL", "diversity of the base's"]
 QUALITY = 80  # of the files that are measured; the reward has its own, coarser default
@@ -49,7 +49,7 @@ def main() -> None:
     arguments = parser.parse_args()
     judge = Judge()
     base = judge(None)
-    compressibility = JPEGCompressibility()
+    compressibility = Compressibility().build()
     names = [prompt for prompt in judge.prompts for _ in range(2)]
     common = (
         f"trainer.draftp_sd.max_steps={arguments.steps}",

@@ -22,13 +22,13 @@ from nemo_aligner_diffusion.diffusion.noise import sample_generator
 from nemo_aligner_diffusion.diffusion.trajectory import rollout
 from nemo_aligner_diffusion.embedded_assets import embedded_model_path
 from nemo_aligner_diffusion.evaluation.curves import Curve, save_curve_plot
-from nemo_aligner_diffusion.rewards.symmetry import MirrorSymmetry
+from nemo_aligner_diffusion.rewards.symmetry import Symmetry
 
 
 def gradient_norm(model: DiffusionModel, steps: int, method: Method, guidance_scale: float) -> float:
     """Norm of the LoRA gradient of the mean symmetry of four pictures."""
     prompts = ["dog", "red apple", "rocket", "castle"]
-    reward = MirrorSymmetry()
+    reward = Symmetry().build()
     result = rollout(
         model,
         method.plan,

@@ -78,8 +78,8 @@ class RealStep:
     def __call__(self) -> None:
         """Forward, backward and the averaging of gradients, as in a run: its prompts are new in every step."""
         for part in self.module.reward.modules():
-            if hasattr(part, "_text_cache"):
-                part._text_cache.clear()
+            if hasattr(part, "text_rows"):
+                part.text_rows.clear()
         batch = {"prompts": [PROMPTS[i % len(PROMPTS)] for i in self.index], "index": self.index}
         self.module.training_step(batch, 0).backward()
         self.module.parallel.average_gradients(self.module.trainable_parameters())

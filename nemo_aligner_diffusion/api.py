@@ -16,8 +16,9 @@ import torch
 from nemo_aligner_diffusion.algorithms.base import Method
 from nemo_aligner_diffusion.config.load import load_settings
 from nemo_aligner_diffusion.errors import ConfigurationError, DataError
+from nemo_aligner_diffusion.rewards.augmentation import Augmentation
 from nemo_aligner_diffusion.rewards.base import Reward
-from nemo_aligner_diffusion.rewards.build import augmented
+from nemo_aligner_diffusion.rewards.support.augmented import augmented
 from nemo_aligner_diffusion.runtime.signals import Interrupted, Interruption
 from nemo_aligner_diffusion.runtime.watch import watched
 from nemo_aligner_diffusion.training.run import Given, train
@@ -149,7 +150,7 @@ def tune(
         if pipe is not None:
             check_pipeline(pipe, run.model)
         if own_reward is not None:
-            own_reward = augmented(own_reward, run.rm.get("augment") or {}, "rm")
+            own_reward = augmented(own_reward, Augmentation(**(run.rm.get("augment") or {})))
         interruption = Interruption((signal.SIGINT,), then="" if output is None else ", then export and report")
         objects = Given(pipe, own_reward, own_method, files, silent=not progress, keep=output is not None)
         try:

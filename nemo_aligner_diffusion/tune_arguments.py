@@ -22,7 +22,8 @@ from nemo_aligner_diffusion.errors import ConfigurationError, DataError, RewardE
 from nemo_aligner_diffusion.import_path import check_call
 from nemo_aligner_diffusion.keys import closest
 from nemo_aligner_diffusion.rewards.base import Reward
-from nemo_aligner_diffusion.rewards.custom import CustomReward
+from nemo_aligner_diffusion.rewards.settings import RewardSettings
+from nemo_aligner_diffusion.rewards.support.custom import CustomReward
 from nemo_aligner_diffusion.training.settings import ModelSettings
 
 
@@ -119,6 +120,8 @@ def read_reward(reward: Any) -> tuple[Reward | None, list[str]]:
                 f"of {', '.join(names)}"
             )
         return None, [f"rm={reward}"]
+    if isinstance(reward, RewardSettings):
+        reward = reward.build()
     if inspect.isclass(reward):
         raise RewardError(f"reward={reward.__name__} is a class; expected an object of it: {reward.__name__}(…)")
     if not callable(reward):

@@ -27,7 +27,7 @@ from nemo_aligner_diffusion.config.load import load_config
 from nemo_aligner_diffusion.diffusion.plan import Plan
 from nemo_aligner_diffusion.embedded_assets import embedded_reward_path
 from nemo_aligner_diffusion.errors import AlignerError, ArchiveError, ConfigurationError, DataError, RewardError
-from nemo_aligner_diffusion.rewards import MirrorSymmetry
+from nemo_aligner_diffusion.rewards import Symmetry
 from nemo_aligner_diffusion.training.run import run_training
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,7 +97,7 @@ def test_the_history_is_that_of_the_command_line_to_the_last_digit(tmp_path):
     by_path = tune(folder, reward="symmetry", prompts=file, **settings)
     assert figures(by_path.history) == expected
     torch.manual_seed(7)  # the caller's generator has no say
-    by_objects = tune(tiny_pipeline(), reward=MirrorSymmetry(), prompts=prompts, **settings)
+    by_objects = tune(tiny_pipeline(), reward=Symmetry(), prompts=prompts, **settings)
     assert figures(by_objects.history) == expected
     assert len({row["reward"] for row in by_path.history}) == 3
 
@@ -122,7 +122,7 @@ class Network(torch.nn.Module):
 
 @pytest.mark.parametrize(
     "reward",
-    [lambda images, prompts: -images.square().mean((1, 2, 3)), nested(), Network(), MirrorSymmetry(), "symmetry",
+    [lambda images, prompts: -images.square().mean((1, 2, 3)), nested(), Network(), Symmetry().build(), "symmetry",
      embedded_reward_path(), "test_api:redness"],
     ids=["lambda", "nested", "module", "Reward", "name", "nemo", "import path"],
 )  # fmt: skip
@@ -146,7 +146,7 @@ def trained(result):
         (lambda images, prompts: images.mean((1, 2, 3)) * float("nan"), "scores of which none is finite"),
         (lambda images, prompts: (images * 0).sum((1, 2, 3)).sqrt(), "gradients in the pictures of which none"),
         (lambda images: images.mean((1, 2, 3)), r"cannot be called as \(images, prompts\)"),
-        (MirrorSymmetry, r"a class; expected an object of it: MirrorSymmetry\("),
+        (Symmetry, r"a class; expected an object of it: Symmetry\("),
         (None, "reward=None: expected a function"),
         ("symetry", "no such reward; did you mean symmetry"),
     ],

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_aligner_diffusion.config import schema
-from nemo_aligner_diffusion.config.load import groups, load_config, load_settings, recipes
+from nemo_aligner_diffusion.config.load import conf_directory, groups, load_config, load_settings, recipes
 from nemo_aligner_diffusion.errors import ConfigurationError
+from nemo_aligner_diffusion.keys import flatten
 
 ALGORITHM_OF = {
     "draftp_sd": "draft+",
@@ -55,18 +57,11 @@ def test_the_recipes_are_the_ones_named_here() -> None:
 
 @pytest.mark.parametrize("group", sorted(groups()))
 def test_every_option_of_every_group_can_be_picked(group: str) -> None:
-    needed = {
-        ("rm", "classifier"): ["rm.model.from_pretrained=vit", "rm.target_class=cat"],
-        ("rm", "detection"): ["rm.model.from_pretrained=owlv2"],
-        ("rm", "custom"): ["rm.import_path=mine:Reward"],
-        ("rm", "ensemble"): ["rm.parts.second={name:clip,model:{restore_from_path:second.nemo}}"],
-        **{
-            ("rm", name): ["rm.model.restore_from_path=r.nemo"]
-            for name in ("pickscore", "hpsv2", "clipscore", "aesthetic", "image_reward")
-        },
-    }
+    also = {("rm", "ensemble"): ["rm.parts.second={name:clip,model:{restore_from_path:second.nemo}}"]}
     for option in groups()[group]:
-        more = needed.get((group, option), [])
+        text = (conf_directory() / group / f"{option}.yaml").read_text(encoding="utf-8")
+        leaves = flatten({group: yaml.safe_load(text)})
+        more = [f"{key}=x" for key, value in leaves.items() if value == "???"] + also.get((group, option), [])
         cfg = load_config("draftp_sd", [f"{group}={option}", *more])
         assert cfg.name == "draftp_sd"
         if more:

@@ -99,7 +99,7 @@ def test_only_what_the_reward_reads_remains(caplog: pytest.LogCaptureFixture) ->
     [
         ("{clip:{weight:much}}", "rm.parts.clip.weight = 'much': expected a number"),
         ("{clip:3}", "rm.parts.clip = 3: expected keys"),
-        ("{aesthetics:{weight:1}}", "rm.parts.aesthetics.name = 'aesthetics': expected one of clip, symmetry"),
+        ("{aesthetics:{weight:1}}", "rm.parts.aesthetics.name = 'aesthetics': expected one of classifier, clip"),
         ("{a:{name:simmetry}}", "did you mean symmetry"),
         ("{symmetry:{wieght:1}}", "unknown key 'rm.parts.symmetry.wieght'; did you mean weight?"),
         ("{compressibility:{qualty:50}}", "did you mean quality"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -10,12 +11,12 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from nemo_aligner_diffusion.config import reward_keys as schema_rewards
 from nemo_aligner_diffusion.config import schema
-from nemo_aligner_diffusion.config.docs import LINE, documented_keys, tables
+from nemo_aligner_diffusion.config.docs import LINE, _file_keys, documented_keys, tables
 from nemo_aligner_diffusion.config.load import conf_directory, load_config, load_settings, recipes
 from nemo_aligner_diffusion.keys import flatten
-from nemo_aligner_diffusion.runtime.settings import PRECISIONS
+from nemo_aligner_diffusion.rewards.augmentation import Augmentation
+from nemo_aligner_diffusion.rewards.registry import rewards
 from nemo_aligner_diffusion.settings import LOOP
 from nemo_aligner_diffusion.training.settings import RunSettings
 
@@ -79,7 +80,7 @@ def test_every_setting_has_its_line_in_conf() -> None:
     lines = lines_of_conf()
     elsewhere = {"name", "model.algorithm", "model.optim.momentum"}  # each recipe, each method, sgd alone
     checked = 0
-    for section in RunSettings.sections():
+    for section in RunSettings.all_sections():
         defaults, meanings = section.defaults(), section.meanings()
         for field, key in section.keys().items():
             if key in UNSET | elsewhere:
@@ -139,23 +140,20 @@ def test_the_documentations_tables_are_current() -> None:
     assert current == tables(), "run: python -m nemo_aligner_diffusion.config.docs docs"
 
 
-def test_the_schema_knows_the_names_the_code_knows() -> None:
-    from nemo_aligner_diffusion.rewards import build, classifier, ensemble, feature_symmetry, jpeg, parts
-    from nemo_aligner_diffusion.rewards.clip import reward as clip
-
-    assert schema_rewards.SCORES == clip.SCORES
-    assert schema_rewards.REDUCTIONS == jpeg.REDUCTIONS
-    assert schema_rewards.DISTANCES == feature_symmetry.DISTANCES
-    assert schema_rewards.AGGREGATES == ensemble.AGGREGATES
-    assert schema_rewards.CLIP_MODES == parts.CLIP_MODES
-    assert schema_rewards.REWARD_KEYS["rm.views"].high == classifier.MOST_VIEWS
-    assert {name: {*keys} - {"trainer", "augment"} for name, keys in schema_rewards.REWARDS.items()} == {
-        name: set(keys) for name, keys in build.REWARDS.items()
-    }
-    for section, keys in (("model", build.MODEL_KEYS), ("augment", build.AUGMENT_KEYS)):
-        prefix = f"rm.{section}."
-        assert {key.removeprefix(prefix) for key in schema.KEYS if key.startswith(prefix)} == set(keys)
-    for name, keys in schema_rewards.MODEL_KEYS.items():
-        assert set(keys) <= set(build.MODEL_KEYS)
-        assert "model" in schema_rewards.REWARDS[name]
-    assert set(PRECISIONS) <= set(build.PRECISIONS)
+@pytest.mark.parametrize("name", sorted(rewards()))
+def test_a_rewards_conf_file_shows_its_settings(name: str) -> None:
+    """``conf/rm/<name>.yaml`` has exactly the reward's own settings, with their defaults and meanings."""
+    kind = rewards()[name]
+    shown = {**_file_keys(f"rm/{name}.yaml"), **_file_keys("rm/base.yaml")}
+    shown = {key: value for key, value in shown.items() if key.split(".")[1] not in ("name", *kind.sections)}
+    stated = {f"rm.{key}": field for key, (field, _) in kind.below().items()}
+    stated |= {key: field for field, key in Augmentation.keys().items()}
+    assert shown.keys() == stated.keys()
+    for settings in (kind, Augmentation):
+        for entry in dataclasses.fields(settings):
+            if "kind" not in entry.metadata:
+                continue
+            default, meaning = shown[settings.keys()[entry.name]]
+            assert meaning == entry.metadata["meaning"], entry.name
+            given = yaml.safe_load(default)
+            assert given == ("???" if entry.name in kind.needs else entry.default) or str(given) == entry.default

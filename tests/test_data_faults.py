@@ -22,6 +22,7 @@ from nemo_aligner_diffusion.data.prompts import PromptDataset, build_prompt_load
 from nemo_aligner_diffusion.data.stream_loader import StreamLoader
 from nemo_aligner_diffusion.errors import DataError
 from nemo_aligner_diffusion.reward_training.preference_data import PreferenceDataset
+from nemo_aligner_diffusion.rewards import Preprocessing
 
 
 def shards(folder: Path) -> list[str]:
@@ -250,7 +251,7 @@ def test_a_compressed_shard_lost_under_way_is_always_an_error(tmp_path: Path) ->
 
 def test_preference_pairs_are_replaced_too(tmp_path: Path) -> None:
     folder = blue_shards(tmp_path, 24, samples_per_shard=6)
-    options: dict[str, Any] = {"image_size": 32, "micro_batch_size": 4, "epochs": 1, "seed": 1}
+    options: dict[str, Any] = {"preprocessing": Preprocessing(32), "micro_batch_size": 4, "epochs": 1, "seed": 1}
     before = list(PreferenceDataset(str(folder), **options))
     lenient = PreferenceDataset(str(folder), on_bad_shard="skip", **options)
     strict = PreferenceDataset(str(folder), **options)

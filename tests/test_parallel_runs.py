@@ -113,16 +113,16 @@ def test_the_run_directory_is_that_of_one_process(processes, inputs, alone, tmp_
 
 
 def train_on_a_prompt_without_a_score(*arguments: Any) -> int:
-    from nemo_aligner_diffusion.rewards.symmetry import MirrorSymmetry
+    from nemo_aligner_diffusion.rewards.symmetry import Symmetry
 
-    score = MirrorSymmetry.score
+    score = Symmetry.score
 
     def sometimes(self: Any, images: torch.Tensor, given: list[str]) -> torch.Tensor:
         fails = torch.tensor([prompt == "prompt 7" for prompt in given])
         return score(self, images, given).masked_fill(fails, float("nan"))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MirrorSymmetry, "score", sometimes)
+        patch.setattr(Symmetry, "score", sometimes)
         return train(*arguments)
 
 

@@ -157,8 +157,9 @@ def spread_reward(layout: Any) -> dict[str, float]:
 
     from nemo_aligner_diffusion.parallel.gradients import local_part
     from nemo_aligner_diffusion.parallel.parallelism import Parallelism
-    from nemo_aligner_diffusion.rewards.augmentation import Augmentation, AugmentedReward
+    from nemo_aligner_diffusion.rewards.augmentation import Augmentation
     from nemo_aligner_diffusion.rewards.clip.reward import CLIPReward
+    from nemo_aligner_diffusion.rewards.support.augmented import AugmentedReward
 
     clip = toy_clip(text_heads=4)
     reward = AugmentedReward(CLIPReward(clip, None), Augmentation(noise_std=0.1))  # type: ignore[arg-type]

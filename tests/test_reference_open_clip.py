@@ -17,7 +17,7 @@ from tiny.pictures import photograph
 
 from nemo_aligner_diffusion.cli.convert_reward import main
 from nemo_aligner_diffusion.rewards import CLIPReward, restore_reward
-from nemo_aligner_diffusion.rewards.preprocessing import preprocess
+from nemo_aligner_diffusion.rewards.support.preprocessing import Preprocessing
 
 REFERENCE = Path(os.environ.get("NAD_REFERENCE") or Path(sys.prefix, "reference"))
 SCRIPT = Path(__file__).parent / "reference" / "open_clip_reference.py"
@@ -90,7 +90,7 @@ def test_pictures_are_prepared_as_torchvision_does(theirs: Path, size: int) -> N
     made = np.load(theirs / "pictures.npz")
     picture = torch.round(photograph(303, 200) * 255).unsqueeze(0) / 255
     for resize in ("crop", "pad"):
-        ours = preprocess(picture, size, resize=resize, mean=(0, 0, 0), std=(1, 1, 1))[0]
+        ours = Preprocessing(size, (0, 0, 0), (1, 1, 1), resize=resize)(picture)[0]
         expected = torch.from_numpy(made[f"{resize}{size}"]).permute(2, 0, 1) / 255
         assert ours.shape == expected.shape
         assert (ours - expected).abs().max() < 1e-2

@@ -25,6 +25,7 @@ from nemo_aligner_diffusion.reward_training.preference_shards import (
     read_preference_file,
     write_preference_shards,
 )
+from nemo_aligner_diffusion.rewards import Preprocessing
 
 PNG = encode(picture(0.5, 0))
 JPEG = encode(picture(0.5, 0), "JPEG")
@@ -140,7 +141,7 @@ def test_pictures_are_decoded_whole_only_when_used(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.tar: 7 has a picture that cannot be read"):
         pictures(pair)
     data = PreferenceDataset(
-        str(path), image_size=32, micro_batch_size=1, epochs=1, shuffle_buffer=0, on_bad_sample="skip"
+        str(path), preprocessing=Preprocessing(32), micro_batch_size=1, epochs=1, shuffle_buffer=0, on_bad_sample="skip"
     )
     assert [batch["prompts"] for batch in data] == [["ok"]]
     assert data.skipped == 1
@@ -197,7 +198,12 @@ def test_writing_is_all_or_nothing(tmp_path: Path) -> None:
 
 def stream(folder: Path, **options: object) -> list[int]:
     """Which pairs come, by the order of their first pictures' bytes."""
-    settings: dict[str, object] = {"image_size": 32, "micro_batch_size": 4, "shuffle_buffer": 10, "epochs": 1}
+    settings: dict[str, object] = {
+        "preprocessing": Preprocessing(32),
+        "micro_batch_size": 4,
+        "shuffle_buffer": 10,
+        "epochs": 1,
+    }
     data = PreferenceDataset(str(folder), **(settings | options))  # type: ignore[arg-type]
     return [int(1e6 * image.sum()) for batch in data for image in batch["images"][:, 0]]
 
@@ -217,7 +223,12 @@ def test_batches(tmp_path: Path) -> None:
     pairs = [*blue_pairs(2, size=(40, 64)), *blue_pairs(1, size=(20, 20))]
     write_preference_shards(pairs, tmp_path)
     data = PreferenceDataset(
-        str(tmp_path), image_size=32, micro_batch_size=2, epochs=1, shuffle_buffer=0, incomplete="wrap"
+        str(tmp_path),
+        preprocessing=Preprocessing(32),
+        micro_batch_size=2,
+        epochs=1,
+        shuffle_buffer=0,
+        incomplete="wrap",
     )
     first, second = list(data)
     assert first["images"].shape == (2, 2, 3, 32, 32)
@@ -229,9 +240,11 @@ def test_batches(tmp_path: Path) -> None:
 
 def test_data_module_resumes_where_it_was(tmp_path: Path) -> None:
     blue_shards(tmp_path / "t", 20)
-    data = PreferenceDataModule(str(tmp_path / "t"), image_size=32, micro_batch_size=4, start_sample=8)
+    data = PreferenceDataModule(
+        str(tmp_path / "t"), preprocessing=Preprocessing(32), micro_batch_size=4, start_sample=8
+    )
     data.setup("fit")
-    whole = PreferenceDataModule(str(tmp_path / "t"), image_size=32, micro_batch_size=4)
+    whole = PreferenceDataModule(str(tmp_path / "t"), preprocessing=Preprocessing(32), micro_batch_size=4)
     stream = iter(whole.train_dataloader())
     batches = [next(stream) for _ in range(3)]
     assert torch.equal(next(iter(data.train_dataloader()))["images"], batches[2]["images"])

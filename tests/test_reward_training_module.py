@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,8 +25,8 @@ from nemo_aligner_diffusion.reward_training.preference_clip import (
     TrainedParts,
     choose_trained_parts,
 )
-from nemo_aligner_diffusion.reward_training.preference_data import PreferenceDataset
-from nemo_aligner_diffusion.rewards import restore_reward
+from nemo_aligner_diffusion.reward_training.preference_data import PreferenceDataset, pictures
+from nemo_aligner_diffusion.rewards import Preprocessing, convert_hf_clip_to_nemo, restore_reward
 from nemo_aligner_diffusion.rewards.clip.reward import CLIPReward
 from nemo_aligner_diffusion.rewards.clip.tokenizer import tokenizer_from_bytes
 
@@ -58,12 +59,11 @@ def test_scores_are_the_rewards(reward: CLIPReward, parts: TrainedParts) -> None
 def test_pictures_of_any_size_are_scored_as_the_reward_scores_them(tmp_path: Path, reward: CLIPReward) -> None:
     from tiny.reward_training import blue_pairs
 
-    from nemo_aligner_diffusion.reward_training.preference_data import pictures
     from nemo_aligner_diffusion.reward_training.preference_shards import write_preference_shards
 
     pairs = blue_pairs(2, size=(48, 80))
     write_preference_shards(pairs, tmp_path / "s")
-    data = PreferenceDataset(str(tmp_path / "s"), image_size=32, micro_batch_size=2, shuffle_buffer=0)
+    data = PreferenceDataset(str(tmp_path / "s"), preprocessing=Preprocessing(32), micro_batch_size=2, shuffle_buffer=0)
     batch = next(iter(data))
     mine = module(reward, EVERYTHING)(batch["images"], batch["prompts"])
     frozen = CLIPReward(toy_clip(), reward.tokenizer)
@@ -142,7 +142,9 @@ def test_the_scale_is_kept_below_a_hundred(tmp_path: Path, reward: CLIPReward) -
     learner = PreferenceCLIP(
         reward, TrainedParts(0, 0, False, True), lambda named: (torch.optim.SGD([p for _, p in named], 1e3), None)
     )
-    data = PreferenceDataset(str(blue_shards(tmp_path / "s", 16)), image_size=32, micro_batch_size=4, epochs=1)
+    data = PreferenceDataset(
+        str(blue_shards(tmp_path / "s", 16)), preprocessing=Preprocessing(32), micro_batch_size=4, epochs=1
+    )
     trainer = pl.Trainer(
         accelerator="cpu",
         max_steps=4,
@@ -160,7 +162,7 @@ def test_out_and_in_again(tmp_path: Path, reward: CLIPReward) -> None:
     with torch.no_grad():
         for parameter in reward.model.parameters():
             parameter.add_(0.01)
-    reward._text_cache.clear()
+    reward.text_rows.clear()
     reward.name = "mine"
     path = save_clip_reward(reward, tmp_path / "out" / "mine.nemo", extra={"trained_steps": 3})
     back = restore_reward(path)
@@ -183,6 +185,38 @@ def test_tokenizer_files_come_back() -> None:
     assert tokenizer_files(again) == files
 
 
+def test_a_reward_comes_back_as_it_was_and_is_trained_as_it_scores(tmp_path: Path) -> None:
+    """HPSv2's archives pad their pictures; CLIPScore's prefix their prompts."""
+    from tests.reward_training_toy import blue_pairs
+
+    from nemo_aligner_diffusion.reward_training.evaluate import score_pairs
+    from nemo_aligner_diffusion.reward_training.preference_shards import write_preference_shards
+
+    prepared = Preprocessing(32, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25), "bilinear", "pad")
+    start = convert_hf_clip_to_nemo(
+        toy_clip(), toy_tokenizer_files(), tmp_path / "start.nemo", preprocessing=prepared, prompt_prefix="a photo of "
+    )
+    pairs = blue_pairs(2, size=(48, 80))
+    write_preference_shards(pairs, tmp_path / "s")
+    frozen: Any = restore_reward(start)
+    expected = torch.stack([frozen(torch.stack(pictures(pair)), [pair.prompt] * 2) for pair in pairs])
+    plain = restore_reward(convert_hf_clip_to_nemo(toy_clip(), toy_tokenizer_files(), tmp_path / "plain.nemo"))
+    other = torch.stack([plain(torch.stack(pictures(pair)), [pair.prompt] * 2) for pair in pairs])
+    assert (expected - other).abs().max() > 1e-2, "the toy must notice both"
+    loaded = load_nemo_clip(start)
+    data = PreferenceDataset(
+        str(tmp_path / "s"), preprocessing=loaded.preprocessing, micro_batch_size=2, shuffle_buffer=0
+    )
+    batch = next(iter(data))
+    torch.testing.assert_close(score_pairs(loaded, str(tmp_path / "s"))[0], expected, rtol=1e-5, atol=1e-5)
+    for parts in (EVERYTHING, TrainedParts(0, 0, projections=False, logit_scale=True)):  # text trained, and frozen
+        mine = module(load_nemo_clip(start), parts)(batch["images"], batch["prompts"])
+        torch.testing.assert_close(mine.detach(), expected, rtol=1e-5, atol=1e-5)
+    again: Any = restore_reward(save_clip_reward(loaded, tmp_path / "again.nemo"))
+    assert (again.preprocessing, again.prompt_prefix) == (prepared, "a photo of ")
+    assert torch.equal(again(torch.stack(pictures(pairs[0])), [pairs[0].prompt] * 2), expected[0])
+
+
 def test_from_a_hugging_face_folder(tmp_path: Path, reward: CLIPReward) -> None:
     folder = tmp_path / "clip"
     toy_clip().save_pretrained(folder)
@@ -192,12 +226,13 @@ def test_from_a_hugging_face_folder(tmp_path: Path, reward: CLIPReward) -> None:
         '{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25], "resample": 2}'
     )
     loaded = load_hugging_face_clip(folder)
-    assert (loaded.mean, loaded.std, loaded.interpolation) == ((0.5,) * 3, (0.25,) * 3, "bilinear")
-    expected = CLIPReward(toy_clip(), reward.tokenizer, mean=(0.5,) * 3, std=(0.25,) * 3, interpolation="bilinear")
+    prepared = Preprocessing(32, (0.5,) * 3, (0.25,) * 3, "bilinear", "crop_down")
+    assert loaded.preprocessing == prepared
+    expected = CLIPReward(toy_clip(), reward.tokenizer, preprocessing=prepared)
     pictures = torch.rand(4, 3, 50, 40)
     assert torch.allclose(loaded(pictures, PROMPTS), expected(pictures, PROMPTS), rtol=1e-5)
     with pytest.raises(CheckpointError, match=r"there is no config\.json"):
         load_hugging_face_clip(tmp_path)
     (folder / "model.safetensors").write_bytes(b"broken")
-    with pytest.raises(CheckpointError, match="no CLIP that can be loaded"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         load_hugging_face_clip(folder)

@@ -30,7 +30,7 @@ from nemo_aligner_diffusion.reward_training.configuration import (
 from nemo_aligner_diffusion.reward_training.evaluate import score_pairs
 from nemo_aligner_diffusion.reward_training.run import run_reward_training
 from nemo_aligner_diffusion.rewards import restore_reward
-from nemo_aligner_diffusion.rewards.symmetry import MirrorSymmetry
+from nemo_aligner_diffusion.rewards.symmetry import Symmetry
 from nemo_aligner_diffusion.runtime.signals import Interrupted, Interruption
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -316,7 +316,7 @@ def _pairs(folder: Path) -> list[Any]:
 
 
 def test_any_reward_can_be_tested(folder: Path) -> None:
-    scores, labels = score_pairs(MirrorSymmetry(), str(folder / "validation"))
+    scores, labels = score_pairs(Symmetry().build(), str(folder / "validation"))
     assert scores.shape == labels.shape == (45, 2)
     assert labels.tolist() == [pytest.approx(list(pair.label)) for pair in _pairs(folder / "validation")]
 

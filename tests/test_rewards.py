@@ -15,14 +15,18 @@ from torch import Tensor
 from nemo_aligner_diffusion import embedded_assets
 from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError, RewardError
 from nemo_aligner_diffusion.rewards import (
-    CompositeReward,
-    JPEGCompressibility,
-    MirrorSymmetry,
+    Composite,
+    Compressibility,
+    Incompressibility,
+    Part,
+    Preprocessing,
+    Symmetry,
     build_reward,
     convert_hf_clip_to_nemo,
 )
-from nemo_aligner_diffusion.rewards.jpeg import DifferentiableJPEG
-from nemo_aligner_diffusion.rewards.preprocessing import centre_crop, preprocess, resize_short_side
+from nemo_aligner_diffusion.rewards.jpeg import CHROMINANCE, LUMINANCE, jpeg, quantisation_steps
+from nemo_aligner_diffusion.rewards.settings import RewardSettings
+from nemo_aligner_diffusion.rewards.support.preprocessing import centre_crop, resize_short_side
 
 
 def smooth_pictures(count: int, height: int, width: int, detail: float = 3.0, seed: int = 0) -> Tensor:
@@ -56,7 +60,7 @@ def test_symmetry_values() -> None:
     left_white = torch.zeros(1, 3, 4, 4)
     left_white[..., :2] = 1
     ramp = torch.tensor([0.0, 0.0, 0.0, 1.0]).expand(1, 3, 4, 4)
-    reward = MirrorSymmetry()
+    reward = Symmetry().build()
     assert reward(mirrored, [""]).item() == 0
     assert reward(left_white, [""]).item() == -1
     assert reward(ramp, [""]).item() == -0.5
@@ -92,6 +96,51 @@ def test_resize_matches_pillow_on_natural_pictures(height: int, width: int) -> N
             assert ours.amax() <= 1
 
 
+def bicubic_matrix(length: int, target: int) -> Tensor:
+    """Weights ``(target, length)`` of the antialiased bicubic filter (a = −1/2), float64, by its formula."""
+    scale = max(length / target, 1)
+    centres = (torch.arange(target, dtype=torch.float64) + 0.5) * length / target
+    distance = ((torch.arange(length, dtype=torch.float64) + 0.5 - centres[:, None]) / scale).abs()
+    near = (1.5 * distance - 2.5) * distance**2 + 1
+    far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
+    weights = torch.where(distance < 1, near, torch.where(distance < 2, far, 0))
+    return weights / weights.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize(("height", "width"), [(90, 120), (120, 75)])
+def test_a_pad_that_keeps_overshoot_is_the_filter_itself(height: int, width: int) -> None:
+    """HPSv2's own transform resizes the float tensor; the default cuts as Pillow does."""
+    picture = photograph(height, width)[None].double()
+    picture[..., 20:60, 30:50] = 1  # hard edges
+    picture[..., 20:60, 50:70] = 0
+    scale = 32 / max(height, width)
+    target = round(height * scale), round(width * scale)
+    exact = bicubic_matrix(height, target[0]) @ picture @ bicubic_matrix(width, target[1]).T
+    top, left = (32 - target[0]) // 2, (32 - target[1]) // 2
+    uncut = Preprocessing(32, resize="pad_uncut").square(picture)[..., top:, left:][..., : target[0], : target[1]]
+    torch.testing.assert_close(uncut, exact, rtol=0, atol=1e-6)
+    cut = Preprocessing(32, resize="pad").square(picture)
+    assert exact.amax() > 1.02
+    assert (cut.amin(), cut.amax()) == (0, 1)
+
+
+@pytest.mark.parametrize("reward", [Symmetry(), Compressibility(), Incompressibility(quality=80, reduction="mean")])
+def test_rewards_without_a_network_compute_in_their_own_precision(reward: RewardSettings) -> None:
+    pictures, built = smooth_pictures(2, 32, 40), reward.build()
+
+    def scored(dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+        given = pictures.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            score = built(given, ["", ""])
+        return score.detach(), torch.autograd.grad(score.sum(), given)[0]
+
+    exact = built(pictures.double(), ["", ""])
+    for got, expected in zip(scored(torch.bfloat16), scored(None), strict=True):
+        assert torch.equal(got, expected), "the training loop's autocast has no say"
+    torch.testing.assert_close(scored(torch.bfloat16)[0].double(), exact, rtol=1e-4, atol=1e-7)
+    assert exact.dtype == torch.float64
+
+
 def test_resize_keeps_what_lies_outside_and_each_picture_to_itself() -> None:
     pixels = from_pil(to_pil(photograph(96, 120))).unsqueeze(0)
     wide = torch.cat([pixels, 3 * pixels - 1])
@@ -102,14 +151,14 @@ def test_resize_keeps_what_lies_outside_and_each_picture_to_itself() -> None:
     assert (together[1] - (3 * together[0] - 1)).abs().mean() < 1e-3
 
 
-@pytest.mark.parametrize("resize", ["crop", "crop_down", "pad", "squash"])
+@pytest.mark.parametrize("resize", ["crop", "crop_down", "pad", "pad_uncut", "squash"])
 @pytest.mark.parametrize(("height", "width"), [(45, 30), (30, 45), (7, 13), (32, 32)])
 def test_ways_to_a_square(resize: str, height: int, width: int) -> None:
     picture = smooth_pictures(1, height, width)
-    square = preprocess(picture, 20, mean=(0, 0, 0), std=(1, 1, 1), resize=resize)
+    square = Preprocessing(20, mean=(0, 0, 0), std=(1, 1, 1), resize=resize)(picture)
     assert square.shape == (1, 3, 20, 20)
     black = (square.abs().amax(dim=1)[0] == 0).sum().item()
-    if resize == "pad" and height != width:  # HPSv2: the long side fills the square, the short one is rounded
+    if resize.startswith("pad") and height != width:  # HPSv2: the long side fills the square, the short one is rounded
         short = round(20 * min(height, width) / max(height, width))
         assert black == 20 * (20 - short)
         before = (20 - short) // 2
@@ -125,9 +174,9 @@ def test_centre_crop_and_statistics() -> None:
     picture = torch.arange(7 * 4).reshape(1, 1, 4, 7).expand(1, 3, 4, 7).double()
     assert torch.equal(centre_crop(picture, 4), picture[..., 2:6])  # 1.5 rounds to the even 2 …
     assert torch.equal(centre_crop(picture, 4, down=True), picture[..., 1:5])
-    grey = preprocess(torch.full((1, 3, 10, 12), 0.5), 8, mean=(0.5, 0.25, 0.0), std=(1.0, 0.5, 0.25))
+    grey = Preprocessing(8, mean=(0.5, 0.25, 0.0), std=(1.0, 0.5, 0.25))(torch.full((1, 3, 10, 12), 0.5))
     assert torch.allclose(grey[0, :, 3, 3], torch.tensor([0.0, 0.5, 2.0]), atol=1e-5)
-    assert preprocess(torch.zeros(1, 3, 8, 8, dtype=torch.float16), 8).dtype == torch.float32
+    assert Preprocessing(8)(torch.zeros(1, 3, 8, 8, dtype=torch.float16)).dtype == torch.float32
 
 
 @pytest.mark.parametrize("resize", ["crop", "pad", "squash"])
@@ -135,14 +184,14 @@ def test_centre_crop_and_statistics() -> None:
 def test_preprocessing_gradient(height: int, width: int, resize: str) -> None:
     pictures = torch.rand(1, 3, height, width, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     pictures = pictures.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: preprocess(x, 6, resize=resize), pictures)
+    assert torch.autograd.gradcheck(Preprocessing(6, resize=resize), pictures)
 
 
 @pytest.mark.parametrize("subsampling", [False, True])
 def test_jpeg_gradient_of_odd_sizes(subsampling: bool) -> None:
     torch.manual_seed(0)
     pictures = torch.rand(1, 3, 5, 11, dtype=torch.float64, requires_grad=True)
-    reward = JPEGCompressibility(quality=70, chroma_subsampling=subsampling)
+    reward = Compressibility(quality=70, chroma_subsampling=subsampling).build()
     assert torch.autograd.gradcheck(lambda x: reward(x, [""]), pictures)
 
 
@@ -153,10 +202,9 @@ def test_jpeg_is_pillows(quality: int, subsampling: bool) -> None:
     stream = io.BytesIO()
     to_pil(picture).save(stream, "JPEG", quality=quality, subsampling=2 if subsampling else 0)
     decoded = Image.open(stream)
-    codec = DifferentiableJPEG(quality, subsampling, exact_rounding=True)
-    assert decoded.quantization[0] == codec.luminance_steps.flatten().int().tolist()
-    assert decoded.quantization[1] == codec.chrominance_steps.flatten().int().tolist()
-    ours = codec(from_pil(to_pil(picture)).unsqueeze(0))[0]
+    for number, table in enumerate((LUMINANCE, CHROMINANCE)):
+        assert decoded.quantization[number] == [step for row in quantisation_steps(table, quality) for step in row]
+    ours = jpeg(from_pil(to_pil(picture)).unsqueeze(0), quality, subsampling, exact_rounding=True)[0]
     theirs = from_pil(decoded)
     # Pillow rounds to whole numbers between the stages: a coefficient near a half may fall to the other side.
     assert (ours - theirs).abs().mean() < 1.5 / 255
@@ -173,10 +221,10 @@ def test_compressibility_ranks_pictures_as_jpeg_file_sizes_do() -> None:
         to_pil(pictures[-1]).save(stream, "JPEG", quality=80)
         sizes.append(float(stream.tell()))
     batch, prompts = torch.stack(pictures), [""] * len(pictures)
-    score = JPEGCompressibility(quality=80)(batch, prompts)
+    score = Compressibility(quality=80).build()(batch, prompts)
     assert spearman(score.tolist(), [-size for size in sizes]) >= 0.9
-    assert torch.equal(JPEGCompressibility(quality=80, incompressible=True)(batch, prompts), -score)
-    mean = JPEGCompressibility(quality=80, reduction="mean")(batch, prompts)
+    assert torch.equal(Incompressibility(quality=80).build()(batch, prompts), -score)
+    mean = Compressibility(quality=80, reduction="mean").build()(batch, prompts)
     assert torch.allclose(mean * 3 * 64 * 64, score, rtol=1e-4)
 
 
@@ -189,7 +237,7 @@ def test_following_the_compressibility_gradient_shrinks_the_file() -> None:
         to_pil(image[0].clamp(0, 1)).save(stream, "JPEG", quality=80)
         return stream.tell()
 
-    reward, moved = JPEGCompressibility(), picture.clone()
+    reward, moved = Compressibility().build(), picture.clone()
     for _ in range(40):
         moved.requires_grad_()
         (gradient,) = torch.autograd.grad(reward(moved, [""]).sum(), moved)
@@ -200,11 +248,11 @@ def test_following_the_compressibility_gradient_shrinks_the_file() -> None:
 
 def test_composite_weighs_and_reports_its_parts() -> None:
     pictures = smooth_pictures(2, 16, 16)
-    parts = {"mirror": (2.0, MirrorSymmetry()), "small": (-0.5, JPEGCompressibility())}
-    reward = CompositeReward(parts)
+    parts = {"mirror": Part(Symmetry(), 2.0), "small": Part(Compressibility().build(), -0.5)}
+    reward = Composite(parts=parts).build()
     total, components = reward.scores(pictures, ["a", "b"])
     assert list(components) == ["mirror", "small"]
-    assert torch.equal(components["mirror"], MirrorSymmetry()(pictures, ["a", "b"]))
+    assert torch.equal(components["mirror"], Symmetry().build()(pictures, ["a", "b"]))
     assert torch.allclose(total, 2 * components["mirror"] - 0.5 * components["small"])
     assert torch.equal(reward(pictures, ["a", "b"]), total)
 
@@ -212,7 +260,11 @@ def test_composite_weighs_and_reports_its_parts() -> None:
 def test_non_finite_pictures_give_non_finite_rewards() -> None:
     pictures = smooth_pictures(2, 16, 16)
     pictures[1, 0, 3, 3] = float("nan")
-    for reward in (MirrorSymmetry(), JPEGCompressibility(), CompositeReward({"s": (0.0, MirrorSymmetry())})):
+    for reward in (
+        Symmetry().build(),
+        Compressibility().build(),
+        Composite(parts={"s": Part(Symmetry(), 0.0)}).build(),
+    ):
         assert torch.isfinite(reward(pictures, ["", ""])).tolist() == [True, False]
 
 
@@ -228,11 +280,11 @@ def test_non_finite_pictures_give_non_finite_rewards() -> None:
 )
 def test_wrong_calls_are_named(images: Tensor, prompts: list[str]) -> None:
     with pytest.raises(RewardError, match="needs"):
-        MirrorSymmetry()(images, prompts)
+        Symmetry().build()(images, prompts)
 
 
 def test_rewards_stay_in_evaluation_mode() -> None:
-    reward = CompositeReward({"mirror": (1.0, MirrorSymmetry())})
+    reward = Composite(parts={"mirror": Part(Symmetry())}).build()
     reward.train()
     assert not any(module.training for module in reward.modules())
 
@@ -258,7 +310,7 @@ def test_build_from_configuration(tmp_path: Path) -> None:
     pictures = smooth_pictures(2, 32, 32)
     total, parts = build_reward(section).scores(pictures, ["a cat", "red"])
     assert torch.allclose(total, 0.5 * parts["fit"] + 3 * parts["symmetry"] + parts["small"])
-    expected = JPEGCompressibility(quality=40, reduction="mean")(pictures, ["", ""])
+    expected = Compressibility(quality=40, reduction="mean").build()(pictures, ["", ""])
     assert torch.equal(parts["small"], expected)
     incompressible = build_reward({"name": "incompressibility", "quality": 40, "reduction": "mean", "parts": None})
     assert torch.equal(incompressible(pictures, ["", ""]), -expected)
@@ -267,15 +319,15 @@ def test_build_from_configuration(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"name": "simmetry"}, "Nearest is 'symmetry'"),
-        ({"nmae": "clip"}, "Nearest is 'name'"),
+        ({"name": "simmetry"}, "did you mean symmetry"),
+        ({"nmae": "clip"}, "did you mean name"),
         ({"name": "clip", "model": {"restore_from": "x"}}, "restore_from_path"),
-        ({"name": "clip", "model": {"micro_batch_size": 0}}, "at least 1"),
+        ({"name": "clip", "model": {"micro_batch_size": 0}}, ">= 1"),
         ({"name": "clip", "model": "x.nemo"}, "section"),
         ({"name": "symmetry", "trainer": {"precision": "fp23"}}, "precision"),
         ({"name": "composite"}, "rm.parts"),
         ({"name": "composite", "parts": {"symmetry": {"weight": "much"}}}, "rm.parts.symmetry.weight"),
-        ({"name": "composite", "parts": {"mirror": {"weight": 1}}}, "rm.parts.mirror.name='mirror' is no reward"),
+        ({"name": "composite", "parts": {"mirror": {"weight": 1}}}, "rm.parts.mirror.name = 'mirror': expected one of"),
     ],
 )
 def test_configuration_errors(config: dict[str, object], message: str) -> None:
@@ -287,8 +339,10 @@ def test_configuration_errors(config: dict[str, object], message: str) -> None:
     "settings", [{"quality": 0}, {"quality": 101}, {"quality": 50.5}, {"reduction": "max"}], ids=str
 )
 def test_impossible_jpeg_settings(settings: dict[str, object]) -> None:
-    with pytest.raises(RewardError, match=next(iter(settings))):
+    with pytest.raises(ConfigurationError, match=next(iter(settings))):
         build_reward({"name": "compressibility", **settings})
+    with pytest.raises(ConfigurationError, match=next(iter(settings))):
+        Compressibility(**settings)
 
 
 def test_a_key_without_effect_is_named(caplog: pytest.LogCaptureFixture) -> None:

@@ -25,7 +25,7 @@ from nemo_aligner_diffusion.errors import AlignerError, ArchiveError, RewardErro
 from nemo_aligner_diffusion.formats.nemo import Limits, load_nemo, save_nemo
 from nemo_aligner_diffusion.rewards import CLIPReward, convert_hf_clip_to_nemo, restore_reward
 from nemo_aligner_diffusion.rewards.clip.tokenizer import tokenizer_from_bytes
-from nemo_aligner_diffusion.rewards.preprocessing import preprocess
+from nemo_aligner_diffusion.rewards.support.preprocessing import Preprocessing
 
 PROMPTS = ["a red apple", "cat", "Grün & 猫!"]
 
@@ -55,7 +55,7 @@ def test_equals_hugging_face(archive_path: Path, images: torch.Tensor) -> None:
     reward, model = restored(archive_path), toy_clip()
     tokens = reward.tokenizer(PROMPTS, padding="max_length", max_length=16, truncation=True, return_tensors="pt")
     with torch.no_grad():
-        logits = model(**tokens, pixel_values=preprocess(images, 32)).logits_per_image
+        logits = model(**tokens, pixel_values=Preprocessing(32)(images)).logits_per_image
     assert logits.std() > 0.1, "a toy that scores everything alike would prove nothing"
     assert torch.allclose(reward.score_matrix(images, PROMPTS), logits, atol=1e-5)
     assert torch.allclose(reward(images, PROMPTS), logits.diag(), atol=1e-5)
@@ -226,10 +226,10 @@ def test_half_precision_archives_compute_in_the_dtype_asked_for(tmp_path: Path, 
 
 def test_text_cache_is_bounded_and_survives_inference_mode(archive_path: Path, images: torch.Tensor) -> None:
     reward = restored(archive_path)
-    reward.text_cache_size = 2
+    reward.text_rows.size = 2
     with torch.inference_mode():
         first = reward.embed_texts(PROMPTS)
-    assert len(reward._text_cache) == 2
+    assert len(reward.text_rows) == 2
     assert torch.equal(first, reward.embed_texts(PROMPTS))
     leaf = images.clone().requires_grad_()
     reward(leaf, PROMPTS).sum().backward()
@@ -243,13 +243,13 @@ def test_long_prompts_are_truncated_and_counted(archive_path: Path, caplog: pyte
     reward = restored(archive_path)
     long = "cat " * 40
     assert torch.isfinite(reward.embed_texts([long, "cat"])).all()
-    assert reward.truncated_prompts == 1
+    assert reward.truncated.prompts == 1
     assert "16 tokens" in caplog.text
-    ids = reward._tokenize(long)
-    assert ids.shape == (1, 16)
-    assert ids[0, -1] == END_OF_TEXT
+    ids = reward.tokenize(long)
+    assert len(ids) == 16
+    assert ids[-1] == END_OF_TEXT
     reward.embed_texts(["cat " * 14])  # exactly fills the limit
-    assert reward.truncated_prompts == 2, "only _tokenize(long) above counts"
+    assert reward.truncated.prompts == 2, "only tokenize(long) above counts"
 
 
 def test_non_finite_images_stay_visible(archive_path: Path, images: torch.Tensor) -> None:
@@ -285,6 +285,8 @@ def _set(path: str, value: Any) -> Callable[..., None]:
         ("score", "best", "score is 'best'"),
         ("preprocessing.mean", [0.5, 0.5], "preprocessing.mean"),
         ("preprocessing.std", [0.5, 0.0, 0.5], "preprocessing.std"),
+        ("preprocessing.mean", [0.5, float("nan"), 0.5], r"preprocessing\.mean is \[0.5, nan, 0.5\]; expected three"),
+        ("preprocessing.std", [0.5, float("inf"), 0.5], "preprocessing.std"),
         ("preprocessing.interpolation", "magic", "interpolation"),
         ("preprocessing.image_size", 64, "image_size is 64"),
         ("tokenizer.max_length", 1, "max_length"),
@@ -354,7 +356,7 @@ def test_impossible_settings(archive_path: Path) -> None:
     )
     for settings in ({"score": "vibes"}, {"micro_batch_size": 0}):
         with pytest.raises(RewardError):
-            CLIPReward(toy_clip(), tokenizer, **settings)
+            CLIPReward(toy_clip(), tokenizer, **settings)(torch.rand(1, 3, 32, 32), ["cat"])
     with pytest.raises(AlignerError):
         restore_reward(archive_path.with_name("missing.nemo"))
 

@@ -25,7 +25,7 @@ from nemo_aligner_diffusion.errors import AlignerError
 from nemo_aligner_diffusion.formats.hub import is_hub_name
 from nemo_aligner_diffusion.formats.nemo import load_nemo
 from nemo_aligner_diffusion.rewards import CLIPReward, build_reward, restore_reward
-from nemo_aligner_diffusion.rewards.preprocessing import preprocess
+from nemo_aligner_diffusion.rewards.support.preprocessing import Preprocessing
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "examples" / "mm" / "clip" / "convert_reward_to_nemo.py"
@@ -63,7 +63,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
 def hf_logits(model: CLIPModel, reward: CLIPReward, images: Tensor, **how: Any) -> Tensor:
     tokens = reward.tokenizer(PROMPTS, padding="max_length", max_length=16, truncation=True, return_tensors="pt")
     with torch.no_grad():
-        return model(**tokens, pixel_values=preprocess(images, 32, **how)).logits_per_image
+        return model(**tokens, pixel_values=Preprocessing(32, **how)(images)).logits_per_image
 
 
 def restored(path: Path) -> CLIPReward:
@@ -125,7 +125,7 @@ def test_clipscore_its_prefix_and_the_image_processor(tmp_path: Path, images: Te
     reward = restored(path)
     how = {"mean": mean, "std": std, "interpolation": "bilinear"}
     with torch.no_grad():
-        pixels = preprocess(images, 32, **how)
+        pixels = Preprocessing(32, **how)(images)
         image = torch.nn.functional.normalize(model.visual_projection(model.vision_model(pixels).pooler_output), dim=-1)
         ids = [reward.tokenizer("a cat " + prompt, return_tensors="pt").input_ids for prompt in PROMPTS]
         text = torch.cat([model.text_projection(model.text_model(i).pooler_output) for i in ids])
@@ -233,7 +233,7 @@ def test_aesthetic(tmp_path: Path, images: Tensor, places: tuple[int, ...], relu
     torch.save(head, tmp_path / "head.pth")
     path = convert("aesthetic", tmp_path / "head.pth", tmp_path / "a.nemo", "--clip", tmp_path / "clip")
     with torch.no_grad():
-        embeddings = model.visual_projection(model.vision_model(preprocess(images, 32)).pooler_output)
+        embeddings = model.visual_projection(model.vision_model(Preprocessing(32)(images)).pooler_output)
     expected = torch.from_numpy(numpy_rating(head, embeddings, relu))
     reward = restore_reward(path, micro_batch_size=2, activation_checkpointing=True)
     leaf = images.clone().requires_grad_()
@@ -275,7 +275,7 @@ def test_the_published_aesthetic_head(tmp_path: Path, images: Tensor) -> None:
     path = convert("aesthetic", source, tmp_path / "a.nemo", "--clip", tmp_path / "clip")
     assert load_nemo(path).config["head"] == {"widths": [768, 1024, 128, 64, 16, 1], "activation": "identity"}
     with torch.no_grad():
-        embeddings = model.visual_projection(model.vision_model(preprocess(images, 32)).pooler_output)
+        embeddings = model.visual_projection(model.vision_model(Preprocessing(32)(images)).pooler_output)
     expected = torch.from_numpy(numpy_rating(head, embeddings, relu=False))
     torch.testing.assert_close(restore_reward(path)(images, PROMPTS).double(), expected, rtol=1e-4, atol=1e-6)
 

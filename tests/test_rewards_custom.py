@@ -17,7 +17,7 @@ from nemo_aligner_diffusion.config.load import load_config
 from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError, RewardError
 from nemo_aligner_diffusion.rewards import build_reward
 from nemo_aligner_diffusion.rewards.build import import_paths
-from nemo_aligner_diffusion.rewards.custom import CustomReward, load_custom
+from nemo_aligner_diffusion.rewards.support.custom import CustomReward, load_custom
 from nemo_aligner_diffusion.training.run import run_training
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,7 +90,7 @@ def test_class_function_instance_module_and_reward(here: Path) -> None:
     name = module(
         here,
         """
-from nemo_aligner_diffusion.rewards import MirrorSymmetry
+from nemo_aligner_diffusion.rewards import Reward, Symmetry
 
 class Plain:
     def __init__(self, scale=1.0):
@@ -111,8 +111,13 @@ def by_length(images, prompts, scale=1.0):
 
 ready = Plain(5.0)
 
+class Mirror(Reward):
+    def score(self, images, prompts):
+        return -(images - images.flip(-1)).abs().mean((1, 2, 3))
+
 class Nested:
-    inner = MirrorSymmetry
+    inner = Mirror
+    settings = Symmetry
 """,
     )
     mean = IMAGES.mean((1, 2, 3))
@@ -126,13 +131,14 @@ class Nested:
     torch.testing.assert_close(custom(f"{name}:ready")(IMAGES, PROMPTS), 5 * mean)
     with pytest.raises(TypeError, match="NoneType"):
         custom(f"{name}:by_length", scale=None)(IMAGES, PROMPTS)  # a null is handed on
-    with pytest.raises(ConfigurationError, match=r"rm\.kwargs=3; expected a section"):
+    with pytest.raises(ConfigurationError, match=r"rm\.kwargs = 3: expected a section"):
         build_reward({"name": "custom", "import_path": f"{name}:by_length", "kwargs": 3})
     net = custom(f"{name}:Net").train()
     assert torch.equal(net(IMAGES, PROMPTS), net(IMAGES, PROMPTS)), "it stays in evaluation mode"
     assert not any(parameter.requires_grad for parameter in net.parameters())
-    symmetry = custom(f"{name}:Nested.inner")
-    assert torch.equal(symmetry(IMAGES, PROMPTS), build_reward({"name": "symmetry"})(IMAGES, PROMPTS))
+    for path in ("Nested.inner", "Nested.settings"):
+        symmetry = custom(f"{name}:{path}")
+        assert torch.equal(symmetry(IMAGES, PROMPTS), build_reward({"name": "symmetry"})(IMAGES, PROMPTS))
     part = build_reward(
         {"name": "composite", "parts": {"mine": {"name": "custom", "import_path": f"{name}:ready", "weight": 2}}}
     )

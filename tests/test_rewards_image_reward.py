@@ -36,7 +36,7 @@ from nemo_aligner_diffusion.rewards.image_reward.archive import (
 )
 from nemo_aligner_diffusion.rewards.image_reward.reward import ImageReward, ImageRewardNetwork
 from nemo_aligner_diffusion.rewards.image_reward.tokenizer import tokenizer_from_bytes
-from nemo_aligner_diffusion.rewards.preprocessing import preprocess
+from nemo_aligner_diffusion.rewards.support.preprocessing import Preprocessing
 
 PROMPTS = ["a red apple", "cats!", "a GREEN cat on a purple mat"]
 IDS = [
@@ -89,7 +89,7 @@ def test_equals_the_published_computation(
 ) -> None:
     reward = restored(archive_path, dtype=dtype)
     scores = reward(images.to(dtype), PROMPTS)
-    expected = (reference_score(toy_checkpoint(), preprocess(images.double(), 32), IDS) - MEAN) / STD
+    expected = (reference_score(toy_checkpoint(), Preprocessing(32)(images.double()), IDS) - MEAN) / STD
     assert expected.std() > 0.1, "a toy that scores everything alike would prove nothing"
     assert scores.dtype == dtype
     torch.testing.assert_close(scores.double(), expected, rtol=relative, atol=0)
@@ -169,10 +169,10 @@ def test_long_prompts_are_truncated_and_counted(archive_path: Path, caplog: pyte
     ids, mask = reward.tokenize(["cat " * 40, "cat"])
     assert ids[0].tolist() == [CLS, *[WORDS.index("cat")] * (MAX_LENGTH - 2), SEP]
     assert mask[0].all()
-    assert reward.truncation.prompts == 1
+    assert reward.truncated.prompts == 1
     assert f"{MAX_LENGTH} tokens" in caplog.text
     reward.tokenize(["cat " * (MAX_LENGTH - 2)])  # exactly fills the limit
-    assert reward.truncation.prompts == 1
+    assert reward.truncated.prompts == 1
     reward.token_cache_size = 1
     reward.tokenize(PROMPTS)
     assert len(reward._token_cache) == 1
@@ -355,4 +355,6 @@ def test_impossible_settings(archive_path: Path) -> None:
     reward = restored(archive_path)
     for settings in ({"std": 0.0}, {"max_length": 1}, {"max_length": 99}, {"micro_batch_size": 0}):
         with pytest.raises(RewardError):
-            ImageReward(reward.network, reward.tokenizer, **{"max_length": MAX_LENGTH, **settings})
+            ImageReward(reward.network, reward.tokenizer, **{"max_length": MAX_LENGTH, **settings})(
+                torch.rand(1, 3, 32, 32), ["cat"]
+            )

@@ -13,22 +13,19 @@ from PIL import Image
 from torch import Tensor
 
 from nemo_aligner_diffusion.errors import AlignerError, CheckpointError, RewardError
-from nemo_aligner_diffusion.rewards import JPEGCompressibility, MirrorSymmetry, build_reward
-from nemo_aligner_diffusion.rewards.augmentation import Augmentation, AugmentedReward
-from nemo_aligner_diffusion.rewards.base import Reward
-from nemo_aligner_diffusion.rewards.composite import CompositeReward
-from nemo_aligner_diffusion.rewards.ensemble import EnsembleReward
-from nemo_aligner_diffusion.rewards.parts import (
+from nemo_aligner_diffusion.rewards import Composite, Compressibility, Ensemble, Part, Shaping, Symmetry, build_reward
+from nemo_aligner_diffusion.rewards.augmentation import Augmentation
+from nemo_aligner_diffusion.rewards.base import FunctionReward, Reward
+from nemo_aligner_diffusion.rewards.support.augmented import AugmentedReward
+from nemo_aligner_diffusion.rewards.support.parted import (
     STATISTICS_FILE,
-    Part,
-    Shaping,
     apply_statistics,
     known_statistics,
     parted_rewards,
     read_statistics,
     statistics_of,
 )
-from nemo_aligner_diffusion.rewards.sample_keys import SampleKeys, scoring_samples
+from nemo_aligner_diffusion.rewards.support.sample_keys import SampleKeys, scoring_samples
 
 
 class Brightness(Reward):
@@ -59,7 +56,7 @@ def slopes(reward: Reward, images: Tensor) -> list[float]:
 
 def test_parts_are_normalised_then_clipped_and_logged_raw() -> None:
     shaping = Shaping(normalize=(0.5, 0.25), clip=(-1.0, 1.0))
-    reward = CompositeReward({"a": (2.0, Part(Brightness(), shaping)), "b": (1.0, Brightness(10))})
+    reward = Composite(parts={"a": Part(Brightness(), 2.0, shaping), "b": Part(Brightness(10))}).build()
     images = grey(0.0, 0.5, 0.6, 1.0)
     total, components = reward.scores(images, [""] * 4)
     assert components["a"].tolist() == pytest.approx([0, 0.5, 0.6, 1])
@@ -70,7 +67,7 @@ def test_parts_are_normalised_then_clipped_and_logged_raw() -> None:
 
 def test_a_smooth_clip_fades_out() -> None:
     shaping = Shaping(clip=(0.0, 1.0), clip_mode="smooth")
-    reward = CompositeReward({"a": (1.0, Part(Brightness(), shaping))})
+    reward = Composite(parts={"a": Part(Brightness(), shaping=shaping)}).build()
     images = grey(-3.0, 0.0, 0.5, 1.0, 4.0)
     values, gradient = reward(images, [""] * 5).tolist(), slopes(reward, images)
     assert values == pytest.approx([0, 0.119, 0.5, 0.881, 1], abs=2e-3)
@@ -80,7 +77,7 @@ def test_a_smooth_clip_fades_out() -> None:
 
 
 def test_one_sided_bounds_and_nan() -> None:
-    reward = CompositeReward({"a": (1.0, Part(Brightness(), Shaping(clip=(None, 0.5))))})
+    reward = Composite(parts={"a": Part(Brightness(), shaping=Shaping(clip=(None, 0.5)))}).build()
     assert reward(grey(-9.0, 0.7), ["", ""]).tolist() == pytest.approx([-9, 0.5])
     assert reward(grey(float("nan")), [""]).isnan().all()
 
@@ -88,18 +85,18 @@ def test_one_sided_bounds_and_nan() -> None:
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"normalize": "bse"}, "rm.parts.symmetry.normalize is 'bse'"),
-        ({"normalize": {"mean": 1}}, "expected {mean: …, std: …}, or base"),
-        ({"normalize": {"mean": 1, "std": 0}}, "std > 0"),
-        ({"normalize": {"mean": 1, "sd": 2}}, "rm.parts.symmetry.normalize.sd is no key"),
-        ({"clip": [2, 1]}, "rm.parts.symmetry.clip is"),
+        ({"normalize": "bse"}, "rm.parts.symmetry.normalize = 'bse': expected {mean: …, std: …}, or base"),
+        ({"normalize": {"mean": 1}}, "expected mean and std, or base"),
+        ({"normalize": {"mean": 1, "std": 0}}, "normalize.std = 0: expected a number > 0"),
+        ({"normalize": {"mean": 1, "sd": 2}}, "did you mean std"),
+        ({"clip": [2, 1]}, "rm.parts.symmetry.clip = .*low < high"),
         ({"clip": [1]}, r"expected \[low, high\]"),
-        ({"clip": ["a", 1]}, r"expected \[low, high\]"),
+        ({"clip": ["a", 1]}, "symmetry.clip = 'a': expected a number"),
         ({"clip": [0, None], "clip_mode": "smooth"}, "needs both bounds"),
-        ({"clip_mode": "soft"}, "known are hard, smooth"),
-        ({"normalise": 1}, "Nearest is 'normalize'|normalise is no key"),
-        ({"augment": {"noise_std": -1}}, "rm.parts.symmetry.augment.noise_std is -1"),
-        ({"augment": {"noise": 1}}, "Nearest is 'noise_std'"),
+        ({"clip_mode": "soft"}, "expected one of hard, smooth"),
+        ({"normalise": 1}, "did you mean normalize"),
+        ({"augment": {"noise_std": -1}}, "rm.parts.symmetry.augment.noise_std = -1"),
+        ({"augment": {"noise": 1}}, "did you mean augment.noise_std"),
     ],
 )
 def test_shapes_that_cannot_be(settings: dict[str, Any], expected: str) -> None:
@@ -131,7 +128,7 @@ def test_base_statistics_inner_parts_first_and_back_again() -> None:
             places.append(parted.place(part))
             parted.statistics[part] = statistics_of(parted.place(part), parted.part(part)(images, prompts))
     assert places == ["rm.parts.both.parts.symmetry", "rm.parts.both"]
-    symmetry, size = MirrorSymmetry()(images, prompts), JPEGCompressibility()(images, prompts)
+    symmetry, size = Symmetry().build()(images, prompts), Compressibility().build()(images, prompts)
     inner = (symmetry - symmetry.mean()) / symmetry.std(correction=0) + 0.1 * size
     expected = (inner - inner.mean()) / inner.std(correction=0) + symmetry / 2
     torch.testing.assert_close(reward(images, prompts), expected, rtol=1e-4, atol=1e-5)
@@ -164,7 +161,7 @@ def test_a_run_is_judged_on_the_scale_it_was_trained_on(tmp_path: Any, capsys: p
     reward = generation._reward(request, run, torch.device("cpu"))
     assert reward is not None
     images = torch.rand(2, 3, 8, 8)
-    expected = (MirrorSymmetry()(images, ["", ""]) + 0.25) / 0.5
+    expected = (Symmetry().build()(images, ["", ""]) + 0.25) / 0.5
     torch.testing.assert_close(reward(images, ["", ""]), expected)
     (tmp_path / STATISTICS_FILE).write_text("{", encoding="utf-8")
     assert generation._reward(request, run, torch.device("cpu")) is None
@@ -178,14 +175,14 @@ def test_a_run_is_judged_on_the_scale_it_was_trained_on(tmp_path: Any, capsys: p
 
 
 def test_ensembles_trust_agreement() -> None:
-    judges = {"one": Brightness(1), "two": Brightness(3)}
+    judges = {"one": Part(Brightness(1)), "two": Part(Brightness(3))}
     images = grey(0.5, -0.5, 0.0)
     for aggregate, values, gradient in (
         ("mean", [1.0, -1.0, 0.0], [2, 2, 2]),
         ("min", [0.5, -1.5, 0.0], [1, 3, 2]),
         ("mean_minus_std", [1 - 0.5 * 0.5, -1 - 0.5 * 0.5, 0], [1.5, 2.5, 2]),
     ):
-        reward = EnsembleReward(judges, aggregate, std_weight=0.5)
+        reward = Ensemble(parts=judges, aggregate=aggregate, std_weight=0.5).build()
         total, components = reward.scores(images, [""] * 3)
         assert total.tolist() == pytest.approx(values, abs=1e-5)
         assert components["two"].tolist() == pytest.approx([1.5, -1.5, 0])
@@ -195,7 +192,7 @@ def test_ensembles_trust_agreement() -> None:
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"aggregate": "max"}, "known are mean, min"),
+        ({"aggregate": "max"}, "expected one of mean, min"),
         ({"std_weight": -1}, "expected a number >= 0"),
         ({"parts": {"symmetry": {"weight": 2}}}, "count alike"),
         ({"parts": {}}, "needs rm.parts"),
@@ -235,7 +232,7 @@ def test_augmented_scores_do_not_depend_on_the_layout() -> None:
             apart.append((rows, reward(images[rows], [""] * len(rows))))
     for rows, scores in apart:
         torch.testing.assert_close(scores, together[rows])
-    plain = JPEGCompressibility()(images, [""] * 4)
+    plain = Compressibility().build()(images, [""] * 4)
     assert torch.equal(reward(images, [""] * 4), plain), "without keys the pictures are scored as they are"
     for other in (keyed(10, 11, 12, 13, step=4), keyed(10, 11, 12, 13, seed=2), keyed(10, 11, 12, 13, draw=1)):
         with other:
@@ -249,14 +246,14 @@ def test_parts_draw_their_own_numbers_and_know_their_rows() -> None:
     with keyed(0, 1):
         parts = reward.components(images, ["", ""])
     assert not torch.isclose(parts["a"], parts["b"]).any()
-    assert torch.equal(parts["c"], MirrorSymmetry()(images, ["", ""]))
+    assert torch.equal(parts["c"], Symmetry().build()(images, ["", ""]))
     with keyed(0, 1, 2), pytest.raises(RewardError, match="given 2 pictures where the training step announced 3"):
         reward(images, ["", ""])
 
 
 @pytest.mark.parametrize("one", [key for key in EVERYTHING if key != "views"])
 def test_each_augmentation_is_differentiable(one: str) -> None:
-    augmentation = Augmentation.from_mapping({one: EVERYTHING[one]})
+    augmentation = Augmentation(**{one: EVERYTHING[one]})
     images = torch.rand(2, 3, 9, 7, dtype=torch.float64, requires_grad=True)
 
     def perturbed(x: Tensor) -> Tensor:
@@ -311,7 +308,7 @@ def test_impossible_augmentations(key: str, value: Any) -> None:
 
 def test_neutral_augmentation_costs_nothing() -> None:
     neutral = {"crop_scale": 1.0, "flip_probability": 0, "colour_jitter": 0, "dropout": 0, "noise_std": 0, "views": 4}
-    assert isinstance(build_reward({"name": "symmetry", "augment": neutral}), MirrorSymmetry)
+    assert isinstance(build_reward({"name": "symmetry", "augment": neutral}), FunctionReward)
 
 
 def test_noise_takes_the_gain_out_of_fooling() -> None:
@@ -354,5 +351,5 @@ def test_compressibility_ranks_pieces_of_a_photograph_as_pillow_does(quality: in
         Image.fromarray(piece).save(stream, "JPEG", quality=quality)
         sizes.append(-float(stream.tell()))
     batch = torch.from_numpy(np.stack(pieces)).permute(0, 3, 1, 2) / 255
-    scores = JPEGCompressibility(quality, subsampling)(batch, [""] * len(pieces))
+    scores = Compressibility(quality=quality, chroma_subsampling=subsampling).build()(batch, [""] * len(pieces))
     assert rank_correlation(scores.tolist(), sizes) >= 0.9

@@ -19,7 +19,7 @@ from tiny.stable_diffusion import save_tiny_pipeline
 
 from nemo_aligner_diffusion.config.load import load_config
 from nemo_aligner_diffusion.errors import RewardError
-from nemo_aligner_diffusion.rewards.parts import STATISTICS_FILE
+from nemo_aligner_diffusion.rewards.support.parted import STATISTICS_FILE
 from nemo_aligner_diffusion.training.checkpoints.files import record_of, write_manifest
 from nemo_aligner_diffusion.training.run import run_training
 
@@ -148,10 +148,10 @@ def test_augmentation_is_for_training_alone(whole: Path, tmp_path: Path) -> None
 
 
 def test_every_read_of_draft_lv_is_perturbed_anew(workplace: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    from nemo_aligner_diffusion.rewards import augmentation
+    from nemo_aligner_diffusion.rewards.support import augmented
 
     seen = []
-    current = augmentation.current_keys
+    current = augmented.current_keys
 
     def noted(pictures: int) -> Any:
         keys = current(pictures)
@@ -159,7 +159,7 @@ def test_every_read_of_draft_lv_is_perturbed_anew(workplace: Path, tmp_path: Pat
             seen.append((keys.step, keys.indices, keys.draw))
         return keys
 
-    monkeypatch.setattr(augmentation, "current_keys", noted)
+    monkeypatch.setattr(augmented, "current_keys", noted)
     more = ["trainer.draft_lv_sd.max_steps=1", "trainer.draft_lv_sd.val_check_interval=1"]
     more += ["model.decode_micro_batch_size=1"]
     run(tmp_path / "run", *more, recipe="draft_lv_sd")

@@ -186,9 +186,9 @@ def test_a_second_run_into_a_finished_directory_is_refused_and_changes_nothing(p
 def test_nan_rewards_are_skipped_then_stop_the_run_without_touching_the_weights(
     pipeline, prompts, tmp_path, monkeypatch
 ):
-    from nemo_aligner_diffusion.rewards.symmetry import MirrorSymmetry
+    from nemo_aligner_diffusion.rewards.symmetry import Symmetry
 
-    sane = MirrorSymmetry.score
+    sane = Symmetry.score
     calls = []
 
     def sometimes(self, images, given):
@@ -196,7 +196,7 @@ def test_nan_rewards_are_skipped_then_stop_the_run_without_touching_the_weights(
         score = sane(self, images, given)
         return score * float("nan") if 3 <= len(calls) <= broken_until else score
 
-    monkeypatch.setattr(MirrorSymmetry, "score", sometimes)
+    monkeypatch.setattr(Symmetry, "score", sometimes)
     more = ["model.micro_batch_size=4", "trainer.draftp_sd.val_check_interval=0", "trainer.draftp_sd.max_steps=6"]
     broken_until = 4
     assert run(pipeline, prompts, tmp_path / "skips", *more, "model.nan_policy.max_consecutive=2") == 0

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nemo_aligner_diffusion.command_line import command
-from nemo_aligner_diffusion.rewards.convert_kinds import KINDS
+from nemo_aligner_diffusion.rewards.convert.kinds import KINDS
 
 _EXAMPLES = """examples:
   convert_reward_to_nemo.py --kind pickscore --output pickscore.nemo
@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--name", help="the reward's name in metrics (default: the kind)")
     parser.add_argument(
         "--resize",
-        choices=("crop", "crop_down", "pad", "squash"),
+        choices=("crop", "crop_down", "pad", "pad_uncut", "squash"),
         help="how pictures that are no squares become one (default: as the weights' own code does)",
     )
     open_clip = parser.add_argument_group("OpenCLIP checkpoints: what their tensors don't say")

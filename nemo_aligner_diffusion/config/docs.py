@@ -14,15 +14,12 @@ from typing import Any
 from nemo_aligner_diffusion.algorithms.registry import methods
 from nemo_aligner_diffusion.config.load import conf_directory
 from nemo_aligner_diffusion.config.schema import kind_of
+from nemo_aligner_diffusion.rewards.registry import rewards
 from nemo_aligner_diffusion.settings import LOOP, Settings
 from nemo_aligner_diffusion.training.settings import RunSettings
 
 BEGIN, END = "<!-- keys: begin -->\n", "<!-- keys: end -->"
 LINE = re.compile(r"(?P<indent> *)(?P<key>[\w+]+):(?P<value>.*?) # (?P<comment>.*)")
-
-# Files of conf/rm that explain the keys of rewards, the one whose defaults are shown first.
-REWARDS = ("clip", "base", "compressibility", "feature_symmetry", "classifier", "detection", "custom", "composite",
-           "ensemble")  # fmt: skip
 
 
 def documented_keys() -> dict[str, dict[str, tuple[str, str]]]:
@@ -32,16 +29,16 @@ def documented_keys() -> dict[str, dict[str, tuple[str, str]]]:
     methods_own = tables.setdefault("Method", {})
     for method in methods().values():
         methods_own |= {key: entry for key, entry in _entries(method).items() if key not in methods_own}
-    rewards = tables.setdefault("Reward", {})
-    for name in REWARDS:
-        rewards.update({key: entry for key, entry in _file_keys(f"rm/{name}.yaml").items() if key not in rewards})
+    rewards_own = tables.setdefault("Reward", {})
+    for name in ("clip", "base", *rewards()):
+        rewards_own |= {key: entry for key, entry in _file_keys(f"rm/{name}.yaml").items() if key not in rewards_own}
     return tables
 
 
 def _add(section: type[Settings], title: str, tables: dict[str, dict[str, tuple[str, str]]]) -> None:
     title = section.title or title
     tables.setdefault(title, {}).update(_entries(section))
-    for kind in section.parts().values():
+    for kind in section.part_classes().values():
         _add(kind, title, tables)
 
 

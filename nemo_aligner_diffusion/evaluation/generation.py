@@ -279,7 +279,7 @@ def _as_variant(model: DiffusionModel, variant: Variant, request: Request) -> Ab
 def _reward(request: Request, run: RunFiles | None, device: torch.device) -> Reward | None:
     """The reward asked for; else the run's own, else the embedded one, as far as they can be had."""
     from nemo_aligner_diffusion.rewards.build import build_reward, import_paths
-    from nemo_aligner_diffusion.rewards.parts import apply_statistics, check_measured, read_statistics
+    from nemo_aligner_diffusion.rewards.support.parted import apply_statistics, check_measured, read_statistics
 
     asked = request.reward
     if asked is not None and asked.lower() == "none":

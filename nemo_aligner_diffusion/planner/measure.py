@@ -32,7 +32,7 @@ from nemo_aligner_diffusion.planner.networks import build_model, call_pipeline, 
 from nemo_aligner_diffusion.planner.schedule import active_calls
 from nemo_aligner_diffusion.planner.settings import PRECISIONS, Case, Settings
 from nemo_aligner_diffusion.rewards.base import Reward
-from nemo_aligner_diffusion.rewards.sample_keys import SampleKeys, scoring_samples
+from nemo_aligner_diffusion.rewards.support.sample_keys import SampleKeys, scoring_samples
 
 PHASES = ("text", "call", "reference", "decode", "replay", "replay_next", "validation")
 TYPICAL_PROMPT = "a red apple on a wooden table, studio light"
@@ -318,8 +318,10 @@ def _build(settings: Settings, case: Case) -> _Subject:
 
 
 def _reward(settings: Settings) -> Reward:
-    from nemo_aligner_diffusion.rewards.build import PRECISIONS as REWARD_PRECISIONS
-    from nemo_aligner_diffusion.rewards.build import augmented, build_reward
+    from nemo_aligner_diffusion.rewards.augmentation import Augmentation
+    from nemo_aligner_diffusion.rewards.build import build_reward
+    from nemo_aligner_diffusion.rewards.settings import PRECISIONS as REWARD_PRECISIONS
+    from nemo_aligner_diffusion.rewards.support.augmented import augmented
 
     if settings.reward is not None:
         given = settings.rm.get("model", {})
@@ -330,8 +332,8 @@ def _reward(settings: Settings) -> Reward:
                 "activation_checkpointing": bool(given.get("activation_checkpointing", False)),
             },
         )
-        precision = str(settings.rm.get("trainer", {}).get("precision", 32))
-        return augmented(reward.to(REWARD_PRECISIONS[precision]), settings.rm.get("augment", {}), "rm")
+        precision = REWARD_PRECISIONS[str(settings.rm.get("trainer", {}).get("precision", 32))]
+        return augmented(reward.to(getattr(torch, precision)), Augmentation(**settings.rm.get("augment", {})))
     with torch.device("cpu"):
         return build_reward(settings.rm)
 

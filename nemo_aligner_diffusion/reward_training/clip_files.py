@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from nemo_aligner_diffusion.errors import CheckpointError, ConfigurationError
-from nemo_aligner_diffusion.formats.files import read_json
+from nemo_aligner_diffusion.errors import ArchiveError, CheckpointError, ConfigurationError
+from nemo_aligner_diffusion.formats.open_clip import OpenClipChoices
 from nemo_aligner_diffusion.rewards.clip.archive import convert_hf_clip_to_nemo
 from nemo_aligner_diffusion.rewards.clip.reward import CLIPReward
-from nemo_aligner_diffusion.rewards.preprocessing import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from nemo_aligner_diffusion.rewards.clip.sources import read_clip
+from nemo_aligner_diffusion.rewards.clip.tokenizer import read_tokenizer_files, tokenizer_from_bytes
 from nemo_aligner_diffusion.rewards.restore import restore_reward
 
 SAVE_DTYPES = {"32": torch.float32, "16": torch.float16, "bf16": torch.bfloat16}
@@ -42,8 +43,6 @@ def load_hugging_face_clip(folder: str | Path) -> CLIPReward:
     Raises:
         CheckpointError: the folder is missing, or does not hold these.
     """
-    from transformers import CLIPModel, CLIPTokenizer
-
     folder = Path(folder).expanduser()
     if not (folder / "config.json").is_file():
         raise CheckpointError(
@@ -51,21 +50,12 @@ def load_hugging_face_clip(folder: str | Path) -> CLIPReward:
             "or give a .nemo with model.restore_from_path"
         )
     try:
-        model: Any = CLIPModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
-        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # errors of transformers, safetensors, tokenizers and torch
-        raise CheckpointError(
-            f"model.from_pretrained = {str(folder)!r} is no CLIP that can be loaded ({type(error).__name__}: "
-            f"{str(error)[:300]})"
-        ) from error
-    settings = _preprocessor(folder)
-    return CLIPReward(
-        model,
-        tokenizer,
-        mean=settings.get("image_mean") or OPENAI_CLIP_MEAN,
-        std=settings.get("image_std") or OPENAI_CLIP_STD,
-        interpolation={2: "bilinear"}.get(settings.get("resample", 3), "bicubic"),  # Pillow's numbers
-    )
+        weights = read_clip(folder, OpenClipChoices())
+        files = read_tokenizer_files(folder)
+        tokenizer = tokenizer_from_bytes(files["vocab.json"], files["merges.txt"], str(folder))
+        return CLIPReward(weights.model(), tokenizer, preprocessing=weights.preprocessing).float()
+    except (ArchiveError, CheckpointError) as error:
+        raise CheckpointError(f"model.from_pretrained = {str(folder)!r}: {error}") from error
 
 
 def save_clip_reward(
@@ -77,15 +67,13 @@ def save_clip_reward(
         dtype: of the saved weights; their own when left out.
         extra: further entries of its configuration, such as where it comes from.
     """
-    mean, std = ((float(red), float(green), float(blue)) for red, green, blue in (reward.mean, reward.std))
     return convert_hf_clip_to_nemo(
         reward.model,
         tokenizer_files(reward.tokenizer),
         path,
         score=reward.score_type,
-        mean=mean,
-        std=std,
-        interpolation=reward.interpolation,
+        preprocessing=reward.preprocessing,
+        prompt_prefix=reward.prompt_prefix,
         max_length=reward.max_length,
         dtype=dtype,
         name=reward.name,
@@ -106,8 +94,3 @@ def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
         "vocab.json": json.dumps(vocabulary, ensure_ascii=False).encode(),
         "merges.txt": "\n".join(["#version: 0.2", *merges, ""]).encode(),
     }
-
-
-def _preprocessor(folder: Path) -> dict[str, Any]:
-    path = folder / "preprocessor_config.json"
-    return read_json(path, CheckpointError) if path.exists() else {}

@@ -44,8 +44,7 @@ def score_pairs(
     if isinstance(reward, CLIPReward):
         dataset = PreferenceDataset(
             paths,
-            image_size=reward.image_size,
-            interpolation=reward.interpolation,
+            preprocessing=reward.preprocessing,
             micro_batch_size=batch_size,
             shuffle_buffer=0,
             epochs=1,

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter, functional
+from torch.nn import Parameter
 
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.parallel.module import NonFiniteGuard, OptimizerFactory, ParallelModule
@@ -21,8 +21,7 @@ from nemo_aligner_diffusion.parallel.parallelism import Parallelism
 from nemo_aligner_diffusion.reward_training.calibration import PreferenceFigures, preference_figures
 from nemo_aligner_diffusion.reward_training.loss import correct, decided, preference_loss
 from nemo_aligner_diffusion.reward_training.preference_data import PreferenceBatch
-from nemo_aligner_diffusion.rewards.clip.reward import CLIPReward
-from nemo_aligner_diffusion.rewards.preprocessing import preprocess
+from nemo_aligner_diffusion.rewards.clip.reward import CLIPReward, unit_length
 
 MAX_LOGIT_SCALE = math.log(100.0)  # as in CLIP (Radford et al., 2021, section 2.5): beyond it training is unstable
 
@@ -127,21 +126,20 @@ class PreferenceCLIP(ParallelModule):
     def embed_images(self, images: Tensor) -> Tensor:
         """Embeddings ``(N, D)`` of length 1 of images ``(N, 3, H, W)`` in ``[0, 1]``."""
         reward, clip = self.reward, self.reward.model
-        pixels = preprocess(images, reward.image_size, reward.mean, reward.std, reward.interpolation)
-        pooled = clip.vision_model(pixel_values=pixels.to(reward.dtype)).pooler_output
-        return _unit(clip.visual_projection(pooled))
+        pooled = clip.vision_model(pixel_values=reward.preprocessing(images).to(reward.dtype)).pooler_output
+        return unit_length(clip.visual_projection(pooled))
 
     def embed_texts(self, prompts: list[str]) -> Tensor:
         """Embeddings ``(B, D)`` of length 1; computed once for each prompt where the text side is frozen."""
         reward, clip = self.reward, self.reward.model
         if not self.text_is_trained:
             return reward.embed_texts(prompts)
-        tokens = [reward.tokenizer(p, truncation=True, max_length=reward.max_length).input_ids for p in prompts]
+        tokens = [reward.tokenize(prompt) for prompt in prompts]
         longest = max(map(len, tokens))
         # The tower is causal and pools at the first end-of-text token: more of them behind it change nothing.
         padded = [ids + [ids[-1]] * (longest - len(ids)) for ids in tokens]
         pooled = clip.text_model(input_ids=torch.tensor(padded, device=self.device)).pooler_output
-        return _unit(clip.text_projection(pooled))
+        return unit_length(clip.text_projection(pooled))
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         if not self._micro_batches:
@@ -207,7 +205,7 @@ class PreferenceCLIP(ParallelModule):
         self.train()
 
     def on_train_end(self) -> None:
-        self.reward._text_cache.clear()  # what it holds may be the embeddings of untrained weights
+        self.reward.text_rows.clear()  # what it holds may be the embeddings of untrained weights
 
     def train(self, mode: bool = True) -> PreferenceCLIP:
         """Training mode only where recomputation asks for it: a CLIP has no dropout worth having on a few pairs."""
@@ -236,7 +234,3 @@ class PreferenceCLIP(ParallelModule):
         for name in ("loss", "accuracy"):  # what early stopping may look at
             # the same on all ranks already; but Lightning warns where it is not told to make it so
             self.log(f"val_{name}", self.last_validation[name], logger=False, sync_dist=self.trainer.world_size > 1)
-
-
-def _unit(embeddings: Tensor) -> Tensor:
-    return functional.normalize(embeddings if embeddings.dtype == torch.float64 else embeddings.float(), dim=-1)

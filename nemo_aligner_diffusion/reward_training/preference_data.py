@@ -30,7 +30,7 @@ from nemo_aligner_diffusion.reward_training.preference_shards import (
     pair_in,
     read_preference_file,
 )
-from nemo_aligner_diffusion.rewards.preprocessing import centre_crop, resize_short_side
+from nemo_aligner_diffusion.rewards.support.preprocessing import Preprocessing
 
 
 class PreferenceBatch(TypedDict):
@@ -52,8 +52,7 @@ class PreferenceDataset(SampleStream):
     """This rank's micro-batches of pairs; order and further arguments are those of :class:`.SampleStream`.
 
     Args:
-        image_size: side in pixels that the model sees.
-        interpolation: of the resize, ``bicubic`` or ``bilinear``.
+        preprocessing: the model's; its statistics are left to the training step.
 
     Under ``on_bad_sample="skip"`` the process that makes the index decodes every picture, once; of compressed shards
     every process decodes every picture, to agree on which are left out.
@@ -61,9 +60,8 @@ class PreferenceDataset(SampleStream):
 
     noun = "pair"
 
-    def __init__(self, paths: PathSpec, *, image_size: int, interpolation: str = "bicubic", **stream: Any) -> None:
-        self.image_size = image_size
-        self.interpolation = interpolation
+    def __init__(self, paths: PathSpec, *, preprocessing: Preprocessing, **stream: Any) -> None:
+        self.preprocessing = preprocessing
         super().__init__(paths, **stream)
 
     def read(self, file: Path, bad: BadSamples) -> Iterator[PreferencePair]:
@@ -87,16 +85,14 @@ class PreferenceDataset(SampleStream):
 
     def collate(self, items: list[PreferencePair], index: Tensor, epochs: list[int]) -> PreferenceBatch:
         return {
-            "images": torch.stack([torch.stack([self._prepare(p) for p in pictures(pair)]) for pair in items]),
+            "images": torch.stack(
+                [torch.cat([self.preprocessing.square(p[None]) for p in pictures(pair)]) for pair in items]
+            ),
             "prompts": [pair.prompt for pair in items],
             "labels": torch.tensor([pair.label for pair in items]),
             "index": index,
             "counts": torch.tensor([self.epochs is None or epoch < self.epochs for epoch in epochs]),
         }
-
-    def _prepare(self, picture: Tensor) -> Tensor:
-        resized = resize_short_side(picture[None], self.image_size, self.interpolation)
-        return centre_crop(resized, self.image_size)[0]
 
 
 def pictures(pair: PreferencePair) -> tuple[Tensor, Tensor]:
@@ -119,12 +115,11 @@ def picture_tensor(data: bytes) -> Tensor:
 
 
 class PreferenceDataModule(StreamDataModule):
-    """The preference pairs of a training run; ``image_size`` and ``interpolation`` are the model's."""
+    """The preference pairs of a training run; ``preprocessing`` is the model's."""
 
-    def __init__(self, *args: Any, image_size: int, interpolation: str = "bicubic", **options: Any) -> None:
+    def __init__(self, *args: Any, preprocessing: Preprocessing, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.image_size = image_size
-        self.interpolation = interpolation
+        self.preprocessing = preprocessing
 
     def build_loader(
         self,
@@ -133,5 +128,5 @@ class PreferenceDataModule(StreamDataModule):
         worker_timeout_seconds: float = WORKER_TIMEOUT_SECONDS,
         **options: Any,
     ) -> StreamLoader:
-        dataset = PreferenceDataset(paths, image_size=self.image_size, interpolation=self.interpolation, **options)
+        dataset = PreferenceDataset(paths, preprocessing=self.preprocessing, **options)
         return StreamLoader(dataset, num_workers, worker_timeout_seconds)

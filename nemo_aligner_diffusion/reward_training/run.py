@@ -177,8 +177,7 @@ def build_data(settings: RewardTrainingSettings, reward: CLIPReward) -> Preferen
     return PreferenceDataModule(
         section.train_path,
         section.validation_path,
-        image_size=reward.image_size,
-        interpolation=reward.interpolation,
+        preprocessing=reward.preprocessing,
         micro_batch_size=model.micro_batch_size,
         global_batch_size=model.global_batch_size,
         seed=model.seed,

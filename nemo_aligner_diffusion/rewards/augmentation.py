@@ -8,18 +8,15 @@ around). Validation and evaluation score the pictures as they are.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
+from nemo_aligner_diffusion.settings import FRACTION, PART, Kind, Settings, integer, number, setting
 
-from nemo_aligner_diffusion.errors import RewardError
-from nemo_aligner_diffusion.rewards.base import Reward, check_images
-from nemo_aligner_diffusion.rewards.micro_batches import own_precision
-from nemo_aligner_diffusion.rewards.sample_keys import current_keys
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 # ITU-T T.871 (JFIF): luminance of RGB.
 _LUMINANCE = (0.299, 0.587, 0.114)
@@ -27,43 +24,27 @@ DROPOUT_GRID = 8
 
 
 @dataclass(frozen=True)
-class Augmentation:
+class Augmentation(Settings):
     """How much pictures are perturbed; the defaults leave them alone.
 
-    Attributes:
-        crop_scale: least share of the picture's area that a random crop keeps, in (0, 1]; the crop is enlarged to the
-            picture's size (bilinear). 1: no crop.
-        flip_probability: of mirroring left and right, in [0, 1].
-        colour_jitter: brightness, contrast and saturation are each scaled by a factor within 1 ± this, in [0, 1).
-        dropout: share of the picture's 8×8 fields that show its mean colour instead, in [0, 1).
-        noise_std: standard deviation of Gaussian noise on each value; pictures are in [0, 1], so 0.05 is visible.
-        views: differently perturbed versions of each picture, whose scores are averaged; at least 1.
+    A crop is enlarged to the picture's size (bilinear); brightness, contrast and saturation change each by itself, and
+    a blanked field shows the picture's mean colour.
     """
 
-    crop_scale: float = 1.0
-    flip_probability: float = 0.0
-    colour_jitter: float = 0.0
-    dropout: float = 0.0
-    noise_std: float = 0.0
-    views: int = 1
+    section: ClassVar[str] = "rm.augment"
 
-    def __post_init__(self) -> None:
-        ranges = {
-            "crop_scale": (0 < self.crop_scale <= 1, "> 0 and <= 1"),
-            "flip_probability": (0 <= self.flip_probability <= 1, ">= 0 and <= 1"),
-            "colour_jitter": (0 <= self.colour_jitter < 1, ">= 0 and < 1"),
-            "dropout": (0 <= self.dropout < 1, ">= 0 and < 1"),
-            "noise_std": (0 <= self.noise_std < math.inf, ">= 0"),
-            "views": (self.views >= 1 and self.views == int(self.views), "an integer >= 1"),
-        }
-        for name, (fits, expected) in ranges.items():
-            if not fits:
-                raise RewardError(f"augment.{name} is {getattr(self, name)}; expected {expected}.")
-
-    @classmethod
-    def from_mapping(cls, settings: Mapping[str, Any]) -> Augmentation:
-        """Of the keys in a configuration, which the caller has checked."""
-        return cls(**{field.name: settings[field.name] for field in fields(cls) if field.name in settings})
+    crop_scale: float = setting(
+        1.0,
+        Kind("float", low=0, high=1, open_low=True),
+        "least share of the area that a random crop keeps; in (0, 1], 1: no crop",
+    )
+    flip_probability: float = setting(0.0, PART, "of mirroring left and right; in [0, 1]")
+    colour_jitter: float = setting(
+        0.0, FRACTION, "brightness, contrast and saturation change by a factor within 1 ± this; in [0, 1)"
+    )
+    dropout: float = setting(0.0, FRACTION, "share of the picture's 8×8 fields that are blanked; in [0, 1)")
+    noise_std: float = setting(0.0, number(0), "standard deviation of Gaussian noise, on values in [0, 1]; >= 0")
+    views: int = setting(1, integer(1), "changed versions of each picture whose scores are averaged; integer >= 1")
 
     @property
     def perturbs(self) -> bool:
@@ -72,6 +53,8 @@ class Augmentation:
 
     def __call__(self, images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """``(B, 3, H, W)`` perturbed, each picture by its own generator; differentiable, dtype and device kept."""
+        import torch
+
         # Every number is drawn whatever is switched on: adding noise to a run leaves its crops where they were.
         # In float32, because trainer.precision may have made another dtype the default, whose numbers are others.
         single = torch.float32
@@ -93,6 +76,8 @@ class Augmentation:
     def _crop_and_flip(self, images: Tensor, size: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
         """Each picture's own crop, of its own aspect ratio, by two matrix products, whose gradient sums in one order
         everywhere; the gradient of ``grid_sample`` and of interpolation does not on a GPU."""
+        import torch
+
         side = (self.crop_scale + (1 - self.crop_scale) * size).sqrt()
         rows = _resampling(images.shape[-2], side, top)
         columns = _resampling(images.shape[-1], side, left)
@@ -111,6 +96,8 @@ class Augmentation:
 
     @staticmethod
     def _drop(images: Tensor, dropped: Tensor) -> Tensor:
+        import torch
+
         height, width = images.shape[-2:]
         row = torch.arange(height, device=images.device) * DROPOUT_GRID // height
         column = torch.arange(width, device=images.device) * DROPOUT_GRID // width
@@ -121,44 +108,9 @@ class Augmentation:
 def _resampling(length: int, side: Tensor, place: Tensor) -> Tensor:
     """``(B, length, length)`` weights: row ``i`` gives output pixel ``i`` of a crop of ``side (B,)`` of the length that
     lies at ``place (B,)`` of the room there is (0: the beginning, 1: the end), enlarged to the length, bilinear."""
+    import torch
+
     pixels = torch.arange(length, device=side.device, dtype=side.dtype)
     start = place * (1 - side) * length
     centre = start.unsqueeze(1) + (pixels + 0.5) * side.unsqueeze(1) - 0.5
     return (1 - (centre.clamp(0, length - 1).unsqueeze(2) - pixels).abs()).clamp(min=0)
-
-
-class AugmentedReward(Reward):
-    """A reward that sees perturbed pictures while training, and the pictures as they are otherwise.
-
-    Args:
-        reward: judges the perturbed pictures; the score and the components are means over the views.
-        augmentation: what is done to them.
-        label: tells the random numbers of several augmented rewards of a run apart; its place in the configuration.
-    """
-
-    def __init__(self, reward: Reward, augmentation: Augmentation, label: str = "rm") -> None:
-        super().__init__()
-        self.reward = reward
-        self.augmentation = augmentation
-        self.label = label
-        self.name = reward.name
-        self.freeze()
-
-    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self.scores(images, prompts)[0]
-
-    def scores(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        check_images(images, prompts)
-        keys = current_keys(len(images))
-        if keys is None or not self.augmentation.perturbs:
-            return self.reward.scores(images, prompts)
-        if images.dtype != torch.float64:
-            images = images.float()
-        views = []
-        for view in range(self.augmentation.views):
-            with own_precision(images.device.type):
-                seen = self.augmentation(images, keys.generators(self.label, view))
-            views.append(self.reward.scores(seen, prompts))
-        score = torch.stack([view for view, _ in views]).mean(0)
-        parts = {name: torch.stack([parts[name] for _, parts in views]).mean(0) for name in views[0][1]}
-        return score, parts

@@ -8,105 +8,66 @@ pictures more typical. Averaging over views of the picture asks for the class in
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
-from torch.nn import functional
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from nemo_aligner_diffusion.errors import RewardError
-from nemo_aligner_diffusion.rewards.base import Reward
-from nemo_aligner_diffusion.rewards.image_processor import ImageProcessor
-from nemo_aligner_diffusion.rewards.micro_batches import check_micro_batch_size, in_micro_batches, own_precision
-from nemo_aligner_diffusion.rewards.pretrained import existing_source, load_model
+from nemo_aligner_diffusion.rewards.settings import HuggingFaceSettings
+from nemo_aligner_diffusion.settings import Kind, setting
 
-MOST_VIEWS = 10
+if TYPE_CHECKING:
+    from torch import Tensor
+
 _CROP_SIDE = 7 / 8
 # Where the crops lie, as shares of the room there is: the centre and the corners.
 _CROP_PLACES = ((0.5, 0.5), (0.0, 0.0), (0.0, 1.0), (1.0, 0.0))
 
 
-class ClassifierReward(Reward):
+@dataclass(frozen=True, kw_only=True)
+class Classifier(HuggingFaceSettings):
     """``log p(class | picture)``, averaged over views; at most 0.
 
     Of a classifier with one class per picture it is the log-softmax of its logits, of one with several the log-sigmoid.
-
-    Args:
-        model: of transformers' ``…ForImageClassification``; frozen in place.
-        processor: what the model does to a picture first.
-        target_class: index, or a name in ``model.config.id2label`` (upper and lower case alike; one of the names that
-            ImageNet writes with commas, such as ``goldfish`` of ``goldfish, Carassius auratus``).
-        views: 1 to 10, the same for every picture and call: the picture, its mirror image, then the centre and three
-            corner crops of 7/8 of its sides, each also mirrored (random ones: :mod:`.augmentation`).
-        micro_batch_size, activation_checkpointing: see :mod:`.micro_batches`; a picture comes with all its views.
+    The class is found in upper and lower case alike, and by one of the names that ImageNet writes with commas, such as
+    ``goldfish`` of ``goldfish, Carassius auratus``. The views are the same for every picture and call: the picture, its
+    mirror image, then the centre and three corner crops of 7/8 of its sides, each also mirrored (random ones:
+    :mod:`.augmentation`). In a micro-batch a picture comes with all its views.
     """
 
     name = "classifier"
+    auto_class = "AutoModelForImageClassification"
+    what = "an image classifier"
+    needs: ClassVar = {"from_pretrained": "google/vit-base-patch16-224", "target_class": "goldfish"}
 
-    def __init__(
-        self,
-        model: Any,
-        processor: ImageProcessor,
-        target_class: int | str,
-        *,
-        views: int = 1,
-        micro_batch_size: int | None = None,
-        activation_checkpointing: bool = False,
-    ) -> None:
-        super().__init__()
-        check_micro_batch_size(micro_batch_size)
-        if isinstance(views, bool) or not isinstance(views, int) or not 1 <= views <= MOST_VIEWS:
-            raise RewardError(f"A classifier's views are {views!r}; expected an integer from 1 to {MOST_VIEWS}.")
-        self.model = model
-        self.processor = processor
-        self.target = class_index(model.config, target_class)
-        self.views = views
-        self.multi_label = getattr(model.config, "problem_type", None) == "multi_label_classification"
-        self.micro_batch_size = micro_batch_size
-        self.activation_checkpointing = activation_checkpointing
-        self.freeze()
+    target_class: str | None = setting(
+        None, Kind("text", nullable=True), "index, or a name of the classifier's id2label; needed"
+    )
+    views: int = setting(
+        1,
+        Kind("int", low=1, high=10),
+        "1: the picture; up to 10: its mirror image, centre and corner crops too, averaged",
+    )
 
-    @classmethod
-    def from_pretrained(
-        cls, source: str | Path, target_class: int | str, where: str = "rm.model.from_pretrained", **settings: Any
-    ) -> ClassifierReward:
-        """From a folder or hub id; ``settings`` are the constructor's.
+    def setup(self, network: Any) -> None:
+        network.target = class_index(network.model.config, self.target_class or "")
 
-        Raises:
-            RewardError: there is no such classifier, its preprocessing is not known here, or it has no such class.
-        """
-        from transformers import AutoModelForImageClassification
+    def score(self, network: Any, images: Tensor, *rows: Tensor) -> Tensor:
+        import torch
+        from torch.nn import functional
 
-        source = existing_source(source, where)
-        model = load_model(AutoModelForImageClassification, source, where, "an image classifier")
-        return cls(model, ImageProcessor.from_pretrained(source, where), target_class, **settings)
+        from nemo_aligner_diffusion.rewards.base import wide
 
-    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        device = next(self.model.parameters()).device
-        with own_precision(device.type):
-            return in_micro_batches(
-                self._score_images,
-                images.to(device),
-                micro_batch_size=self.micro_batch_size,
-                activation_checkpointing=self.activation_checkpointing,
-            )
-
-    def _score_images(self, images: Tensor) -> Tensor:
-        pixels = torch.cat([self.processor(view) for view in fixed_views(images, self.views)])
-        return self._log_probability(pixels).view(self.views, -1).mean(dim=0)
-
-    def _log_probability(self, pixels: Tensor) -> Tensor:
-        logits = self.model(pixel_values=pixels.to(next(self.model.parameters()).dtype)).logits
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        if self.multi_label:
-            return functional.logsigmoid(logits[:, self.target])
-        return functional.log_softmax(logits, dim=-1)[:, self.target]
+        pixels = torch.cat([network.pixels(view) for view in fixed_views(images, self.views)])
+        logits = wide(network.model(pixel_values=pixels).logits)
+        if getattr(network.model.config, "problem_type", None) == "multi_label_classification":
+            scores = functional.logsigmoid(logits)
+        else:
+            scores = functional.log_softmax(logits, dim=-1)
+        return scores[:, network.target].view(self.views, -1).mean(dim=0)
 
 
 def fixed_views(images: Tensor, count: int) -> list[Tensor]:
-    """The first ``count`` views, see :class:`ClassifierReward`; crops keep the picture's aspect ratio."""
+    """The first ``count`` views, see :class:`Classifier`; crops keep the picture's aspect ratio."""
     height, width = images.shape[-2:]
     rows, columns = max(round(height * _CROP_SIDE), 1), max(round(width * _CROP_SIDE), 1)
     views = [images, images.flip(-1)]
@@ -117,7 +78,7 @@ def fixed_views(images: Tensor, count: int) -> list[Tensor]:
     return views[:count]
 
 
-def class_index(config: Any, target: int | str) -> int:
+def class_index(config: Any, target: str) -> int:
     """The index of a class given by index or name.
 
     Raises:
@@ -130,7 +91,7 @@ def class_index(config: Any, target: int | str) -> int:
     for index, label in labels.items():
         for synonym in label.split(","):
             by_name.setdefault(synonym.strip().lower(), index)
-    wanted = str(target).strip().lower()
+    wanted = target.strip().lower()
     if wanted in by_name:
         return by_name[wanted]
     if wanted.removeprefix("-").isdecimal():

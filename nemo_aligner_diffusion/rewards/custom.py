@@ -6,99 +6,35 @@ not from the ``config.yaml`` of a run directory, which may be somebody else's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+from nemo_aligner_diffusion.rewards.settings import RewardSettings
+from nemo_aligner_diffusion.settings import Kind, setting
 
-from nemo_aligner_diffusion.errors import RewardError
-from nemo_aligner_diffusion.import_path import load_callable
-from nemo_aligner_diffusion.rewards.base import Reward, check_images
-from nemo_aligner_diffusion.rewards.micro_batches import own_precision
+if TYPE_CHECKING:
+    import torch
+
+    from nemo_aligner_diffusion.rewards.base import Reward
 
 
-class CustomReward(Reward):
-    """A :class:`Reward`, an ``nn.Module`` or any callable ``(images, prompts) -> (B,)``, held to the protocol.
-
-    Modules are frozen and moved along with the reward, also those that a plain object holds as attributes. Pictures
-    come in float32 (or float64) with autocast off; what to compute in is the reward's own decision.
-
-    Args:
-        judge: what scores.
-        origin: where it came from, for messages.
-    """
+@dataclass(frozen=True, kw_only=True)
+class Custom(RewardSettings):
+    """A class, a function or an object at ``package.module:name``, see :func:`.support.custom.load_custom`."""
 
     name = "custom"
+    needs: ClassVar = {"import_path": "my_package.my_module:my_reward"}
+    sections = ("kwargs",)
 
-    def __init__(self, judge: Callable[..., Any], origin: str = "the custom reward") -> None:
-        super().__init__()
-        if not callable(judge):
-            raise RewardError(
-                f"{origin} is a {type(judge).__name__}; expected a Reward, an nn.Module, or a callable "
-                "(images, prompts) -> one score for each picture."
-            )
-        self.judge = judge
-        self.origin = origin
-        held = [] if isinstance(judge, nn.Module) else vars(judge).values() if hasattr(judge, "__dict__") else []
-        self.held = nn.ModuleList(module for module in held if isinstance(module, nn.Module))
-        self._checked_gradient = False
-        self.freeze()
+    import_path: str | None = setting(
+        None,
+        Kind("text", nullable=True),
+        "package.module:name of a class or a function (images, prompts) -> scores; needed",
+    )
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
 
-    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self.scores(images, prompts)[0]
+    def make(self, where: str, device: str | torch.device, dtype: torch.dtype) -> Reward:
+        from nemo_aligner_diffusion.rewards.support.custom import load_custom
 
-    def scores(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        check_images(images, prompts)
-        if images.dtype != torch.float64:
-            images = images.float()
-        parts: dict[str, Tensor] = {}
-        with own_precision(images.device.type):
-            if isinstance(self.judge, Reward):
-                score, parts = self.judge.scores(images, prompts)
-            else:
-                score = self.judge(images, prompts)
-        self._check(score, images)
-        score = score if score.dtype == torch.float64 else score.float()
-        return score, parts if len(parts) > 1 else {self.name: score}
-
-    def _check(self, score: Any, images: Tensor) -> None:
-        if not isinstance(score, Tensor):
-            raise RewardError(f"{self.origin} gave a {type(score).__name__}; expected a tensor ({len(images)},).")
-        if score.shape != (len(images),) or not score.is_floating_point():
-            raise RewardError(
-                f"{self.origin} gave {tuple(score.shape)} {score.dtype} for {len(images)} pictures; expected one "
-                f"floating-point score for each, ({len(images)},)."
-            )
-        if not (images.requires_grad and torch.is_grad_enabled()):
-            return
-        if not score.requires_grad:
-            raise RewardError(self._without_gradient())
-        if not self._checked_gradient:  # it may come from elsewhere than the pictures; one look is enough
-            (gradient,) = torch.autograd.grad(score.sum(), images, retain_graph=True, allow_unused=True)
-            if gradient is None:
-                raise RewardError(self._without_gradient())
-            self._checked_gradient = True
-
-    def _without_gradient(self) -> str:
-        return (
-            f"{self.origin} gave scores without a gradient in the pictures, so there is nothing to train on. Something "
-            "in it cuts the graph: torch.no_grad or inference_mode, .detach(), .item(), torch.tensor(…), a comparison, "
-            "argmax, or a way through NumPy or PIL. Compute the score from the given images with torch operations."
-        )
-
-
-def load_custom(import_path: str, kwargs: Mapping[str, Any] | None = None, where: str = "rm") -> CustomReward:
-    """The reward at ``package.module:name``.
-
-    A class is called with ``kwargs`` and gives the reward. A function *is* the reward, ``kwargs`` are handed to it as
-    keyword arguments with each call. Anything else callable is the reward as it stands, without ``kwargs``. The current
-    directory is searched after everything that is installed.
-
-    Raises:
-        RewardError: the path cannot be imported, or what stands there cannot be a reward.
-    """
-    origin = f"{where}.import_path = {import_path!r}"
-    arguments = ("images", "prompts")
-    judge = load_callable(import_path, dict(kwargs or {}), origin, f"{where}.kwargs", arguments, RewardError)
-    return CustomReward(judge, origin)
+        return load_custom(self.import_path or "", self.kwargs, where)

@@ -7,50 +7,39 @@ judges' disagreement (there the variance, here the standard deviation, which has
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from nemo_aligner_diffusion.rewards.parts import PartedSettings
+from nemo_aligner_diffusion.settings import choice, number, setting
 
-from nemo_aligner_diffusion.errors import RewardError
-from nemo_aligner_diffusion.rewards.base import Reward
-from nemo_aligner_diffusion.rewards.parts import Part, PartedReward
-
-AGGREGATES = ("mean", "min", "mean_minus_std")
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-class EnsembleReward(PartedReward):
-    """One score of several judges'.
+@dataclass(frozen=True, kw_only=True)
+class Ensemble(PartedSettings):
+    """One score of several judges', which must be comparable: of models of one kind, or normalised.
 
-    The judges' scores must be comparable: of models of one kind, or normalised (:class:`~.parts.Shaping`).
-
-    Args:
-        parts: the judges, by name.
-        aggregate: ``mean``; ``min``, which has the gradient of the worst judge alone; or ``mean_minus_std``, the mean
-            less ``std_weight`` times the standard deviation over the judges (population).
-        std_weight: λ of ``mean_minus_std``; at least 0.
-        label: this reward's place in the configuration.
+    ``min`` has the gradient of the worst judge alone; the standard deviation of ``mean_minus_std`` is that over the
+    judges (population).
     """
 
     name = "ensemble"
+    least = 2
+    part_keys = ("normalize", "clip", "clip_mode")
 
-    def __init__(
-        self,
-        parts: Mapping[str, Reward | Part],
-        aggregate: str = "mean_minus_std",
-        std_weight: float = 1.0,
-        label: str = "rm",
-    ) -> None:
-        if aggregate not in AGGREGATES:
-            raise RewardError(f"An ensemble's aggregate is {aggregate!r}; known are {', '.join(AGGREGATES)}.")
-        if not 0 <= std_weight < math.inf:
-            raise RewardError(f"An ensemble's std_weight is {std_weight}; expected a number >= 0.")
-        super().__init__({name: part if isinstance(part, Part) else Part(part) for name, part in parts.items()}, label)
-        self.aggregate = aggregate
-        self.std_weight = std_weight
+    aggregate: str = setting(
+        "mean_minus_std",
+        choice("mean", "min", "mean_minus_std"),
+        "mean, min, or mean_minus_std: the mean less std_weight times the judges' deviation",
+    )
+    std_weight: float = setting(1.0, number(0), "λ of mean_minus_std; >= 0")
 
     def combine(self, scores: Sequence[Tensor]) -> Tensor:
+        import torch
+
         stacked = torch.stack(list(scores))
         if self.aggregate == "min":
             # NaN wins in amin, as it should; ties share the gradient.

@@ -1,23 +1,25 @@
-"""What rewards of several parts share: each part's score, brought to a scale and kept within bounds, and logged raw."""
+"""What rewards of several parts share: the parts, and what becomes of a part's score before it counts."""
 
 from __future__ import annotations
 
-import json
-import math
-from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+from nemo_aligner_diffusion.errors import ConfigurationError
+from nemo_aligner_diffusion.keys import closest
+from nemo_aligner_diffusion.rewards.settings import PRECISIONS, RewardSettings
+from nemo_aligner_diffusion.settings import choice, number, setting
 
-from nemo_aligner_diffusion.errors import CheckpointError, RewardError
-from nemo_aligner_diffusion.rewards.base import Reward, check_images
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from nemo_aligner_diffusion.rewards.base import Reward
 
 BY_BASE = "base"
-STATISTICS_FILE = "reward_normalization.json"  # in a run directory: {place: {"mean": …, "std": …}}
-CLIP_MODES = ("hard", "smooth")
+_SHAPING = ("normalize", "clip", "clip_mode")
+_MODES = choice("hard", "smooth")
 
 
 @dataclass(frozen=True)
@@ -37,22 +39,40 @@ class Shaping:
     clip: tuple[float | None, float | None] | None = None
     clip_mode: str = "hard"
 
-    def __post_init__(self) -> None:
-        if isinstance(self.normalize, str):
-            if self.normalize != BY_BASE:
-                raise RewardError(f"normalize is {self.normalize!r}; expected {{mean: …, std: …}}, or base.")
-        elif self.normalize is not None:
+    @classmethod
+    def read(cls, given: Mapping[str, Any], where: str) -> Shaping:
+        """Of a part's keys ``normalize``, ``clip`` and ``clip_mode``; raises as :meth:`check` does."""
+        normalize, clip = given.get("normalize"), given.get("clip")
+        if isinstance(normalize, Mapping):
+            wrong = [key for key in normalize if key not in ("mean", "std")]
+            if wrong or len(normalize) != 2:
+                raise ConfigurationError(
+                    f"{where}.normalize = {dict(normalize)!r}: expected mean and std, or base"
+                    + (closest(str(wrong[0]), ("mean", "std")) if wrong else "")
+                )
+            normalize = (normalize["mean"], normalize["std"])
+        shaping = cls(
+            normalize, tuple(clip) if isinstance(clip, list) else clip, given.get("clip_mode") or cls.clip_mode
+        )
+        shaping.check(where)
+        return shaping
+
+    def check(self, where: str) -> None:
+        """Raises :class:`ConfigurationError` where a value is impossible; ``where`` is the part's place."""
+        if isinstance(self.normalize, tuple):
             mean, std = self.normalize
-            if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
-                raise RewardError(f"normalize has mean {mean} and std {std}; expected finite numbers, std > 0.")
-        if self.clip_mode not in CLIP_MODES:
-            raise RewardError(f"clip_mode is {self.clip_mode!r}; known are {', '.join(CLIP_MODES)}.")
+            number().read(f"{where}.normalize.mean", mean)
+            number(above=0).read(f"{where}.normalize.std", std)
+        elif self.normalize not in (None, BY_BASE):
+            raise ConfigurationError(f"{where}.normalize = {self.normalize!r}: expected {{mean: …, std: …}}, or base")
         if self.clip is not None:
-            low, high = self.clip
-            if (low is not None and high is not None and not low < high) or (low is None and high is None):
-                raise RewardError(f"clip is [{low}, {high}]; expected [low, high] with low < high; one may be null.")
-            if self.clip_mode == "smooth" and (low is None or high is None):
-                raise RewardError(f"clip is [{low}, {high}] with clip_mode smooth, which needs both bounds.")
+            if not isinstance(self.clip, tuple) or len(self.clip) != 2 or self.clip == (None, None):
+                raise ConfigurationError(f"{where}.clip = {self.clip!r}: expected [low, high]; one of them may be null")
+            low, high = (number(nullable=True).read(f"{where}.clip", bound) for bound in self.clip)
+            if low is not None and high is not None and not low < high:
+                raise ConfigurationError(f"{where}.clip = {list(self.clip)}: expected low < high")
+        if _MODES.read(f"{where}.clip_mode", self.clip_mode) == "smooth" and (self.clip is None or None in self.clip):
+            raise ConfigurationError(f"{where}.clip_mode = smooth: it needs both bounds, such as {where}.clip=[-3,3]")
 
     def bounded(self, score: Tensor) -> Tensor:
         """``score`` clipped."""
@@ -64,161 +84,109 @@ class Shaping:
         assert low is not None
         assert high is not None
         centre, half = (high + low) / 2, (high - low) / 2
-        return centre + half * torch.tanh((score - centre) / half)
+        return centre + half * ((score - centre) / half).tanh()
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a reward: what judges, and what becomes of its score."""
+    """A part of a reward: what judges (settings, or a reward already made), how much it counts, and what becomes of its
+    score."""
 
-    reward: Reward
+    reward: RewardSettings | Reward
+    weight: float = 1.0
     shaping: Shaping = Shaping()
 
 
-class PartedReward(Reward):
-    """A reward out of several; :meth:`combine` says how.
+@dataclass(frozen=True, kw_only=True)
+class PartedSettings(RewardSettings):
+    """Settings of a reward of several parts; :meth:`combine` makes one score of theirs.
 
-    :meth:`components` gives the parts' own scores, raw, under the names given here (a part that has several components
-    itself adds ``name/component``).
-
-    Args:
-        parts: by name.
-        label: this reward's place in the configuration, by which measured statistics are kept.
+    Attributes:
+        least: number of parts.
+        part_keys: what stands beside a part's own keys.
+        parts: by name; raises :class:`ConfigurationError` as in a configuration.
     """
 
-    def __init__(self, parts: Mapping[str, Part], label: str = "rm") -> None:
-        super().__init__()
-        if not parts:
-            raise RewardError(f"A {self.name} reward needs at least one part under {label}.parts.")
-        self.label = label
-        self.parts = tuple(parts)
-        self.shapings = {name: part.shaping for name, part in parts.items()}
-        # A list, not a ModuleDict: part names are the user's and may hold dots.
-        self.rewards = nn.ModuleList(part.reward for part in parts.values())
-        self.statistics: dict[str, tuple[float, float]] = {
-            name: shaping.normalize for name, shaping in self.shapings.items() if isinstance(shaping.normalize, tuple)
-        }
-        self.freeze()
+    sections = ("parts",)
+    least: ClassVar[int] = 1
+    part_keys: ClassVar[tuple[str, ...]] = ("weight", *_SHAPING)
 
-    @abstractmethod
+    parts: Mapping[str, Part] = field(default_factory=dict)
+    precision: str = setting(
+        "32",
+        choice(*PRECISIONS),
+        "what every part computes in: 32, 16 or bf16, 64, or Lightning's long names",
+        "rm.trainer.precision",
+    )
+
+    @classmethod
+    def read_section(cls, field: str, value: Any, where: str) -> dict[str, Part]:
+        parts = super().read_section(field, value, where)
+        return {str(label): cls._read_part(str(label), part, f"{where}.{label}") for label, part in parts.items()}
+
+    @classmethod
+    def _read_part(cls, label: str, given: Any, where: str) -> Part:
+        """``{weight, normalize, clip, clip_mode, name, its keys}`` or ``{weight, …, reward: {name, its keys}}``."""
+        from nemo_aligner_diffusion.rewards.registry import read_reward
+
+        if given is not None and not isinstance(given, Mapping):
+            raise ConfigurationError(f"{where} = {given!r}: expected keys, such as {{weight: 1.0}}")
+        settings = dict(given or {})
+        weight = settings.pop("weight", None)
+        if weight is not None and "weight" not in cls.part_keys:
+            raise ConfigurationError(
+                f"{where}.weight = {weight!r}: an {cls.name}'s parts count alike; expected no weight, or "
+                f"{where.rpartition('.parts.')[0]}.name=composite"
+            )
+        weight = 1.0 if weight is None else number().read(f"{where}.weight", weight)
+        shaping = Shaping.read({key: settings.pop(key) for key in _SHAPING if key in settings}, where)
+        if "reward" in settings:
+            inner = settings.pop("reward")
+            if settings or not isinstance(inner, Mapping):
+                raise ConfigurationError(
+                    f"{where}: expected only weight and reward, and {', '.join(_SHAPING)}; the reward's keys stand "
+                    "below reward"
+                )
+            settings = dict(inner)
+            return Part(read_reward(settings, f"{where}.reward", label, ("name",))[0], weight, shaping)
+        return Part(read_reward(settings, where, label, (*cls.part_keys, "name"))[0], weight, shaping)
+
+    def check(self, where: str = "rm") -> None:
+        super().check(where)
+        if not self.parts:
+            raise ConfigurationError(
+                f"{where}.name = {self.name} needs {where}.parts, such as "
+                f"{where}.parts={{clip:{{weight:1.0}},symmetry:{{weight:10.0}}}}"
+            )
+        if len(self.parts) < self.least:
+            raise ConfigurationError(
+                f"{where}.name = {self.name} has one part, {next(iter(self.parts))!r}, with nothing to agree with: add "
+                f"another, such as {where}.parts.second={{name:clip,model:{{restore_from_path:second.nemo}}}}"
+            )
+        for label, part in self.parts.items():
+            number().read(f"{where}.parts.{label}.weight", part.weight)
+            part.shaping.check(f"{where}.parts.{label}")
+
+    def measured(self, where: str = "rm") -> Iterator[str]:
+        """The places of parts that are normalised by the base model's pictures, at any depth."""
+        for label, part in self.parts.items():
+            here = f"{where}.parts.{label}"
+            if part.shaping.normalize == BY_BASE:
+                yield here
+            if isinstance(part.reward, PartedSettings):
+                yield from part.reward.measured(here)
+
     def combine(self, scores: Sequence[Tensor]) -> Tensor:
         """The parts' shaped scores, each ``(B,)``, as one ``(B,)``."""
+        raise NotImplementedError
 
-    def part(self, name: str) -> Reward:
-        reward = self.rewards[self.parts.index(name)]
-        assert isinstance(reward, Reward)
-        return reward
+    def make(self, where: str, device: str | torch.device, dtype: torch.dtype) -> Reward:
+        from nemo_aligner_diffusion.rewards.support.parted import PartedReward
 
-    def place(self, name: str) -> str:
-        """A part's place in the configuration, such as ``rm.parts.clip``."""
-        return f"{self.label}.parts.{name}"
-
-    def unmeasured(self) -> list[str]:
-        """Parts that are to be normalised by the base model's pictures and are not yet."""
-        return [
-            name
-            for name, shaping in self.shapings.items()
-            if shaping.normalize == BY_BASE and name not in self.statistics
-        ]
-
-    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self.scores(images, prompts)[0]
-
-    def scores(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        check_images(images, prompts)
-        components: dict[str, Tensor] = {}
-        shaped: list[Tensor] = []
-        for name in self.parts:
-            score, inner = self.part(name).scores(images, prompts)
-            components[name] = score
-            if len(inner) > 1:
-                components.update({f"{name}/{key}": value for key, value in inner.items()})
-            shaped.append(self._shaped(name, score))
-        return self.combine(shaped), components
-
-    def _shaped(self, name: str, score: Tensor) -> Tensor:
-        shaping = self.shapings[name]
-        if shaping.normalize is not None:
-            check_measured(self)
-            mean, std = self.statistics[name]
-            score = (score - mean) / std
-        return shaping.bounded(score)
-
-
-def parted_rewards(reward: nn.Module) -> list[PartedReward]:
-    """All rewards of several parts in ``reward``, inner ones first: an outer part's figures depend on them."""
-    return [module for module in reward.modules() if isinstance(module, PartedReward)][::-1]
-
-
-def known_statistics(reward: nn.Module) -> dict[str, dict[str, float]]:
-    """What was measured: ``{place: {"mean": …, "std": …}}``; :func:`apply_statistics` takes it back."""
-    return {
-        parted.place(name): {"mean": parted.statistics[name][0], "std": parted.statistics[name][1]}
-        for parted in parted_rewards(reward)
-        for name, shaping in parted.shapings.items()
-        if shaping.normalize == BY_BASE and name in parted.statistics
-    }
-
-
-def check_measured(reward: nn.Module) -> None:
-    """Raises :class:`RewardError` where a part is to be normalised by figures that are not there."""
-    for parted in parted_rewards(reward):
-        for name in parted.unmeasured():
-            raise RewardError(
-                f"{parted.place(name)}.normalize is base: the mean and standard deviation over the base model's "
-                "pictures are not known here. A training run measures them before its first step and keeps them in its "
-                f"{STATISTICS_FILE}; elsewhere give {{mean: …, std: …}}."
-            )
-
-
-def apply_statistics(reward: nn.Module, statistics: Mapping[str, Mapping[str, float]]) -> None:
-    """Set what :func:`known_statistics` gave; places that the reward does not have are left out.
-
-    Raises:
-        RewardError: a figure is impossible.
-    """
-    for parted in parted_rewards(reward):
-        for name, shaping in parted.shapings.items():
-            figures = statistics.get(parted.place(name))
-            if shaping.normalize == BY_BASE and figures is not None:
-                mean, std = float(figures["mean"]), float(figures["std"])
-                Shaping(normalize=(mean, std))  # checks them
-                parted.statistics[name] = (mean, std)
-
-
-def statistics_of(place: str, scores: Tensor) -> tuple[float, float]:
-    """``(mean, standard deviation)`` of raw scores ``(N,)``, in float64, over the population.
-
-    Raises:
-        RewardError: fewer than two scores, or they do not differ, or are not finite.
-    """
-    scores = scores.double()
-    mean, std = float(scores.mean()), float(scores.std(correction=0))
-    if len(scores) < 2 or not math.isfinite(std) or std <= 1e-9 * max(1.0, abs(mean)):
-        raise RewardError(
-            f"{place}.normalize is base, but the {len(scores)} scores of the base model's pictures have mean "
-            f"{mean:.6g} and standard deviation {std:.3g}, by which nothing can be normalised: validate on more "
-            "prompts (model.data.validation), or give {mean: …, std: …}."
-        )
-    return mean, std
-
-
-def read_statistics(run_dir: Path) -> dict[str, dict[str, float]]:
-    """What a run recorded for :func:`apply_statistics`; ``{}`` where it recorded nothing.
-
-    Raises:
-        CheckpointError: the file is damaged.
-    """
-    path = Path(run_dir) / STATISTICS_FILE
-    if not path.is_file():
-        return {}
-    try:
-        return {
-            str(place): {"mean": float(figures["mean"]), "std": float(figures["std"])}
-            for place, figures in json.loads(path.read_text(encoding="utf-8")).items()
+        rewards = {
+            label: part.reward.build(device, dtype, f"{where}.parts.{label}")
+            if isinstance(part.reward, RewardSettings)
+            else part.reward
+            for label, part in self.parts.items()
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({type(error).__name__}: {error}); it holds what the run's reward is normalised "
-            "by. Remove it, and a resumed run takes the figures from its checkpoint or measures them again."
-        ) from error
+        return PartedReward(self, rewards, where)

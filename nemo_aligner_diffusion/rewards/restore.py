@@ -1,4 +1,4 @@
-"""A reward out of a ``.nemo`` file, whichever kind the file's ``target`` names.
+"""A reward out of a ``.nemo`` file, whichever kind the file's ``target`` names; ``rm.name=clip`` is its name.
 
 ``target`` is looked up in a table of names that this package knows; nothing is imported because an archive names it.
 """
@@ -10,21 +10,70 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
+from nemo_aligner_diffusion.embedded_assets import embedded_reward_path
 from nemo_aligner_diffusion.errors import ArchiveError
-from nemo_aligner_diffusion.formats.nemo import Limits, NemoArchive, load_nemo
-from nemo_aligner_diffusion.rewards.base import Reward
+from nemo_aligner_diffusion.rewards.settings import NetworkSettings
+from nemo_aligner_diffusion.settings import PATH, choice, setting
+
+if TYPE_CHECKING:
+    import torch
+
+    from nemo_aligner_diffusion.formats.nemo import Limits, NemoArchive
+    from nemo_aligner_diffusion.rewards.base import Reward
 
 # target -> "module:function"; function(archive, options) gives the reward, on the CPU in float32 or already converted.
 RESTORERS = {
     "nemo_aligner_diffusion.rewards.clip.CLIPReward": "clip.archive:restore_clip",
-    "nemo_aligner_diffusion.rewards.aesthetic.AestheticReward": "aesthetic:restore_aesthetic",
+    "nemo_aligner_diffusion.rewards.aesthetic.AestheticReward": "clip.aesthetic:restore_aesthetic",
     "nemo_aligner_diffusion.rewards.image_reward.ImageReward": "image_reward.archive:restore_image_reward",
 }
 # What NeMo and NeMo-Aligner call their CLIP models, under whichever package path.
 MEGATRON_CLASSES = ("MegatronCLIPModel", "MegatronCLIPRewardModel")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestoredSettings(NetworkSettings):
+    """Settings of a reward whose network comes out of a ``.nemo`` file."""
+
+    restore_from_path: str | None = setting(
+        None, PATH, ".nemo file; path, null: the embedded reward", "rm.model.restore_from_path"
+    )
+    tokenizer: str | None = setting(
+        None,
+        PATH,
+        "folder with vocab.json and merges.txt, for a file that only names its tokenizer; path, null: the file's own",
+        "rm.model.tokenizer",
+    )
+
+    def restore(self, device: str | torch.device, dtype: torch.dtype, score: str | None = None) -> Reward:
+        return restore_reward(
+            self.restore_from_path or embedded_reward_path(),
+            device=device,
+            dtype=dtype,
+            tokenizer=self.tokenizer,
+            score=score,
+            micro_batch_size=self.micro_batch_size,
+            activation_checkpointing=self.activation_checkpointing,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restored(RestoredSettings):
+    """The reward in a ``.nemo`` file, as the file says."""
+
+    name = "clip"
+
+    formula: str | None = setting(
+        None,
+        choice("pickscore", "hps", "clipscore", nullable=True),
+        "pickscore, hps (cosine) or clipscore (2.5·max(cosine, 0)); null: the file's own",
+        "rm.model.score",
+    )
+
+    def make(self, where: str, device: str | torch.device, dtype: torch.dtype) -> Reward:
+        return self.restore(device, dtype, self.formula)
 
 
 @dataclass(frozen=True)
@@ -41,7 +90,7 @@ def restore_reward(
     path: str | Path,
     *,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     tokenizer: str | Path | None = None,
     score: str | None = None,
     micro_batch_size: int | None = None,
@@ -52,7 +101,8 @@ def restore_reward(
 
     Args:
         path: the archive.
-        device, dtype: where and in which precision its model computes, whatever dtype it was saved in.
+        device, dtype: where and in which precision its model computes, whatever dtype it was saved in; float32 when
+            left out.
         tokenizer: folder with the tokenizer's files, for archives that only name a tokenizer.
         score: for CLIP rewards, overrides the archive's own (``pickscore``, ``hps``, ``clipscore``).
         micro_batch_size, activation_checkpointing: see :mod:`.micro_batches`.
@@ -62,13 +112,17 @@ def restore_reward(
         ArchiveError: the archive is unusable, its ``target`` is no known reward, or its weights or tokenizer don't fit
             its configuration.
     """
+    import torch
+
+    from nemo_aligner_diffusion.formats.nemo import load_nemo
+
     archive = load_nemo(path, limits)
     options = RestoreOptions(tokenizer, score, micro_batch_size, activation_checkpointing)
     reward = _restorer(archive)(archive, options)
     name = archive.config.get("name")
     if archive.target in RESTORERS and isinstance(name, str):  # in NeMo's archives it is the experiment's name
         reward.name = name
-    return reward.to(device, dtype)
+    return reward.to(device, dtype or torch.float32)
 
 
 def _restorer(archive: NemoArchive) -> Callable[[NemoArchive, RestoreOptions], Reward]:

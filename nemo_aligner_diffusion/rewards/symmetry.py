@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+from nemo_aligner_diffusion.rewards.settings import RewardSettings
 
-from nemo_aligner_diffusion.rewards.base import Reward
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-class MirrorSymmetry(Reward):
+@dataclass(frozen=True, kw_only=True)
+class Symmetry(RewardSettings):
     """Negative mean absolute difference between a picture and its left-right mirror; 0 is the best.
 
     (The reward on which DRTune, Wu et al. 2024, arXiv 2405.00760, shows that shallow supervision fails.) A blank
@@ -17,10 +21,6 @@ class MirrorSymmetry(Reward):
     """
 
     name = "symmetry"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.freeze()
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return -(images - images.flip(-1)).abs().mean(dim=(1, 2, 3))

@@ -17,7 +17,7 @@ import yaml
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from nemo_aligner_diffusion.formats.nemo import load_nemo
-from nemo_aligner_diffusion.rewards.aesthetic import convert_aesthetic_to_nemo
+from nemo_aligner_diffusion.rewards.clip.aesthetic import convert_aesthetic_to_nemo
 from nemo_aligner_diffusion.rewards.clip.archive import convert_hf_clip_to_nemo
 from nemo_aligner_diffusion.rewards.image_reward.archive import convert_image_reward_to_nemo
 from tests.tiny.clip import megatron_twin, tensor_parallel_shards, tokenizer_files, toy_clip

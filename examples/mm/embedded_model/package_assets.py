@@ -16,6 +16,7 @@ from prompts import VALIDATION, training_prompts
 from transformers import CLIPModel
 
 from nemo_aligner_diffusion.rewards.clip.archive import convert_hf_clip_to_nemo
+from nemo_aligner_diffusion.rewards.support.preprocessing import Preprocessing
 
 LARGEST_MODEL_BYTES = 25_000_000
 LARGEST_REWARD_BYTES = 10_000_000
@@ -31,12 +32,12 @@ def package(data: DataSet, work_dir: Path, assets: Path) -> None:
         if model.exists():
             shutil.rmtree(model)
         fresh.rename(model)
+    clip = CLIPModel.from_pretrained(work_dir / "clip")
     convert_hf_clip_to_nemo(
-        CLIPModel.from_pretrained(work_dir / "clip"),
+        clip,
         work_dir / "clip",
         assets / "embedded_reward.nemo",
-        mean=(0.5, 0.5, 0.5),
-        std=(0.5, 0.5, 0.5),
+        preprocessing=Preprocessing(clip.config.vision_config.image_size, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
         dtype=torch.float16,
         name="embedded_clip",
         extra={"provenance": "trained by examples/mm/embedded_model on Noto emoji (Apache-2.0) and CLDR names (MIT)"},

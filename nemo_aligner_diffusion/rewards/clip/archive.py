@@ -25,11 +25,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nemo_aligner_diffusion.errors import ArchiveError
+from nemo_aligner_diffusion.errors import ArchiveError, RewardError
 from nemo_aligner_diffusion.formats.megatron_clip import hf_layout
 from nemo_aligner_diffusion.formats.megatron_shards import merged_state
 from nemo_aligner_diffusion.formats.nemo import NemoArchive, save_nemo
-from nemo_aligner_diffusion.rewards.archive_checks import check_fit, mapping
 from nemo_aligner_diffusion.rewards.clip.network import (
     TEXT_KEYS,
     TOP_KEYS,
@@ -41,8 +40,9 @@ from nemo_aligner_diffusion.rewards.clip.network import (
 )
 from nemo_aligner_diffusion.rewards.clip.reward import SCORES, CLIPReward
 from nemo_aligner_diffusion.rewards.clip.tokenizer import load_tokenizer, read_tokenizer_files
-from nemo_aligner_diffusion.rewards.preprocessing import INTERPOLATIONS, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, RESIZES
 from nemo_aligner_diffusion.rewards.restore import RestoreOptions
+from nemo_aligner_diffusion.rewards.support.archive_checks import check_fit, mapping
+from nemo_aligner_diffusion.rewards.support.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
     from transformers import CLIPModel
@@ -96,7 +96,7 @@ def _restore(archive: NemoArchive, options: RestoreOptions, megatron: bool) -> C
         max_length=max_length,
         micro_batch_size=options.micro_batch_size,
         activation_checkpointing=options.activation_checkpointing,
-        **preprocessing,
+        preprocessing=preprocessing,
     )
 
 
@@ -106,10 +106,7 @@ def convert_hf_clip_to_nemo(
     path: str | Path,
     *,
     score: str = "pickscore",
-    mean: tuple[float, float, float] = OPENAI_CLIP_MEAN,
-    std: tuple[float, float, float] = OPENAI_CLIP_STD,
-    interpolation: str = "bicubic",
-    resize: str = "crop",
+    preprocessing: Preprocessing | None = None,
     prompt_prefix: str = "",
     max_length: int | None = None,
     dtype: torch.dtype | None = None,
@@ -125,7 +122,7 @@ def convert_hf_clip_to_nemo(
             paths of the two by these names.
         path: the archive to write.
         score: how embeddings become a reward.
-        mean, std, interpolation, resize: how the model's pictures were prepared when it was trained.
+        preprocessing: how the model's pictures were prepared when it was trained; OpenAI's when left out.
         prompt_prefix: words put before every prompt.
         max_length: tokens a prompt may have; the model's number of positions when left out.
         dtype: of the saved weights, e.g. ``torch.float16`` for half the size; ``logit_scale`` keeps its own.
@@ -147,13 +144,7 @@ def convert_hf_clip_to_nemo(
             "vision_config": fields(vision, VISION_KEYS),
         },
         "score": score,
-        "preprocessing": {
-            "image_size": vision.image_size,
-            "mean": [float(value) for value in mean],
-            "std": [float(value) for value in std],
-            "interpolation": interpolation,
-            "resize": resize,
-        },
+        "preprocessing": (preprocessing or Preprocessing(vision.image_size)).as_config(),
         **({"prompt_prefix": prompt_prefix} if prompt_prefix else {}),
         "tokenizer": {
             "vocab_file": "nemo:vocab.json",
@@ -221,27 +212,16 @@ def _check_tokenizer(archive: NemoArchive, tokenizer: Any, model: Any) -> None:
         )
 
 
-def read_preprocessing(archive: NemoArchive, config: Mapping[str, Any], image_size: int) -> dict[str, Any]:
-    """The archive's ``preprocessing`` as arguments of a reward, for a vision model that takes ``image_size``."""
-    given = mapping(archive, config, "preprocessing", optional=True)
-    result: dict[str, Any] = {"image_size": given.get("image_size") or image_size}
-    if result["image_size"] != image_size:
+def read_preprocessing(archive: NemoArchive, config: Mapping[str, Any], image_size: int) -> Preprocessing:
+    """The archive's ``preprocessing``, for a vision model that takes ``image_size``."""
+    given = {key: value for key, value in mapping(archive, config, "preprocessing", optional=True).items() if value}
+    if given.pop("image_size", image_size) != image_size:
         raise ArchiveError(
-            f"{archive.path}: preprocessing.image_size is {result['image_size']!r}, but the vision model takes "
-            f"{image_size}."
+            f"{archive.path}: preprocessing.image_size is {config['preprocessing']['image_size']!r}, but the vision "
+            f"model takes {image_size}."
         )
-    for key, default in (("mean", OPENAI_CLIP_MEAN), ("std", OPENAI_CLIP_STD)):
-        values = given.get(key) or default
-        numbers = isinstance(values, (list, tuple)) and all(isinstance(value, (int, float)) for value in values)
-        if not numbers or len(values) != 3 or (key == "std" and not all(value > 0 for value in values)):
-            raise ArchiveError(
-                f"{archive.path}: preprocessing.{key} is {values!r}; expected three numbers for R, G, B."
-            )
-        result[key] = tuple(float(value) for value in values)
-    for key, known in (("interpolation", INTERPOLATIONS), ("resize", RESIZES)):
-        result[key] = given.get(key) or known[0]
-        if result[key] not in known:
-            raise ArchiveError(
-                f"{archive.path}: preprocessing.{key} is {str(result[key])[:100]!r}; known are {', '.join(known)}."
-            )
-    return result
+    known = {key: given[key] for key in ("mean", "std", "interpolation", "resize") if key in given}
+    try:
+        return Preprocessing(image_size, **known)
+    except RewardError as error:
+        raise ArchiveError(f"{archive.path}: {error}") from error

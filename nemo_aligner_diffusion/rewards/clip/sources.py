@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from nemo_aligner_diffusion.errors import CheckpointError
+from nemo_aligner_diffusion.errors import CheckpointError, RewardError
 from nemo_aligner_diffusion.formats import open_clip as open_clip_layout
 from nemo_aligner_diffusion.formats.checkpoints import read_tensors
 from nemo_aligner_diffusion.formats.files import read_json
 from nemo_aligner_diffusion.formats.hub import locate
 from nemo_aligner_diffusion.formats.open_clip import OpenClipChoices
-from nemo_aligner_diffusion.rewards.archive_checks import misfits
 from nemo_aligner_diffusion.rewards.clip.network import (
     TEXT_KEYS,
     TOP_KEYS,
@@ -25,7 +24,8 @@ from nemo_aligner_diffusion.rewards.clip.network import (
     on_meta,
     stored_tensors,
 )
-from nemo_aligner_diffusion.rewards.preprocessing import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from nemo_aligner_diffusion.rewards.support.archive_checks import misfits
+from nemo_aligner_diffusion.rewards.support.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
     from transformers import CLIPConfig, CLIPModel, CLIPVisionModelWithProjection
@@ -52,13 +52,13 @@ class ClipWeights:
         origin: where it was read from.
         config: its architecture.
         state: its tensors under Hugging Face's names, in the dtypes they were saved in.
-        preprocessing: what its pictures go through: ``mean``, ``std``, ``interpolation``, ``resize``.
+        preprocessing: what its pictures go through.
     """
 
     origin: Path
     config: CLIPConfig
     state: Mapping[str, Tensor]
-    preprocessing: dict[str, Any]
+    preprocessing: Preprocessing
 
     def model(self) -> CLIPModel:
         """The whole model; raises :class:`CheckpointError` where the tensors are not those of the architecture."""
@@ -141,22 +141,16 @@ def read_clip(path: Path, choices: OpenClipChoices) -> ClipWeights:
     config_path = path.parent / OPEN_CLIP_CONFIG
     given = read_json(config_path, CheckpointError) if config_path.is_file() else {}
     sections, converted = open_clip_layout.hf_layout(state, path, choices, _section(given, "model_cfg"))
-    preprocessing = _section(given, "preprocess_cfg")
-    resize = str(preprocessing.get("resize_mode") or "shortest")
+    prepared = _section(given, "preprocess_cfg")
+    resize = str(prepared.get("resize_mode") or "shortest")
     if resize not in _OPEN_CLIP_RESIZES:
         raise CheckpointError(
             f"{config_path}: resize_mode is {resize!r}; known are {', '.join(_OPEN_CLIP_RESIZES)}. Give --resize."
         )
+    config = _clip_config(sections, path)
+    stated = {key: prepared[key] for key in ("mean", "std", "interpolation") if prepared.get(key)}
     return ClipWeights(
-        path,
-        _clip_config(sections, path),
-        converted,
-        {
-            "mean": preprocessing.get("mean") or OPENAI_CLIP_MEAN,
-            "std": preprocessing.get("std") or OPENAI_CLIP_STD,
-            "interpolation": preprocessing.get("interpolation") or "bicubic",
-            "resize": _OPEN_CLIP_RESIZES[resize],
-        },
+        path, config, converted, _preprocessing(config_path, config, resize=_OPEN_CLIP_RESIZES[resize], **stated)
     )
 
 
@@ -185,7 +179,7 @@ def _read_hf(folder: Path, weights: Path, choices: OpenClipChoices) -> ClipWeigh
     for file in _parts(weights):
         state.update(read_tensors(file))
     config = _clip_config(sections, folder)
-    return ClipWeights(folder, config, state, hf_preprocessing(folder, sections["vision_config"]["image_size"]))
+    return ClipWeights(folder, config, state, _hf_preprocessing(folder, config))
 
 
 def _clip_config(sections: Mapping[str, Any], origin: Path) -> CLIPConfig:
@@ -201,12 +195,21 @@ def _clip_config(sections: Mapping[str, Any], origin: Path) -> CLIPConfig:
         ) from error
 
 
-def hf_preprocessing(folder: Path, image_size: int) -> dict[str, Any]:
-    """``mean``, ``std``, ``interpolation`` and ``resize`` that a folder's image processor states; CLIP's own without.
+def _preprocessing(origin: Path, config: CLIPConfig, **stated: Any) -> Preprocessing:
+    vision: Any = config.vision_config
+    try:
+        return Preprocessing(vision.image_size, **stated)
+    except RewardError as error:
+        raise CheckpointError(f"{origin}: {error}") from error
+
+
+def _hf_preprocessing(folder: Path, config: CLIPConfig) -> Preprocessing:
+    """What a folder's image processor states; CLIP's own where there is none.
 
     Raises:
         CheckpointError: it prepares pictures in a way that cannot be followed.
     """
+    vision: Any = config.vision_config
     path = _first(folder, _PROCESSORS)
     stated = read_json(path, CheckpointError) if path is not None else {}
     given = _section(stated, "image_processor") or stated
@@ -219,18 +222,14 @@ def hf_preprocessing(folder: Path, image_size: int) -> dict[str, Any]:
     crop = crop.get("height") if isinstance(crop, Mapping) else crop
     interpolation = _PILLOW_FILTERS.get(given.get("resample", 3))
     sides = {side for side in (size, crop if resize == "crop_down" else None) if side is not None}
-    if interpolation is None or not sides <= {image_size}:
+    if interpolation is None or not sides <= {vision.image_size}:
         raise CheckpointError(
             f"{path}: resizes to {given.get('size')} and crops to {given.get('crop_size')} with Pillow's filter "
-            f"{given.get('resample')}; expected {image_size} pixels, bicubic (3) or bilinear (2). Remove the "
+            f"{given.get('resample')}; expected {vision.image_size} pixels, bicubic (3) or bilinear (2). Remove the "
             "file to use CLIP's own preparation."
         )
-    return {
-        "mean": given.get("image_mean") or OPENAI_CLIP_MEAN,
-        "std": given.get("image_std") or OPENAI_CLIP_STD,
-        "interpolation": interpolation,
-        "resize": resize,
-    }
+    stated = {key: given[f"image_{key}"] for key in ("mean", "std") if given.get(f"image_{key}")}
+    return _preprocessing(path or folder, config, interpolation=interpolation, resize=resize, **stated)
 
 
 def _in_one_line(error: Exception) -> str:

@@ -31,7 +31,6 @@ from torch import Tensor
 from nemo_aligner_diffusion.errors import ArchiveError, CheckpointError
 from nemo_aligner_diffusion.formats.checkpoints import read_tensors
 from nemo_aligner_diffusion.formats.nemo import NemoArchive, save_nemo
-from nemo_aligner_diffusion.rewards.archive_checks import check_fit, mapping
 from nemo_aligner_diffusion.rewards.clip.network import fill, on_meta
 from nemo_aligner_diffusion.rewards.image_reward.reward import (
     HEAD_PLACES,
@@ -50,6 +49,7 @@ from nemo_aligner_diffusion.rewards.image_reward.tokenizer import (
     tokenizer_from_bytes,
 )
 from nemo_aligner_diffusion.rewards.restore import RestoreOptions
+from nemo_aligner_diffusion.rewards.support.archive_checks import check_fit, mapping
 
 logger = logging.getLogger(__name__)
 

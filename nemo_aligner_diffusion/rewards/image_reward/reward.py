@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nemo_aligner_diffusion.errors import RewardError
-from nemo_aligner_diffusion.rewards.base import Reward
-from nemo_aligner_diffusion.rewards.micro_batches import check_micro_batch_size, in_micro_batches, own_precision
-from nemo_aligner_diffusion.rewards.preprocessing import preprocess
-from nemo_aligner_diffusion.rewards.truncation import TruncationCounter
+from nemo_aligner_diffusion.rewards.base import Reward, wide
+from nemo_aligner_diffusion.rewards.support.micro_batches import in_micro_batches, own_precision
+from nemo_aligner_diffusion.rewards.support.preprocessing import Preprocessing
+from nemo_aligner_diffusion.rewards.support.text_rows import TruncationCounter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -104,7 +104,7 @@ class ImageRewardNetwork(nn.Module):
             is_decoder=False,
         ).last_hidden_state[:, 0]
         # Five small layers, in float32 whatever the towers compute in, as in the original.
-        features = features if features.dtype == torch.float64 else features.float()
+        features = wide(features)
         layer: Any
         for layer in self.head.values():
             weight, bias = (parameter.to(features.dtype) for parameter in (layer.weight, layer.bias))
@@ -144,7 +144,6 @@ class ImageReward(Reward):
         token_cache_size: int = 4096,
     ) -> None:
         super().__init__()
-        check_micro_batch_size(micro_batch_size)
         if not std > 0:
             raise RewardError(f"ImageReward divides by a deviation of {std}; expected a number above 0.")
         most_tokens = network.text_options["max_position_embeddings"]
@@ -152,13 +151,13 @@ class ImageReward(Reward):
             raise RewardError(f"ImageReward's max_length is {max_length}; expected 2 to {most_tokens} tokens.")
         self.network = network
         self.tokenizer = tokenizer
-        self.image_size: int = network.vision_options["image_size"]
+        self.preprocessing = Preprocessing(network.vision_options["image_size"])
         self.mean, self.std = mean, std
         self.max_length = max_length
         self.micro_batch_size = micro_batch_size
         self.activation_checkpointing = activation_checkpointing
         self.token_cache_size = token_cache_size
-        self.truncation = TruncationCounter(max_length)
+        self.truncated = TruncationCounter(max_length)
         self._token_cache: OrderedDict[str, tuple[list[int], list[int]]] = OrderedDict()
         self.freeze()
 
@@ -173,7 +172,7 @@ class ImageReward(Reward):
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         with own_precision(self.device.type):
-            pixels = preprocess(images.to(self.device), self.image_size).to(self.dtype)
+            pixels = self.preprocessing(images.to(self.device)).to(self.dtype)
             raw = in_micro_batches(
                 self.network,
                 pixels,
@@ -198,5 +197,5 @@ class ImageReward(Reward):
     def _tokenize(self, prompt: str) -> tuple[list[int], list[int]]:
         encoded: Any = self.tokenizer(prompt, padding="max_length", truncation=True, max_length=self.max_length)
         if all(encoded.attention_mask) and len(self.tokenizer(prompt).input_ids) > self.max_length:
-            self.truncation.count(prompt)
+            self.truncated.count(prompt)
         return encoded.input_ids, encoded.attention_mask

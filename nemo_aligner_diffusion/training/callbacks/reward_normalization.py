@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nemo_aligner_diffusion.algorithms.reward_tuning import RewardTuning
-from nemo_aligner_diffusion.rewards.parts import (
+from nemo_aligner_diffusion.rewards.support.parted import (
     STATISTICS_FILE,
     PartedReward,
     apply_statistics,

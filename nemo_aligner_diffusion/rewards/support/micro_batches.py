@@ -26,7 +26,12 @@ def in_micro_batches(
         micro_batch_size: rows at a time; ``None`` for all at once.
         activation_checkpointing: keep only the arguments for the backward pass and recompute ``function`` there, one
             piece at a time: peak memory then doesn't grow with ``B``.
+
+    Raises:
+        RewardError: less than one row at a time.
     """
+    if micro_batch_size is not None and micro_batch_size < 1:
+        raise RewardError(f"A reward's micro_batch_size is {micro_batch_size}; expected at least 1, or null for all.")
     rows = len(batched[0])
     run: Callable[..., Tensor] = function
     if activation_checkpointing and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in batched):
@@ -39,12 +44,6 @@ def in_micro_batches(
     size = micro_batch_size or max(rows, 1)
     pieces = zip(*(tensor.split(size) for tensor in batched), strict=True)
     return torch.cat([run(*parts) for parts in pieces])
-
-
-def check_micro_batch_size(micro_batch_size: int | None) -> None:
-    """Raises :class:`RewardError` for less than one image at a time."""
-    if micro_batch_size is not None and micro_batch_size < 1:
-        raise RewardError(f"The reward's micro_batch_size is {micro_batch_size}; it must be at least 1, or null.")
 
 
 @contextlib.contextmanager

@@ -16,13 +16,28 @@ from torch import Tensor
 from torch.nn import functional
 
 from nemo_aligner_diffusion.errors import RewardError
-from nemo_aligner_diffusion.rewards.pretrained import load_processor
+from nemo_aligner_diffusion.rewards.support.preprocessing import antialiased_resize
 
 # PIL's numbers for its filters, as preprocessor_config.json holds them. torch has no Lanczos; bicubic differs from it
 # by 0.9 grey levels on average where a photograph shrinks to 224 pixels.
 _FILTERS = {0: "nearest-exact", 1: "bicubic", 2: "bilinear", 3: "bicubic"}
 # Processors that resize, crop, rescale and normalise, in this order, and do nothing else.
-PLAIN = ("ViT", "DeiT", "CLIP", "ChineseCLIP", "Siglip", "Bit", "Blip", "Pvt", "MobileNetV1", "OwlViT", "Beit")
+PLAIN = (
+    *(
+        "ViT",
+        "DeiT",
+        "CLIP",
+        "ChineseCLIP",
+        "Siglip",
+        "Bit",
+        "Blip",
+        "Pvt",
+        "MobileNetV1",
+        "OwlViT",
+        "Beit",
+        "Segformer",
+    ),
+)
 # Processors with one step of their own, which is known here.
 SPECIAL = ("ConvNext", "EfficientNet", "Levit", "MobileViT", "Owlv2")
 
@@ -35,7 +50,7 @@ class ImageProcessor:
         kind: the processor's name without ``ImageProcessor``.
         resize: ``(height, width)``; or the length of the short side, keeping the aspect ratio; ``None``: none.
         crop: ``(height, width)`` of the centre crop; ``None``: none. A smaller picture is padded with black.
-        interpolation: of the resize; antialiased where it shrinks.
+        interpolation: of the resize; antialiased where it shrinks, bicubic cut at 0 and 1 as Pillow does.
         scale, offset: the network's values are ``(255·x·scale + offset)`` before normalising.
         mean, std: per channel; ``None``: not normalised.
         reverse_channels: BGR.
@@ -50,17 +65,6 @@ class ImageProcessor:
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
     reverse_channels: bool = False
-
-    @classmethod
-    def from_pretrained(cls, source: str, where: str) -> ImageProcessor:
-        """Of a folder or hub id.
-
-        Raises:
-            RewardError: there is none, or its steps are not known here.
-        """
-        from transformers import AutoImageProcessor
-
-        return cls.of(load_processor(AutoImageProcessor, source, where, "an image processor"), where)
 
     @classmethod
     def of(cls, processor: Any, where: str) -> ImageProcessor:
@@ -168,11 +172,7 @@ def _resize(images: Tensor, size: tuple[int, int] | int, interpolation: str) -> 
         short, long = min(height, width), max(height, width)
         other = int(size * long / short)  # rounded down, as transformers does
         size = (other, size) if height > width else (size, other)
-    if size == (height, width):
-        return images
-    if interpolation == "nearest-exact":
-        return functional.interpolate(images, size=size, mode=interpolation)
-    return functional.interpolate(images, size=size, mode=interpolation, align_corners=False, antialias=True)
+    return antialiased_resize(images, size, interpolation)
 
 
 def _centre_crop(images: Tensor, size: tuple[int, int]) -> Tensor:

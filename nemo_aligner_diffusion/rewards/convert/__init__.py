@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_aligner_diffusion.errors import AlignerError, CheckpointError, ConfigurationError, OutputError
-from nemo_aligner_diffusion.rewards.convert_kinds import KINDS
+from nemo_aligner_diffusion.rewards.convert.kinds import KINDS
 
 if TYPE_CHECKING:
     import torch
 
     from nemo_aligner_diffusion.rewards.clip.sources import ClipWeights
+    from nemo_aligner_diffusion.rewards.support.preprocessing import Preprocessing
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Conversion:
         dtype: name of the floating dtype to save in; as in the source when left out.
         activation, vision_heads, text_heads: of an OpenCLIP checkpoint, see :mod:`.open_clip_layout`.
         head_activation: aesthetic: between the head's layers.
-        resize: ``crop``, ``crop_down``, ``pad`` or ``squash``, see :func:`.preprocessing.preprocess`.
+        resize: one of :data:`.preprocessing.RESIZES`, see :class:`.Preprocessing`.
         prompt_prefix: words before every prompt.
         name: of the reward in metrics.
         gzip: compress the archive.
@@ -153,20 +154,25 @@ def _write_clip(conversion: Conversion, source: str, path: Path, common: dict[st
         path,
         score=conversion.score or kind.score,
         prompt_prefix=conversion.prompt_prefix or "",
-        **preprocessing,
+        preprocessing=preprocessing,
         **common,
     )
 
 
 def _write_aesthetic(conversion: Conversion, source: str, path: Path, common: dict[str, Any]) -> None:
     from nemo_aligner_diffusion.formats.checkpoints import read_tensors
-    from nemo_aligner_diffusion.rewards.aesthetic import convert_aesthetic_to_nemo
+    from nemo_aligner_diffusion.rewards.clip.aesthetic import convert_aesthetic_to_nemo
 
     head = read_tensors(Path(source).expanduser())
     weights, preprocessing = _clip_weights(conversion, conversion.clip or KINDS["aesthetic"].clip or "")
     try:
         convert_aesthetic_to_nemo(
-            head, weights.vision_model(), path, activation=conversion.head_activation, **preprocessing, **common
+            head,
+            weights.vision_model(),
+            path,
+            activation=conversion.head_activation,
+            preprocessing=preprocessing,
+            **common,
         )
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
@@ -189,7 +195,7 @@ def _write_image_reward(conversion: Conversion, source: str, path: Path, common:
     )
 
 
-def _clip_weights(conversion: Conversion, source: str) -> tuple[ClipWeights, dict[str, Any]]:
+def _clip_weights(conversion: Conversion, source: str) -> tuple[ClipWeights, Preprocessing]:
     from nemo_aligner_diffusion.formats.open_clip import OpenClipChoices
     from nemo_aligner_diffusion.rewards.clip.sources import locate_clip, read_clip
 
@@ -199,9 +205,8 @@ def _clip_weights(conversion: Conversion, source: str) -> tuple[ClipWeights, dic
     if activation is None and not (path.is_dir() and (path / "config.json").is_file()):
         activation = kind.activation
     weights = read_clip(path, OpenClipChoices(activation, conversion.vision_heads, conversion.text_heads))
-    preprocessing = dict(weights.preprocessing)
-    preprocessing["resize"] = conversion.resize or kind.resize or preprocessing["resize"]
-    return weights, preprocessing
+    resize = conversion.resize or kind.resize or weights.preprocessing.resize
+    return weights, replace(weights.preprocessing, resize=resize)
 
 
 def _single_file(source: str, file: str) -> Path:

@@ -15,8 +15,35 @@ from typing import Any
 import torch
 
 from nemo_aligner_diffusion.errors import RewardError, first_line
+from nemo_aligner_diffusion.rewards.base import NetworkReward
+from nemo_aligner_diffusion.rewards.settings import HuggingFaceSettings
+from nemo_aligner_diffusion.rewards.support.image_processor import ImageProcessor
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def load_network(settings: HuggingFaceSettings, where: str = "rm.model.from_pretrained") -> NetworkReward:
+    """The reward of a folder or hub id, on the CPU in float32; ``where`` is the key that named it.
+
+    Raises:
+        RewardError: there is no such network, its preprocessing is not known here, or the settings don't fit it.
+    """
+    import transformers
+
+    source = existing_source(settings.from_pretrained or "", where)
+    if settings.model_types:
+        config = load_processor(transformers.AutoConfig, source, where, f"the configuration of {settings.what}")
+        if config.model_type not in settings.model_types:
+            raise RewardError(
+                f"{where} = {source!r} is a model of type {config.model_type!r}; expected one of "
+                f"{', '.join(settings.model_types)}, such as {settings.needs['from_pretrained']}."
+            )
+    model = load_model(getattr(transformers, settings.auto_class), source, where, settings.what)
+    tokenizer = (
+        load_processor(transformers.AutoTokenizer, source, where, "its tokenizer") if settings.reads_prompts else None
+    )
+    processor = load_processor(transformers.AutoImageProcessor, source, where, "an image processor")
+    return NetworkReward(settings, model, ImageProcessor.of(processor, where), tokenizer)
 
 
 def existing_source(source: str | Path, where: str) -> str:

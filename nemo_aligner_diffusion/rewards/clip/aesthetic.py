@@ -33,13 +33,13 @@ from torch.nn import functional
 
 from nemo_aligner_diffusion.errors import ArchiveError, CheckpointError, RewardError
 from nemo_aligner_diffusion.formats.nemo import NemoArchive, save_nemo
-from nemo_aligner_diffusion.rewards.archive_checks import check_fit, mapping
-from nemo_aligner_diffusion.rewards.base import Reward
+from nemo_aligner_diffusion.rewards.base import Reward, wide
 from nemo_aligner_diffusion.rewards.clip.archive import read_preprocessing, tower_fields
 from nemo_aligner_diffusion.rewards.clip.network import VISION_KEYS, fields, fill, on_meta, stored_tensors
-from nemo_aligner_diffusion.rewards.micro_batches import check_micro_batch_size, in_micro_batches, own_precision
-from nemo_aligner_diffusion.rewards.preprocessing import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, preprocess
 from nemo_aligner_diffusion.rewards.restore import RestoreOptions
+from nemo_aligner_diffusion.rewards.support.archive_checks import check_fit, mapping
+from nemo_aligner_diffusion.rewards.support.micro_batches import in_micro_batches, own_precision
+from nemo_aligner_diffusion.rewards.support.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionModelWithProjection
@@ -62,8 +62,7 @@ class AestheticReward(Reward):
         model: gives the image embedding; frozen in place.
         head: linear layers, the first as wide as the embedding, the last giving one number.
         activation: between them, ``identity`` or ``relu``.
-        image_size, mean, std, interpolation, resize, micro_batch_size, activation_checkpointing: as for
-            :class:`.clip.CLIPReward`.
+        preprocessing, micro_batch_size, activation_checkpointing: as for :class:`.CLIPReward`.
     """
 
     name = "aesthetic"
@@ -74,24 +73,18 @@ class AestheticReward(Reward):
         head: Iterable[nn.Module],
         *,
         activation: str = "identity",
-        image_size: int | None = None,
-        mean: Sequence[float] = OPENAI_CLIP_MEAN,
-        std: Sequence[float] = OPENAI_CLIP_STD,
-        interpolation: str = "bicubic",
-        resize: str = "crop",
+        preprocessing: Preprocessing | None = None,
         micro_batch_size: int | None = None,
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
             raise RewardError(f"An aesthetic head's activation is one of {', '.join(ACTIVATIONS)}, not {activation!r}.")
-        check_micro_batch_size(micro_batch_size)
         config: Any = model.config
         self.model = model
         self.head = nn.ModuleList(head)
         self.activation = activation
-        self.image_size: int = image_size or config.image_size
-        self.mean, self.std, self.interpolation, self.resize = tuple(mean), tuple(std), interpolation, resize
+        self.preprocessing = preprocessing or Preprocessing(config.image_size)
         self.micro_batch_size = micro_batch_size
         self.activation_checkpointing = activation_checkpointing
         self.freeze()
@@ -99,12 +92,9 @@ class AestheticReward(Reward):
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         weight = self.model.visual_projection.weight
         with own_precision(weight.device.type):
-            pixels = preprocess(
-                images.to(weight.device), self.image_size, self.mean, self.std, self.interpolation, self.resize
-            )
             return in_micro_batches(
                 self._rate_pixels,
-                pixels,
+                self.preprocessing(images.to(weight.device)),
                 micro_batch_size=self.micro_batch_size,
                 activation_checkpointing=self.activation_checkpointing,
             )
@@ -114,8 +104,7 @@ class AestheticReward(Reward):
         pooled = self.model.vision_model(pixel_values=pixels.to(weight.dtype)).pooler_output
         embeddings = self.model.visual_projection(pooled)
         # The norm in at least float32; the rest follows the head, which is in the model's dtype.
-        wide = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
-        return self.rate(functional.normalize(wide, dim=-1).to(weight.dtype))
+        return self.rate(functional.normalize(wide(embeddings), dim=-1).to(weight.dtype))
 
     def rate(self, embeddings: Tensor) -> Tensor:
         """Ratings ``(B,)`` of image embeddings ``(B, D)`` of length 1."""
@@ -171,7 +160,7 @@ def restore_aesthetic(archive: NemoArchive, options: RestoreOptions) -> Aestheti
         activation=activation,
         micro_batch_size=options.micro_batch_size,
         activation_checkpointing=options.activation_checkpointing,
-        **read_preprocessing(archive, config, fields(model.config, VISION_KEYS)["image_size"]),
+        preprocessing=read_preprocessing(archive, config, fields(model.config, VISION_KEYS)["image_size"]),
     )
 
 
@@ -181,10 +170,7 @@ def convert_aesthetic_to_nemo(
     path: str | Path,
     *,
     activation: str | None = None,
-    mean: Sequence[float] = OPENAI_CLIP_MEAN,
-    std: Sequence[float] = OPENAI_CLIP_STD,
-    interpolation: str = "bicubic",
-    resize: str = "crop",
+    preprocessing: Preprocessing | None = None,
     dtype: torch.dtype | None = None,
     name: str = "aesthetic",
     extra: Mapping[str, Any] | None = None,
@@ -198,7 +184,7 @@ def convert_aesthetic_to_nemo(
         model: left as it is.
         path: the archive to write.
         activation: between the head's layers; known from the places of the layers in the published heads.
-        mean, std, interpolation, resize: how pictures are prepared for ``model``.
+        preprocessing: how pictures are prepared for ``model``; OpenAI's when left out.
         dtype: of the saved weights; as they are when left out.
         name: what the reward is called in metrics.
         extra: further configuration entries, e.g. provenance; ignored when restoring.
@@ -232,13 +218,7 @@ def convert_aesthetic_to_nemo(
             "name": name,
             "clip": {"vision_config": fields(config, VISION_KEYS)},
             "head": {"widths": widths, "activation": activation},
-            "preprocessing": {
-                "image_size": config.image_size,
-                "mean": [float(value) for value in mean],
-                "std": [float(value) for value in std],
-                "interpolation": interpolation,
-                "resize": resize,
-            },
+            "preprocessing": (preprocessing or Preprocessing(config.image_size)).as_config(),
         },
         {key: tensor if dtype is None else tensor.to(dtype) for key, tensor in state.items()},
         gzip=gzip,

@@ -1,0 +1,132 @@
+"""Finds the rewards: every module of this package is looked through, so that a new one is a new file. No torch."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from nemo_aligner_diffusion.errors import ConfigurationError
+from nemo_aligner_diffusion.keys import closest, flatten
+from nemo_aligner_diffusion.rewards.augmentation import Augmentation
+from nemo_aligner_diffusion.rewards.settings import HuggingFaceSettings, RewardSettings
+from nemo_aligner_diffusion.settings import ANY, Kind, choice
+
+_PACKAGE = "nemo_aligner_diffusion.rewards"
+# Modules of the package that hold no reward; importing them may be slow.
+_OTHERS = {"base", "build", "registry", "settings"}
+_AUGMENT = {key.removeprefix("rm."): (field, Augmentation.kinds()[field]) for field, key in Augmentation.keys().items()}
+
+
+@functools.cache
+def rewards() -> dict[str, type[RewardSettings]]:
+    """``rm.name`` -> the class of its settings."""
+    found: dict[str, type[RewardSettings]] = {}
+    for module in pkgutil.iter_modules(importlib.import_module(_PACKAGE).__path__):
+        if module.name not in _OTHERS and not module.ispkg:
+            path = f"{_PACKAGE}.{module.name}"
+            for entry in vars(importlib.import_module(path)).values():
+                if isinstance(entry, type) and issubclass(entry, RewardSettings) and entry.__module__ == path:
+                    found[entry.name] = entry
+    return {name: found[name] for name in sorted(found) if name}  # those without a name are bases of others
+
+
+def reward_keys() -> dict[str, Kind]:
+    """Dotted key -> kind, of every reward."""
+    keys: dict[str, Kind] = {"rm.name": choice(*rewards())}
+    for reward in rewards().values():
+        for key, (_, kind) in reward.below().items():
+            # where two rewards mean different things by one key, the one that is chosen reads it
+            keys[f"rm.{key}"] = kind if keys.get(f"rm.{key}", kind) == kind else ANY
+        keys |= {f"rm.{section}.*": ANY for section in reward.sections}
+    return {**keys, **{f"rm.{key}": kind for key, (_, kind) in _AUGMENT.items()}}
+
+
+def sections_of(name: str) -> set[str]:
+    """The entries of ``rm`` that a reward reads."""
+    return {key.partition(".")[0] for key in rewards()[name].below()} | {"augment", *rewards()[name].sections}
+
+
+def read_reward(
+    section: Any, where: str = "rm", name: str = "clip", part_keys: tuple[str, ...] | None = None
+) -> tuple[RewardSettings, list[str]]:
+    """The reward that a section describes, and the keys that it does not read.
+
+    Args:
+        section: a mapping; null entries are defaults.
+        where: its place in the configuration.
+        name: taken where the section gives none.
+        part_keys: of a part of another reward, the keys that may stand beside the reward's own; a part reads every key.
+
+    Raises:
+        ConfigurationError: an unknown reward or key (the nearest is named), an impossible value, or one that is needed.
+    """
+    if section is not None and not isinstance(section, Mapping):
+        raise ConfigurationError(f"{where} = {section!r}: expected a section with keys, such as {{name: clip}}")
+    given = dict(section or {})
+    name = given.pop("name", None) or name
+    if name not in rewards():
+        raise ConfigurationError(
+            f"{where}.name = {name!r}: expected one of {', '.join(rewards())}{closest(str(name), rewards())}"
+        )
+    kind = rewards()[name]
+    values: dict[str, Any] = {}
+    for field in kind.sections:
+        values[field] = kind.read_section(field, given.pop(field, None), f"{where}.{field}")
+    known, augment, unread = kind.below(), {}, []
+    for key, value in flatten(given).items():
+        if value is None or value == {}:
+            continue
+        if key in _AUGMENT:
+            field, reader = _AUGMENT[key]
+            augment[field] = reader.read(f"{where}.{key}", value)
+        elif part_keys is not None and key == "trainer.precision":
+            raise ConfigurationError(f"{where}.{key}: all parts compute alike; set rm.trainer.precision")
+        elif key in known:
+            field, reader = known[key]
+            values[field] = reader.read(f"{where}.{key}", value)
+        else:
+            _check_unread(where, kind, key, value, part_keys)
+            unread.append(f"{where}.{key}")
+    settings = kind(augment=Augmentation(**augment), **values)
+    settings.check(where)
+    return settings, unread
+
+
+def _check_unread(where: str, kind: type[RewardSettings], key: str, value: Any, part_keys: Any) -> None:
+    """Raises :class:`ConfigurationError` for a key that this reward does not read, unless another one does."""
+    others = reward_keys()
+    free = any(known.endswith(".*") and f"rm.{key}.".startswith(known[:-1]) for known in others)
+    if part_keys is not None or not (f"rm.{key}" in others or free):
+        known = [*(part_keys or ("name",)), *kind.below(), *_AUGMENT, *kind.sections]
+        if any(name.startswith(f"{key}.") for name in known):
+            raise ConfigurationError(f"{where}.{key} = {value!r}: expected a section with keys")
+        hint = closest(key, known) or f"; {kind.name} reads {', '.join(known)}"
+        raise ConfigurationError(f"unknown key {f'{where}.{key}'!r}{hint}")
+    if key == "model.restore_from_path":
+        instead = ", or rm.model.from_pretrained" if issubclass(kind, HuggingFaceSettings) else ", or no path"
+        raise ConfigurationError(
+            f"{where}.{key} = {value!r} with {where}.name = {kind.name}, which restores no file: expected "
+            f"{where}.name=clip{instead}"
+        )
+    if key == "model.from_pretrained":
+        folders = [name for name, other in rewards().items() if issubclass(other, HuggingFaceSettings)]
+        raise ConfigurationError(
+            f"{where}.{key} = {value!r} with {where}.name = {kind.name}, which takes no such folder: expected "
+            f"{' or '.join(folders)}; for CLIP-like models convert the folder with "
+            f"examples/mm/clip/convert_reward_to_nemo.py and give {where}.model.restore_from_path"
+        )
+    if not free:
+        others[f"rm.{key}"].read(f"{where}.{key}", value)
+
+
+def import_paths(config: Any, where: str = "rm") -> Iterator[tuple[str, str]]:
+    """``(key, value)`` of every import path in an ``rm`` section: code that building it would run."""
+    if isinstance(config, Mapping):
+        for key, value in config.items():
+            if key == "import_path" and value is not None:
+                yield f"{where}.{key}", str(value)
+            else:
+                yield from import_paths(value, f"{where}.{key}")

@@ -1,0 +1,162 @@
+"""A reward of several: each part's score, brought to a scale and kept within bounds, and logged raw."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from nemo_aligner_diffusion.errors import CheckpointError, RewardError
+from nemo_aligner_diffusion.rewards.base import Reward, check_images
+from nemo_aligner_diffusion.rewards.parts import BY_BASE, PartedSettings, Shaping
+
+STATISTICS_FILE = "reward_normalization.json"  # in a run directory: {place: {"mean": …, "std": …}}
+
+
+class PartedReward(Reward):
+    """A reward out of several; its settings say how they are combined.
+
+    :meth:`components` gives the parts' own scores, raw, under the names given here (a part that has several components
+    itself adds ``name/component``). A NaN in a part of weight 0 stays visible there and in the sum.
+
+    Args:
+        settings: a composite's or an ensemble's.
+        rewards: the parts, by name.
+        label: this reward's place in the configuration, by which measured statistics are kept.
+    """
+
+    def __init__(self, settings: PartedSettings, rewards: Mapping[str, Reward], label: str = "rm") -> None:
+        super().__init__()
+        self.settings = settings
+        self.name = settings.name
+        self.label = label
+        self.parts = tuple(rewards)
+        self.shapings = {name: part.shaping for name, part in settings.parts.items()}
+        # A list, not a ModuleDict: part names are the user's and may hold dots.
+        self.rewards = nn.ModuleList(rewards.values())
+        self.statistics: dict[str, tuple[float, float]] = {
+            name: shaping.normalize for name, shaping in self.shapings.items() if isinstance(shaping.normalize, tuple)
+        }
+        self.freeze()
+
+    def part(self, name: str) -> Reward:
+        reward = self.rewards[self.parts.index(name)]
+        assert isinstance(reward, Reward)
+        return reward
+
+    def place(self, name: str) -> str:
+        """A part's place in the configuration, such as ``rm.parts.clip``."""
+        return f"{self.label}.parts.{name}"
+
+    def unmeasured(self) -> list[str]:
+        """Parts that are to be normalised by the base model's pictures and are not yet."""
+        return [
+            name
+            for name, shaping in self.shapings.items()
+            if shaping.normalize == BY_BASE and name not in self.statistics
+        ]
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.scores(images, prompts)[0]
+
+    def scores(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        check_images(images, prompts)
+        components: dict[str, Tensor] = {}
+        shaped: list[Tensor] = []
+        for name in self.parts:
+            score, inner = self.part(name).scores(images, prompts)
+            components[name] = score
+            if len(inner) > 1:
+                components.update({f"{name}/{key}": value for key, value in inner.items()})
+            shaped.append(self._shaped(name, score))
+        return self.settings.combine(shaped), components
+
+    def _shaped(self, name: str, score: Tensor) -> Tensor:
+        shaping = self.shapings[name]
+        if shaping.normalize is not None:
+            check_measured(self)
+            mean, std = self.statistics[name]
+            score = (score - mean) / std
+        return shaping.bounded(score)
+
+
+def parted_rewards(reward: nn.Module) -> list[PartedReward]:
+    """All rewards of several parts in ``reward``, inner ones first: an outer part's figures depend on them."""
+    return [module for module in reward.modules() if isinstance(module, PartedReward)][::-1]
+
+
+def known_statistics(reward: nn.Module) -> dict[str, dict[str, float]]:
+    """What was measured: ``{place: {"mean": …, "std": …}}``; :func:`apply_statistics` takes it back."""
+    return {
+        parted.place(name): {"mean": parted.statistics[name][0], "std": parted.statistics[name][1]}
+        for parted in parted_rewards(reward)
+        for name, shaping in parted.shapings.items()
+        if shaping.normalize == BY_BASE and name in parted.statistics
+    }
+
+
+def check_measured(reward: nn.Module) -> None:
+    """Raises :class:`RewardError` where a part is to be normalised by figures that are not there."""
+    for parted in parted_rewards(reward):
+        for name in parted.unmeasured():
+            raise RewardError(
+                f"{parted.place(name)}.normalize is base: the mean and standard deviation over the base model's "
+                "pictures are not known here. A training run measures them before its first step and keeps them in its "
+                f"{STATISTICS_FILE}; elsewhere give {{mean: …, std: …}}."
+            )
+
+
+def apply_statistics(reward: nn.Module, statistics: Mapping[str, Mapping[str, float]]) -> None:
+    """Set what :func:`known_statistics` gave; places that the reward does not have are left out.
+
+    Raises:
+        ConfigurationError: a figure is impossible.
+    """
+    for parted in parted_rewards(reward):
+        for name, shaping in parted.shapings.items():
+            figures = statistics.get(parted.place(name))
+            if shaping.normalize == BY_BASE and figures is not None:
+                mean, std = float(figures["mean"]), float(figures["std"])
+                Shaping(normalize=(mean, std)).check(parted.place(name))
+                parted.statistics[name] = (mean, std)
+
+
+def statistics_of(place: str, scores: Tensor) -> tuple[float, float]:
+    """``(mean, standard deviation)`` of raw scores ``(N,)``, in float64, over the population.
+
+    Raises:
+        RewardError: fewer than two scores, or they do not differ, or are not finite.
+    """
+    scores = scores.double()
+    mean, std = float(scores.mean()), float(scores.std(correction=0))
+    if len(scores) < 2 or not math.isfinite(std) or std <= 1e-9 * max(1.0, abs(mean)):
+        raise RewardError(
+            f"{place}.normalize is base, but the {len(scores)} scores of the base model's pictures have mean "
+            f"{mean:.6g} and standard deviation {std:.3g}, by which nothing can be normalised: validate on more "
+            "prompts (model.data.validation), or give {mean: …, std: …}."
+        )
+    return mean, std
+
+
+def read_statistics(run_dir: Path) -> dict[str, dict[str, float]]:
+    """What a run recorded for :func:`apply_statistics`; ``{}`` where it recorded nothing.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    path = Path(run_dir) / STATISTICS_FILE
+    if not path.is_file():
+        return {}
+    try:
+        return {
+            str(place): {"mean": float(figures["mean"]), "std": float(figures["std"])}
+            for place, figures in json.loads(path.read_text(encoding="utf-8")).items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({type(error).__name__}: {error}); it holds what the run's reward is normalised "
+            "by. Remove it, and a resumed run takes the figures from its checkpoint or measures them again."
+        ) from error
