@@ -149,7 +149,8 @@ def _train(settings: RunSettings, frame: RunFrame, startup: Startup, given: Give
     module.measure_validation = functools.partial(validation_figures, embedder=_embedder(section, reward))
     if given.reward is not None:
         size = section.micro_batch_size
-        prompts = read_prompts(data.train, size, section.data.on_bad_sample, section.data.on_bad_shard)
+        reading = section.data
+        prompts = read_prompts(data.train, size, reading.on_bad_sample, reading.on_bad_shard, reading.prompt_key)
         try_out(module, list(itertools.islice(itertools.cycle(prompts), size)))
     startup.enter("checking the pipeline")
     on_every_process(module.check_pipeline)
@@ -238,7 +239,9 @@ def _build_data(settings: RunSettings) -> RunData:
     else:
         # a user's own prompts are validated on their first ones: the embedded ones say nothing about them
         source = section.validation_path or section.train_path or str(embedded_prompts_path("validation"))
-        prompts = read_prompts(source, section.max_prompts, section.on_bad_sample, section.on_bad_shard)
+        prompts = read_prompts(
+            source, section.max_prompts, section.on_bad_sample, section.on_bad_shard, section.prompt_key
+        )
     return RunData(
         prompts[: section.max_prompts],
         list(section.seeds),
@@ -251,6 +254,7 @@ def _build_data(settings: RunSettings) -> RunData:
         epochs=settings.loop.max_epochs,
         on_bad_sample=section.on_bad_sample,
         on_bad_shard=section.on_bad_shard,
+        prompt_key=section.prompt_key,
         index_folder=section.index_folder,
         worker_timeout_seconds=section.worker_timeout_seconds,
         validation_batch_size=sizes.validation_batch_size,

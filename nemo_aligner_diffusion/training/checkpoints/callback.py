@@ -170,7 +170,7 @@ class TrainingCheckpoint(Checkpoint):
         self._complete(trainer)
         step = trainer.global_step
         path = self.folder / f"step_{step:06d}"
-        trainer.save_checkpoint(path)  # by ParallelStrategy the plugin is called on all ranks
+        trainer.save_checkpoint(path, weights_only=False)  # by ParallelStrategy the plugin is called on all ranks
         self._saved_step = step
         if not self.async_save:
             self._complete(trainer)
