@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from nemo_aligner_diffusion.errors import AlignerError
-from nemo_aligner_diffusion.runtime.streams import outlive_readers
+from nemo_aligner_diffusion.streams import outlive_readers
 
 
 class Main(Protocol):

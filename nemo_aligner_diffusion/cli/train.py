@@ -13,7 +13,7 @@ from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError
 from nemo_aligner_diffusion.runtime import startup
 from nemo_aligner_diffusion.runtime.ending import EndAtExit, end
 from nemo_aligner_diffusion.runtime.said import is_first_to_say, write_error_file
-from nemo_aligner_diffusion.runtime.streams import outlive_readers
+from nemo_aligner_diffusion.streams import outlive_readers
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

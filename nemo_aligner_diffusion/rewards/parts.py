@@ -120,7 +120,7 @@ class PartedSettings(RewardSettings):
     )
 
     def describe(self) -> str:
-        return f"{self.name} of {', '.join(self.parts)}"
+        return f"{self.name} of {', '.join(self.members)}"
 
     @classmethod
     def read_section(cls, value: Any, where: str) -> dict[str, Part]:
