@@ -166,14 +166,14 @@ def test_sharding_halves_what_is_held_and_gathers_every_weight_once_a_call(tiny)
     assert sent == {("data", "all_gather"), ("data", "reduce_scatter")}
 
 
-def planned_pipeline(name: str, folder: Path, *words: str) -> Measurement:
+def planned_pipeline(name: str, folder: Path) -> Measurement:
     """Of a tiny pipeline with the arguments that it is tested with."""
     row = named(name)
     row.build().save_pretrained(folder)
-    own = [f"model.pipeline.arguments.{key}={value}" for key, value in row.arguments.items()
-           if key in ("max_sequence_length", "system_prompt")]  # fmt: skip
-    size = [f"model.infer.{side}={row.arguments[side]}" for side in ("height", "width")]
-    cfg = recipe(folder, "draftp_sd", 2, "model.kl_coeff=0", *own, *size, *words)
+    sections = {"height": "infer", "width": "infer", "max_sequence_length": "pipeline.arguments",
+                "system_prompt": "pipeline.arguments"}  # fmt: skip
+    own = [f"model.{sections[key]}.{key}={value}" for key, value in row.arguments.items() if key in sections]
+    cfg = recipe(folder, "draftp_sd", 2, "model.kl_coeff=0", *own)
     settings, counts = settings_from(cfg, model_spec(str(folder))), step_counts(cfg, model_spec(str(folder)))
     return measure(settings, case_of(cfg), counts.plan, only=("text", "call", "decode", "replay"))
 

@@ -309,13 +309,17 @@ def _recomputed(network: Any, args: Any, kwargs: Any, handle: Tensor) -> Any:
     """``network(*args, **kwargs)`` that keeps its inputs and its output, and has a backward pass of its own."""
     leaves, structure = tree_flatten((args, kwargs))
     tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    given_back: Any = None
 
     def call(_: Tensor, *given: Tensor) -> Any:
+        nonlocal given_back
         at = dict(zip(tensors, given, strict=True))
         args, kwargs = tree_unflatten([at.get(i, leaf) for i, leaf in enumerate(leaves)], structure)
-        return network(*args, **kwargs)
+        flat, given_back = tree_flatten(network(*args, **kwargs))
+        return tuple(flat)  # a checkpoint does not see into the list that Z-Image's network gives
 
-    return checkpoint(call, handle, *(leaves[i] for i in tensors), use_reentrant=True)
+    flat = checkpoint(call, handle, *(leaves[i] for i in tensors), use_reentrant=True)
+    return tree_unflatten(list(flat), given_back)
 
 
 def _held_bytes(module: nn.Module) -> int:
