@@ -138,8 +138,9 @@ def calls_line(small: Counter[T], large: Counter[T], share: float, numbers: Sequ
 def _by_kind(calls: Counter[T], numbers: Sequence[str]) -> dict[T, list[T]]:
     """In order of ``numbers``; of a kind is what differs in them alone."""
     kinds: dict[T, list[T]] = {}
+    nothing: dict[str, Any] = dict.fromkeys(numbers, 0)
     for call in sorted(calls.elements(), key=lambda call: [getattr(call, name) for name in numbers]):
-        kinds.setdefault(replace(call, **dict.fromkeys(numbers, 0)), []).append(call)
+        kinds.setdefault(replace(call, **nothing), []).append(call)
     return kinds
 
 
