@@ -19,10 +19,10 @@ from nemo_aligner_diffusion.errors import ConfigurationError, DataError
 from nemo_aligner_diffusion.rewards.augmentation import Augmentation
 from nemo_aligner_diffusion.rewards.base import Reward
 from nemo_aligner_diffusion.rewards.support.augmented import augmented
+from nemo_aligner_diffusion.runtime.messages import with_quiet_libraries
 from nemo_aligner_diffusion.runtime.signals import Interrupted, Interruption
 from nemo_aligner_diffusion.runtime.watch import watched
 from nemo_aligner_diffusion.training.run import Given, train
-from nemo_aligner_diffusion.training.run_frame import hushed
 from nemo_aligner_diffusion.training.settings import RunSettings
 from nemo_aligner_diffusion.tune_arguments import (
     check_pipeline,
@@ -154,7 +154,7 @@ def tune(
         interruption = Interruption((signal.SIGINT,), then="" if output is None else ", then export and report")
         objects = Given(pipe, own_reward, own_method, files, silent=not progress, keep=output is not None)
         try:
-            with _callers_state(), hushed(), watched(run.trainer, run.exp_manager) as watch:
+            with _callers_state(), with_quiet_libraries(), watched(run.trainer, run.exp_manager) as watch:
                 ended = train(run, watch, interruption, objects)
         except BaseException as error:
             _take_adapter_off(pipe)

@@ -13,7 +13,7 @@ import torch
 from nemo_aligner_diffusion.algorithms.base import Method
 from nemo_aligner_diffusion.algorithms.custom import CustomMethod
 from nemo_aligner_diffusion.algorithms.registry import methods
-from nemo_aligner_diffusion.config.load import groups, recipes
+from nemo_aligner_diffusion.config.recipes import groups, recipes
 from nemo_aligner_diffusion.config.words import quoted
 from nemo_aligner_diffusion.data.paths import expand_paths
 from nemo_aligner_diffusion.data.prompt_files import clean_prompt

@@ -29,6 +29,7 @@ from nemo_aligner_diffusion.evaluation.generation_output import claim_folder, pr
 from nemo_aligner_diffusion.evaluation.request import Request
 from nemo_aligner_diffusion.evaluation.run_files import RunFiles, read_config
 from nemo_aligner_diffusion.formats.checkpoints import load_component
+from nemo_aligner_diffusion.runtime.messages import quiet_libraries
 
 if TYPE_CHECKING:
     from nemo_aligner_diffusion.rewards.base import Reward
@@ -91,7 +92,7 @@ def run_generation(request: Request) -> Result:
     run = _run_of(request)
     settings = resolve_settings(request, run)
     device = _device(request.device)
-    _quiet()
+    quiet_libraries()
     model = load_model(settings.model, settings.unet, settings.vae, _DTYPES[request.precision], **settings.pipeline)
     _set_sampler(model, settings)
     _check_size(model, settings)
@@ -225,16 +226,6 @@ def _set_sampler(model: DiffusionModel, settings: Settings) -> None:
         for key, option in (("sampler_type", "--sampler"), ("eta", "--eta")):
             text = text.replace(f"model.infer.{key}", option)
         raise ConfigurationError(text) from error
-
-
-def _quiet() -> None:
-    """Progress bars of a load that takes a second, and advice about torchvision, only hide what is said here."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    diffusers_logging.disable_progress_bar()
 
 
 def _check_size(model: DiffusionModel, settings: Settings) -> None:

@@ -30,7 +30,7 @@ from nemo_aligner_diffusion.planner.kernels import gpu_kernels
 from nemo_aligner_diffusion.planner.ledger import Ledger, Record
 from nemo_aligner_diffusion.planner.networks import build_model, call_pipeline, preset_reward, without_memory
 from nemo_aligner_diffusion.planner.schedule import active_calls
-from nemo_aligner_diffusion.planner.settings import PRECISIONS, Case, Settings
+from nemo_aligner_diffusion.planner.settings import Case, Settings
 from nemo_aligner_diffusion.rewards.base import Reward
 from nemo_aligner_diffusion.rewards.support.sample_keys import SampleKeys, scoring_samples
 
@@ -278,7 +278,7 @@ class _Phases:
 
     def _precision(self, cache: bool = True) -> Any:
         """What Lightning puts around a training step. Counted on the CPU's autocast; see :mod:`.kernels`."""
-        _, compute, autocast = PRECISIONS[self.settings.precision]
+        _, compute, autocast = self.settings.arithmetic
         if not autocast:
             return contextlib.nullcontext()
         return torch.autocast("cpu", getattr(torch, compute), cache_enabled=cache)
@@ -310,7 +310,7 @@ def _build(settings: Settings, case: Case) -> _Subject:
     if case.activation_checkpointing:
         model.denoiser.enable_gradient_checkpointing()
     reward = _reward(settings)
-    weights, _, autocast = PRECISIONS[settings.precision]
+    weights, _, autocast = settings.arithmetic
     if weights != "float32" and not autocast:  # the reward has a precision of its own
         model.to(getattr(torch, weights))
     model.denoiser.train()

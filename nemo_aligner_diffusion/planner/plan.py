@@ -16,6 +16,7 @@ from nemo_aligner_diffusion.planner.presets import ModelSpec
 from nemo_aligner_diffusion.planner.schedule import StepCounts, step_counts
 from nemo_aligner_diffusion.planner.search import Candidate, Machines, candidate, nothing_fits, search
 from nemo_aligner_diffusion.planner.settings import Case, Settings, settings_from
+from nemo_aligner_diffusion.runtime.messages import quiet_libraries
 from nemo_aligner_diffusion.training.settings import RunSettings
 
 
@@ -102,11 +103,6 @@ def _deepest(measured: Measurement) -> str:
 
 def quiet() -> None:
     """Libraries' remarks about models that nobody will run."""
-    import diffusers
-    import transformers
-
     warnings.filterwarnings("ignore")
-    for library in (diffusers.utils.logging, transformers.utils.logging):
-        library.set_verbosity_error()
-        library.disable_progress_bar()
+    quiet_libraries()
     logging.getLogger("megatron").setLevel(logging.ERROR)

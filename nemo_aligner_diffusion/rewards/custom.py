@@ -25,7 +25,7 @@ class Custom(RewardSettings):
 
     name = "custom"
     needs: ClassVar = {"import_path": "my_package.my_module:my_reward"}
-    sections = ("kwargs",)
+    free: ClassVar = {"kwargs": "kwargs"}
 
     import_path: str | None = setting(
         None,
