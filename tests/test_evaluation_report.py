@@ -7,6 +7,8 @@ import json
 import math
 import re
 import struct
+import subprocess
+import sys
 import zlib
 from html import unescape
 from html.parser import HTMLParser
@@ -421,6 +423,21 @@ def test_grids_of_another_writer_are_shown_whole(tmp_path: Path) -> None:
     text, _ = read(write_report(make_run(tmp_path / "run", described=False)))
     assert text.count('class="whole"') == 1 + 2
     assert 'class="pair"' not in text
+
+
+def test_a_report_is_written_without_torch(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "export").mkdir()
+    (run / "export" / "pytorch_lora_weights.safetensors").write_bytes(b"")
+    code = (
+        "import sys\n"
+        "from nemo_aligner_diffusion.evaluation.report import main\n"
+        f"assert main([{str(run)!r}]) == 0\n"
+        "assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "pipeline.scheduler = DDIMScheduler.from_config" in unescape((run / "report.html").read_text())
 
 
 def test_a_missing_directory_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
