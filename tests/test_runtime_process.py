@@ -104,6 +104,15 @@ def test_what_was_started_is_what_is_configured(
             check_agrees(process, devices, nodes, environment)
 
 
+def test_what_is_advised_in_a_shell_that_srun_has_opened_helps() -> None:
+    with pytest.raises(ConfigurationError, match=r"unset SLURM_STEP_ID SLURM_PROCID$"):
+        check_agrees(this_process(SRUN), 1, 1, SRUN)
+    after = {name: value for name, value in SRUN.items() if name not in ("SLURM_STEP_ID", "SLURM_PROCID")}
+    assert this_process(after) == Process()
+    for devices in (1, 2):
+        check_agrees(Process(), devices, 1, after)
+
+
 def test_what_is_left_over_is_said() -> None:
     assert left_over(Process(), {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "x"}) == ""
     assert left_over(this_process(TORCHRUN), TORCHRUN) == ""
