@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from pathlib import Path
@@ -13,7 +12,8 @@ from omegaconf import OmegaConf
 
 from nemo_aligner_diffusion.config import schema
 from nemo_aligner_diffusion.config.docs import LINE, _file_keys, documented_keys, tables
-from nemo_aligner_diffusion.config.load import conf_directory, load_config, load_settings, recipes
+from nemo_aligner_diffusion.config.load import load_config, load_settings
+from nemo_aligner_diffusion.config.recipes import conf_directory, recipes
 from nemo_aligner_diffusion.keys import flatten
 from nemo_aligner_diffusion.rewards.augmentation import Augmentation
 from nemo_aligner_diffusion.rewards.registry import rewards
@@ -145,15 +145,12 @@ def test_a_rewards_conf_file_shows_its_settings(name: str) -> None:
     """``conf/rm/<name>.yaml`` has exactly the reward's own settings, with their defaults and meanings."""
     kind = rewards()[name]
     shown = {**_file_keys(f"rm/{name}.yaml"), **_file_keys("rm/base.yaml")}
-    shown = {key: value for key, value in shown.items() if key.split(".")[1] not in ("name", *kind.sections)}
-    stated = {f"rm.{key}": field for key, (field, _) in kind.below().items()}
-    stated |= {key: field for field, key in Augmentation.keys().items()}
-    assert shown.keys() == stated.keys()
+    shown = {key: value for key, value in shown.items() if key.split(".")[1] not in ("name", *kind.free)}
+    assert shown.keys() == {*kind.keys().values(), *Augmentation.keys().values()}
     for settings in (kind, Augmentation):
-        for entry in dataclasses.fields(settings):
-            if "kind" not in entry.metadata:
-                continue
-            default, meaning = shown[settings.keys()[entry.name]]
-            assert meaning == entry.metadata["meaning"], entry.name
+        defaults, meanings = settings.defaults(), settings.meanings()
+        for field, key in settings.keys().items():
+            default, meaning = shown[key]
+            assert meaning == meanings[field], key
             given = yaml.safe_load(default)
-            assert given == ("???" if entry.name in kind.needs else entry.default) or str(given) == entry.default
+            assert given == ("???" if field in kind.needs else defaults[field]) or str(given) == defaults[field]

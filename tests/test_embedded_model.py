@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
+import re
 import tarfile
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors import safe_open
 
 from nemo_aligner_diffusion.config.load import load_config
 from nemo_aligner_diffusion.data.prompts import read_prompts
@@ -58,6 +61,21 @@ def test_the_reward_archive_carries_its_tokenizer():
     assert any(name.endswith("vocab.json") for name in names)
     assert any(name.endswith("merges.txt") for name in names)
     assert any(name.endswith("model_config.yaml") for name in names)
+
+
+def test_the_text_encoder_is_named_as_every_transformers_reads_it():
+    """Only transformers from 5.10 find tensors without the prefix; older ones would fill in random weights."""
+    with safe_open(Path(embedded_model_path()) / "text_encoder" / "model.safetensors", "pt") as file:
+        assert all(name.startswith("text_model.") for name in file.keys())  # noqa: SIM118
+
+
+def test_provenance_holds_the_files_sums():
+    assets = Path(embedded_model_path()).parent
+    text = (assets / "provenance.md").read_text(encoding="utf-8")
+    sums = re.findall(r"^\| `(.*)` \| ([0-9a-f]{64}) \|$", text, re.MULTILINE)
+    assert len(sums) == 4
+    for name, checksum in sums:
+        assert hashlib.sha256((assets / name).read_bytes()).hexdigest() == checksum, name
 
 
 def test_provenance_names_sources_and_licences():

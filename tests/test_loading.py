@@ -10,6 +10,7 @@ from typing import Any
 
 import diffusers
 import pytest
+from safetensors.torch import load_file, save_file
 from tiny.stable_diffusion import save_tiny_pipeline, tiny_pipeline
 
 from nemo_aligner_diffusion.cli.generate import main as generate
@@ -99,6 +100,22 @@ def test_a_tokenizer_without_its_vocabulary_is_refused(folder: Path) -> None:
     """transformers makes one that knows its special tokens alone, and every prompt the same."""
     (folder / "tokenizer" / "tokenizer.json").unlink()
     assert "tokenizer: a tokenizer without a vocabulary" in refusal(folder)
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "unet", "vae"])
+@pytest.mark.parametrize("renamed", [False, True])
+def test_missing_weights_are_named_and_never_made_up(folder: Path, part: str, renamed: bool) -> None:
+    """transformers and diffusers fill them with random numbers, after a warning: as they do where another version
+    named the tensors otherwise."""
+    (file,) = (folder / part).glob("*.safetensors")
+    tensors = load_file(file)
+    name = sorted(tensors)[3]
+    tensor = tensors.pop(name)
+    save_file({**tensors, **({f"other.{name}": tensor} if renamed else {})}, file, metadata={"format": "pt"})
+    text = refusal(folder)
+    assert f"{part}: lacks 1 weights of" in text
+    assert name.removeprefix("text_model.") in text
+    assert (f"it has other.{name} instead" in text) == renamed
 
 
 @pytest.mark.parametrize("part", ["unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"])

@@ -187,7 +187,7 @@ def test_tokenizer_files_come_back() -> None:
 
 def test_a_reward_comes_back_as_it_was_and_is_trained_as_it_scores(tmp_path: Path) -> None:
     """HPSv2's archives pad their pictures; CLIPScore's prefix their prompts."""
-    from tests.reward_training_toy import blue_pairs
+    from tiny.reward_training import blue_pairs
 
     from nemo_aligner_diffusion.reward_training.evaluate import score_pairs
     from nemo_aligner_diffusion.reward_training.preference_shards import write_preference_shards

@@ -249,7 +249,7 @@ def test_following_the_compressibility_gradient_shrinks_the_file() -> None:
 def test_composite_weighs_and_reports_its_parts() -> None:
     pictures = smooth_pictures(2, 16, 16)
     parts = {"mirror": Part(Symmetry(), 2.0), "small": Part(Compressibility().build(), -0.5)}
-    reward = Composite(parts=parts).build()
+    reward = Composite(members=parts).build()
     total, components = reward.scores(pictures, ["a", "b"])
     assert list(components) == ["mirror", "small"]
     assert torch.equal(components["mirror"], Symmetry().build()(pictures, ["a", "b"]))
@@ -263,7 +263,7 @@ def test_non_finite_pictures_give_non_finite_rewards() -> None:
     for reward in (
         Symmetry().build(),
         Compressibility().build(),
-        Composite(parts={"s": Part(Symmetry(), 0.0)}).build(),
+        Composite(members={"s": Part(Symmetry(), 0.0)}).build(),
     ):
         assert torch.isfinite(reward(pictures, ["", ""])).tolist() == [True, False]
 
@@ -284,7 +284,7 @@ def test_wrong_calls_are_named(images: Tensor, prompts: list[str]) -> None:
 
 
 def test_rewards_stay_in_evaluation_mode() -> None:
-    reward = Composite(parts={"mirror": Part(Symmetry())}).build()
+    reward = Composite(members={"mirror": Part(Symmetry())}).build()
     reward.train()
     assert not any(module.training for module in reward.modules())
 

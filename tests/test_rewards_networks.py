@@ -286,6 +286,40 @@ def test_half_precision_stays_close(vit: Path) -> None:
     torch.testing.assert_close(low, build_reward(section)(batch, ["", ""]), rtol=0.1, atol=0.1)
 
 
+def test_a_users_own_network_is_a_class_of_settings(vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_network.py").write_text(
+        """
+from dataclasses import dataclass
+from nemo_aligner_diffusion.rewards.settings import HuggingFaceSettings
+from nemo_aligner_diffusion.settings import Kind, setting
+
+@dataclass(frozen=True, kw_only=True)
+class Confidence(HuggingFaceSettings):
+    name = "confidence"
+    auto_class = "AutoModelForImageClassification"
+    what = "an image classifier"
+    needs = {"from_pretrained": "google/vit-base-patch16-224"}
+    power: float = setting(1.0, Kind("float", low=0), "exponent")
+
+    def score(self, network, images):
+        return network.model(pixel_values=network.pixels(images)).logits.softmax(-1).amax(-1) ** self.power
+"""
+    )
+    monkeypatch.chdir(tmp_path)
+
+    def built(**kwargs: Any) -> Any:
+        return build_reward({"name": "custom", "import_path": "own_network:Confidence", "kwargs": kwargs})
+
+    batch = pictures(2, 32, 32)
+    one = built(from_pretrained=str(vit))(batch, ["", ""])
+    two = built(from_pretrained=str(vit), power=2, micro_batch_size=1)(batch, ["", ""])
+    torch.testing.assert_close(two, one**2)
+    with pytest.raises(ConfigurationError, match=r"needs rm\.model\.from_pretrained, such as"):
+        built()
+    with pytest.raises(RewardError, match="power = -1: expected a number >= 0"):
+        built(from_pretrained=str(vit), power=-1)
+
+
 def test_an_unknown_class_lists_the_nearest(vit: Path) -> None:
     config = ViTForImageClassification.from_pretrained(vit).config
     assert class_index(config, " Carassius auratus ") == 0

@@ -56,7 +56,7 @@ def slopes(reward: Reward, images: Tensor) -> list[float]:
 
 def test_parts_are_normalised_then_clipped_and_logged_raw() -> None:
     shaping = Shaping(normalize=(0.5, 0.25), clip=(-1.0, 1.0))
-    reward = Composite(parts={"a": Part(Brightness(), 2.0, shaping), "b": Part(Brightness(10))}).build()
+    reward = Composite(members={"a": Part(Brightness(), 2.0, shaping), "b": Part(Brightness(10))}).build()
     images = grey(0.0, 0.5, 0.6, 1.0)
     total, components = reward.scores(images, [""] * 4)
     assert components["a"].tolist() == pytest.approx([0, 0.5, 0.6, 1])
@@ -67,7 +67,7 @@ def test_parts_are_normalised_then_clipped_and_logged_raw() -> None:
 
 def test_a_smooth_clip_fades_out() -> None:
     shaping = Shaping(clip=(0.0, 1.0), clip_mode="smooth")
-    reward = Composite(parts={"a": Part(Brightness(), shaping=shaping)}).build()
+    reward = Composite(members={"a": Part(Brightness(), shaping=shaping)}).build()
     images = grey(-3.0, 0.0, 0.5, 1.0, 4.0)
     values, gradient = reward(images, [""] * 5).tolist(), slopes(reward, images)
     assert values == pytest.approx([0, 0.119, 0.5, 0.881, 1], abs=2e-3)
@@ -77,7 +77,7 @@ def test_a_smooth_clip_fades_out() -> None:
 
 
 def test_one_sided_bounds_and_nan() -> None:
-    reward = Composite(parts={"a": Part(Brightness(), shaping=Shaping(clip=(None, 0.5)))}).build()
+    reward = Composite(members={"a": Part(Brightness(), shaping=Shaping(clip=(None, 0.5)))}).build()
     assert reward(grey(-9.0, 0.7), ["", ""]).tolist() == pytest.approx([-9, 0.5])
     assert reward(grey(float("nan")), [""]).isnan().all()
 
@@ -182,7 +182,7 @@ def test_ensembles_trust_agreement() -> None:
         ("min", [0.5, -1.5, 0.0], [1, 3, 2]),
         ("mean_minus_std", [1 - 0.5 * 0.5, -1 - 0.5 * 0.5, 0], [1.5, 2.5, 2]),
     ):
-        reward = Ensemble(parts=judges, aggregate=aggregate, std_weight=0.5).build()
+        reward = Ensemble(members=judges, aggregate=aggregate, std_weight=0.5).build()
         total, components = reward.scores(images, [""] * 3)
         assert total.tolist() == pytest.approx(values, abs=1e-5)
         assert components["two"].tolist() == pytest.approx([1.5, -1.5, 0])

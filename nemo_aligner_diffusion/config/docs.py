@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_aligner_diffusion.algorithms.registry import methods
-from nemo_aligner_diffusion.config.load import conf_directory
+from nemo_aligner_diffusion.config.recipes import conf_directory
 from nemo_aligner_diffusion.config.schema import kind_of
 from nemo_aligner_diffusion.rewards.registry import rewards
 from nemo_aligner_diffusion.settings import LOOP, Settings

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from nemo_aligner_diffusion.rewards.registry import reward_keys, rewards, sections_of
-from nemo_aligner_diffusion.rewards.settings import PRECISIONS as _DTYPES
 from nemo_aligner_diffusion.settings import Kind
 
-PRECISIONS = tuple(_DTYPES)
 # Each reward and the entries of `rm` that it reads.
 REWARDS: dict[str, set[str]] = {name: sections_of(name) for name in rewards()}
 REWARD_KEYS: dict[str, Kind] = reward_keys()

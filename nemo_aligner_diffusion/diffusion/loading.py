@@ -68,6 +68,7 @@ def load_model(
             load_component(parts[name], name, path)
         _check_folders(folder, index, parts)
         with _no_progress_bar():
+            parts |= _networks(folder, index, parts, dtype)
             pipe = pipeline_class.from_pretrained(folder, dtype=dtype, local_files_only=True, **parts)
         _check_tokenizers(folder, pipe)
     except (CheckpointError, ConfigurationError):
@@ -77,6 +78,40 @@ def load_model(
             f"{folder}: not a complete {pipeline_class.__name__} folder: {first_line(error)}"
         ) from error
     return DiffusionModel(pipe, trained, stateless, arguments)
+
+
+def _networks(
+    folder: Path, index: Mapping[str, Any], given: Mapping[str, Any], dtype: torch.dtype
+) -> dict[str, torch.nn.Module]:
+    """The pipeline's networks, each of whose weights came from its folder: the libraries fill what is missing there
+    with random numbers, other ones at every start, after a warning at most.
+
+    Raises:
+        CheckpointError: weights are missing; names the part and them.
+    """
+    import diffusers
+    import transformers
+
+    networks: dict[str, torch.nn.Module] = {}
+    for name, pair in index.items():
+        if not isinstance(pair, list) or len(pair) != 2 or name in given:
+            continue
+        library = {"diffusers": diffusers, "transformers": transformers}.get(pair[0])
+        found = getattr(library, pair[1] or "", None)
+        if not (isinstance(found, type) and issubclass(found, torch.nn.Module)):
+            continue
+        part_class: Any = found
+        networks[name], report = part_class.from_pretrained(
+            folder / name, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+        if missing := sorted(report["missing_keys"]):
+            others = ", ".join(sorted(report["unexpected_keys"])[:2])
+            raise CheckpointError(
+                f"{folder / name}: lacks {len(missing)} weights of {part_class.__name__}, such as {missing[0]}"
+                + (f"; it has {others} instead" if others else "")
+                + f". Copy it again; if another transformers than {transformers.__version__} saved it, use that."
+            )
+    return networks
 
 
 @contextlib.contextmanager

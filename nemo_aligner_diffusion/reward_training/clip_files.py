@@ -14,7 +14,7 @@ from nemo_aligner_diffusion.formats.open_clip import OpenClipChoices
 from nemo_aligner_diffusion.rewards.clip.archive import convert_hf_clip_to_nemo
 from nemo_aligner_diffusion.rewards.clip.reward import CLIPReward
 from nemo_aligner_diffusion.rewards.clip.sources import read_clip
-from nemo_aligner_diffusion.rewards.clip.tokenizer import read_tokenizer_files, tokenizer_from_bytes
+from nemo_aligner_diffusion.rewards.clip.tokenizer import pair_of_files, read_tokenizer_files, tokenizer_from_bytes
 from nemo_aligner_diffusion.rewards.restore import restore_reward
 
 SAVE_DTYPES = {"32": torch.float32, "16": torch.float16, "bf16": torch.bfloat16}
@@ -83,14 +83,5 @@ def save_clip_reward(
 
 def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
     """``vocab.json`` and ``merges.txt`` of a byte-pair tokenizer, wherever it was loaded from."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        model = json.loads(backend.to_str())["model"]
-        vocabulary, pairs = model["vocab"], model["merges"]
-    else:  # transformers 4
-        vocabulary, pairs = tokenizer.encoder, list(tokenizer.bpe_ranks)
-    merges = (pair if isinstance(pair, str) else " ".join(pair) for pair in pairs)
-    return {
-        "vocab.json": json.dumps(vocabulary, ensure_ascii=False).encode(),
-        "merges.txt": "\n".join(["#version: 0.2", *merges, ""]).encode(),
-    }
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    return pair_of_files(model["vocab"], model["merges"])

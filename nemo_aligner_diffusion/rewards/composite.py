@@ -21,5 +21,5 @@ class Composite(PartedSettings):
     def combine(self, scores: Sequence[Tensor]) -> Tensor:
         import torch
 
-        weighted = [part.weight * score for part, score in zip(self.parts.values(), scores, strict=True)]
+        weighted = [part.weight * score for part, score in zip(self.members.values(), scores, strict=True)]
         return torch.stack(weighted).sum(dim=0)

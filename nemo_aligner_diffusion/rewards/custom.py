@@ -25,7 +25,7 @@ class Custom(RewardSettings):
 
     name = "custom"
     needs: ClassVar = {"import_path": "my_package.my_module:my_reward"}
-    sections = ("kwargs",)
+    free: ClassVar = {"kwargs": "kwargs"}
 
     import_path: str | None = setting(
         None,
@@ -33,6 +33,9 @@ class Custom(RewardSettings):
         "package.module:name of a class or a function (images, prompts) -> scores; needed",
     )
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def describe(self) -> str:
+        return f"the reward {self.import_path}"
 
     def make(self, where: str, device: str | torch.device, dtype: torch.dtype) -> Reward:
         from nemo_aligner_diffusion.rewards.support.custom import load_custom

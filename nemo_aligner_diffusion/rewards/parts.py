@@ -104,14 +104,14 @@ class PartedSettings(RewardSettings):
     Attributes:
         least: number of parts.
         part_keys: what stands beside a part's own keys.
-        parts: by name; raises :class:`ConfigurationError` as in a configuration.
+        members: the parts, by name.
     """
 
-    sections = ("parts",)
+    free: ClassVar = {"parts": "members"}
     least: ClassVar[int] = 1
     part_keys: ClassVar[tuple[str, ...]] = ("weight", *_SHAPING)
 
-    parts: Mapping[str, Part] = field(default_factory=dict)
+    members: Mapping[str, Part] = field(default_factory=dict)
     precision: str = setting(
         "32",
         choice(*PRECISIONS),
@@ -119,9 +119,12 @@ class PartedSettings(RewardSettings):
         "rm.trainer.precision",
     )
 
+    def describe(self) -> str:
+        return f"{self.name} of {', '.join(self.members)}"
+
     @classmethod
-    def read_section(cls, field: str, value: Any, where: str) -> dict[str, Part]:
-        parts = super().read_section(field, value, where)
+    def read_section(cls, value: Any, where: str) -> dict[str, Part]:
+        parts = super().read_section(value, where)
         return {str(label): cls._read_part(str(label), part, f"{where}.{label}") for label, part in parts.items()}
 
     @classmethod
@@ -153,23 +156,23 @@ class PartedSettings(RewardSettings):
 
     def check(self, where: str = "rm") -> None:
         super().check(where)
-        if not self.parts:
+        if not self.members:
             raise ConfigurationError(
                 f"{where}.name = {self.name} needs {where}.parts, such as "
                 f"{where}.parts={{clip:{{weight:1.0}},symmetry:{{weight:10.0}}}}"
             )
-        if len(self.parts) < self.least:
+        if len(self.members) < self.least:
             raise ConfigurationError(
-                f"{where}.name = {self.name} has one part, {next(iter(self.parts))!r}, with nothing to agree with: add "
-                f"another, such as {where}.parts.second={{name:clip,model:{{restore_from_path:second.nemo}}}}"
+                f"{where}.name = {self.name} has one part, {next(iter(self.members))!r}, with nothing to agree with: "
+                f"add another, such as {where}.parts.second={{name:clip,model:{{restore_from_path:second.nemo}}}}"
             )
-        for label, part in self.parts.items():
+        for label, part in self.members.items():
             number().read(f"{where}.parts.{label}.weight", part.weight)
             part.shaping.check(f"{where}.parts.{label}")
 
     def measured(self, where: str = "rm") -> Iterator[str]:
         """The places of parts that are normalised by the base model's pictures, at any depth."""
-        for label, part in self.parts.items():
+        for label, part in self.members.items():
             here = f"{where}.parts.{label}"
             if part.shaping.normalize == BY_BASE:
                 yield here
@@ -187,6 +190,6 @@ class PartedSettings(RewardSettings):
             label: part.reward.build(device, dtype, f"{where}.parts.{label}")
             if isinstance(part.reward, RewardSettings)
             else part.reward
-            for label, part in self.parts.items()
+            for label, part in self.members.items()
         }
         return PartedReward(self, rewards, where)

@@ -40,13 +40,13 @@ def reward_keys() -> dict[str, Kind]:
         for key, (_, kind) in reward.below().items():
             # where two rewards mean different things by one key, the one that is chosen reads it
             keys[f"rm.{key}"] = kind if keys.get(f"rm.{key}", kind) == kind else ANY
-        keys |= {f"rm.{section}.*": ANY for section in reward.sections}
+        keys |= {f"rm.{section}.*": ANY for section in reward.free}
     return {**keys, **{f"rm.{key}": kind for key, (_, kind) in _AUGMENT.items()}}
 
 
 def sections_of(name: str) -> set[str]:
     """The entries of ``rm`` that a reward reads."""
-    return {key.partition(".")[0] for key in rewards()[name].below()} | {"augment", *rewards()[name].sections}
+    return {key.partition(".")[0] for key in rewards()[name].below()} | {"augment", *rewards()[name].free}
 
 
 def read_reward(
@@ -73,8 +73,8 @@ def read_reward(
         )
     kind = rewards()[name]
     values: dict[str, Any] = {}
-    for field in kind.sections:
-        values[field] = kind.read_section(field, given.pop(field, None), f"{where}.{field}")
+    for section_name, field in kind.free.items():
+        values[field] = kind.read_section(given.pop(section_name, None), f"{where}.{section_name}")
     known, augment, unread = kind.below(), {}, []
     for key, value in flatten(given).items():
         if value is None or value == {}:
@@ -100,7 +100,7 @@ def _check_unread(where: str, kind: type[RewardSettings], key: str, value: Any, 
     others = reward_keys()
     free = any(known.endswith(".*") and f"rm.{key}.".startswith(known[:-1]) for known in others)
     if part_keys is not None or not (f"rm.{key}" in others or free):
-        known = [*(part_keys or ("name",)), *kind.below(), *_AUGMENT, *kind.sections]
+        known = [*(part_keys or ("name",)), *kind.below(), *_AUGMENT, *kind.free]
         if any(name.startswith(f"{key}.") for name in known):
             raise ConfigurationError(f"{where}.{key} = {value!r}: expected a section with keys")
         hint = closest(key, known) or f"; {kind.name} reads {', '.join(known)}"

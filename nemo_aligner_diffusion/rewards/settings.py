@@ -17,12 +17,13 @@ A Hugging Face reward is one file of this package and ``conf/rm/<name>.yaml``::
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.rewards.augmentation import Augmentation
-from nemo_aligner_diffusion.settings import BOOL, PATH, Kind, Settings, choice, integer, setting
+from nemo_aligner_diffusion.runtime.settings import PRECISIONS as PRECISION_NAMES
+from nemo_aligner_diffusion.settings import BOOL, PATH, Kind, Settings, choice, integer, part, setting
 
 if TYPE_CHECKING:
     import torch
@@ -30,12 +31,9 @@ if TYPE_CHECKING:
 
     from nemo_aligner_diffusion.rewards.base import NetworkReward, Reward
 
-# trainer.precision -> the dtype in which a reward computes
-PRECISIONS: dict[str, str] = {
-    **{"32": "float32", "16": "float16", "bf16": "bfloat16", "64": "float64"},
-    **{"32-true": "float32", "16-mixed": "float16", "bf16-mixed": "bfloat16"},
-    **{"16-true": "float16", "bf16-true": "bfloat16", "64-true": "float64"},
-}
+_DTYPES = {"32": "float32", "16": "float16", "bf16": "bfloat16", "64": "float64"}
+# rm.trainer.precision -> the dtype in which a reward computes
+PRECISIONS = {name: _DTYPES[name.partition("-")[0]] for name in PRECISION_NAMES}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,16 +43,16 @@ class RewardSettings(Settings):
     Attributes:
         name: value of ``rm.name``, and the reward's name in metrics.
         needs: fields that have no default, with an example of each.
-        sections: fields whose keys are free, such as a composite's ``parts``.
+        free: sections whose keys are free, such as a composite's ``parts``, and the field of each.
         augment: random changes of the pictures that the reward sees in training.
     """
 
     section: ClassVar[str] = "rm"
     name: ClassVar[str] = ""
     needs: ClassVar[Mapping[str, str]] = {}
-    sections: ClassVar[tuple[str, ...]] = ()
+    free: ClassVar[Mapping[str, str]] = {}
 
-    augment: Augmentation = field(default_factory=Augmentation)
+    augment: Augmentation = part(Augmentation)
 
     @classmethod
     def below(cls) -> dict[str, tuple[str, Kind]]:
@@ -63,8 +61,8 @@ class RewardSettings(Settings):
         return {key.removeprefix("rm."): (field, kinds[field]) for field, key in cls.keys().items()}
 
     @classmethod
-    def read_section(cls, field: str, value: Any, where: str) -> Any:
-        """The value of one of ``sections``, which stands at ``where``; empty where there is none."""
+    def read_section(cls, value: Any, where: str) -> Any:
+        """The value of one of ``free``, which stands at ``where``; empty where there is none."""
         if value is not None and not isinstance(value, Mapping):
             raise ConfigurationError(f"{where} = {value!r}: expected a section with keys")
         return dict(value or {})
@@ -79,6 +77,10 @@ class RewardSettings(Settings):
             if getattr(self, needed) is None:
                 key = self.keys()[needed].replace("rm", where, 1)
                 raise ConfigurationError(f"{where}.name = {self.name} needs {key}, such as {key}={example}")
+
+    def describe(self) -> str:
+        """What is rewarded, in words: a report says that a model was tuned towards it."""
+        return f"{self.name} (an analytic reward)"
 
     def build(self, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, where: str = "rm") -> Reward:
         """The reward.
@@ -128,6 +130,9 @@ class NetworkSettings(RewardSettings):
         "what the reward computes in: 32, 16 or bf16, 64, or Lightning's long names",
         "rm.trainer.precision",
     )
+
+    def describe(self) -> str:
+        return self.name
 
     def setup(self, network: Any) -> None:  # most have nothing to prepare
         """Called once with the loaded network: checks it, and keeps on it what :meth:`score` needs.

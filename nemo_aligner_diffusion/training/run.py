@@ -27,6 +27,7 @@ from nemo_aligner_diffusion.rewards import build_reward, restore_reward
 from nemo_aligner_diffusion.rewards.base import Reward
 from nemo_aligner_diffusion.rewards.build import import_paths
 from nemo_aligner_diffusion.runtime.files import write_atomic
+from nemo_aligner_diffusion.runtime.messages import log_to_screen
 from nemo_aligner_diffusion.runtime.startup import Startup, take
 from nemo_aligner_diffusion.runtime.watch import RunWatch, watched
 from nemo_aligner_diffusion.training.build import build_model, build_module
@@ -39,7 +40,7 @@ from nemo_aligner_diffusion.training.callbacks.reward_normalization import Rewar
 from nemo_aligner_diffusion.training.callbacks.startup import StartupCallback
 from nemo_aligner_diffusion.training.callbacks.validation import ValidationFiles, validation_loader
 from nemo_aligner_diffusion.training.export import export_weights
-from nemo_aligner_diffusion.training.run_frame import RunFrame, quiet
+from nemo_aligner_diffusion.training.run_frame import RunFrame
 from nemo_aligner_diffusion.training.settings import ModelSettings, RunSettings
 from nemo_aligner_diffusion.training.trial import try_out
 
@@ -110,7 +111,7 @@ def run_training(cfg: Mapping[str, Any] | RunSettings, interruption: Interruptio
     Raises:
         AlignerError: with one clear message; the run directory says ``failed``.
     """
-    quiet()
+    log_to_screen()
     settings = RunSettings.of(cfg)
     with watched(settings.trainer, settings.exp_manager) as watch:
         return train(settings, watch, interruption or Interruption()).code
@@ -154,7 +155,7 @@ def _train(settings: RunSettings, frame: RunFrame, startup: Startup, given: Give
     startup.enter("checking the pipeline")
     on_every_process(module.check_pipeline)
     startup.enter("run directory")
-    frame.begin(module)
+    frame.begin(module, section.optim.name)
     ema = EMACallback(settings.exp_manager.ema) if settings.exp_manager.ema.enable else None
     callbacks: list[pl.Callback] = [
         StartupCallback(startup, directory.path),

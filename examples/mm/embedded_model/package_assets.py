@@ -13,6 +13,7 @@ from data import NAMES, PICTURES, DataSet
 from diffusers import UNet2DConditionModel
 from pipeline import GUIDANCE_SCALE, INFERENCE_STEPS, build_pipeline
 from prompts import VALIDATION, training_prompts
+from safetensors.torch import load_file, save_file
 from transformers import CLIPModel
 
 from nemo_aligner_diffusion.rewards.clip.archive import convert_hf_clip_to_nemo
@@ -56,6 +57,10 @@ def _write_pipeline(work_dir: Path, folder: Path) -> None:
     pipeline.save_pretrained(folder)
     for name in ("vocab.json", "merges.txt"):  # beside tokenizer.json, for readers that know only these
         shutil.copyfile(work_dir / "clip" / name, folder / "tokenizer" / name)
+    # transformers from 5.10 saves a CLIPTextModel without the prefix that older ones look for; all of them read it
+    weights = load_file(folder / "text_encoder" / "model.safetensors")
+    weights = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in weights.items()}
+    save_file(weights, folder / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
     for path in folder.rglob("*.safetensors"):
         path.chmod(0o644)
     for path in folder.rglob("*.json"):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import json
-import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,14 +96,21 @@ def _from_fast_file(path: Path) -> dict[str, bytes]:
         vocabulary, merges = model["vocab"], model["merges"]
         if model["type"] != "BPE" or model["end_of_word_suffix"] != "</w>":
             raise ValueError("no byte-pair encoding with </w> at the end of words")
-        pairs = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+        return pair_of_files(vocabulary, merges)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArchiveError(
             f"{path}: not the tokenizer of a CLIP ({type(error).__name__}: {str(error)[:200]}). "
             f"Give a folder with CLIP's {VOCAB_FILE} and {MERGES_FILE}."
         ) from error
-    lines = "\n".join(["#version: 0.2", *pairs, ""])
-    return {VOCAB_FILE: json.dumps(vocabulary, ensure_ascii=False).encode(), MERGES_FILE: lines.encode()}
+
+
+def pair_of_files(vocabulary: Mapping[str, int], merges: Iterable[Any]) -> dict[str, bytes]:
+    """``vocab.json`` and ``merges.txt``; a merge is ``"a b"`` or ``("a", "b")``."""
+    lines = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+    return {
+        VOCAB_FILE: json.dumps(vocabulary, ensure_ascii=False).encode(),
+        MERGES_FILE: "\n".join(["#version: 0.2", *lines, ""]).encode(),
+    }
 
 
 def tokenizer_from_bytes(vocab: bytes, merges: bytes, origin: str) -> PreTrainedTokenizerBase:
@@ -114,14 +120,7 @@ def tokenizer_from_bytes(vocab: bytes, merges: bytes, origin: str) -> PreTrained
     try:
         vocabulary = _vocabulary(vocab)
         pairs: Any = _merges(merges, vocabulary)
-        if "vocab" in inspect.signature(CLIPTokenizer.__init__).parameters:  # transformers 5
-            tokenizer: Any = CLIPTokenizer(vocab=vocabulary, merges=pairs)
-        else:  # transformers 4 reads files only
-            with tempfile.TemporaryDirectory() as folder:
-                vocab_path, merges_path = Path(folder, "vocab.json"), Path(folder, "merges.txt")
-                vocab_path.write_bytes(vocab)
-                merges_path.write_bytes(merges)
-                tokenizer = CLIPTokenizer(str(vocab_path), str(merges_path))
+        tokenizer: PreTrainedTokenizerBase = CLIPTokenizer(vocab=vocabulary, merges=pairs)
     except ValueError as error:  # JSON and Unicode errors too
         raise ArchiveError(
             f"{origin}: its tokenizer files are damaged: {str(error)[:200]}. Save the archive again."
@@ -131,8 +130,7 @@ def tokenizer_from_bytes(vocab: bytes, merges: bytes, origin: str) -> PreTrained
         raise ArchiveError(
             f"{origin}: its tokenizer files don't make a tokenizer ({str(error)[:200]}). Save the archive again."
         ) from error
-    loaded: PreTrainedTokenizerBase = tokenizer
-    return loaded
+    return tokenizer
 
 
 def _vocabulary(content: bytes) -> dict[str, int]:

@@ -6,10 +6,8 @@ them. ImageReward reads a prompt as ``[CLS] … [SEP]``; its text encoder only h
 
 from __future__ import annotations
 
-import inspect
-import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nemo_aligner_diffusion.errors import ArchiveError
 from nemo_aligner_diffusion.formats.nemo import NemoArchive
@@ -62,13 +60,7 @@ def tokenizer_from_bytes(vocabulary_text: bytes, rows: int, origin: str) -> PreT
 
     try:
         vocabulary = _vocabulary(vocabulary_text, rows)
-        if "vocab" in inspect.signature(BertTokenizer.__init__).parameters:  # transformers 5
-            tokenizer: Any = BertTokenizer(vocab=vocabulary)
-        else:  # transformers 4 reads files only
-            with tempfile.TemporaryDirectory() as scratch:
-                path = Path(scratch, VOCABULARY_FILE)
-                path.write_bytes(vocabulary_text)
-                tokenizer = BertTokenizer(str(path))
+        tokenizer: PreTrainedTokenizerBase = BertTokenizer(vocab=vocabulary)
         tokenizer.add_special_tokens({"bos_token": "[DEC]"})
         tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
     except ValueError as error:  # Unicode errors too
@@ -84,8 +76,7 @@ def tokenizer_from_bytes(vocabulary_text: bytes, rows: int, origin: str) -> PreT
             f"{origin}: its tokenizer gives ids up to {highest}, its text model has {rows} of them. Tokenizer and "
             "weights must come from the same model: ImageReward goes with bert-base-uncased."
         )
-    loaded: PreTrainedTokenizerBase = tokenizer
-    return loaded
+    return tokenizer
 
 
 def _vocabulary(content: bytes, most: int) -> dict[str, int]:

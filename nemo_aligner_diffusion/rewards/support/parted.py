@@ -34,7 +34,7 @@ class PartedReward(Reward):
         self.name = settings.name
         self.label = label
         self.parts = tuple(rewards)
-        self.shapings = {name: part.shaping for name, part in settings.parts.items()}
+        self.shapings = {name: part.shaping for name, part in settings.members.items()}
         # A list, not a ModuleDict: part names are the user's and may hold dots.
         self.rewards = nn.ModuleList(rewards.values())
         self.statistics: dict[str, tuple[float, float]] = {
