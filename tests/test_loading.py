@@ -118,6 +118,22 @@ def test_missing_weights_are_named_and_never_made_up(folder: Path, part: str, re
     assert (f"it has other.{name} instead" in text) == renamed
 
 
+def test_a_tokenizer_without_a_length_has_its_text_encoders(folder: Path) -> None:
+    expected = load_model(folder).pipe.tokenizer.model_max_length
+    file = folder / "tokenizer" / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    del config["model_max_length"]
+    file.write_text(json.dumps(config))
+    assert load_model(folder).pipe.tokenizer.model_max_length == expected
+
+
+def test_a_network_without_a_size_has_stable_diffusions(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = folder / "unet" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "sample_size": None}))
+    assert load_model(folder).pipe.unet.config.sample_size == 64
+    assert "its sample_size is null" in caplog.text
+
+
 @pytest.mark.parametrize("part", ["unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"])
 def test_a_damaged_part_is_named(folder: Path, part: str) -> None:
     (folder / part).write_text("{")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -17,6 +18,9 @@ from nemo_aligner_diffusion.errors import CheckpointError, ConfigurationError, f
 from nemo_aligner_diffusion.formats.checkpoints import component_config, empty_module, load_component
 from nemo_aligner_diffusion.formats.files import read_json
 
+log = logging.getLogger(__name__)
+
+_SAMPLE_SIZE = 64  # Stable Diffusion's: 512 pixels
 _LIBRARIES = ("diffusers", "transformers")  # whose classes a folder may name
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # numpy and PIL parts that make no picture, and what only an image prompt needs
@@ -71,6 +75,7 @@ def load_model(
             parts |= _networks(folder, index, parts, dtype)
             pipe = pipeline_class.from_pretrained(folder, dtype=dtype, local_files_only=True, **parts)
         _check_tokenizers(folder, pipe)
+        _give_size(folder, pipe)
     except (CheckpointError, ConfigurationError):
         raise
     except Exception as error:  # diffusers and transformers raise a dozen types for what is damaged or missing
@@ -167,8 +172,25 @@ def _check_folders(folder: Path, index: Mapping[str, Any], given: Mapping[str, A
         raise CheckpointError(f"{folder}: model_index.json names {', '.join(missing)}, but there is no such folder")
 
 
+def _give_size(folder: Path, pipe: Any) -> None:
+    """A UNet's ``sample_size`` may be null, but its pipeline computes a picture's height and width from it."""
+    unet = pipe.components.get("unet")
+    if unet is not None and "sample_size" in unet.config and unet.config["sample_size"] is None:
+        unet.register_to_config(sample_size=_SAMPLE_SIZE)
+        log.warning(
+            "%s: its sample_size is null; latents are %d high and wide unless model.infer.height and width say more",
+            folder / "unet" / "config.json",
+            _SAMPLE_SIZE,
+        )
+
+
 def _check_tokenizers(folder: Path, pipe: Any) -> None:
+    """Each has a vocabulary; one that states no length gets its text encoder's."""
     for name, part in pipe.components.items():
+        encoder: Any = pipe.components.get(name.replace("tokenizer", "text_encoder"))
+        positions = getattr(getattr(encoder, "config", None), "max_position_embeddings", None)
+        if name.startswith("tokenizer") and positions and getattr(part, "model_max_length", 0) > positions:
+            part.model_max_length = positions
         special = getattr(part, "all_special_ids", None)
         if special is not None and hasattr(part, "get_vocab") and len(part) <= len(set(special)):
             raise CheckpointError(f"{folder / name}: a tokenizer without a vocabulary; its files are missing there")
