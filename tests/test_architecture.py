@@ -1,4 +1,4 @@
-"""Arrows between packages go one way (docs/architecture.md): read off the imports."""
+"""Arrows between rooms go one way (docs/architecture.md), and no room is too full: read off the imports."""
 
 from __future__ import annotations
 
@@ -6,43 +6,50 @@ import ast
 from pathlib import Path
 
 import pytest
+from house import ROOMS, ROOT, arrows, imported, modules, picture, room_of
 
-import nemo_aligner_diffusion
-
-ROOT = Path(nemo_aligner_diffusion.__file__).parent
-NAME = "nemo_aligner_diffusion."
-
-
-def imports(package: str) -> dict[str, set[str]]:
-    """File -> the modules of this project that it imports, wherever it does."""
-    found = {}
-    for file in sorted((ROOT / package).rglob("*.py")):
-        nodes = list(ast.walk(ast.parse(file.read_text("utf-8"))))
-        modules = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
-        modules |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-        found[file.name] = {module.removeprefix(NAME) for module in modules if module.startswith(NAME)}
-    assert found
-    return found
+# Where processes meet. Checkpoints are written and read by all of them at once.
+MAY_COMMUNICATE = ("parallel.", "runtime.", "training.checkpoints.")
+MOST_FILES = 15
 
 
-@pytest.mark.parametrize(
-    ("package", "allowed"),
-    [("diffusion", {"diffusion", "errors", "formats", "keys", "settings"}), ("algorithms", None)],
-    ids=["diffusion", "methods"],
-)
-def test_nothing_below_knows_what_is_above(package: str, allowed: set[str] | None) -> None:
-    for file, modules in imports(package).items():
-        packages = {module.partition(".")[0] for module in modules}
-        if allowed is not None:
-            assert packages <= allowed, file
-        assert not packages & {"planner", "evaluation", "api", "tuned"}, file
-        assert package == "diffusion" or "diffusion.families" not in modules, file
+def test_every_room_stands_in_the_order() -> None:
+    assert {room_of(module) for module in modules()} == set(ROOMS)
+
+
+def test_a_room_imports_only_what_is_below_it() -> None:
+    order = list(ROOMS)
+    upward = {rooms: imports for rooms, imports in arrows().items() if order.index(rooms[1]) > order.index(rooms[0])}
+    assert upward == {}
+
+
+def test_processes_meet_in_parallel_and_runtime_only() -> None:
+    meeting = [
+        module
+        for module, file in modules().items()
+        if any(name.startswith("torch.distributed") for name in imported(file))
+    ]
+    assert [module for module in meeting if not module.startswith(MAY_COMMUNICATE)] == []
+    assert any(module.startswith("parallel.") for module in meeting)
+
+
+@pytest.mark.parametrize("folder", sorted({file.parent for file in modules().values()}), ids=lambda path: path.name)
+def test_no_folder_is_too_full(folder: Path) -> None:
+    files = [file for file in folder.glob("*.py") if file.name != "__init__.py"]
+    assert len(files) <= MOST_FILES + (folder.name == "algorithms") * 20, folder  # one file a method
 
 
 def test_no_method_knows_a_family_and_no_family_a_method() -> None:
     methods = " ".join(file.read_text("utf-8") for file in (ROOT / "algorithms").glob("*.py"))
     assert "StableDiffusion" not in methods
+    assert "diffusion.families" not in methods
     names = {file.stem for file in (ROOT / "algorithms").glob("*.py")} - {"base", "custom", "registry"}
     for file in (ROOT / "diffusion").glob("*.py"):
         code = {node.id for node in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(node, ast.Name)}
         assert not code & names, file.name
+
+
+def test_the_picture_in_the_docs_is_of_this_house() -> None:
+    assert (ROOT.parent / "docs" / "house.svg").read_text("utf-8") == picture(), (
+        "python tests/house.py docs/house.svg draws it"
+    )
