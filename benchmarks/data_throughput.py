@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 
 from nemo_aligner_diffusion.data import shard_index
-from nemo_aligner_diffusion.data.prompts import PromptLoader, build_prompt_loader
+from nemo_aligner_diffusion.data.prompts import build_prompt_loader
 from nemo_aligner_diffusion.data.shards import WrittenShards, write_prompt_shards
+from nemo_aligner_diffusion.data.stream_loader import StreamLoader
 
 WORDS = "a painting of the sea at night with small boats, lanterns and a lighthouse, oil on canvas, warm light"
 
@@ -90,7 +91,7 @@ def measure(
     writing = time.perf_counter() - started
     options: dict[str, Any] = {"seed": 1, "index_folder": folder / "index"}
 
-    def loader(rank: int, size: int, count: int, start: int = 0, each: int = micro, **more: Any) -> PromptLoader:
+    def loader(rank: int, size: int, count: int, start: int = 0, each: int = micro, **more: Any) -> StreamLoader:
         shard_index._recent.clear()  # as another process would find it
         return build_prompt_loader(
             folder / "shards",
@@ -154,7 +155,7 @@ def measure(
     )
 
 
-def _pass(loader: PromptLoader, expected: int, seen: Any, order: Any, limit: int | None = None) -> Passage:
+def _pass(loader: StreamLoader, expected: int, seen: Any, order: Any, limit: int | None = None) -> Passage:
     """Iterate; count each prompt in ``seen`` and note which one came at each global index in ``order``."""
     looks = iter([int(expected * share) for share in (0.3, 0.6, 0.95)] + [1 << 60])
     look = next(looks)
@@ -190,7 +191,7 @@ def _processor_seconds() -> float:
     return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
 
 
-def _first_batch(loader: PromptLoader, started: float) -> float:
+def _first_batch(loader: StreamLoader, started: float) -> float:
     """Seconds from ``started`` to the loader's first batch."""
     stream = iter(loader)
     next(stream)

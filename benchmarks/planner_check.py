@@ -31,10 +31,10 @@ from nemo_aligner_diffusion.diffusion.noise import plan_random
 from nemo_aligner_diffusion.diffusion.plan import Plan
 from nemo_aligner_diffusion.embedded_assets import embedded_model_path
 from nemo_aligner_diffusion.parallel.layout import Layout
-from nemo_aligner_diffusion.planner.estimate import Assumptions, PhaseTime, _device_time, micro_batch
+from nemo_aligner_diffusion.planner.estimate import PhaseTime, add_device_time, micro_batch
 from nemo_aligner_diffusion.planner.gpus import GPUS
-from nemo_aligner_diffusion.planner.ledger import CPU_ATTENTION
 from nemo_aligner_diffusion.planner.measure import Measurement, measure
+from nemo_aligner_diffusion.planner.plan import case_of
 from nemo_aligner_diffusion.planner.presets import ModelSpec, model_spec
 from nemo_aligner_diffusion.planner.schedule import StepCounts, step_counts
 from nemo_aligner_diffusion.planner.settings import Case, settings_from
@@ -101,7 +101,7 @@ class _NoModules:
 def measured(cfg: Any) -> Figures:
     """The real step, twice: the first one counts operations and leaves nothing to be made for the first time."""
     step = RealStep(cfg)
-    counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+    counter = FlopCounterMode(display=False)  # with the ledger's formula of the CPU's attention
     counter.mod_tracker = _NoModules()  # type: ignore[assignment]
     with counter:
         step()
@@ -111,15 +111,10 @@ def measured(cfg: Any) -> Figures:
 def planned(cfg: Any, layout: Layout | None = None) -> tuple[Figures, Measurement]:
     """The same step by the planner, for the plan that the run draws."""
     settings = settings_from(cfg, spec_of(cfg), attention="cpu")
-    model = cfg.model
-    counts = drawn_counts(cfg)
-    case = Case(
-        layout or cfg.layout,
-        model.micro_batch_size,
-        model.activation_checkpointing,
-        model.decode_micro_batch_size,
-    )
-    result = measure(settings, case, counts.plan, prompts=PROMPTS[: model.micro_batch_size])
+    counts, case = drawn_counts(cfg), case_of(cfg)
+    if layout is not None:
+        case = replace(case, layout=layout)
+    result = measure(settings, case, counts.plan, prompts=PROMPTS[: case.micro_batch_size])
     result.phases.pop("validation", None)
     flops = sum(often * record.flops for part in micro_batch(result, counts).values() for often, record in part)
     return Figures(round(flops), max(record.peak for record in result.phases.values())), result
@@ -294,7 +289,7 @@ def published() -> None:
         for often, phase in ((1, "text"), (steps, "call"), (1, "validation")):
             for op, count in phases[phase].ops.items():
                 ops[op] += often * count
-        _device_time(time, ops, GPUS[gpu], Assumptions())
+        add_device_time(time, ops, GPUS[gpu])
         print(f"| {name} | {gpu} | {steps} | {seconds} | {time.device:.2f} | {time.device / seconds:.2f} "
               f"| {phases['call'].flops / 1e12:.2f} | {who} |", flush=True)  # fmt: skip
 

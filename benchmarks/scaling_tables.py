@@ -20,7 +20,7 @@ from typing import Any
 from nemo_aligner_diffusion.config.load import load_settings
 from nemo_aligner_diffusion.diffusion.plan import Plan
 from nemo_aligner_diffusion.parallel.layout import Layout
-from nemo_aligner_diffusion.planner.estimate import Assumptions, Memory, StepEstimate, estimate, memory
+from nemo_aligner_diffusion.planner.estimate import Machines, Memory, StepEstimate, estimate, memory
 from nemo_aligner_diffusion.planner.gpus import GPUS
 from nemo_aligner_diffusion.planner.ledger import Collective, Op, Record
 from nemo_aligner_diffusion.planner.measure import Measurement, measure
@@ -98,7 +98,7 @@ def on(scenario: Scenario, settings: Settings, counts: StepCounts, measured: Mea
                            trained_elements=round(measured.trained_elements * shrink),
                            phases=measured.phases | {"average": average})  # fmt: skip
     held = memory(settings, measured, 1, scenario.micro_batch_size)
-    return held, estimate(settings, measured, counts, layout, 1, GPUS[GPU], NODE, Assumptions())
+    return held, estimate(settings, measured, counts, layout, 1, Machines(GPUS[GPU], gpus, NODE))
 
 
 def tables(results: Sequence[tuple[Scenario, int, Memory, StepEstimate]]) -> None:
@@ -111,7 +111,7 @@ def tables(results: Sequence[tuple[Scenario, int, Memory, StepEstimate]]) -> Non
         rates = [each.micro_batch_size * each.layout(gpus).data / step.seconds for each, gpus, _, step in run]
         scenario, _, held, step = run[0]
         cause, share = step.bottleneck
-        fits = held.needed(Assumptions()) <= GPUS[GPU].memory_bytes
+        fits = held.needed <= GPUS[GPU].memory_bytes
         print(
             f"| {scenario.name} | {held.peak / 1e9:.1f} | {run[-1][2].peak / 1e9:.1f} | {'yes' if fits else 'no'} "
             f"| {held.peak_phase} | {step.seconds:.1f} | {' | '.join(f'{rate:.3g}' for rate in rates)} "
@@ -169,7 +169,6 @@ def as_plain(measured: Measurement) -> dict[str, Any]:
     phases = {
         name: {
             "peak": record.peak,
-            "held": record.held,
             "ops": [[*vars(op).values(), count] for op, count in record.ops.items()],
             "collectives": [[*vars(message).values(), count] for message, count in record.collectives.items()],
         }
@@ -183,7 +182,6 @@ def from_plain(plain: dict[str, Any]) -> Measurement:
         name: Record(
             Counter({Op(*op): count for *op, count in record["ops"]}),
             record["peak"],
-            record["held"],
             Counter({Collective(*message): count for *message, count in record["collectives"]}),
         )
         for name, record in plain["phases"].items()

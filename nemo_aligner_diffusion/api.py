@@ -19,10 +19,10 @@ from nemo_aligner_diffusion.errors import ConfigurationError, DataError
 from nemo_aligner_diffusion.rewards.augmentation import Augmentation
 from nemo_aligner_diffusion.rewards.base import Reward
 from nemo_aligner_diffusion.rewards.support.augmented import augmented
+from nemo_aligner_diffusion.runtime.messages import with_quiet_libraries
 from nemo_aligner_diffusion.runtime.signals import Interrupted, Interruption
 from nemo_aligner_diffusion.runtime.watch import watched
 from nemo_aligner_diffusion.training.run import Given, train
-from nemo_aligner_diffusion.training.run_frame import hushed
 from nemo_aligner_diffusion.training.settings import RunSettings
 from nemo_aligner_diffusion.tune_arguments import (
     check_pipeline,
@@ -106,11 +106,6 @@ def tune(
             folder = Path(temporary.enter_context(tempfile.TemporaryDirectory(prefix="nad-")))
         else:
             folder = Path(output).expanduser().absolute()
-
-        def place_of(texts: list[str], name: str) -> str:
-            files[name] = texts
-            return written(str(folder / name))
-
         recipe, own_method, words = read_method(method)
         pipe, model_words = read_model(model)
         own_reward, reward_words = read_reward(reward)
@@ -120,17 +115,19 @@ def tune(
             words += ["exp_manager.create_tensorboard_logger=false", "report.enable=false"]
             if validation_prompts is None:
                 words.append(f"trainer.{recipe}.val_check_interval=0")
-        if prompts is not None:
-            given = read_prompt_argument(prompts, "prompts")
-            path = place_of(given, "prompts.txt") if isinstance(given, list) else written(given)
-            words.append(f"model.data.train.webdataset.local_root_path={path}")
+        for use, given in (("train", prompts), ("validation", validation_prompts)):
+            if given is None:
+                continue
+            argument = "prompts" if use == "train" else "validation_prompts"
+            texts = read_prompt_argument(given, argument)
+            if isinstance(texts, list):
+                files[f"{argument}.txt"] = texts
+                texts = str(folder / f"{argument}.txt")
+            elif use == "validation":
+                raise DataError(f"validation_prompts={given!r}: expected a list of prompts")
+            words.append(f"model.data.{use}.webdataset.local_root_path={written(texts)}")
         if validation_prompts is not None:
-            given = read_prompt_argument(validation_prompts, "validation_prompts")
-            if not isinstance(given, list):
-                raise DataError(f"validation_prompts={validation_prompts!r}: expected a list of prompts")
-            path = place_of(given, "validation_prompts.txt")
-            words.append(f"model.data.validation.webdataset.local_root_path={path}")
-            words.append(f"model.data.validation.max_prompts={len(given)}")
+            words.append(f"model.data.validation.max_prompts={len(files['validation_prompts.txt'])}")
         if every_weight:
             if lora_rank is not None:
                 raise ConfigurationError(f"every_weight=True with lora_rank={lora_rank}: expected one of them")
@@ -154,7 +151,7 @@ def tune(
         interruption = Interruption((signal.SIGINT,), then="" if output is None else ", then export and report")
         objects = Given(pipe, own_reward, own_method, files, silent=not progress, keep=output is not None)
         try:
-            with _callers_state(), hushed(), watched(run.trainer, run.exp_manager) as watch:
+            with _callers_state(), with_quiet_libraries(), watched(run.trainer, run.exp_manager) as watch:
                 ended = train(run, watch, interruption, objects)
         except BaseException as error:
             _take_adapter_off(pipe)

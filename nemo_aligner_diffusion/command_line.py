@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from nemo_aligner_diffusion.errors import AlignerError
+from nemo_aligner_diffusion.streams import outlive_readers
 
 
 class Main(Protocol):
@@ -28,6 +29,8 @@ def command(interrupted: str) -> Callable[[Callable[[Sequence[str]], int]], Main
         @functools.wraps(main)
         def guarded(argv: Sequence[str] | None = None) -> int:
             try:
+                if argv is None:
+                    outlive_readers()
                 return main(sys.argv[1:] if argv is None else argv)
             except AlignerError as error:
                 print(f"error: {error}", file=sys.stderr)

@@ -292,14 +292,14 @@ class Settings:
         }
 
     @classmethod
-    def parts(cls) -> dict[str, type[Settings]]:
+    def part_classes(cls) -> dict[str, type[Settings]]:
         """Field -> the class of another section that it holds."""
         return {entry.name: entry.metadata["part"] for entry in dataclasses.fields(cls) if "part" in entry.metadata}
 
     @classmethod
-    def sections(cls) -> list[type[Settings]]:
+    def all_sections(cls) -> list[type[Settings]]:
         """The class itself and, below it, those of its parts."""
-        return [cls, *(below for kind in cls.parts().values() for below in kind.sections())]
+        return [cls, *(below for kind in cls.part_classes().values() for below in kind.all_sections())]
 
     @classmethod
     def schema(cls) -> dict[str, Kind]:
@@ -308,7 +308,7 @@ class Settings:
             f"{key}.*" if section.kinds()[field] is FREE else key: ANY
             if section.kinds()[field] is FREE
             else section.kinds()[field]
-            for section in cls.sections()
+            for section in cls.all_sections()
             for field, key in section.keys().items()
         }
 
@@ -329,7 +329,7 @@ class Settings:
                 node = node.get(step, _ABSENT) if isinstance(node, Mapping) else _ABSENT
             if node is not _ABSENT:
                 found[field] = node
-        return cls(**found, **{field: kind.from_tree(tree, loop) for field, kind in cls.parts().items()})
+        return cls(**found, **{field: kind.from_tree(tree, loop) for field, kind in cls.part_classes().items()})
 
     def unread(self) -> dict[str, str]:
         """Field -> why it has no effect beside the others."""
@@ -338,7 +338,7 @@ class Settings:
     def unread_keys(self) -> dict[str, str]:
         """Dotted key -> why it has no effect, of all sections."""
         own = {self.keys()[field]: reason for field, reason in self.unread().items()}
-        for field in self.parts():
+        for field in self.part_classes():
             own |= getattr(self, field).unread_keys()
         return own
 

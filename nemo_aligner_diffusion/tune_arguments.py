@@ -13,7 +13,7 @@ import torch
 from nemo_aligner_diffusion.algorithms.base import Method
 from nemo_aligner_diffusion.algorithms.custom import CustomMethod
 from nemo_aligner_diffusion.algorithms.registry import methods
-from nemo_aligner_diffusion.config.load import groups, recipes
+from nemo_aligner_diffusion.config.recipes import groups, recipes
 from nemo_aligner_diffusion.config.words import quoted
 from nemo_aligner_diffusion.data.paths import expand_paths
 from nemo_aligner_diffusion.data.prompt_files import clean_prompt
@@ -37,32 +37,29 @@ def read_method(method: Method | str) -> tuple[str, Method | None, list[str]]:
             raise ConfigurationError(
                 f"method={method!r}: no such method{closest(method, known)}; there are {', '.join(known)}"
             )
-        recipe, words = _recipe(spellings[method.lower()].option)
-        return recipe, None, words
+        return _recipe(spellings[method.lower()])
     if isinstance(method, Method) and known.get(method.name) is type(method):
-        recipe, words = _recipe(method.option)
         values = {key: getattr(method, field) for field, key in method.keys().items()}
-        return recipe, None, [*words, *(f"{key}={written(value)}" for key, value in values.items())]
-    recipe, words = _recipe("draft")  # what every method reads, and nothing of one's own
+        return _recipe(type(method), *(f"{key}={written(value)}" for key, value in values.items()))
+    bare = known["draft"]  # its recipe has what every method reads, and nothing of one's own
     if isinstance(method, str):
-        return recipe, None, [*words, f"model.algorithm={quoted(method)}"]
+        return _recipe(bare, f"model.algorithm={quoted(method)}")
     if inspect.isclass(method) or not (isinstance(method, Method) or callable(method)):
         hint = f"; a class was given: {method.__name__}()" if inspect.isclass(method) else ""
         raise ConfigurationError(
             f"method={method!r}: expected a method such as DRTune(train_steps=4), its name, or a rule "
             f"(path, rng) -> Plan{hint}"
         )
-    return (
-        recipe,
-        CustomMethod(method, f"method={_name(method)}"),
-        [*words, f"model.algorithm={quoted(_name(method))}"],
-    )
+    name = _name(method)
+    return _recipe(bare, f"model.algorithm={quoted(name)}", own=CustomMethod(method, f"method={name}"))
 
 
-def _recipe(section: str) -> tuple[str, list[str]]:
+def _recipe(kind: type[Method], *words: str, own: Method | None = None) -> tuple[str, Method | None, list[str]]:
     """The recipe of a method, or one that is turned into it."""
-    name = {"draft_plus": "draftp"}.get(section, section) + "_sd"
-    return (name, []) if name in recipes() else ("draftp_sd", [f"algorithm={section}"])
+    name = {"draft_plus": "draftp"}.get(kind.option, kind.option) + "_sd"
+    if name in recipes():
+        return name, own, [*words]
+    return "draftp_sd", own, [f"algorithm={kind.option}", *words]
 
 
 def read_model(model: Any) -> tuple[Any, list[str]]:

@@ -93,13 +93,11 @@ class Tuned:
             raise KeyboardInterrupt from None
 
     def __repr__(self) -> str:
-        steps = (
-            f"{self._step} optimizer step{'s' if self._step != 1 else ''}{', interrupted' if self.interrupted else ''}"
-        )
-        if not self.history:
-            return f"<{type(self.pipeline).__name__} tuned for {steps}>"
-        rewards = f"reward {self.history[0]['reward']:.4g} → {self.history[-1]['reward']:.4g}"
-        return f"<{type(self.pipeline).__name__} tuned for {steps}: {rewards}>"
+        said = f"{type(self.pipeline).__name__} tuned for {self._step} optimizer step{'s' if self._step != 1 else ''}"
+        said += ", interrupted" if self.interrupted else ""
+        if self.history:
+            said += f": reward {self.history[0]['reward']:.4g} → {self.history[-1]['reward']:.4g}"
+        return f"<{said}>"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_aligner_diffusion.config import schema
-from nemo_aligner_diffusion.config.load import conf_directory, groups, load_config, load_settings, recipes
+from nemo_aligner_diffusion.config.load import load_config, load_settings
+from nemo_aligner_diffusion.config.recipes import conf_directory, groups, recipes
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.keys import flatten
 

@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 
 from nemo_aligner_diffusion.config import schema
 from nemo_aligner_diffusion.config.docs import LINE, _file_keys, documented_keys, tables
-from nemo_aligner_diffusion.config.load import conf_directory, load_config, load_settings, recipes
+from nemo_aligner_diffusion.config.load import load_config, load_settings
+from nemo_aligner_diffusion.config.recipes import conf_directory, recipes
 from nemo_aligner_diffusion.keys import flatten
 from nemo_aligner_diffusion.rewards.augmentation import Augmentation
 from nemo_aligner_diffusion.rewards.registry import rewards
@@ -79,7 +80,7 @@ def test_every_setting_has_its_line_in_conf() -> None:
     lines = lines_of_conf()
     elsewhere = {"name", "model.algorithm", "model.optim.momentum"}  # each recipe, each method, sgd alone
     checked = 0
-    for section in RunSettings.sections():
+    for section in RunSettings.all_sections():
         defaults, meanings = section.defaults(), section.meanings()
         for field, key in section.keys().items():
             if key in UNSET | elsewhere:

@@ -18,7 +18,8 @@ from tiny.prompts import LONGER, prompts_of, tar, uneven_shards
 from tiny.reward_training import blue_shards
 
 from nemo_aligner_diffusion.data.datamodule import PromptDataModule
-from nemo_aligner_diffusion.data.prompts import PromptDataset, PromptLoader, build_prompt_loader
+from nemo_aligner_diffusion.data.prompts import PromptDataset, build_prompt_loader
+from nemo_aligner_diffusion.data.stream_loader import StreamLoader
 from nemo_aligner_diffusion.errors import DataError
 from nemo_aligner_diffusion.reward_training.preference_data import PreferenceDataset
 from nemo_aligner_diffusion.rewards import Preprocessing
@@ -185,7 +186,7 @@ def test_a_lost_shard_is_replaced_alike_under_every_layout(
     options: dict[str, Any] = {"seed": 3, "shuffle_buffer": 30, "on_bad_shard": "skip", "epochs": 2}
     undisturbed = prompts_of(build_prompt_loader(tmp_path, micro_batch_size=8, **options))
     layouts = [(1, 0), (2, 0), (4, 0), (2, 2)]
-    loaders: list[list[PromptLoader]] = [
+    loaders: list[list[StreamLoader]] = [
         [
             build_prompt_loader(
                 tmp_path, micro_batch_size=8 // size, rank=rank, world_size=size, num_workers=workers, **options

@@ -120,11 +120,14 @@ def test_cleaning_is_idempotent_and_keeps_the_text(text: str) -> None:
         ({"a.json": "{prompt"}, ["'a.json' is not valid JSON"]),
         ({"a.json": "[" * 100_000}, ["'a.json' is not valid JSON"]),
         ({"a.json": '["p"]'}, ["'a.json' holds a JSON list; expected an object"]),
-        ({"a.json": '{"text": "p", "url": 1}'}, ["neither of the keys 'prompt', 'caption'", "'text', 'url'"]),
+        (
+            {"a.json": '{"text": "p", "url": 1}'},
+            ["lacks the key 'prompt' and 'caption'", "'text', 'url'", "prompt_key names another"],
+        ),
         ({"a.json": "{}"}, ["the keys there are: none"]),
         ({"a.json": '{"prompt": 3}'}, ["'a.json' has a number under 'prompt'; expected a string"]),
         ({"a.json": '{"prompt": null}'}, ["has a null under 'prompt'"]),
-        ({"a.json": '{"caption": ["p"]}'}, ["has a list under 'caption'"]),
+        ({"a.json": '{"caption": [["p"]]}'}, ["has a list under 'caption'"]),
         ({"a.json": '{"prompt": ""}'}, ["'a.json' is an empty prompt"]),
         ({"a.json": '{"prompt": "\\ud800"}'}, ["'a.json' is not valid Unicode"]),
         ({"a.txt": "x" * (MAX_PROMPT_BYTES + 1)}, ["'a.txt' is a prompt of 65,537 bytes; expected at most 65,536"]),
@@ -356,6 +359,19 @@ def test_byte_order_marks_are_no_part_of_a_prompt(tmp_path: Path) -> None:
     assert read(tmp_path / "p.txt") == ["a", "b"]
     (tmp_path / "p.txt").write_text("a\n", "utf-16")
     assert "iconv -f UTF-16" in error_of(tmp_path / "p.txt")
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_the_key_of_json_members_can_be_chosen(tmp_path: Path, mode: str) -> None:
+    members = {f"{n}.json": json.dumps({"captions": [f"a{n}", f"b{n}"], "prompt": f"p{n}"}) for n in range(3)}
+    path = tar(tmp_path / "s.tar", members, mode)
+    options = {"micro_batch_size": 1, "epochs": 1, "shuffle_buffer": 0}
+    for key, letter in ((None, "p"), ("captions", "a"), (None, "p")):  # an index that is kept is of one key
+        expected = [f"{letter}{n}" for n in range(3)]
+        assert read_prompts(path, prompt_key=key) == expected
+        assert prompts_of(build_prompt_loader(path, prompt_key=key, index_folder=tmp_path, **options)) == expected
+    with pytest.raises(DataError, match="lacks the key 'text'; the keys there are: 'captions', 'prompt'"):
+        read_prompts(path, prompt_key="text")
 
 
 def test_names_in_messages_are_printable_and_short(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

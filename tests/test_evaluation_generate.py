@@ -193,17 +193,21 @@ def test_the_run_behind_an_adapter_gives_the_settings(pipeline_folder: Path, ada
     try:
         request = read_request(build_parser().parse_args(["--prompt", "red", "--lora", str(adapter.parent)]))
         settings = resolve_settings(request, read_run(adapter.parent))
-        assert (settings.model, settings.steps, settings.guidance) == (pipeline_folder, 7, 1.5)
-        assert (settings.sampler, settings.height, settings.width) == ("Euler", 16, None)
+        assert (settings.model, settings.sampling.steps, settings.sampling.guidance_scale) == (pipeline_folder, 7, 1.5)
+        assert (settings.sampler, settings.sampling.height, settings.sampling.width) == ("Euler", 16, None)
         given = replace(request, steps=2, model=Path("elsewhere"), guidance=0.0)
         settings = resolve_settings(given, read_run(adapter.parent))
-        assert (settings.model, settings.steps, settings.guidance) == (Path("elsewhere"), 2, 0.0)
+        assert (settings.model, settings.sampling.steps, settings.sampling.guidance_scale) == (
+            Path("elsewhere"),
+            2,
+            0.0,
+        )
         (adapter.parent / "config.yaml").write_text(
             "model: {from_pretrained: null, infer: {unconditional_guidance_scale: null}, "
             "pipeline: {trained: null, stateless: null, arguments: {negative_prompt: blurry}}}\n"
         )
         settings = resolve_settings(request, read_run(adapter.parent))
-        assert settings.guidance is None  # the pipeline's default, not the shipped one
+        assert settings.sampling.guidance_scale is None  # the pipeline's default, not the shipped one
         assert settings.pipeline == {"arguments": {"negative_prompt": "blurry"}}
         (adapter.parent / "config.yaml").write_text("model: {from_pretrained: some/hub-id}\n")
         assert resolve_settings(request, read_run(adapter.parent)).model == Path("some/hub-id")
@@ -220,7 +224,12 @@ def test_shipped_defaults_are_those_of_the_shipped_configuration() -> None:
     infer = load_config("draftp_sd", []).model.infer
     settings = resolve_settings(read_request(build_parser().parse_args(["--prompt", "red"])), None)
     shipped = (infer.inference_steps, infer.unconditional_guidance_scale, infer.sampler_type, infer.eta)
-    assert (settings.steps, settings.guidance, settings.sampler, settings.eta) == shipped
+    assert (
+        settings.sampling.steps,
+        settings.sampling.guidance_scale,
+        settings.sampler,
+        settings.sampling.eta,
+    ) == shipped
 
 
 @pytest.mark.parametrize(
@@ -248,13 +257,13 @@ def test_settings_of_a_run_that_are_none_are_named(adapter: Path, infer: str, me
 def test_a_damaged_configuration_is_not_passed_over_in_silence(
     pipeline_folder: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (adapter.parent / "config.yaml").write_text("a: &a [x, x]\nb: *a\n")
+    (adapter.parent / "config.yaml").write_text("model: {infer: {inference_steps: 7}}\nrm: [")
     try:
         run(pipeline_folder, tmp_path / "out", "--lora", str(adapter))
     finally:
         (adapter.parent / "config.yaml").unlink()
     warned = capsys.readouterr().err
-    assert "config.yaml cannot be read (ValueError: it has YAML aliases" in warned
+    assert "config.yaml cannot be read (ValueError: " in warned
     assert "the pictures are made with the shipped settings" in warned
 
 

@@ -20,7 +20,8 @@ import nemo_aligner_diffusion as package
 from nemo_aligner_diffusion.algorithms.registry import method_of, methods, title_of
 from nemo_aligner_diffusion.config import schema
 from nemo_aligner_diffusion.config.docs import method_table
-from nemo_aligner_diffusion.config.load import conf_directory, load_config
+from nemo_aligner_diffusion.config.load import load_config
+from nemo_aligner_diffusion.config.recipes import conf_directory
 from nemo_aligner_diffusion.diffusion.plan import check_plan
 from nemo_aligner_diffusion.errors import ConfigurationError
 

@@ -80,9 +80,9 @@ def figures(file: Path, *columns: str) -> list[float]:
 
 
 def _mark(layout: str, what: str) -> tuple[pytest.MarkDecorator, ...]:
-    if what == "LoRA" or layout == "DP2":
-        return ()
-    return (pytest.mark.slow,) if layout == "FSDP2 TP2" else (pytest.mark.nightly,)
+    if layout == "FSDP2 TP2":
+        return (pytest.mark.nightly if what == "LoRA" else pytest.mark.slow,)
+    return () if what == "LoRA" or layout == "DP2" else (pytest.mark.nightly,)
 
 
 @pytest.mark.parametrize(
@@ -194,6 +194,8 @@ def test_a_clip_reward_on_several_processes(processes, inputs, tmp_path, size, m
         f"rm.model.restore_from_path={archive}",
         "model.data.shuffle_buffer=0",
         "model.data.validation.seeds=[1,2]",
+        "model.truncation_steps=1",
+        "trainer.draftp_sd.max_steps=2",  # all eight prompts
     ]
     outcomes = []
     for name, ranks, layout in (("one", 1, []), ("several", size, more)):

@@ -248,3 +248,11 @@ def test_data_module_resumes_where_it_was(tmp_path: Path) -> None:
     stream = iter(whole.train_dataloader())
     batches = [next(stream) for _ in range(3)]
     assert torch.equal(next(iter(data.train_dataloader()))["images"], batches[2]["images"])
+
+
+def test_names_with_a_further_dot_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    dotted = {f"cat no. {name}": content for name, content in GOOD.items()}
+    path = tar(tmp_path / "a.tar", {**GOOD, **dotted})
+    data = PreferenceDataset(str(path), preprocessing=Preprocessing(32), micro_batch_size=1, epochs=1, shuffle_buffer=0)
+    assert [batch["prompts"] for batch in data] == [["a cat"]]
+    assert "4 members were passed over, 'cat no. 7." in caplog.text

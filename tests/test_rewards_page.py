@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_aligner_diffusion.config.load import groups, load_config
+from nemo_aligner_diffusion.config.load import load_config
+from nemo_aligner_diffusion.config.recipes import groups
 from nemo_aligner_diffusion.config.reward_keys import REWARDS
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "rewards.md").read_text(encoding="utf-8")

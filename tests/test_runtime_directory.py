@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,15 +15,6 @@ from nemo_aligner_diffusion.errors import OutputError
 from nemo_aligner_diffusion.runtime.directory import RunDirectory, read_state, resolve_run_directory
 from nemo_aligner_diffusion.runtime.files import atomic_path, write_atomic
 from nemo_aligner_diffusion.runtime.settings import RunDirectorySettings
-
-
-@pytest.fixture(autouse=True)
-def _environment() -> Iterator[None]:
-    """The version that a run hands to the processes it launches must not leak between tests."""
-    kept = {name: os.environ.pop(name, None) for name in ("NEMO_EXPM_VERSION",)}
-    yield
-    os.environ.pop("NEMO_EXPM_VERSION", None)
-    os.environ.update({name: value for name, value in kept.items() if value is not None})
 
 
 def _finished_run(path: Path, status: str = "finished") -> None:
@@ -38,16 +28,19 @@ def _finished_run(path: Path, status: str = "finished") -> None:
 
 def test_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("NEMO_EXPM_VERSION", raising=False)
     now = datetime.datetime(2026, 11, 20, 6, 13, 5)
     assert resolve_run_directory(RunDirectorySettings(explicit_log_dir="here", exp_dir="ignored")) == tmp_path / "here"
     assert (
         resolve_run_directory(RunDirectorySettings(exp_dir="runs", name="n", resume_if_exists=True))
         == tmp_path / "runs" / "n"
     )
-    assert "NEMO_EXPM_VERSION" not in os.environ
     dated = resolve_run_directory(RunDirectorySettings(name="draftp_sd"), now)
     assert dated == tmp_path / "nemo_experiments" / "draftp_sd" / "2026-11-20_06-13-05"
-    assert resolve_run_directory(RunDirectorySettings(name="draftp_sd")) == dated  # as a process that this one launches
+    later = now + datetime.timedelta(seconds=1)
+    assert resolve_run_directory(RunDirectorySettings(name="draftp_sd"), later) != dated  # a program may train twice
+    monkeypatch.setenv("NEMO_EXPM_VERSION", "mine")
+    assert resolve_run_directory(RunDirectorySettings(name="draftp_sd")) == dated.with_name("mine")
 
 
 def test_a_new_directory(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.runtime.process import Process, check_agrees, is_interactive, left_over, this_process
+from nemo_aligner_diffusion.runtime.said import is_first_to_say, write_error_file
 
 ROOT = Path(__file__).parent.parent
 PATIENCE = 120.0
@@ -103,12 +104,34 @@ def test_what_was_started_is_what_is_configured(
             check_agrees(process, devices, nodes, environment)
 
 
+def test_what_is_advised_in_a_shell_that_srun_has_opened_helps() -> None:
+    with pytest.raises(ConfigurationError, match=r"unset SLURM_STEP_ID SLURM_PROCID$"):
+        check_agrees(this_process(SRUN), 1, 1, SRUN)
+    after = {name: value for name, value in SRUN.items() if name not in ("SLURM_STEP_ID", "SLURM_PROCID")}
+    assert this_process(after) == Process()
+    for devices in (1, 2):
+        check_agrees(Process(), devices, 1, after)
+
+
 def test_what_is_left_over_is_said() -> None:
     assert left_over(Process(), {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "x"}) == ""
     assert left_over(this_process(TORCHRUN), TORCHRUN) == ""
     assert "RANK='1', WORLD_SIZE='2' in the environment without effect" in left_over(
         Process(), {"RANK": "1", "WORLD_SIZE": "2"}
     )
+
+
+def test_an_error_is_told_although_another_launchers_folder_holds_its_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program that a rank of another run has started inherits where those agree on who speaks."""
+    (tmp_path / "0").mkdir()
+    monkeypatch.setenv("NAD_CLAIMS", str(tmp_path))
+    monkeypatch.setenv("NAD_LAUNCHER", "1")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "0" / "error.json"))
+    assert [is_first_to_say("no such file") for _ in range(2)] == [True, True]
+    write_error_file("no such file")
+    assert list((tmp_path / "0").iterdir()) == []
 
 
 # Two processes of a run meet; rank 0 says at which addresses it listens then.
@@ -141,6 +164,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_on_one_machine_nothing_listens_on_the_network() -> None:
     done = subprocess.run([sys.executable, "-c", MEET], capture_output=True, text=True, timeout=PATIENCE)
@@ -168,6 +192,7 @@ with Interruption() as interruption:
 """
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("rank", "whom", "number"), [(0, "rank 1", signal.SIGTERM), (1, "rank 0", signal.SIGINT), (1, "rank 0", None)]
 )
@@ -189,3 +214,27 @@ def test_a_wait_for_others_says_for_whom_and_ends(rank: int, whom: str, number: 
             process.send_signal(number)
         assert process.wait(PATIENCE) == (4 if number is None else 128 + number)
         assert time.monotonic() - started < 30
+
+
+@pytest.mark.alone
+def test_two_steps_of_a_job_that_have_one_port_do_not_meet() -> None:
+    job = {**SRUN, "SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "1", "MASTER_PORT": str(15200 + os.getpid() % 10000)}
+    processes = []
+    for rank, seconds in ((0, "600"), (1, "1.0")):  # rank 1 of the second step finds rank 0 of the first
+        own = {"SLURM_STEP_ID": str(rank), "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
+        command = [sys.executable, "-c", WAIT, seconds]
+        process = subprocess.Popen(command, env={**os.environ, **job, **own}, stderr=subprocess.PIPE, text=True)
+        processes.append(process)
+        if rank == 0:
+            assert process.stderr is not None
+            while " has waited " not in process.stderr.readline():  # it serves
+                assert process.poll() is None
+    first, second = processes
+    try:
+        assert second.wait(PATIENCE) == 4
+        assert second.stderr is not None
+        assert "did not come within" in second.stderr.read()
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.communicate()

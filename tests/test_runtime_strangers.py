@@ -21,6 +21,8 @@ from nemo_aligner_diffusion.runtime.health.messages import Fault, Position
 from nemo_aligner_diffusion.runtime.health.server import HealthServer
 from nemo_aligner_diffusion.runtime.health.verdict import Watch
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -113,6 +115,7 @@ def test_what_a_rank_sends_wrongly_ends_its_line_and_not_the_server(watched: Wat
     wait_until(lambda: any(message["kind"] == "verdict" for message in watched.ranks[1].receive() or []))
 
 
+@pytest.mark.alone
 def test_callers_who_say_nothing_are_few_and_go(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health_server, "_HELLO_WITHIN", 0.5)
     before = len(os.listdir("/proc/self/fd"))

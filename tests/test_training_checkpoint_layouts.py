@@ -51,8 +51,11 @@ def train(devices: int, words: list[str], folder: str, steps: int, resume_from: 
     losses: list[float] = []
 
     class Watch(pl.Callback):
-        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-            if resume is not None:
+        begun = False
+
+        def on_train_batch_start(self, trainer: Any, *rest: Any) -> None:  # once the schedule has its say, too
+            if resume is not None and not self.begun:
+                self.begun = True
                 assert checkpoint._io is not None
                 checkpoint._io.bytes_a_writer = 100_000  # so that all of them write, a small model's pieces too
                 checkpoint.save(trainer)

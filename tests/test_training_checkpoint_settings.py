@@ -13,7 +13,7 @@ from nemo_aligner_diffusion.errors import CheckpointError
 from nemo_aligner_diffusion.reward_training.run import ConfiguredEarlyStopping
 from nemo_aligner_diffusion.training.callbacks.ema import EMACallback
 from nemo_aligner_diffusion.training.callbacks.settings import EMASettings
-from nemo_aligner_diffusion.training.checkpoints.resume import find_resume_point
+from nemo_aligner_diffusion.training.checkpoints.resume import check_moments, find_resume_point
 from nemo_aligner_diffusion.training.optimizers import OptimizerSettings, build_optimizer
 from nemo_aligner_diffusion.training.schedules import ScheduleSettings, build_schedule
 
@@ -101,8 +101,14 @@ def test_an_optimizer_of_the_same_moments_goes_on(tmp_path: Path, before: str, a
 
 @pytest.mark.parametrize(("before", "after"), [("fused_adam", "sgd"), ("sgd", "adamw")])
 def test_an_optimizer_of_other_moments_is_refused(tmp_path: Path, before: str, after: str) -> None:
-    with pytest.raises(CheckpointError, match=r"model\.optim\.name of its config\.yaml, or begin a run of its own"):
+    wrong = r"model\.optim\.name of its config\.yaml, or begin a run of its own"
+    with pytest.raises(CheckpointError, match=wrong):
         resumed(tmp_path, ({**ADAM, "name": before}, SCHED), ({**ADAM, "name": after}, SCHED))
+    point = find_resume_point(tmp_path / "checkpoints")
+    assert point is not None
+    with pytest.raises(CheckpointError, match=wrong):  # of the configuration's name alone: before anything is written
+        check_moments(point.optimizer, after)
+    check_moments(point.optimizer, before)
 
 
 def test_weight_decay_that_splits_the_parameters_goes_on(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ import pytest
 
 from nemo_aligner_diffusion.runtime.directory import read_state
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 240.0
 TRAIN = [sys.executable, "-c", "import sys; from nemo_aligner_diffusion.cli.train import train; sys.exit(train())"]
@@ -51,6 +53,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_the_same_command_twice_at_once(tmp_path: Path) -> None:
     both = [start(tmp_path / "run", 2) for _ in range(2)]
     ended = [(process.communicate(timeout=PATIENCE)[1], process.returncode) for process in both]
@@ -61,6 +64,7 @@ def test_the_same_command_twice_at_once(tmp_path: Path) -> None:
     assert read_state(tmp_path / "run")["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_neither_overwritten_nor_marked_by_what_is_refused(tmp_path: Path) -> None:
     run = tmp_path / "run"
     first = start(run, 1, "model.peft.lora_tuning.adapter_dim=8")
@@ -89,6 +93,7 @@ def test_who_reads_a_line_of_the_help_and_goes_sees_no_error(words: list[str]) -
         assert process.stderr.read() == ""
 
 
+@pytest.mark.slow
 def test_a_run_outlives_its_reader_and_a_hangup_saves_it(tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = start(run, 10_000)

@@ -32,7 +32,7 @@ def run(launcher: list[str], inputs: tuple[Path, Path], directory: Path, reward:
     """Exit code, and the screen (both streams in their order)."""
     words = [word for word in overrides(*inputs, directory) if not word.startswith("rm=")]
     words += ["rm=custom", "rm.import_path=faulty_reward:FaultyReward", f"+rm.kwargs={reward}", "trainer.devices=2"]
-    words += ["trainer.draftp_sd.max_steps=8", "exp_manager.create_tensorboard_logger=false", "report.enable=false"]
+    words += ["trainer.draftp_sd.max_steps=8", "exp_manager.create_tensorboard_logger=false"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     done = subprocess.run(
         [*launcher, SCRIPT, *words, *more],

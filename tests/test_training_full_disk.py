@@ -67,7 +67,6 @@ def start(pipeline: Path, prompts: Path, disk: Path, at: int, *more: str) -> int
         "rm.import_path=test_training_full_disk:FillingReward",
         f"+rm.kwargs={{at:{at},folder:{disk}}}",
         "model.global_batch_size=2",
-        "report.enable=false",
         *more,
     ]
     given = [word for word in overrides(pipeline, prompts, disk / "run") if not word.startswith("rm=")]

@@ -54,7 +54,7 @@ def figures(directory):
 )
 def test_every_recipe_leaves_a_complete_run_directory(recipe, more, pipeline, prompts, tmp_path):
     directory = tmp_path / "run"
-    assert run(pipeline, prompts, directory, *more, recipe=recipe) == 0
+    assert run(pipeline, prompts, directory, *more, "report.enable=true", recipe=recipe) == 0
     metrics = rows(directory / "metrics.csv")
     assert [int(row["step"]) for row in metrics] == [1, 2, 3, 4]
     assert list(metrics[0])[:8] == (
@@ -74,13 +74,13 @@ def test_every_recipe_leaves_a_complete_run_directory(recipe, more, pipeline, pr
 
 def test_a_run_that_is_out_of_time_says_so_and_goes_on_to_the_same_end(pipeline, prompts, tmp_path):
     directory, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
-    assert run(pipeline, prompts, directory, "exp_manager.max_time_per_run=00:00:00:00") == 0
+    assert run(pipeline, prompts, directory, "exp_manager.max_time_per_run=00:00:00:00", "report.enable=true") == 0
     state = json.loads((directory / "run.json").read_text())
     assert (state["status"], state["step"]) == ("interrupted", 1)
     assert "This run was interrupted" in (directory / "report.html").read_text(encoding="utf-8")
     assert run(pipeline, prompts, directory, "exp_manager.resume_if_exists=true") == 0
     assert json.loads((directory / "run.json").read_text())["status"] == "finished"
-    run(pipeline, prompts, undisturbed, "report.enable=false")
+    run(pipeline, prompts, undisturbed)
     assert figures(directory) == figures(undisturbed)
     assert (directory / "validation.csv").read_text() == (undisturbed / "validation.csv").read_text()
 
@@ -160,7 +160,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(pipeline, prompts, t
 
 def test_a_run_that_resumes_with_other_micro_batches_takes_the_same_steps(pipeline, prompts, tmp_path):
     """What one step accumulates changes with the layout, too; Lightning tells the ends of steps by counting batches."""
-    more = ["report.enable=false", "trainer.draftp_sd.val_check_interval=3"]
+    more = ["trainer.draftp_sd.val_check_interval=3"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(pipeline, prompts, whole, *more, "trainer.draftp_sd.max_steps=6")
     run(pipeline, prompts, parts, *more, "model.micro_batch_size=4", "trainer.draftp_sd.max_steps=3")
@@ -205,7 +205,7 @@ def test_nan_rewards_are_skipped_then_stop_the_run_without_touching_the_weights(
     calls.clear()
     broken_until = 1000
     with pytest.raises(NumericalError, match=r"step 5.*reward"):
-        run(pipeline, prompts, tmp_path / "stops", *more, "model.nan_policy.max_consecutive=2")
+        run(pipeline, prompts, tmp_path / "stops", *more, "model.nan_policy.max_consecutive=2", "report.enable=true")
     assert all(torch.isfinite(value).all() for value in adapter(tmp_path / "stops").values())
     assert (tmp_path / "stops" / "report.html").exists()
     assert json.loads((tmp_path / "stops" / "run.json").read_text())["status"] == "failed"
@@ -217,7 +217,7 @@ def test_ctrl_c_leaves_an_export_and_a_report(pipeline, prompts, tmp_path):
     command = [
         sys.executable,
         str(ROOT / "examples/mm/stable_diffusion/train_sd_draftp.py"),
-        *overrides(pipeline, prompts, directory, "trainer.draftp_sd.max_steps=100000"),
+        *overrides(pipeline, prompts, directory, "trainer.draftp_sd.max_steps=100000", "report.enable=true"),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
@@ -235,6 +235,7 @@ def test_ctrl_c_leaves_an_export_and_a_report(pipeline, prompts, tmp_path):
     assert (directory / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(pipeline, prompts, tmp_path):
     """The noise is keyed by sample, the plan by step: data parallelism changes rounding only."""
     run(pipeline, prompts, tmp_path / "one", "model.micro_batch_size=4")

@@ -5,9 +5,12 @@ Imports nothing heavy before the configuration has been read: ``--help`` and a m
 
 from __future__ import annotations
 
+import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from nemo_aligner_diffusion.command_line import command
 from nemo_aligner_diffusion.errors import ConfigurationError
@@ -16,26 +19,11 @@ from nemo_aligner_diffusion.planner.gpus import GPUS, gpu_named
 from nemo_aligner_diffusion.planner.options import Options
 from nemo_aligner_diffusion.planner.presets import MODELS, REWARDS, model_spec
 
-HELP = f"""\
-usage: nad-plan [--config-name RECIPE] [key=value …] [options]
-
+DESCRIPTION = """\
 What a training run will need, before it runs: memory by part and phase, operations, bytes sent, seconds a step on a
 named GPU, and the layouts that fit. Recipe and overrides are those of nad-train-draftp; nothing is downloaded or
-allocated.
-
-options:
-  --model NAME         {", ".join(MODELS)}, or a diffusers folder; default: the recipe's, which is the embedded model
-  --reward NAME        {", ".join(REWARDS)} (the size of PickScore and HPSv2), or recipe: what its rm section builds;
-                       default: clip-h for a named model whose recipe names no reward file
-  --gpu NAME           {", ".join(GPUS)}; default h100-80gb
-  --gpus-per-node N    GPUs in a server; default: trainer.devices
-  --layouts            also search every layout of trainer.devices × trainer.num_nodes GPUs for model.global_batch_size
-  --tensor-sizes N,N   tensor-parallel sizes to search; default 1, 2, 4, 8, up to the first that fits
-  --no-sharding        leave FSDP out of the search
-  --attention KIND     auto (FlashAttention or memory-efficient), math (holds the scores)
-  --json               print JSON
-  --help               this
-
+allocated."""
+EPILOG = """\
 keys that matter most: trainer.devices, trainer.num_nodes, trainer.precision, model.micro_batch_size,
 model.global_batch_size, model.tensor_model_parallel_size, model.fsdp, model.activation_checkpointing,
 model.decode_micro_batch_size, model.infer.inference_steps, model.infer.height, model.infer.width, peft=none
@@ -47,8 +35,48 @@ examples:
 Assumptions and what was checked: docs/planner.md"""
 
 
-_FLAGS = ("--layouts", "--no-sharding", "--json")
-_WITH_VALUES = ("--model", "--reward", "--gpu", "--gpus-per-node", "--tensor-sizes", "--attention")
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigurationError(f"{message}; nad-plan --help lists all options")
+
+
+def _number(text: str) -> int:
+    if not text.strip().isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
+    return int(text)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(_number, text.split(",")))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        "nad-plan",
+        usage="nad-plan [--config-name RECIPE] [key=value …] [options]",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,  # the defaults are those of Options
+    )
+    add = parser.add_argument
+    add("--model", metavar="NAME", help=f"{', '.join(MODELS)}, or a diffusers folder; default: the recipe's, which is "
+        "the embedded model")  # fmt: skip
+    add("--reward", choices=(*REWARDS, "recipe"), help="the size of PickScore and HPSv2 is clip-h; recipe: what its rm "
+        "section builds; default: clip-h for a named model whose recipe names no reward file")  # fmt: skip
+    add("--gpu", metavar="NAME", help=f"{', '.join(GPUS)}; default {Options.gpu}")
+    add("--gpus-per-node", metavar="N", type=_number, help="GPUs in a server; default: trainer.devices")
+    add("--layouts", action="store_true", help="also search every layout of trainer.devices × trainer.num_nodes GPUs "
+        "for model.global_batch_size")  # fmt: skip
+    add("--tensor-sizes", metavar="N,N", type=_numbers, help="tensor-parallel sizes to search; default 1, 2, 4, 8, up "
+        "to the first that fits")  # fmt: skip
+    add("--no-sharding", action="store_false", dest="sharding", help="leave FSDP out of the search")
+    add(
+        "--attention", choices=("auto", "math"), help="auto: FlashAttention or memory-efficient; math: holds the scores"
+    )
+    add("--json", action="store_true", help="print JSON")
+    return parser
 
 
 def take_options(argv: Sequence[str]) -> tuple[Options, list[str]]:
@@ -57,50 +85,21 @@ def take_options(argv: Sequence[str]) -> tuple[Options, list[str]]:
     Raises:
         ConfigurationError: an option without its value, with an impossible one, or misspelt.
     """
-    options, rest, words = Options(), [], list(argv)
-    while words:
-        word = words.pop(0)
-        name, separator, value = word.partition("=")
-        if name in _FLAGS:
-            options.layouts |= name == "--layouts"
-            options.sharding &= name != "--no-sharding"
-            options.json |= name == "--json"
-        elif name in _WITH_VALUES:
-            if not separator:
-                if not words:
-                    raise ConfigurationError(f"{name} needs a value")
-                value = words.pop(0)
-            _set(options, name, value)
-        elif name.startswith("-") and (hint := closest(name, (*_FLAGS, *_WITH_VALUES), least=0.75)):
+    parser = _parser()
+    options, rest = parser.parse_known_args(argv, Options())
+    gpu_named(options.gpu)
+    known = re.findall(r"--[a-z-]+", parser.format_help())
+    for word in rest:
+        if word not in known and word.startswith("-") and (hint := closest(word, known, least=0.75)):
             raise ConfigurationError(f"unknown option {word!r}{hint} nad-plan --help lists all")
-        else:
-            rest.append(word)
     return options, rest
-
-
-def _set(options: Options, name: str, value: str) -> None:
-    if name in ("--gpus-per-node", "--tensor-sizes"):
-        numbers = value.split(",") if name == "--tensor-sizes" else [value]
-        if not all(number.strip().isdigit() and int(number) > 0 for number in numbers):
-            raise ConfigurationError(f"{name} {value!r}: expected whole numbers of at least 1")
-        if name == "--tensor-sizes":
-            options.tensor_sizes = tuple(int(number) for number in numbers)
-        else:
-            options.gpus_per_node = int(value)
-        return
-    choices = {"--reward": (*REWARDS, "recipe"), "--attention": ("auto", "math")}.get(name)
-    if choices is not None and value not in choices:
-        raise ConfigurationError(f"{name} {value!r}: expected one of {', '.join(choices)}")
-    if name == "--gpu":
-        gpu_named(value)
-    setattr(options, name.strip("-"), value)
 
 
 @command(interrupted="interrupted; a plan writes nothing")
 def main(argv: Sequence[str]) -> int:
     """Console command ``nad-plan``."""
     if any(word in ("--help", "-h") for word in argv):
-        print(HELP)
+        _parser().print_help()
         return 0
     options, words = take_options(argv)
     from nemo_aligner_diffusion.cli.train import parse_arguments

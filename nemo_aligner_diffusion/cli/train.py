@@ -13,7 +13,7 @@ from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError
 from nemo_aligner_diffusion.runtime import startup
 from nemo_aligner_diffusion.runtime.ending import EndAtExit, end
 from nemo_aligner_diffusion.runtime.said import is_first_to_say, write_error_file
-from nemo_aligner_diffusion.runtime.streams import outlive_readers
+from nemo_aligner_diffusion.streams import outlive_readers
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -95,7 +95,7 @@ def parse_arguments(config_name: str, argv: Sequence[str]) -> Arguments:
 
 def help_text(program: str, config_name: str) -> str:
     """Usage, recipes, groups and the keys used most."""
-    from nemo_aligner_diffusion.config.load import groups, recipes
+    from nemo_aligner_diffusion.config.recipes import groups, recipes
 
     lines = [
         f"usage: {program} [key=value …] [group=option …] [--config-name NAME] [--config-path FOLDER] [--cfg] [--help]",
@@ -196,7 +196,6 @@ def launch(settings: ProgramSettings, run: Callable[[Interruption], int]) -> int
     Returns:
         the exit status.
     """
-    from nemo_aligner_diffusion.runtime.directory import resolve_run_directory
     from nemo_aligner_diffusion.runtime.launch import start_processes
     from nemo_aligner_diffusion.runtime.process import check_agrees, this_process
     from nemo_aligner_diffusion.runtime.signals import Interrupted, Interruption
@@ -205,8 +204,7 @@ def launch(settings: ProgramSettings, run: Callable[[Interruption], int]) -> int
     section, process = settings.exp_manager, this_process()
     devices, nodes = settings.trainer.devices_per_node, settings.trainer.num_nodes
     check_agrees(process, devices, nodes)
-    # a directory that is named after the time is named here, for all of them
-    code = start_processes(devices, nodes, prepare=lambda: resolve_run_directory(section))
+    code = start_processes(devices, nodes)
     if code is not None:
         return code
     interruption = Interruption()

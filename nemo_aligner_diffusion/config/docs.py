@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_aligner_diffusion.algorithms.registry import methods
-from nemo_aligner_diffusion.config.load import conf_directory
+from nemo_aligner_diffusion.config.recipes import conf_directory
 from nemo_aligner_diffusion.config.schema import kind_of
 from nemo_aligner_diffusion.rewards.registry import rewards
 from nemo_aligner_diffusion.settings import LOOP, Settings
@@ -38,7 +38,7 @@ def documented_keys() -> dict[str, dict[str, tuple[str, str]]]:
 def _add(section: type[Settings], title: str, tables: dict[str, dict[str, tuple[str, str]]]) -> None:
     title = section.title or title
     tables.setdefault(title, {}).update(_entries(section))
-    for kind in section.parts().values():
+    for kind in section.part_classes().values():
         _add(kind, title, tables)
 
 

@@ -95,7 +95,8 @@ def _how_to_quote(key: str, raw: str) -> str:
     else:
         texts = [text[1:-1] if text[:1] in ("'", '"') and text[-1:] == text[:1] else text for text in split(raw[1:-1])]
     written = f"{key}=[{','.join(map(quoted, texts))}]"
-    return f": text with other than letters, digits and spaces needs quotes: {shlex.quote(written)}"
+    in_quotes = shlex.quote(written) if re.search(r'["$`\\!]', written) else f'"{written}"'
+    return f": text with other than letters, digits and spaces needs quotes: {in_quotes}"
 
 
 def add_layer(

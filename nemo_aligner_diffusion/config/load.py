@@ -32,6 +32,7 @@ from nemo_aligner_diffusion.config.layers import (
     add_layer,
     parse_override,
 )
+from nemo_aligner_diffusion.config.recipes import conf_directory, groups, recipes
 from nemo_aligner_diffusion.config.reward_checks import check_reward
 from nemo_aligner_diffusion.config.reward_keys import REWARDS
 from nemo_aligner_diffusion.config.words import is_secret, of_the_environment, with_yaml_words
@@ -43,41 +44,6 @@ from nemo_aligner_diffusion.settings import ANY
 from nemo_aligner_diffusion.training.settings import RunSettings
 
 logger = logging.getLogger(__name__)
-
-_OTHER_PROGRAMS = ("reward_model",)  # configurations in conf/ that are no recipe of the diffusion trainers
-
-
-def conf_directory() -> Path:
-    """``conf/``: inside the package where it was installed from a wheel, beside it in a source checkout."""
-    package = Path(__file__).resolve().parents[1]
-    for folder in (package / "conf", package.parent / "conf"):
-        if (folder / "draftp_sd.yaml").is_file():
-            return folder
-    raise ConfigurationError(
-        f"the recipes are missing: neither {package / 'conf'} nor {package.parent / 'conf'} holds draftp_sd.yaml; "
-        "install nemo-aligner-diffusion again"
-    )
-
-
-def recipes() -> dict[str, str]:
-    """Recipe name -> its first comment line."""
-    return {
-        file.stem: file.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-        for file in sorted(conf_directory().glob("*.yaml"))
-        if file.stem not in _OTHER_PROGRAMS
-    }
-
-
-def groups(folder: Path | None = None) -> dict[str, list[str]]:
-    """Group name -> its options, as in ``rm=symmetry``."""
-    folder = folder or conf_directory()
-    return {
-        group.name: options
-        for group in sorted(folder.iterdir())
-        if group.is_dir()
-        and group.name != "base"
-        and (options := sorted(file.stem for file in group.glob("*.yaml") if file.stem != "base"))
-    }
 
 
 def load_config(

@@ -10,7 +10,6 @@ _HOMES = {
     "PromptBatch": "prompts",
     "PromptDataModule": "datamodule",
     "PromptDataset": "prompts",
-    "PromptLoader": "prompts",
     "WrittenShards": "shards",
     "build_prompt_loader": "prompts",
     "expand_paths": "paths",

@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 
 from nemo_aligner_diffusion.data.bad_samples import OnBadSample
 from nemo_aligner_diffusion.data.paths import PathSpec
-from nemo_aligner_diffusion.data.prompts import PromptLoader, build_prompt_loader
+from nemo_aligner_diffusion.data.prompts import build_prompt_loader
 from nemo_aligner_diffusion.data.sample_stream import SampleStream
 from nemo_aligner_diffusion.data.stream_loader import WORKER_TIMEOUT_SECONDS, StreamLoader
 from nemo_aligner_diffusion.errors import DataError
@@ -228,11 +228,17 @@ class StreamDataModule(pl.LightningDataModule, ABC):
 
 
 class PromptDataModule(StreamDataModule):
-    """The prompts of a training run.
+    """The prompts of a training run; ``prompt_key`` is :class:`~.prompts.PromptDataset`'s.
 
     >>> data = PromptDataModule("prompts-{0000..0012}.tar", micro_batch_size=1, global_batch_size=8)  # doctest: +SKIP
     >>> trainer.fit(model, datamodule=data)  # doctest: +SKIP
     """
 
-    def build_loader(self, paths: PathSpec, **options: Any) -> PromptLoader:
-        return build_prompt_loader(paths, **options)
+    def __init__(
+        self, train: PathSpec, validation: PathSpec | None = None, *, prompt_key: str | None = None, **options: Any
+    ) -> None:
+        super().__init__(train, validation, **options)
+        self.prompt_key = prompt_key
+
+    def build_loader(self, paths: PathSpec, **options: Any) -> StreamLoader:
+        return build_prompt_loader(paths, prompt_key=self.prompt_key, **options)

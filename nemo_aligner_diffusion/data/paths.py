@@ -12,7 +12,7 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
-from nemo_aligner_diffusion.errors import DataError
+from nemo_aligner_diffusion.errors import DataError, printable
 
 logger = logging.getLogger(__name__)
 
@@ -150,6 +150,8 @@ def _file_or_folder(path: Path, check: bool) -> list[Path]:
         )
         # Beside shards, a .txt is a licence or a readme more often than a list of prompts.
         files = [file for file in found if not is_text_file(file)] or found
+        if len(files) < len(found):
+            logger.info("%s: its %d .txt files are passed over beside the shards", path, len(found) - len(files))
         if not files:
             raise DataError(
                 f"the folder {path} holds no prompt file; expected {', '.join(SHARD_SUFFIXES)}, or {TEXT_SUFFIX} with "
@@ -184,6 +186,8 @@ def _unique(files: list[Path]) -> list[Path]:
     for file in files:
         key = os.path.abspath(file)
         if key in unique:
-            logger.warning("%s is named more than once among the prompt paths; it is read once an epoch", file)
+            logger.warning(
+                "%s is named more than once among the prompt paths; it is read once an epoch", printable(file)
+            )
         unique.setdefault(key, file)
     return list(unique.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from nemo_aligner_diffusion.formats.tar import walk_tar
 
 MAX_PROMPT_BYTES = 64 * 1024  # of UTF-8; tokenizers keep some 100 to 500 tokens, so more than this is no prompt
 MAX_JSON_BYTES = 1 << 20  # a .json member may carry other metadata beside the prompt
-PROMPT_KEYS = ("prompt", "caption")  # of .json members, the first that is there
+PROMPT_KEYS = ("prompt", "caption")  # of .json members, the first that is there; the user may name another
 TEXT, JSON = 0, 1  # kinds of members that hold a prompt
 # Two bytes of grace: a prompt of full length may be followed by a line break.
 _MOST_BYTES = {"txt": MAX_PROMPT_BYTES + 2, "json": MAX_JSON_BYTES}
@@ -31,13 +31,13 @@ class LocatedPrompt(NamedTuple):
     kind: int
 
 
-def locate_prompts(path: Path, bad: BadSamples) -> Iterator[LocatedPrompt]:
+def locate_prompts(path: Path, bad: BadSamples, keys: Sequence[str] = PROMPT_KEYS) -> Iterator[LocatedPrompt]:
     """Yield the prompts of a shard or of a text file, in file order, holding one sample at a time.
 
     A shard is read with webdataset's conventions: members that share the name up to the first dot are one sample. Its
-    prompt is the ``.txt`` member, else the ``prompt`` or ``caption`` of the ``.json`` member; other members are passed
-    over unread. A prompt is UTF-8 text that is not only white space; a byte order mark at its beginning and line breaks
-    at its end do not belong to it, other white space does.
+    prompt is the ``.txt`` member, else what the ``.json`` member has under the first of ``keys`` that is there (of a
+    list the first text); other members are passed over unread. A prompt is UTF-8 text that is not only white space; a
+    byte order mark at its beginning and line breaks at its end do not belong to it, other white space does.
 
     Under ``skip`` an unusable prompt costs itself; an unusable file (truncated, vanished, no tar) costs its rest.
 
@@ -47,22 +47,22 @@ def locate_prompts(path: Path, bad: BadSamples) -> Iterator[LocatedPrompt]:
     try:
         count_before = bad.count
         found = False
-        for located in _read_text(path, bad) if is_text_file(path) else _read_shard(path, bad):
+        for located in _read_text(path, bad) if is_text_file(path) else _read_shard(path, bad, keys):
             found = True
             yield located
         if not found and bad.count == count_before:
-            raise DataError(f"{path} holds no prompt{_what_else(path)}")
+            raise DataError(f"{path} holds no prompt{_what_else(path, keys)}")
     except DataError as error:
         bad.shard(error)
 
 
-def parse_prompt(data: bytes, kind: int) -> str:
+def parse_prompt(data: bytes, kind: int, keys: Sequence[str] = PROMPT_KEYS) -> str:
     """The prompt in the bytes of a member or line.
 
     Raises:
         ValueError: there is none; the message does not name the place.
     """
-    return _prompt_from_json(data) if kind == JSON else clean_prompt(decode_utf8(data))
+    return _prompt_from_json(data, keys) if kind == JSON else clean_prompt(decode_utf8(data))
 
 
 def clean_prompt(text: str) -> str:
@@ -108,7 +108,7 @@ def _read_text(path: Path, bad: BadSamples) -> Iterator[LocatedPrompt]:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _read_shard(path: Path, bad: BadSamples) -> Iterator[LocatedPrompt]:
+def _read_shard(path: Path, bad: BadSamples, keys: Sequence[str]) -> Iterator[LocatedPrompt]:
     def wanted(name: str, kind: str, size: int) -> bool:
         return kind == "file" and size <= _MOST_BYTES.get(split_name(name)[1], -1)
 
@@ -117,14 +117,14 @@ def _read_shard(path: Path, bad: BadSamples) -> Iterator[LocatedPrompt]:
         data, offset = members[extension].data, members[extension].offset
         assert data is not None
         try:
-            prompt = parse_prompt(data, kind)
+            prompt = parse_prompt(data, kind, keys)
         except ValueError as error:
             bad(f"{path}: member '{printable(f'{key}.{extension}')}' {error}")
             continue
         yield LocatedPrompt(prompt, offset, data, kind)
 
 
-def _what_else(path: Path) -> str:
+def _what_else(path: Path, keys: Sequence[str]) -> str:
     if is_text_file(path):
         return "; expected one prompt a line"
     found = Counter(
@@ -133,17 +133,21 @@ def _what_else(path: Path) -> str:
         if member.kind != "folder"
     )
     what = ", ".join(f"{count} {printable(name)}" for name, count in found.most_common(5)) or "nothing"
-    return f": found {what}; expected .txt members, or .json ones with a key prompt or caption"
+    return f": found {what}; expected .txt members, or .json ones with a key {' or '.join(keys)}"
 
 
-def _prompt_from_json(data: bytes) -> str:
+def _prompt_from_json(data: bytes, keys: Sequence[str]) -> str:
     content = parse_json(data)
+    expected = f"expected an object with a {' or '.join(keys)} key"
     if not isinstance(content, dict):
-        raise ValueError(f"holds a JSON {json_type(content)}; expected an object with a prompt or caption key")
-    for name in PROMPT_KEYS:
-        if name in content:
-            if not isinstance(content[name], str):
-                raise ValueError(f"has a {json_type(content[name])} under {name!r}; expected a string")
-            return clean_prompt(content[name])
-    keys = ", ".join(f"'{printable(key, 40)}'" for key in list(content)[:10]) or "none"
-    raise ValueError(f"has neither of the keys 'prompt', 'caption'; the keys there are: {keys}")
+        raise ValueError(f"holds a JSON {json_type(content)}; {expected}")
+    name = next((key for key in keys if key in content), None)
+    if name is None:
+        there = ", ".join(f"'{printable(key, 40)}'" for key in list(content)[:10]) or "none"
+        raise ValueError(
+            f"lacks the key {' and '.join(map(repr, keys))}; the keys there are: {there}; prompt_key names another"
+        )
+    value = content[name][0] if isinstance(content[name], list) and content[name] else content[name]
+    if not isinstance(value, str):
+        raise ValueError(f"has a {json_type(content[name])} under {name!r}; expected a string, or a list of them")
+    return clean_prompt(value)

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Any, TypedDict
 
 import torch
 
 from nemo_aligner_diffusion.data.bad_samples import BadSamples, OnBadSample, warn_of
 from nemo_aligner_diffusion.data.paths import PathSpec, expand_paths
-from nemo_aligner_diffusion.data.prompt_files import locate_prompts, parse_prompt
+from nemo_aligner_diffusion.data.prompt_files import PROMPT_KEYS, locate_prompts, parse_prompt
 from nemo_aligner_diffusion.data.sample_stream import SampleStream
 from nemo_aligner_diffusion.data.shard_index import Span, checksum
 from nemo_aligner_diffusion.data.stream_loader import WORKER_TIMEOUT_SECONDS, StreamLoader
 from nemo_aligner_diffusion.errors import DataError
 
-__all__ = ["PromptBatch", "PromptDataset", "PromptLoader", "build_prompt_loader", "expand_paths", "read_prompts"]
+__all__ = ["PromptBatch", "PromptDataset", "build_prompt_loader", "expand_paths", "read_prompts"]
 
 
 class PromptBatch(TypedDict):
@@ -30,20 +29,32 @@ class PromptBatch(TypedDict):
 
 
 class PromptDataset(SampleStream):
-    """This rank's micro-batches of prompts; arguments, order and errors are those of :class:`.SampleStream`."""
+    """This rank's micro-batches of prompts; arguments, order and errors are those of :class:`.SampleStream`.
+
+    Args:
+        prompt_key: where the prompt is in ``.json`` members; None: ``prompt``, else ``caption``.
+    """
 
     noun = "prompt"
 
+    def __init__(self, paths: PathSpec, *, prompt_key: str | None = None, **options: Any) -> None:
+        self.keys = _keys(prompt_key)
+        super().__init__(paths, **options)
+
+    @property
+    def kind(self) -> str:
+        return " ".join([super().kind, *map(repr, self.keys)])
+
     def read(self, file: Path, bad: BadSamples) -> Iterator[str]:
-        return (located.prompt for located in locate_prompts(file, bad))
+        return (located.prompt for located in locate_prompts(file, bad, self.keys))
 
     def scan(self, file: Path, bad: BadSamples) -> Iterator[Span]:
-        for _, offset, data, kind in locate_prompts(file, bad):
+        for _, offset, data, kind in locate_prompts(file, bad, self.keys):
             yield Span(offset, len(data), checksum(data), kind)
 
     def parse(self, data: bytes, tag: int, file: Path) -> str:
         try:
-            return parse_prompt(data, tag)
+            return parse_prompt(data, tag, self.keys)
         except ValueError as error:
             raise DataError(f"{file}: a member {error}") from error
 
@@ -51,56 +62,21 @@ class PromptDataset(SampleStream):
         return {"prompts": items, "index": index, "epoch": epochs[0]}
 
 
-class PromptLoader(StreamLoader):
-    """A DataLoader over a :class:`PromptDataset` (attribute ``stream``); DataErrors arrive whole from workers."""
-
-    stream: PromptDataset
-
-    def __iter__(self) -> Iterator[PromptBatch]:  # type: ignore[override]
-        return super().__iter__()
-
-
 def build_prompt_loader(
     paths: PathSpec,
     *,
-    micro_batch_size: int,
-    seed: int = 0,
-    shuffle_buffer: int = 10_000,
-    rank: int = 0,
-    world_size: int = 1,
     num_workers: int = 0,
-    epochs: int | None = None,
-    global_batch_size: int | None = None,
-    incomplete: Literal["drop", "wrap"] = "drop",
-    start_sample: int = 0,
-    on_bad_sample: OnBadSample = "error",
-    on_bad_shard: OnBadSample | None = None,
-    index_folder: str | os.PathLike[str] | None = None,
     worker_timeout_seconds: float = WORKER_TIMEOUT_SECONDS,
-) -> PromptLoader:
-    """Return the loader of this rank's batches; the arguments are those of :class:`PromptDataset` and `StreamLoader`.
+    **options: Any,
+) -> StreamLoader:
+    """Return the loader of this rank's :class:`PromptBatch`; ``options`` are the arguments of :class:`PromptDataset`.
 
     The stream is the same for every ``num_workers``; 0 is enough beside any diffusion model.
 
     >>> loader = build_prompt_loader("prompts-{0000..0012}.tar", micro_batch_size=4)  # doctest: +SKIP
     >>> next(iter(loader))["prompts"]  # doctest: +SKIP
     """
-    dataset = PromptDataset(
-        paths,
-        micro_batch_size=micro_batch_size,
-        seed=seed,
-        shuffle_buffer=shuffle_buffer,
-        rank=rank,
-        world_size=world_size,
-        epochs=epochs,
-        global_batch_size=global_batch_size,
-        incomplete=incomplete,
-        start_sample=start_sample,
-        on_bad_sample=on_bad_sample,
-        on_bad_shard=on_bad_shard,
-        index_folder=index_folder,
-    )
-    return PromptLoader(dataset, num_workers, worker_timeout_seconds)
+    return StreamLoader(PromptDataset(paths, **options), num_workers, worker_timeout_seconds)
 
 
 def read_prompts(
@@ -108,6 +84,7 @@ def read_prompts(
     limit: int | None = None,
     on_bad_sample: OnBadSample = "error",
     on_bad_shard: OnBadSample | None = None,
+    prompt_key: str | None = None,
 ) -> list[str]:
     """Return the first ``limit`` prompts in file order, for the fixed prompts of validation and reports.
 
@@ -116,10 +93,15 @@ def read_prompts(
     """
     bad = BadSamples(on_bad_sample, shard_policy=on_bad_shard)
     files = expand_paths(paths, check=bad.shard_policy == "error")
-    prompts = [located.prompt for located in islice(chain.from_iterable(locate_prompts(f, bad) for f in files), limit)]
+    located = chain.from_iterable(locate_prompts(file, bad, _keys(prompt_key)) for file in files)
+    prompts = [one.prompt for one in islice(located, limit)]
     warn_of(bad.notes, 0)
     if not prompts and limit != 0:
         raise DataError(
             f"{files[0]}: not one usable prompt in {len(files)} file(s); set on_bad_sample=error to see why"
         )
     return prompts
+
+
+def _keys(prompt_key: str | None) -> tuple[str, ...]:
+    return PROMPT_KEYS if prompt_key is None else (prompt_key,)

@@ -21,6 +21,7 @@ import os
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -32,10 +33,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from nemo_aligner_diffusion.data.bad_samples import BadSamples, OnBadSample, warn_of
 from nemo_aligner_diffusion.data.epoch_order import epoch_rows
-from nemo_aligner_diffusion.data.epoch_reader import EpochReader
+from nemo_aligner_diffusion.data.epoch_reader import EpochReader, SpanReader
 from nemo_aligner_diffusion.data.paths import SHARD_SUFFIXES, PathSpec, expand_paths
 from nemo_aligner_diffusion.data.shard_index import NotIndexableError, ShardIndex, Span, open_index
-from nemo_aligner_diffusion.data.span_reader import SpanReader
 from nemo_aligner_diffusion.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -150,6 +150,11 @@ class SampleStream(IterableDataset[Any], ABC):
             if not any(True for file in self.files for _ in islice(self.read(file, first), 1)):
                 raise self._no_sample(first.count)
 
+    @property
+    def kind(self) -> str:
+        """Everything beside the files that an index depends on."""
+        return f"{type(self).__module__}.{type(self).__qualname__} {self.on_bad_sample} {self.on_bad_shard}"
+
     @abstractmethod
     def read(self, file: Path, bad: BadSamples) -> Iterator[Any]:
         """The samples of one file in file order, one in memory at a time; ``bad`` decides about unusable ones."""
@@ -179,9 +184,8 @@ class SampleStream(IterableDataset[Any], ABC):
     def _open_index(self, folder: Path | None) -> ShardIndex | None:
         if any(file.name.lower().endswith(SHARD_SUFFIXES[1:]) for file in self.files):
             return None
-        kind = f"{type(self).__module__}.{type(self).__qualname__} {self.on_bad_sample} {self.on_bad_shard}"
         try:
-            index = open_index(self.files, kind, self.scan, lambda: self._bad(quiet=True), folder)
+            index = open_index(self.files, self.kind, self.scan, lambda: self._bad(quiet=True), folder)
         except NotIndexableError:
             return None
         if len(index) == 0:
@@ -199,7 +203,7 @@ class SampleStream(IterableDataset[Any], ABC):
         items: list[Any] = []
         epochs: list[int] = []
         first = position
-        with SpanReader(self.files) as spans:
+        with closing(SpanReader(self.files)) as spans:
             while stop is None or position < stop:
                 reader = EpochReader(self, spans, epoch, worker)
                 if self.epochs is None or epoch < self.epochs:

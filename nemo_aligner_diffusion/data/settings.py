@@ -69,6 +69,11 @@ class PromptSettings(ReadingSettings):
 
     title = "Prompts"
 
+    prompt_key: str | None = setting(
+        None,
+        Kind("text", nullable=True),
+        "where the prompt is in .json members, of a list its first text; text, null: prompt, else caption",
+    )
     validation_path: str | tuple[str, ...] | None = setting(
         None,
         PATHS,

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from nemo_aligner_diffusion.data.sample_stream import SampleStream, check_whole, no_word
 from nemo_aligner_diffusion.data.worker_signals import leave_signals_to_the_parent
-from nemo_aligner_diffusion.errors import DataError
+from nemo_aligner_diffusion.errors import DataError, printable
 
 logger = logging.getLogger(__name__)
 
@@ -242,7 +242,7 @@ class _Watch:
             return "it has not begun to read"
         seconds = (time.monotonic_ns() - since) / 1e9
         position = f" for sample {sample} of the run" if sample >= 0 else ""
-        return f"it last read {self.loader.stream.files[file - 1]}{position}, {seconds:.0f} s ago"
+        return f"it last read {printable(self.loader.stream.files[file - 1])}{position}, {seconds:.0f} s ago"
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from nemo_aligner_diffusion.evaluation.run_files import parse_json
+from nemo_aligner_diffusion.evaluation.run_files import parse_shallow_json
 from nemo_aligner_diffusion.evaluation.text import fit_text, font, format_gain, format_number
 from nemo_aligner_diffusion.runtime.files import write_atomic
 
@@ -299,11 +299,11 @@ def read_grid(image: Image.Image) -> list[dict[str, Any]] | None:
     """The cells of a grid: ``prompt, seed, base_reward, reward`` and the rectangles ``base, tuned`` as
     ``[left, top, width, height]`` in pixels; None where the picture does not describe itself (or wrongly)."""
     try:
-        cells = parse_json(image.info[GRID_KEY])["cells"]
+        cells = parse_shallow_json(str(image.info[GRID_KEY]).encode())["cells"]
         places = [cell[row] for cell in cells for row in ("base", "tuned")]
         inside = all(_lies_in(image, *place) for place in places)
         prompts = [cell["prompt"] for cell in cells]
-    except (KeyError, TypeError, ValueError, RecursionError):
+    except (KeyError, TypeError, ValueError):
         return None
     return cells if cells and inside and all(isinstance(prompt, str) for prompt in prompts) else None
 

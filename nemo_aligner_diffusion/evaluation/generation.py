@@ -29,39 +29,31 @@ from nemo_aligner_diffusion.evaluation.generation_output import claim_folder, pr
 from nemo_aligner_diffusion.evaluation.request import Request
 from nemo_aligner_diffusion.evaluation.run_files import RunFiles, read_config
 from nemo_aligner_diffusion.formats.checkpoints import load_component
+from nemo_aligner_diffusion.runtime.messages import quiet_libraries
 
 if TYPE_CHECKING:
     from nemo_aligner_diffusion.rewards.base import Reward
 
 _DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
-_ANALYTIC_REWARDS = ("symmetry", "compressibility", "incompressibility")
 _IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How pictures are sampled, with every default filled in."""
+    """How pictures are made, with every default filled in."""
 
     model: Path
     unet: Path | None  # weights of the *base* model's denoiser, where they are not the model folder's own
     vae: Path | None
-    steps: int
-    guidance: float | None  # None: the pipeline's default
+    sampling: Sampling
     sampler: str | None  # None: the pipeline's own
-    eta: float
-    height: int | None
-    width: int | None
     pipeline: Mapping[str, Any] = field(default_factory=dict)  # model.pipeline: trained, stateless, arguments
 
-    @property
-    def sampling(self) -> Sampling:
-        return Sampling(self.steps, self.guidance, self.height, self.width, self.eta)
-
     def describe(self) -> str:
-        eta = f", eta {self.eta:g}" if self.eta else ""
+        steps, scale, eta = self.sampling.steps, self.sampling.guidance_scale, self.sampling.eta
         sampler = "the pipeline's own sampler" if self.sampler is None else self.sampler.lower()
-        guidance = "the pipeline's own guidance" if self.guidance is None else f"guidance {self.guidance:g}"
-        return f"{self.steps} steps, {guidance}, {sampler}{eta}"
+        guidance = "the pipeline's own guidance" if scale is None else f"guidance {scale:g}"
+        return f"{steps} steps, {guidance}, {sampler}{f', eta {eta:g}' if eta else ''}"
 
 
 @dataclass(frozen=True)
@@ -100,7 +92,7 @@ def run_generation(request: Request) -> Result:
     run = _run_of(request)
     settings = resolve_settings(request, run)
     device = _device(request.device)
-    _quiet()
+    quiet_libraries()
     model = load_model(settings.model, settings.unet, settings.vae, _DTYPES[request.precision], **settings.pipeline)
     _set_sampler(model, settings)
     _check_size(model, settings)
@@ -190,12 +182,14 @@ def resolve_settings(request: Request, run: RunFiles | None) -> Settings:
         model=model,
         unet=base_path("model.unet_config.from_pretrained"),
         vae=request.vae or base_path("model.first_stage_config.from_pretrained"),
-        steps=first(request.steps, infer.inference_steps),
-        guidance=first(request.guidance, infer.unconditional_guidance_scale),
+        sampling=Sampling(
+            first(request.steps, infer.inference_steps),
+            first(request.guidance, infer.unconditional_guidance_scale),
+            first(request.height, infer.height),
+            first(request.width, infer.width),
+            first(request.eta, infer.eta),
+        ),
         sampler=first(request.sampler, infer.sampler_type),
-        eta=first(request.eta, infer.eta),
-        height=first(request.height, infer.height),
-        width=first(request.width, infer.width),
         pipeline={name: value for name, value in pipeline.items() if value},
     )
 
@@ -226,7 +220,7 @@ def _device(name: str | None) -> torch.device:
 
 def _set_sampler(model: DiffusionModel, settings: Settings) -> None:
     try:
-        model.set_scheduler(settings.sampler, settings.eta)
+        model.set_scheduler(settings.sampler, settings.sampling.eta)
     except ConfigurationError as error:  # written for the training configuration; here the same things are options
         text = str(error)
         for key, option in (("sampler_type", "--sampler"), ("eta", "--eta")):
@@ -234,19 +228,9 @@ def _set_sampler(model: DiffusionModel, settings: Settings) -> None:
         raise ConfigurationError(text) from error
 
 
-def _quiet() -> None:
-    """Progress bars of a load that takes a second, and advice about torchvision, only hide what is said here."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    diffusers_logging.disable_progress_bar()
-
-
 def _check_size(model: DiffusionModel, settings: Settings) -> None:
     multiple = getattr(model.pipe, "vae_scale_factor", 1)
-    for option, value in (("--height", settings.height), ("--width", settings.width)):
+    for option, value in (("--height", settings.sampling.height), ("--width", settings.sampling.width)):
         if value is not None and value % multiple:
             near = max(1, round(value / multiple)) * multiple
             raise ConfigurationError(
@@ -279,26 +263,26 @@ def _as_variant(model: DiffusionModel, variant: Variant, request: Request) -> Ab
 def _reward(request: Request, run: RunFiles | None, device: torch.device) -> Reward | None:
     """The reward asked for; else the run's own, else the embedded one, as far as they can be had."""
     from nemo_aligner_diffusion.rewards.build import build_reward, import_paths
+    from nemo_aligner_diffusion.rewards.registry import rewards
+    from nemo_aligner_diffusion.rewards.settings import RewardSettings
     from nemo_aligner_diffusion.rewards.support.parted import apply_statistics, check_measured, read_statistics
 
     asked = request.reward
-    if asked is not None and asked.lower() == "none":
-        return None
     if asked is not None:
-        by_name = asked.lower() in _ANALYTIC_REWARDS
-        there = Path(asked).expanduser().exists()
-        by_path = not there and _IMPORT_PATH.fullmatch(asked) is not None
-        if not by_name and not there and not by_path:
-            raise ConfigurationError(
-                f"--reward {asked}: neither a file nor one of {', '.join(_ANALYTIC_REWARDS)}, none; "
-                "expected one of these, a .nemo file, or your own package.module:name"
-            )
-        config: Mapping[str, Any] = {"name": "clip", "model": {"restore_from_path": asked}}
-        if by_name:
-            config = {"name": asked.lower()}
-        elif by_path:
-            config = {"name": "custom", "import_path": asked}
-        return build_reward(config, device=device)
+        # those that need neither a network nor a setting
+        analytic = [name for name, kind in rewards().items() if kind.make is RewardSettings.make]
+        if asked.lower() == "none":
+            return None
+        if asked.lower() in analytic:
+            return build_reward({"name": asked.lower()}, device=device)
+        if Path(asked).expanduser().exists():
+            return build_reward({"name": "clip", "model": {"restore_from_path": asked}}, device=device)
+        if _IMPORT_PATH.fullmatch(asked):
+            return build_reward({"name": "custom", "import_path": asked}, device=device)
+        raise ConfigurationError(
+            f"--reward {asked}: neither a file nor one of {', '.join(analytic)}, none; "
+            "expected one of these, a .nemo file, or your own package.module:name"
+        )
     section = run.setting("rm", {"name": "clip"}) if run else {"name": "clip"}
     section = section if isinstance(section, dict) else {"name": section}
     for key, value in import_paths(section):  # code that a folder names, which may be somebody else's
@@ -345,8 +329,8 @@ def _facts(request: Request, settings: Settings) -> dict[str, Any]:
         "model": settings.model.name,
         "unet": os.fspath(request.unet) if request.unet else None,
         "lora": {os.fspath(adapter.path): adapter.weight for adapter in request.adapters},
-        "steps": settings.steps,
-        "guidance": settings.guidance,
+        "steps": settings.sampling.steps,
+        "guidance": settings.sampling.guidance_scale,
         "sampler": settings.sampler,
-        "eta": settings.eta,
+        "eta": settings.sampling.eta,
     }

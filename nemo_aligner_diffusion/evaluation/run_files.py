@@ -15,6 +15,7 @@ from nemo_aligner_diffusion.formats.files import parse_json, read_bytes
 from nemo_aligner_diffusion.formats.yaml_reader import read_yaml
 
 Table = dict[str, list[float]]
+_DEEPEST = 50  # levels of a JSON document
 _MOST_COLUMNS = 200  # of a table
 
 
@@ -53,6 +54,22 @@ class RunFiles:
                 return default
             value = value[part]
         return default if value is None else value
+
+    def total(self, name: str) -> float:
+        """A counter of ``run.json``, else the sum of the column of ``metrics.csv``."""
+        value = finite(self.run.get(name))
+        return (
+            value if value is not None else sum(value for value in self.metrics.get(name, []) if math.isfinite(value))
+        )
+
+
+def finite(value: Any) -> float | None:
+    """A number of a file of others, where it is one that can be shown."""
+    try:
+        number = float(value) if isinstance(value, (int, float)) else math.nan
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def read_table(path: Path, problems: list[str] | None = None) -> Table:
@@ -138,8 +155,20 @@ def _read_config(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in config.items()}
 
 
+def parse_shallow_json(data: bytes) -> Any:
+    """A JSON document that can be walked through: deeper nesting than any of ours is a ``ValueError``."""
+    value = parse_json(data)
+    level, depth = [value], 0
+    while level:
+        if depth > _DEEPEST:
+            raise ValueError(f"is nested more than {_DEEPEST} deep")
+        inner = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, (dict, list))]
+        level, depth = [value for values in inner for value in values], depth + 1
+    return value
+
+
 def _read_object(path: Path) -> dict[str, Any]:
-    value = parse_json(read_bytes(path))
+    value = parse_shallow_json(read_bytes(path))
     if not isinstance(value, dict):
         raise ValueError("expected a JSON object")
     return value

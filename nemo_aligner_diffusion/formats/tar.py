@@ -112,7 +112,7 @@ def walk_stream(
                 return
             if single or len(header) < BLOCK or not _checksum_is_right(header):
                 raise DataError(
-                    f"{path}: something that is no tar header follows the end marker after member '{last}'; cut it "
+                    f"{path}: something that is no tar header follows the end marker {_after(last)}; cut it "
                     "off, or write the file again"
                 )
             end, part, padding = end + padding, part + 1, 0
@@ -131,19 +131,15 @@ def walk_stream(
         if not _checksum_is_right(header):
             if not last and long_name is None:
                 raise _not_a_tar(path, header)
-            raise DataError(
-                f"{path} is damaged after member '{last}': no valid tar header there; copy or write it again"
-            )
+            raise DataError(f"{path} is damaged {_after(last)}: no valid tar header there; copy or write it again")
         kind_flag, size = header[156:157], _number(header[124:136])
         if size < 0:
-            raise DataError(
-                f"{path} is damaged after member '{last}': a member of {size} bytes; copy or write it again"
-            )
+            raise DataError(f"{path} is damaged {_after(last)}: a member of {size} bytes; copy or write it again")
 
         if kind_flag in (PAX_LOCAL, PAX_GLOBAL, GNU_LONG_NAME, GNU_LONG_LINK):
             if size > MAX_EXTENSION_BYTES:
                 raise DataError(
-                    f"{path}: a tar extension header of {size:,} bytes after member '{last}'; expected at most "
+                    f"{path}: a tar extension header of {size:,} bytes {_after(last)}; expected at most "
                     f"{MAX_EXTENSION_BYTES:,}: the file is damaged or hostile"
                 )
             header_blocks += size // BLOCK
@@ -244,7 +240,7 @@ def _pax_records(path: Path, body: bytes, last: str) -> dict[str, str]:
         keyword, equals, value = body[blank + 1 : end - 1].partition(b"=") if whole else (b"", b"", b"")
         if not equals:
             raise DataError(
-                f"{path} is damaged after member '{last}': a pax header that cannot be read; write the shard again"
+                f"{path} is damaged {_after(last)}: a pax header that cannot be read; write the shard again"
             )
         records[keyword.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
         start = end
@@ -254,10 +250,14 @@ def _pax_records(path: Path, body: bytes, last: str) -> dict[str, str]:
 def _pax_size(path: Path, text: str, last: str) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) <= MAX_NUMBER_DIGITS):
         raise DataError(
-            f"{path} is damaged after member '{last}': its pax header gives the size '{printable(text, 40)}'; write "
+            f"{path} is damaged {_after(last)}: its pax header gives the size '{printable(text, 40)}'; write "
             "the shard again"
         )
     return int(text)
+
+
+def _after(last: str) -> str:
+    return f"after member '{last}'" if last else "at its beginning"
 
 
 def _truncated(path: Path, where: str) -> DataError:

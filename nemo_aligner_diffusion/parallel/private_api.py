@@ -1,4 +1,4 @@
-"""What PyTorch has no public way for; tests/test_parallel_sharding.py holds what each of them is to do."""
+"""What PyTorch has no public way for; tests/test_parallel_private_api.py holds what each of them is to do."""
 
 from __future__ import annotations
 

@@ -48,6 +48,18 @@ class Assumptions:
     fragmentation: float = 0.05
 
 
+ASSUMED = Assumptions()
+
+
+@dataclass(frozen=True)
+class Machines:
+    """``world`` GPUs of one kind, ``per_node`` in a server."""
+
+    gpu: GPU
+    world: int
+    per_node: int
+
+
 @dataclass
 class Memory:
     """Bytes of one process.
@@ -68,14 +80,15 @@ class Memory:
     def peak(self) -> int:
         return max(self.phases.values())
 
-    def needed(self, assumptions: Assumptions) -> float:
+    @property
+    def needed(self) -> float:
         """Of the device, context and fragmentation included."""
-        return self.peak * (1 + assumptions.fragmentation) + assumptions.reserved_bytes
+        return self.peak * (1 + ASSUMED.fragmentation) + ASSUMED.reserved_bytes
 
 
 @dataclass
 class PhaseTime:
-    """Seconds of a phase in an optimizer step, and what they go into; ``total`` knows what overlaps."""
+    """Seconds of a phase in an optimizer step, and what they go into; ``parts`` knows what overlaps."""
 
     arithmetic: float = 0.0
     bandwidth: float = 0.0
@@ -91,6 +104,7 @@ class PhaseTime:
     @property
     def parts(self) -> dict[str, float]:
         """Seconds by cause, of what counts in ``total``."""
+        # sums over a tensor group are waited for; gathers of sharded weights run beside the arithmetic
         if self.sharding > self.device:
             inside = {"sharding": self.sharding}
         elif self.launches > self.arithmetic + self.bandwidth:
@@ -102,13 +116,11 @@ class PhaseTime:
     @property
     def limit(self) -> str:
         """What most of it goes into."""
-        parts = self.parts
-        return BOTTLENECKS[max(parts, key=parts.__getitem__)]
+        return BOTTLENECKS[max(self.parts, key=self.parts.__getitem__)]
 
     @property
     def total(self) -> float:
-        # sums over a tensor group are waited for; gathers of sharded weights run beside the arithmetic
-        return max(self.device, self.sharding) + self.tensor + self.replicas
+        return sum(self.parts.values())
 
 
 @dataclass
@@ -132,12 +144,9 @@ class StepEstimate:
     @property
     def bottleneck(self) -> tuple[str, float]:
         """What most of the time goes into, and its share of it."""
-        shares = dict.fromkeys(BOTTLENECKS.values(), 0.0)
-        for time in self.times.values():
-            for cause, seconds in time.parts.items():
-                shares[BOTTLENECKS[cause]] += seconds
-        name = max(shares, key=shares.__getitem__)
-        return name, shares[name] / max(self.seconds, 1e-30)
+        totals = {cause: sum(time.parts.get(cause, 0.0) for time in self.times.values()) for cause in BOTTLENECKS}
+        cause = max(totals, key=totals.__getitem__)
+        return BOTTLENECKS[cause], totals[cause] / max(self.seconds, 1e-30)
 
 
 BOTTLENECKS = {
@@ -191,18 +200,9 @@ def micro_batch(measured: Measurement, counts: StepCounts) -> dict[str, list[tup
 
 
 def estimate(
-    settings: Settings,
-    measured: Measurement,
-    counts: StepCounts,
-    layout: Layout,
-    accumulation: int,
-    gpu: GPU,
-    gpus_per_node: int,
-    assumptions: Assumptions | None = None,
+    settings: Settings, measured: Measurement, counts: StepCounts, layout: Layout, accumulation: int, machines: Machines
 ) -> StepEstimate:
     """Operations, bytes sent and seconds of an optimizer step."""
-    assumptions = assumptions or Assumptions()
-    links = Links(layout, gpu, gpus_per_node, assumptions)
     flops: dict[str, float] = {}
     sent: Counter[str] = Counter()
     times: dict[str, PhaseTime] = {}
@@ -213,61 +213,54 @@ def estimate(
             for op, count in record.ops.items():
                 ops[op] += often * count * accumulation  # type: ignore[assignment]
             for message, count in record.collectives.items():
-                links.add(time, sent, message, often * count * accumulation)
-        _device_time(time, ops, gpu, assumptions)
+                _add_message(time, sent, message, often * count * accumulation, layout, machines)
+        add_device_time(time, ops, machines.gpu)
         flops[name] = sum(op.flops * count for op, count in ops.items())
         times[name] = time
     times["optimizer"] = update = PhaseTime()
     for message, count in measured.phases["average"].collectives.items():
-        links.add(update, sent, message, count)
+        _add_message(update, sent, message, count, layout, machines)
     touched = measured.trained * (3 + 2 * settings.optimizer_states) + (8 * measured.trained_elements)
-    update.bandwidth += touched / (gpu.bandwidth * assumptions.bandwidth)
+    update.bandwidth += touched / (machines.gpu.bandwidth * ASSUMED.bandwidth)
     return StepEstimate(flops, dict(sent), times)
 
 
-@dataclass(frozen=True)
-class Links:
-    """What a collective costs.
-
-    A ring over n processes sends ``(n−1)/n`` of the whole for a gather or a scatter, twice that for a sum.
-    """
-
-    layout: Layout
-    gpu: GPU
-    gpus_per_node: int
-    assumptions: Assumptions
-
-    def add(self, time: PhaseTime, sent: Counter[str], message: Collective, count: float) -> None:
-        tensor = message.group == "tensor"
-        ranks = self.layout.tensor if tensor else self.layout.data
-        if ranks == 1 or not count:
-            return
-        rings = 2 if message.kind == "all_reduce" else 1
-        bytes_sent = rings * (ranks - 1) / ranks * message.size * count
-        what, cause = TRAFFIC[message.group, message.kind]
-        sent[what] += bytes_sent  # type: ignore[assignment]
-        seconds = bytes_sent / self.rate(tensor) + count * self.assumptions.message_seconds
-        setattr(time, cause, getattr(time, cause) + seconds)
-
-    def rate(self, tensor: bool) -> float:
-        """Bytes/s that one process sends at. Between servers, a group's members in one server share their links."""
-        neighbours = min(self.layout.tensor, self.gpus_per_node)
-        inside = neighbours if tensor else max(1, min(self.layout.data, self.gpus_per_node // neighbours))
-        spans = self.layout.tensor > self.gpus_per_node if tensor else self.layout.world_size > self.gpus_per_node
-        rate = min(self.gpu.link, self.gpu.network * inside) if spans else self.gpu.link
-        return rate * self.assumptions.link
+def _add_message(
+    time: PhaseTime, sent: Counter[str], message: Collective, count: float, layout: Layout, machines: Machines
+) -> None:
+    """A ring over n processes sends ``(n−1)/n`` of the whole for a gather or a scatter, twice that for a sum."""
+    tensor = message.group == "tensor"
+    ranks = layout.tensor if tensor else layout.data
+    if ranks == 1 or not count:
+        return
+    rings = 2 if message.kind == "all_reduce" else 1
+    bytes_sent = rings * (ranks - 1) / ranks * message.size * count
+    what, cause = TRAFFIC[message.group, message.kind]
+    sent[what] += bytes_sent  # type: ignore[assignment]
+    seconds = bytes_sent / _link_rate(tensor, layout, machines) + count * ASSUMED.message_seconds
+    setattr(time, cause, getattr(time, cause) + seconds)
 
 
-def _device_time(time: PhaseTime, ops: Mapping[Op, float], gpu: GPU, assumptions: Assumptions) -> None:
-    shares = {"matmul": assumptions.matmul, "conv": assumptions.conv, "attention": assumptions.attention}
+def _link_rate(tensor: bool, layout: Layout, machines: Machines) -> float:
+    """Bytes/s that one process sends at. Between servers, a group's members in one server share their links."""
+    gpu, per_node = machines.gpu, machines.per_node
+    neighbours = min(layout.tensor, per_node)
+    inside = neighbours if tensor else max(1, min(layout.data, per_node // neighbours))
+    spans = layout.tensor > per_node if tensor else layout.world_size > per_node
+    return (min(gpu.link, gpu.network * inside) if spans else gpu.link) * ASSUMED.link
+
+
+def add_device_time(time: PhaseTime, ops: Mapping[Op, float], gpu: GPU) -> None:
+    """What operators take on the device, and on the host that launches them."""
+    shares = {"matmul": ASSUMED.matmul, "conv": ASSUMED.conv, "attention": ASSUMED.attention}
     for op, count in ops.items():
-        moving = op.moved / (gpu.bandwidth * assumptions.bandwidth)
+        moving = op.moved / (gpu.bandwidth * ASSUMED.bandwidth)
         computing = op.flops / (gpu.flops[_rate(op)] * shares[op.kind]) if op.flops else 0.0
         if computing > moving:
             time.arithmetic += count * computing
         else:
             time.bandwidth += count * moving
-        time.launches += count * (assumptions.cast_seconds if op.kind == "cast" else assumptions.launch_seconds)
+        time.launches += count * (ASSUMED.cast_seconds if op.kind == "cast" else ASSUMED.launch_seconds)
 
 
 def _rate(op: Op) -> str:

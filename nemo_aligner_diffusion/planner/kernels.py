@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,18 +28,10 @@ def gpu_kernels(attention: str = "auto") -> Iterator[None]:
     Args:
         attention: ``auto`` for the above, ``math`` for the kernel that holds the scores.
     """
-
-    def in_float32(normalise: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def normalised(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            return normalise(input.float() if torch.is_autocast_enabled("cpu") else input, *args, **kwargs)
-
-        return normalised
-
-    kernels = _Attention(attention)
     replaced: dict[str, Callable[..., Tensor]] = {
-        "scaled_dot_product_attention": kernels,
-        "group_norm": in_float32(functional.group_norm),
-        "layer_norm": in_float32(functional.layer_norm),
+        "scaled_dot_product_attention": partial(_attention, attention == "math"),
+        "group_norm": partial(_in_float32, functional.group_norm),
+        "layer_norm": partial(_in_float32, functional.layer_norm),
     }
     kept = {name: getattr(functional, name) for name in replaced}
     for name, function in replaced.items():
@@ -50,38 +43,36 @@ def gpu_kernels(attention: str = "auto") -> Iterator[None]:
             setattr(functional, name, function)
 
 
-class _Attention:
-    def __init__(self, attention: str) -> None:
-        self.attention = attention
+def _in_float32(normalise: Callable[..., Tensor], input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return normalise(input.float() if torch.is_autocast_enabled("cpu") else input, *args, **kwargs)
 
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        if torch.is_autocast_enabled("cpu"):  # these operators are below autocast
-            low = torch.get_autocast_dtype("cpu")
-            query, key, value = query.to(low), key.to(low), value.to(low)
-            attn_mask = attn_mask if attn_mask is None or attn_mask.dtype == torch.bool else attn_mask.to(low)
-        if self.attention == "math":
-            return torch.ops.aten._scaled_dot_product_attention_math(
-                query, key, value, attn_mask, dropout_p, is_causal, scale=scale
-            )[0]
-        half = query.dtype in (torch.float16, torch.bfloat16)
-        if half and attn_mask is None and query.shape[-1] <= FLASH_HEAD_DIM:
-            return torch.ops.aten._scaled_dot_product_flash_attention(
-                query, key, value, dropout_p, is_causal, False, scale=scale
-            )[0]
-        if attn_mask is not None:
-            if attn_mask.dtype == torch.bool:
-                attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
-            attn_mask = attn_mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-        return torch.ops.aten._scaled_dot_product_efficient_attention(
-            query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale
-        )[0]
+
+def _attention(
+    math: bool,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    aten = torch.ops.aten
+    if torch.is_autocast_enabled("cpu"):  # these operators are below autocast
+        low = torch.get_autocast_dtype("cpu")
+        query, key, value = query.to(low), key.to(low), value.to(low)
+        attn_mask = attn_mask if attn_mask is None or attn_mask.dtype == torch.bool else attn_mask.to(low)
+    if enable_gqa:
+        key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
+    given = (query, key, value)
+    if math:
+        return aten._scaled_dot_product_attention_math(*given, attn_mask, dropout_p, is_causal, scale=scale)[0]
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    if half and attn_mask is None and query.shape[-1] <= FLASH_HEAD_DIM:
+        return aten._scaled_dot_product_flash_attention(*given, dropout_p, is_causal, False, scale=scale)[0]
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
+        attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
+    return aten._scaled_dot_product_efficient_attention(*given, attn_mask, True, dropout_p, is_causal, scale=scale)[0]

@@ -16,33 +16,35 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
+from torch.utils.flop_counter import (
+    flop_registry,
+    register_flop_formula,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
+
+from nemo_aligner_diffusion.parallel.simulated import group_of
 
 aten = torch.ops.aten
 
+# PyTorch has no formulas for its attention kernel on the CPU; these are those of its CUDA kernels
+if aten._scaled_dot_product_flash_attention_for_cpu not in flop_registry:
 
-def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
+    @register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu)
+    def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return int(sdpa_flop_count(query, key, value))
+
+    @register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu_backward)
+    def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return int(sdpa_backward_flop_count(gradient, query, key, value))
 
 
-def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_backward_flop_count(gradient, query, key, value))
-
-
-# PyTorch has no formula for its attention kernel on the CPU; these are the ones of its CUDA kernels. Of shapes, as
-# FlopCounterMode(custom_mapping=…) takes them.
-CPU_ATTENTION: dict[Any, Callable[..., int]] = {
-    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-}
-_FLOPS = {**flop_registry, **{operator: shape_wrapper(formula) for operator, formula in CPU_ATTENTION.items()}}
 _COLLECTIVE_SPACES = ("c10d", "_c10d_functional", "c10d_functional")
 # operator names start with -> what it is called here; waits and barriers move nothing to speak of
-COLLECTIVES = {
+_COLLECTIVES = {
     "allreduce": "all_reduce",
     "all_reduce": "all_reduce",
     "allgather": "all_gather",
@@ -50,6 +52,8 @@ COLLECTIVES = {
     "reduce_scatter": "reduce_scatter",
     "broadcast": "broadcast",
 }
+# operators that neither compute nor move anything
+_FREE = ("aten::empty", "aten::new_empty", "aten::lift_fresh", "aten::_unsafe_view", "prim::")
 
 
 @dataclass(frozen=True)
@@ -78,22 +82,16 @@ class Record:
     Attributes:
         ops: operator calls by kind, views left out.
         peak: the most bytes alive at one time, everything made since the ledger began and still held included.
-        held: bytes alive when the phase ended.
         collectives: calls by kind.
     """
 
     ops: Counter[Op] = field(default_factory=Counter)
     peak: int = 0
-    held: int = 0
     collectives: Counter[Collective] = field(default_factory=Counter)
 
     @property
     def flops(self) -> int:
         return sum(op.flops * count for op, count in self.ops.items())
-
-    @property
-    def moved(self) -> int:
-        return sum(op.moved * count for op, count in self.ops.items())
 
     @property
     def communicated(self) -> int:
@@ -113,25 +111,27 @@ class Ledger(TorchDispatchMode):
         self.groups = groups or {}
         self.live = 0
         self.current = Record()
-        self._sizes: dict[int, int] = {}  # storage's address -> its bytes
-        self._watched: dict[int, Any] = {}  # storage's address -> weak reference to it
-        self._known: set[int] = set()
-        for tensor in known:
-            self._known.add(tensor.untyped_storage()._cdata)
+        self._known = {id(storage): storage for storage in map(Tensor.untyped_storage, known)}
+        self._sizes: dict[int, int] = {}  # id of a storage -> its bytes
+        self._watched: dict[int, Any] = {}  # id of a storage -> weak reference to it
+        self._resizes = resizes_seen_by(self._resized)
 
     @contextmanager
     def phase(self) -> Iterator[Record]:
         """What happens inside, counted on its own."""
-        outer, record = self.current, Record(peak=self.live)
-        self.current = record
+        self.current = Record(peak=self.live)
         try:
-            yield record
+            yield self.current
         finally:
-            record.held = self.live
-            self.current = outer
-            outer.ops.update(record.ops)
-            outer.collectives.update(record.collectives)
-            outer.peak = max(outer.peak, record.peak)
+            self.current = Record()
+
+    def __enter__(self) -> Any:
+        self._resizes.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        self._resizes.__exit__(None, None, None)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -141,30 +141,13 @@ class Ledger(TorchDispatchMode):
             return out
         results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         for result in results:
-            self._follow(result)
+            self._follow(result.untyped_storage())
         if not func.is_view and results:
             self._count(func, args, kwargs, out, results)
         return out
 
-    def __enter__(self) -> Any:
-        self._resize = torch.UntypedStorage.resize_
-        ledger, resize = self, self._resize
-
-        def resize_(storage: Any, size: int) -> Any:  # how FSDP2 frees and takes back what it gathered
-            result = resize(storage, size)
-            ledger._resized(storage)
-            return result
-
-        torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign,assignment]
-        return super().__enter__()
-
-    def __exit__(self, *exception: Any) -> None:
-        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
-        super().__exit__(*exception)
-
-    def _follow(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        key = id(storage)  # one object as long as the storage lives, whatever holds it
         if key in self._sizes or key in self._known:
             return
 
@@ -176,8 +159,8 @@ class Ledger(TorchDispatchMode):
         self._sizes[key] = 0
         self._resized(storage)
 
-    def _resized(self, storage: Any) -> None:
-        key = storage._cdata
+    def _resized(self, storage: torch.UntypedStorage) -> None:
+        key = id(storage)
         if key in self._sizes:
             size = storage.nbytes()
             self.live += size - self._sizes[key]
@@ -185,43 +168,54 @@ class Ledger(TorchDispatchMode):
             self.current.peak = max(self.current.peak, self.live)
 
     def _count(self, func: Any, args: Any, kwargs: Any, out: Any, results: list[Tensor]) -> None:
-        packet = func._overloadpacket
-        name = packet._qualified_op_name
-        if name.startswith(("aten::empty", "aten::new_empty", "aten::lift_fresh", "aten::_unsafe_view", "prim::")):
+        name = func.name()
+        if name.startswith(_FREE):
             return
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        formula = _FLOPS.get(packet)
+        formula = flop_registry.get(func.overloadpacket)
         flops = int(formula(*args, **kwargs, out_val=out)) if formula is not None else 0
-        moved = sum(_bytes(tensor) for tensor in given) + sum(_bytes(tensor) for tensor in results)
+        moved = sum(map(_bytes, given)) + sum(map(_bytes, results))
         floating = next((tensor.dtype for tensor in given if tensor.is_floating_point()), torch.float32)
         self.current.ops[Op(_kind(name, flops), str(floating).removeprefix("torch."), flops, moved)] += 1
 
     def _collective(self, func: Any, args: Any, kwargs: Any) -> None:
-        name = func._overloadpacket._qualified_op_name.partition("::")[2].strip("_")
-        sizes = [_bytes(leaf) for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
-        for known, plain in COLLECTIVES.items():
-            if name.startswith(known):
-                # the whole of what is gathered or scattered stands beside the part of one rank
-                size = max(sizes) if plain != "all_reduce" else sum(sizes)
-                group = _group_name(func, args, kwargs)
-                self.current.collectives[Collective(plain, self.groups.get(group, group), size)] += 1
-                return
+        name = func.name().partition("::")[2].strip("_")
+        kind = next((kind for start, kind in _COLLECTIVES.items() if name.startswith(start)), None)
+        if kind is not None:
+            sizes = [_bytes(leaf) for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+            # the whole of what is gathered or scattered stands beside the part of one rank
+            size = sum(sizes) if kind == "all_reduce" else max(sizes)
+            group = group_of(func, args, kwargs)
+            self.current.collectives[Collective(kind, self.groups.get(group, group), size)] += 1
 
 
-def _group_name(func: Any, args: Any, kwargs: Any) -> str:
-    given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
-    if "process_group" in given:
-        return str(dist.ProcessGroup.unbox(given["process_group"]).group_name)
-    return str(given["group_name"])
+@contextmanager
+def resizes_seen_by(see: Callable[[torch.UntypedStorage], None]) -> Iterator[None]:
+    """Within, ``see`` is called with each storage whose size was changed, which is no operator.
+
+    That is how FSDP2 frees what it gathered, and takes it back (torch 2.13); PyTorch tells nobody.
+    """
+    resize = torch.UntypedStorage.resize_
+
+    def resize_(storage: Any, size: int) -> Any:
+        result = resize(storage, size)
+        see(storage)
+        return result
+
+    torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
 
 
 def _bytes(tensor: Tensor) -> int:
-    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+    return min(tensor.nbytes, tensor.untyped_storage().nbytes())
 
 
 def _kind(name: str, flops: int) -> str:
     if not flops:
-        return "cast" if name == "aten::_to_copy" else "other"
+        return "cast" if name.startswith("aten::_to_copy") else "other"
     if "attention" in name:
         return "attention"
     return "conv" if "conv" in name else "matmul"

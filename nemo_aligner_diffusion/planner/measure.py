@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -22,15 +23,15 @@ from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.diffusion.plan import Plan
 from nemo_aligner_diffusion.diffusion.taps import detached
 from nemo_aligner_diffusion.diffusion.trajectory import reward_gradient
-from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.parallel.gradients import local_part
 from nemo_aligner_diffusion.parallel.parallelism import Parallelism
-from nemo_aligner_diffusion.parallel.simulated import simulated_mesh
+from nemo_aligner_diffusion.parallel.simulated import group_names, simulated_mesh
 from nemo_aligner_diffusion.planner.kernels import gpu_kernels
 from nemo_aligner_diffusion.planner.ledger import Ledger, Record
-from nemo_aligner_diffusion.planner.networks import build_model, call_pipeline, preset_reward, without_memory
+from nemo_aligner_diffusion.planner.networks import build_model, call_pipeline, preset_reward
 from nemo_aligner_diffusion.planner.schedule import active_calls
-from nemo_aligner_diffusion.planner.settings import PRECISIONS, Case, Settings
+from nemo_aligner_diffusion.planner.settings import Case, Settings
+from nemo_aligner_diffusion.planner.shapes import ShapesMode, without_memory
 from nemo_aligner_diffusion.rewards.base import Reward
 from nemo_aligner_diffusion.rewards.support.sample_keys import SampleKeys, scoring_samples
 
@@ -46,7 +47,7 @@ class Measurement:
         phases: ``text``, ``call`` (one guided network call without gradient), ``reference`` (one of the frozen model),
             ``decode`` (one read: decoder, reward and their backward pass), ``unread`` (the decoding without gradient
             that ends a trajectory which is re-noised), ``replay`` (recompute and backward pass of
-            the first active step), ``replay_next`` (of each further one; ``peak`` and ``held`` are those of both),
+            the first active step), ``replay_next`` (of each further one; ``peak`` is that of both),
             ``average`` (of gradients, once a step) and ``validation`` (decoding without gradient).
         weights: of ``denoiser``, ``reference``, ``text_encoder``, ``vae``, ``reward``: what this process holds.
         trained: bytes of the trained parameters it holds, ``trained_elements`` their number.
@@ -58,14 +59,6 @@ class Measurement:
     trained: int
     trained_elements: int
     parameters: int
-    notes: list[str] = field(default_factory=list)
-
-
-@dataclass
-class _Subject:
-    model: DiffusionModel
-    reward: Reward
-    notes: list[str]
 
 
 def measure(
@@ -87,51 +80,44 @@ def measure(
         ConfigurationError: the model cannot be laid out so.
     """
     with torch.device("meta"):
-        subject = _build(settings, case)
-    model = subject.model
+        model = _model(settings, case)
+        reward = _reward(settings)
     frozen = model.frozen_parts()
     parameters = sum(p.numel() for p in model.denoiser.parameters())
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = ShapesMode()
     without_memory(model, mode)
-    without_memory(subject.reward, mode)
+    without_memory(reward, mode)
     layout = case.layout
     mesh_context = contextlib.nullcontext() if layout.is_single else simulated_mesh(layout)
     with mesh_context as mesh, mode:
         parallel = Parallelism(layout)
         if mesh is not None:
             denoisers = [part for part in (model.denoiser, model.reference_denoiser) if part is not None]
-            parallel.apply(mesh, denoisers, {**frozen, "reward": subject.reward})
-        phases = _Phases(settings, case, subject, parallel, prompts).run(plan, only)
+            parallel.apply(mesh, denoisers, {**frozen, "reward": reward})
+        phases = _Phases(settings, case, model, reward, parallel, prompts).run(plan, only)
         parallel.reshard()  # what is still gathered is in the phases already
-        weights = {
-            "denoiser": held_bytes(model.denoiser),
-            "reference": held_bytes(model.reference_denoiser),
-            **{name: held_bytes(part) for name, part in frozen.items()},
-            "reward": held_bytes(subject.reward),
-        }
-        trained = [local_part(p) for p in model.denoiser.parameters() if p.requires_grad]
+        parts = {"denoiser": model.denoiser, "reference": model.reference_denoiser, **frozen, "reward": reward}
+        weights = {name: 0 if part is None else _held_bytes(part) for name, part in parts.items()}
+        trained = [local_part(p) for _, p in model.trainable_parameters()]
     return Measurement(
-        phases,
-        weights,
-        sum(p.numel() * p.element_size() for p in trained),
-        sum(p.numel() for p in trained),
-        parameters,
-        subject.notes,
-    )
+        phases, weights, sum(p.nbytes for p in trained), sum(p.numel() for p in trained), parameters
+    )  # fmt: skip
 
 
 class _Phases:
     def __init__(
-        self, settings: Settings, case: Case, subject: _Subject, parallel: Parallelism, prompts: Sequence[str] | None
+        self,
+        settings: Settings,
+        case: Case,
+        model: DiffusionModel,
+        reward: Reward,
+        parallel: Parallelism,
+        prompts: Sequence[str] | None,
     ) -> None:
         self.settings, self.case, self.parallel = settings, case, parallel
-        self.model, self.reward = subject.model, subject.reward
-        mesh = parallel.mesh
-        groups = {mesh[f"{name}_parallel"].get_group().group_name: name for name in ("data", "tensor")} if mesh else {}
-        known = (local_part(tensor) for tensor in _tensors(self.model, self.reward))
-        self.ledger = Ledger(known, groups)
+        self.model, self.reward = model, reward
+        known = [local_part(tensor) for part in (model, reward) for tensor in _tensors(part)]
+        self.ledger = Ledger(known, group_names(parallel.mesh) if parallel.mesh else {})
         self.prompts = list(prompts or (f"{TYPICAL_PROMPT}, {i}" for i in range(case.micro_batch_size)))
         self.found: dict[str, Record] = {}
         self._phase, self._running = contextlib.ExitStack(), ""
@@ -154,17 +140,16 @@ class _Phases:
         if "replay" in only:
             self._replay("replay", 1, cut)
             self._begin("average")
-            trained = [(name, p) for name, p in model.denoiser.named_parameters() if p.requires_grad]
-            self.parallel.average_gradients(trained)
+            self.parallel.average_gradients(model.trainable_parameters())
             self._end()
-            self._drop_gradients()
+            model.zero_grad(set_to_none=True)
         if "replay_next" in only and active_calls(plan) > 1:
             self._replay("replay_next", 2, cut)
             two, one = self.found["replay_next"], self.found.get("replay", Record())
             self.found["replay_next"] = replace(
                 two, ops=two.ops - one.ops, collectives=two.collectives - one.collectives
             )
-            self._drop_gradients()
+            model.zero_grad(set_to_none=True)
         if "validation" in only and settings.validation_batch_size:
             self._decoding("validation", self._rows(settings.validation_batch_size)[0].stop)
 
@@ -278,43 +263,29 @@ class _Phases:
 
     def _precision(self, cache: bool = True) -> Any:
         """What Lightning puts around a training step. Counted on the CPU's autocast; see :mod:`.kernels`."""
-        _, compute, autocast = PRECISIONS[self.settings.precision]
+        _, compute, autocast = self.settings.arithmetic
         if not autocast:
             return contextlib.nullcontext()
         return torch.autocast("cpu", getattr(torch, compute), cache_enabled=cache)
 
-    def _drop_gradients(self) -> None:
-        for parameter in self.model.denoiser.parameters():
-            parameter.grad = None
 
-
-def _build(settings: Settings, case: Case) -> _Subject:
-    """As ``training.assemble`` does, from an architecture instead of weights."""
-    notes: list[str] = []
+def _model(settings: Settings, case: Case) -> DiffusionModel:
+    """As ``training.build`` does, from an architecture instead of weights."""
     model = build_model(settings.spec, **settings.pipeline)
     if settings.lora is not None:
-        names = [name for name, _ in model.denoiser.named_modules()]
-        asked = list(settings.lora.target_modules or model.lora_targets)
-        targets = [t for t in asked if any(name == t or name.endswith(f".{t}") for name in names)]
-        if not targets:
-            raise ConfigurationError(
-                f"model.peft.lora_tuning.target_modules: {settings.spec.name} has no module named {', '.join(asked)}"
-            )
-        if len(targets) < len(asked):
-            missing = ", ".join(t for t in asked if t not in targets)
-            notes.append(f"{settings.spec.name} has no modules named {missing}: no adapters there")
-        add_lora(model.denoiser, settings.lora.adapter_dim, settings.lora.alpha, settings.lora.dropout, targets)
+        tuning = settings.lora
+        targets = list(tuning.target_modules or model.lora_targets)
+        add_lora(model.denoiser, tuning.adapter_dim, tuning.alpha, tuning.dropout, targets)
     else:
         model.denoiser.requires_grad_(True)
         model.keep_reference()
     if case.activation_checkpointing:
         model.denoiser.enable_gradient_checkpointing()
-    reward = _reward(settings)
-    weights, _, autocast = PRECISIONS[settings.precision]
+    weights, _, autocast = settings.arithmetic
     if weights != "float32" and not autocast:  # the reward has a precision of its own
         model.to(getattr(torch, weights))
     model.denoiser.train()
-    return _Subject(model, reward, notes)
+    return model
 
 
 def _reward(settings: Settings) -> Reward:
@@ -327,10 +298,8 @@ def _reward(settings: Settings) -> Reward:
         given = settings.rm.get("model", {})
         reward = preset_reward(
             settings.reward,
-            {
-                "micro_batch_size": given.get("micro_batch_size"),
-                "activation_checkpointing": bool(given.get("activation_checkpointing", False)),
-            },
+            micro_batch_size=given.get("micro_batch_size"),
+            activation_checkpointing=bool(given.get("activation_checkpointing", False)),
         )
         precision = REWARD_PRECISIONS[str(settings.rm.get("trainer", {}).get("precision", 32))]
         return augmented(reward.to(getattr(torch, precision)), Augmentation(**settings.rm.get("augment", {})))
@@ -342,24 +311,24 @@ def _recomputed(network: Any, args: Any, kwargs: Any, handle: Tensor) -> Any:
     """``network(*args, **kwargs)`` that keeps its inputs and its output, and has a backward pass of its own."""
     leaves, structure = tree_flatten((args, kwargs))
     tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    given_back: Any = None
 
     def call(_: Tensor, *given: Tensor) -> Any:
+        nonlocal given_back
         at = dict(zip(tensors, given, strict=True))
         args, kwargs = tree_unflatten([at.get(i, leaf) for i, leaf in enumerate(leaves)], structure)
-        return network(*args, **kwargs)
+        flat, given_back = tree_flatten(network(*args, **kwargs))
+        return tuple(flat)  # a checkpoint does not see into the list that Z-Image's network gives
 
-    return checkpoint(call, handle, *(leaves[i] for i in tensors), use_reentrant=True)
+    flat = checkpoint(call, handle, *(leaves[i] for i in tensors), use_reentrant=True)
+    return tree_unflatten(list(flat), given_back)
 
 
-def held_bytes(module: nn.Module | None) -> int:
+def _held_bytes(module: nn.Module) -> int:
     """Of a module's parameters and buffers, each storage once."""
-    if module is None:
-        return 0
-    storages = [local_part(tensor).untyped_storage() for tensor in (*module.parameters(), *module.buffers())]
-    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+    storages = [local_part(tensor).untyped_storage() for tensor in _tensors(module)]
+    return sum({id(storage): storage.nbytes() for storage in storages}.values())
 
 
-def _tensors(*modules: nn.Module) -> Iterator[Tensor]:
-    for module in modules:
-        yield from module.parameters()
-        yield from module.buffers()
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    return chain(module.parameters(), module.buffers())

@@ -1,8 +1,5 @@
-"""The pipeline and the reward of a plan, as modules whose tensors have shapes and no memory.
-
-They are built on the meta device and turned into PyTorch's fake tensors at the end (:func:`without_memory`), with which
-a ``diffusers`` pipeline's own ``__call__`` runs unchanged (:func:`call_pipeline`). Stand-ins are what matters by its
-numbers only: the tokenizers and the scheduler.
+"""The pipeline and the reward of a plan, built from configurations; a ``diffusers`` pipeline's own ``__call__`` runs on
+them (:func:`call_pipeline`). Stand-ins are what matters by its numbers only: the tokenizers and the scheduler.
 """
 
 from __future__ import annotations
@@ -16,13 +13,12 @@ from typing import Any
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch import Tensor
 from transformers import BatchEncoding
 
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.diffusion.taps import Proxy, in_place_of, undecorated
-from nemo_aligner_diffusion.errors import ConfigurationError
+from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError, first_line
 from nemo_aligner_diffusion.planner.presets import REWARDS, ModelSpec
 from nemo_aligner_diffusion.rewards.base import Reward
 
@@ -33,17 +29,15 @@ class FixedLengthTokenizer:
     def __init__(self, length: int) -> None:
         self.model_max_length = length
 
-    def __call__(self, prompts: str | Sequence[str], **options: Any) -> BatchEncoding:
-        one = isinstance(prompts, str)
+    def __call__(self, text: str | Sequence[str], **options: Any) -> BatchEncoding:
         length = min(self.model_max_length, int(options.get("max_length") or self.model_max_length))
         if options.get("padding") == "longest" and not options.get("truncation"):
-            length = 1  # pipelines ask so whether a prompt was cut, and would compare the tokens: these have no values
-        rows = 1 if one else len(prompts)
-        if options.get("return_tensors") == "pt":
-            ids: Any = torch.zeros(rows, length, dtype=torch.long)
-            return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-        ids = [[0] * length for _ in range(rows)]
-        return BatchEncoding({"input_ids": ids[0] if one else ids})
+            length = 1  # pipelines ask so whether a prompt was cut: none was
+        rows = 1 if isinstance(text, str) else len(text)
+        ids, mask = ([[number] * length] * rows for number in (0, 1))
+        if options.get("return_tensors") == "pt":  # real ones, whose values pipelines may look at
+            return BatchEncoding({"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)})
+        return BatchEncoding({"input_ids": ids[0] if isinstance(text, str) else ids})
 
     def encode(self, prompt: str) -> list[int]:
         return [0] * 8
@@ -69,7 +63,7 @@ class AnyScheduler(SchedulerMixin, ConfigMixin):
         self, num_inference_steps: int | None = None, device: Any = None, sigmas: Any = None, **others: Any
     ) -> None:
         steps = len(sigmas) if num_inference_steps is None else num_inference_steps
-        self.timesteps = torch.linspace(999, 1, steps)
+        self.timesteps = torch.tensor([999 * (1 - i / steps) for i in range(steps)])
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         pass
@@ -95,8 +89,8 @@ def build_model(spec: ModelSpec, **declared: Any) -> DiffusionModel:
         else:
             network_class = getattr(transformers, kind)
             parts[name] = network_class(network_class.config_class(**config))
-            # T5 has no limit and language models a far one: pipelines say what they want
-            length = int(config.get("max_position_embeddings") or 512)
+            # some have no limit and others a far one: pipelines say what they want
+            length = getattr(parts[name].config, "max_position_embeddings", None) or 512
             parts[name.replace("text_encoder", "tokenizer")] = FixedLengthTokenizer(length)
     pipeline_class = getattr(diffusers, spec.pipeline)
     needed = [p.name for p in inspect.signature(pipeline_class).parameters.values() if p.default is p.empty]
@@ -120,55 +114,37 @@ def call_pipeline(
         decode: called in the place of the VAE's.
 
     Raises:
-        ConfigurationError: the pipeline looks at values, and there are none.
+        ConfigurationError: the pipeline does not run on shapes, or not with these stand-ins.
     """
     tapped, scheduler, vae = copy.copy(model.pipe), AnyScheduler(), model.pipe.vae
     scheduler.stepped = stepped
     parts = {model.trained: Proxy(model.denoiser, {"__call__": network}), "scheduler": scheduler}
     if decode is not None:
         parts["vae"] = Proxy(vae, {"decode": in_place_of(vae.decode, decode)})
+    parts |= dict.fromkeys({"safety_checker", "watermark"} & vars(tapped).keys())  # numpy
     tapped.__dict__.update(parts)
     tapped.set_progress_bar_config(disable=True)
+    given = {name: list(value) if isinstance(value, list) else value for name, value in inputs.items()}
     try:
         return undecorated(type(model.pipe))(
-            tapped, **inputs, output_type="latent" if decode is None else "pt", return_dict=False
+            tapped, **given, output_type="latent" if decode is None else "pt", return_dict=False
         )[0]
-    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+    except AlignerError:
+        raise
+    except Exception as error:  # whatever diffusers and transformers make of tensors without values
         raise ConfigurationError(
-            f"{type(model.pipe).__name__} cannot be planned: it looks at the values of a tensor ({error}), and a plan "
-            f"has shapes only"
+            f"{type(model.pipe).__name__} cannot be planned: on tensors that have shapes only, with a stand-in for its "
+            f"tokenizers, it ends with {type(error).__name__}: {first_line(error)}"
         ) from error
 
 
-def preset_reward(name: str, model_settings: dict[str, Any]) -> Reward:
+def preset_reward(name: str, **model_settings: Any) -> Reward:
     """A CLIP reward of a published size; ``model_settings``: ``CLIPReward``'s keyword arguments."""
     from transformers import CLIPConfig, CLIPModel
 
     from nemo_aligner_diffusion.rewards.clip.reward import CLIPReward
 
     text, vision = REWARDS[name]
-    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=text["projection_dim"])
-    tokenizer: Any = FixedLengthTokenizer(text["max_position_embeddings"])
+    config: Any = CLIPConfig(text_config=text, vision_config=vision, projection_dim=text["projection_dim"])
+    tokenizer: Any = FixedLengthTokenizer(config.text_config.max_position_embeddings)
     return CLIPReward(CLIPModel(config), tokenizer, **model_settings)
-
-
-def without_memory(module: nn.Module, mode: Any) -> None:
-    """Replace a module's tensors, real ones or the meta device's, by fake CPU tensors of ``mode``.
-
-    (Built on the meta device first: peft and ``Module.to`` cannot convert fake tensors.)
-    """
-    made: dict[int, Tensor] = {}  # tied weights stay tied
-
-    def fake(tensor: Tensor) -> Tensor:
-        if id(tensor) not in made:
-            with mode:
-                empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-            is_parameter = isinstance(tensor, nn.Parameter)
-            made[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
-        return made[id(tensor)]
-
-    for part in module.modules():
-        for tensors in (part._parameters, part._buffers):
-            for name, tensor in list(tensors.items()):
-                if tensor is not None:
-                    tensors[name] = fake(tensor)  # type: ignore[assignment]

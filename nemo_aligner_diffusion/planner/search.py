@@ -9,27 +9,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.parallel.layout import Layout
-from nemo_aligner_diffusion.planner.estimate import Assumptions, Memory, StepEstimate, estimate, memory
-from nemo_aligner_diffusion.planner.gpus import GPU
+from nemo_aligner_diffusion.planner.estimate import Machines, Memory, StepEstimate, estimate, memory
 from nemo_aligner_diffusion.planner.ledger import Collective, Op, Record
 from nemo_aligner_diffusion.planner.measure import Measurement, measure
 from nemo_aligner_diffusion.planner.schedule import StepCounts
 from nemo_aligner_diffusion.planner.settings import Case, Settings
 
+T = TypeVar("T", Op, Collective)
 SMALL, LARGE = 1, 3  # micro-batches that are measured
-
-
-@dataclass(frozen=True)
-class Machines:
-    """``world`` GPUs of one kind, ``per_node`` in a server."""
-
-    gpu: GPU
-    world: int
-    per_node: int
-    assumptions: Assumptions
 
 
 @dataclass(frozen=True)
@@ -54,11 +45,8 @@ def candidate(
     """What ``measured`` means on ``machines``."""
     accumulation = max(1, global_batch_size // (case.micro_batch_size * case.layout.data))
     held = memory(settings, measured, accumulation, case.micro_batch_size)
-    step = estimate(
-        settings, measured, counts, case.layout, accumulation, machines.gpu, machines.per_node, machines.assumptions
-    )
-    fits = held.needed(machines.assumptions) <= machines.gpu.memory_bytes
-    return Candidate(case, accumulation, held, step, fits)
+    step = estimate(settings, measured, counts, case.layout, accumulation, machines)
+    return Candidate(case, accumulation, held, step, held.needed <= machines.gpu.memory_bytes)
 
 
 def search(
@@ -119,25 +107,41 @@ def _line(small: Measurement, large: Measurement, size: int) -> Measurement:
 
 
 def _record_line(small: Record, large: Record, share: float) -> Record:
-    def between(a: float, b: float) -> int:
-        return round(a + share * (b - a))
-
-    ops: Counter[Op] = Counter()
-    collectives: Counter[Collective] = Counter()
-    # the same operators in the same order of size: pair them rank by rank
-    for low, high in zip(_listed(small.ops), _listed(large.ops), strict=False):
-        ops[replace(low, flops=between(low.flops, high.flops), moved=between(low.moved, high.moved))] += 1
-    for one, three in zip(_messages(small.collectives), _messages(large.collectives), strict=False):
-        collectives[replace(one, size=between(one.size, three.size))] += 1
-    return Record(ops, between(small.peak, large.peak), between(small.held, large.held), collectives)
+    return Record(
+        calls_line(small.ops, large.ops, share, ("flops", "moved")),
+        round(small.peak + share * (large.peak - small.peak)),
+        calls_line(small.collectives, large.collectives, share, ("size",)),
+    )
 
 
-def _listed(ops: Counter[Op]) -> list[Op]:
-    return sorted(ops.elements(), key=lambda op: (op.kind, op.arithmetic, op.flops, op.moved))
+def calls_line(small: Counter[T], large: Counter[T], share: float, numbers: Sequence[str]) -> Counter[T]:
+    """Calls with the same operators in the same order of size: of each kind, rank by rank, ``numbers`` are on a line.
+
+    Where there are more calls of a kind in the larger batch (one for each picture), their number is on a line.
+    """
+    found: Counter[T] = Counter()
+    lows, highs = _by_kind(small, numbers), _by_kind(large, numbers)
+    for kind in lows | highs:
+        low, high = lows.get(kind, []), highs.get(kind, [])
+        if len(low) != len(high):
+            for calls, weight in ((low, 1 - share), (high, share)):
+                for call in calls:
+                    found[call] += weight  # type: ignore[assignment]
+            continue
+        for one, other in zip(low, high, strict=True):
+            pairs = {name: (getattr(one, name), getattr(other, name)) for name in numbers}
+            between: dict[str, Any] = {name: round(a + share * (b - a)) for name, (a, b) in pairs.items()}
+            found[replace(one, **between)] += 1
+    return found
 
 
-def _messages(collectives: Counter[Collective]) -> list[Collective]:
-    return sorted(collectives.elements(), key=lambda message: (message.group, message.kind, message.size))
+def _by_kind(calls: Counter[T], numbers: Sequence[str]) -> dict[T, list[T]]:
+    """In order of ``numbers``; of a kind is what differs in them alone."""
+    kinds: dict[T, list[T]] = {}
+    nothing: dict[str, Any] = dict.fromkeys(numbers, 0)
+    for call in sorted(calls.elements(), key=lambda call: [getattr(call, name) for name in numbers]):
+        kinds.setdefault(replace(call, **nothing), []).append(call)
+    return kinds
 
 
 def nothing_fits(
@@ -155,11 +159,10 @@ def nothing_fits(
         )
     nearest = min(found, key=lambda item: item.memory.peak)
     held, phase = nearest.memory, nearest.memory.peak_phase
-    needed = held.needed(machines.assumptions)
     who = f"the smallest of {len(found)} layouts" if searched else "this layout"
     largest = max(held.parts, key=held.parts.__getitem__)
     return ConfigurationError(
-        f"nothing fits: {who} on {machines.world} × {machines.gpu.name} needs {needed / 1e9:.1f} GB of "
+        f"nothing fits: {who} on {machines.world} × {machines.gpu.name} needs {held.needed / 1e9:.1f} GB of "
         f"{machines.gpu.memory_bytes / 1e9:.0f} GB (the peak is in {phase!r}; the largest part: {largest}, "
         f"{held.parts[largest] / 1e9:.1f} GB). What would help: {'; '.join(_advice(nearest, settings, searched))}"
     )

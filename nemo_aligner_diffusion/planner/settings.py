@@ -8,19 +8,16 @@ from typing import Any
 from nemo_aligner_diffusion.diffusion.settings import LoRASettings
 from nemo_aligner_diffusion.parallel.layout import Layout
 from nemo_aligner_diffusion.planner.presets import REWARDS, ModelSpec
+from nemo_aligner_diffusion.runtime.settings import lightning_precision
 from nemo_aligner_diffusion.training.settings import RunSettings
 
-# trainer.precision -> (weights, what matrix products are computed in, autocast)
+# Lightning's name of trainer.precision -> (weights, what matrix products are computed in, autocast)
 PRECISIONS: dict[str, tuple[str, str, bool]] = {
-    "32": ("float32", "float32", False),
     "32-true": ("float32", "float32", False),
-    "16": ("float32", "float16", True),
     "16-mixed": ("float32", "float16", True),
-    "bf16": ("float32", "bfloat16", True),
     "bf16-mixed": ("float32", "bfloat16", True),
     "16-true": ("float16", "float16", False),
     "bf16-true": ("bfloat16", "bfloat16", False),
-    "64": ("float64", "float64", False),
     "64-true": ("float64", "float64", False),
 }
 
@@ -76,9 +73,14 @@ class Settings:
     attention: str = "auto"
 
     @property
+    def arithmetic(self) -> tuple[str, str, bool]:
+        """Of :data:`PRECISIONS`."""
+        return PRECISIONS[lightning_precision(self.precision)]
+
+    @property
     def fused_optimizer(self) -> bool:
         """Whether the optimizer makes no temporary of the parameters' size."""
-        return self.optimizer == "fused_adam" and not PRECISIONS[self.precision][2]
+        return self.optimizer == "fused_adam" and not self.arithmetic[2]
 
 
 def settings_from(run: RunSettings, spec: ModelSpec, reward: str | None = None, attention: str = "auto") -> Settings:

@@ -6,6 +6,7 @@ in ``conf/reward_model.yaml`` with its meaning. Imports neither torch nor Lightn
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_aligner_diffusion.config.layers import parse_override
-from nemo_aligner_diffusion.config.load import conf_directory
+from nemo_aligner_diffusion.config.recipes import conf_directory
 from nemo_aligner_diffusion.config.words import is_secret, of_the_environment, settled, with_yaml_words
 from nemo_aligner_diffusion.data.settings import ReadingSettings
 from nemo_aligner_diffusion.errors import ConfigurationError
@@ -243,7 +244,7 @@ def load_reward_config(
 
 
 def documented_keys() -> list[tuple[str, str, str]]:
-    """(dotted key, default, meaning) of each key, in the order of the file."""
+    """(dotted key, default, meaning) of each key: in the order of the file, then those that it leaves at a default."""
     result, sections = [], list[str]()
     for line in (conf_directory() / f"{CONFIG_NAME}.yaml").read_text(encoding="utf-8").splitlines():
         match = re.fullmatch(r"(?P<indent> *)(?P<key>\w+):(?P<value>.*?) # (?P<comment>.*)", line)
@@ -251,6 +252,12 @@ def documented_keys() -> list[tuple[str, str, str]]:
             sections[len(match["indent"]) // 2 :] = [match["key"]]
             if match["value"].strip():
                 result.append((".".join(sections), match["value"].strip(), match["comment"].strip()))
+    there = {key for key, _, _ in result}
+    for section in RewardTrainingSettings.all_sections():
+        defaults, meanings = section.defaults(), section.meanings()
+        for field, key in section.keys().items():
+            if key not in there and not key.startswith("exp_manager.wandb_logger_kwargs"):
+                result.append((key, json.dumps(defaults[field]), meanings[field]))
     return result
 
 

@@ -7,6 +7,7 @@ that what is learnt is what is scored; loader workers do it beside the training.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -16,10 +17,10 @@ from torch import Tensor
 
 from nemo_aligner_diffusion.data.bad_samples import BadSamples
 from nemo_aligner_diffusion.data.datamodule import StreamDataModule
+from nemo_aligner_diffusion.data.epoch_reader import SpanReader
 from nemo_aligner_diffusion.data.paths import PathSpec
 from nemo_aligner_diffusion.data.sample_stream import SampleStream
 from nemo_aligner_diffusion.data.shard_index import Span, checksum
-from nemo_aligner_diffusion.data.span_reader import SpanReader
 from nemo_aligner_diffusion.data.stream_loader import WORKER_TIMEOUT_SECONDS, StreamLoader
 from nemo_aligner_diffusion.errors import DataError
 from nemo_aligner_diffusion.formats.pictures import decode_picture
@@ -70,7 +71,7 @@ class PreferenceDataset(SampleStream):
         if bad.policy == "error":  # an unusable pair is an error when its turn comes: no picture is read before that
             yield from (Span(start, size, 0, 0) for start, size in locate_pairs(file, bad))
             return
-        with SpanReader([file]) as reader:
+        with closing(SpanReader([file])) as reader:
             for start, size in locate_pairs(file, bad):
                 data = reader.read(0, start, size, 0)
                 if pair_in(data, file, bad, decode=True) is not None:

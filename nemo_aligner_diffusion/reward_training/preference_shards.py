@@ -28,7 +28,7 @@ from typing import Any
 from nemo_aligner_diffusion.data.bad_samples import BadSamples
 from nemo_aligner_diffusion.data.paths import is_text_file
 from nemo_aligner_diffusion.data.prompt_files import MAX_JSON_BYTES, MAX_PROMPT_BYTES, PROMPT_KEYS, clean_prompt
-from nemo_aligner_diffusion.data.shard_samples import shard_samples, split_name
+from nemo_aligner_diffusion.data.shard_samples import DOTTED, shard_samples, split_name
 from nemo_aligner_diffusion.data.shards import Sample, WrittenShards, write_sample_shards
 from nemo_aligner_diffusion.errors import DataError, printable
 from nemo_aligner_diffusion.formats.files import decode_utf8, parse_json
@@ -141,6 +141,8 @@ def locate_pairs(path: Path, bad: BadSamples) -> Iterator[tuple[int, int]]:
         for member in walk_tar(path, lambda *_: False):
             name = _known(member)
             if name is None:
+                if split_name(member.name)[1].rpartition(".")[2] in _LIMITS:
+                    bad.pass_over(DOTTED, f"{member.name!r} in {path}")
                 continue
             if name != key:
                 if key:

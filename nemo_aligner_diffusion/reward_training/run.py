@@ -26,13 +26,14 @@ from nemo_aligner_diffusion.reward_training.outcome import write_reward_report
 from nemo_aligner_diffusion.reward_training.preference_clip import PreferenceCLIP, TrainedParts
 from nemo_aligner_diffusion.reward_training.preference_data import PreferenceDataModule
 from nemo_aligner_diffusion.rewards.clip.reward import CLIPReward
+from nemo_aligner_diffusion.runtime.messages import log_to_screen
 from nemo_aligner_diffusion.runtime.watch import watched
 from nemo_aligner_diffusion.training.build import optimizer_factory
 from nemo_aligner_diffusion.training.callbacks.interruption import Interruption
 from nemo_aligner_diffusion.training.callbacks.metrics import MetricsCSV
 from nemo_aligner_diffusion.training.callbacks.non_finite import NonFinitePolicy
 from nemo_aligner_diffusion.training.callbacks.progress import TrainingProgress
-from nemo_aligner_diffusion.training.run_frame import RunFrame, quiet
+from nemo_aligner_diffusion.training.run_frame import RunFrame
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ def run_reward_training(cfg: Mapping[str, Any], interruption: Interruption | Non
     Raises:
         AlignerError: with one clear message; the run directory says ``failed``.
     """
-    quiet()
+    log_to_screen()
     settings = RewardTrainingSettings.of(cfg)
     with (
         watched(settings.trainer, settings.exp_manager) as watch,
@@ -101,7 +102,7 @@ def _run(settings: RewardTrainingSettings, frame: RunFrame) -> int:
     layout = Layout(data=settings.trainer.world_size)
     module = build_module(settings, reward, policy, Parallelism(layout))
 
-    frame.begin(module)
+    frame.begin(module, section.optim.name)
     validates = data.validation is not None and loop.val_check_interval > 0
     best = BestWeights(loop.early_stopping.metric)
     stopping = loop.early_stopping

@@ -48,6 +48,9 @@ class Classifier(HuggingFaceSettings):
         "1: the picture; up to 10: its mirror image, centre and corner crops too, averaged",
     )
 
+    def describe(self) -> str:
+        return f"the class {self.target_class} of a classifier"
+
     def setup(self, network: Any) -> None:
         network.target = class_index(network.model.config, self.target_class or "")
 

@@ -34,6 +34,9 @@ class Custom(RewardSettings):
     )
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
+    def describe(self) -> str:
+        return f"the reward {self.import_path}"
+
     def make(self, where: str, device: str | torch.device, dtype: torch.dtype) -> Reward:
         from nemo_aligner_diffusion.rewards.support.custom import load_custom
 

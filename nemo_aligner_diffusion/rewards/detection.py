@@ -48,6 +48,9 @@ class Detection(HuggingFaceSettings):
         0.1, number(0), "of the maximum over boxes, in logits: boxes this close to the best count too; >= 0"
     )
 
+    def describe(self) -> str:
+        return f"{'the absence of ' if self.remove else ''}{self.query or 'what the prompt names'}, by a detector"
+
     def setup(self, network: Any) -> None:
         if self.query is not None and not self.query.strip():
             raise RewardError("A detector's query is empty; expected what to look for, or null for each prompt.")

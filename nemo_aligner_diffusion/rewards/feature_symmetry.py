@@ -31,6 +31,9 @@ class FeatureSymmetry(RestoredSettings):
         "cosine", choice("cosine", "l2"), "between features: cosine (1 − cosine) or l2 (squared difference)"
     )
 
+    def describe(self) -> str:
+        return "symmetry in a CLIP's features"
+
     def make(self, where: str, device: str | torch.device, dtype: torch.dtype) -> Reward:
         from nemo_aligner_diffusion.rewards.base import NetworkReward
         from nemo_aligner_diffusion.rewards.clip.reward import CLIPReward

@@ -119,6 +119,9 @@ class PartedSettings(RewardSettings):
         "rm.trainer.precision",
     )
 
+    def describe(self) -> str:
+        return f"{self.name} of {', '.join(self.members)}"
+
     @classmethod
     def read_section(cls, value: Any, where: str) -> dict[str, Part]:
         parts = super().read_section(value, where)

@@ -72,6 +72,10 @@ class Restored(RestoredSettings):
         "rm.model.score",
     )
 
+    def describe(self) -> str:
+        path = self.restore_from_path
+        return f"the reward model {Path(path).name}" if path else "the embedded CLIP reward"
+
     def make(self, where: str, device: str | torch.device, dtype: torch.dtype) -> Reward:
         return self.restore(device, dtype, self.formula)
 

@@ -78,6 +78,10 @@ class RewardSettings(Settings):
                 key = self.keys()[needed].replace("rm", where, 1)
                 raise ConfigurationError(f"{where}.name = {self.name} needs {key}, such as {key}={example}")
 
+    def describe(self) -> str:
+        """What is rewarded, in words: a report says that a model was tuned towards it."""
+        return f"{self.name} (an analytic reward)"
+
     def build(self, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, where: str = "rm") -> Reward:
         """The reward.
 
@@ -126,6 +130,9 @@ class NetworkSettings(RewardSettings):
         "what the reward computes in: 32, 16 or bf16, 64, or Lightning's long names",
         "rm.trainer.precision",
     )
+
+    def describe(self) -> str:
+        return self.name
 
     def setup(self, network: Any) -> None:  # most have nothing to prepare
         """Called once with the loaded network: checks it, and keeps on it what :meth:`score` needs.

@@ -21,6 +21,7 @@ from typing import Any
 from nemo_aligner_diffusion.errors import OutputError, first_line
 from nemo_aligner_diffusion.formats.files import parse_json, read_bytes
 from nemo_aligner_diffusion.formats.yaml_reader import read_yaml
+from nemo_aligner_diffusion.keys import flatten
 from nemo_aligner_diffusion.runtime.claim import Claim, in_use, is_alive
 from nemo_aligner_diffusion.runtime.files import atomic_path, remove_leftovers, write_atomic
 from nemo_aligner_diffusion.runtime.settings import RunDirectorySettings
@@ -76,8 +77,6 @@ def resolve_run_directory(section: RunDirectorySettings, now: datetime.datetime 
     version = section.version or os.environ.get("NEMO_EXPM_VERSION")
     if not version and not section.resume_if_exists:
         version = (now or datetime.datetime.now()).strftime("%Y-%m-%d_%H-%M-%S")
-        # processes that this one launches inherit it and agree on the directory
-        os.environ["NEMO_EXPM_VERSION"] = version
     return (directory / version if version else directory).absolute()
 
 
@@ -197,11 +196,12 @@ class RunDirectory:
         if not path.exists():
             return {}
         try:
-            there = _flatten(read_yaml(path))
+            found = read_yaml(path)
         except (OSError, ValueError) as error:
             log.warning("%s cannot be read (%s): whether settings have changed is not known", path, first_line(error))
             return {}
-        now = _flatten(OmegaConf.to_container(OmegaConf.create(config)))
+        trees: list[Any] = [found, OmegaConf.to_container(OmegaConf.create(config))]
+        there, now = (flatten(tree, dotted=True) if isinstance(tree, dict) else {} for tree in trees)
         return {
             key: (there.get(key), now.get(key))
             for key in sorted({*there, *now})
@@ -369,15 +369,6 @@ def _rows(path: Path) -> int:
             return max(sum(1 for line in file if line.strip()) - 1, 0)
     except OSError:
         return 0
-
-
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat.update(_flatten(value, f"{prefix}.{key}" if prefix else str(key)))
-    return flat
 
 
 def _now() -> str:

@@ -82,7 +82,11 @@ def meet(process: Process, timeout: timedelta, greeting: str = "") -> tuple[Any,
         while not _answers(host, port):
             wait.once_more("rank 0")
         store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
-    store = dist.PrefixStore(f"{_KEY}/start_{process.restart}", store)
+    # by a name of this run's own: two steps of a Slurm job may have been given one port
+    step = (
+        [os.environ.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID")] if process.launcher == "srun" else []
+    )
+    store = dist.PrefixStore("/".join([_KEY, *step, f"start_{process.restart}"]), store)
     try:
         store.set(f"here/{process.rank}", "1")
         if process.is_rank_zero:

@@ -33,16 +33,13 @@ FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signa
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG, linux/prctl.h
 
 
-def start_processes(
-    devices: int, nodes: int, command: Sequence[str] | None = None, prepare: Callable[[], object] | None = None
-) -> int | None:
+def start_processes(devices: int, nodes: int, command: Sequence[str] | None = None) -> int | None:
     """Start the processes of this machine where nobody else has, and wait for them.
 
     Args:
         devices: processes a machine (``trainer.devices``).
         nodes: machines; with more than one each needs ``MASTER_ADDR``, ``MASTER_PORT`` and ``NODE_RANK``.
         command: what each process runs; by default what this one was started with.
-        prepare: called before they are started; what it sets in the environment is set for all of them.
 
     Returns:
         ``None`` where this process is itself one of the run's (or the only one); else, after all have ended, the exit
@@ -59,8 +56,6 @@ def start_processes(
             f"each machine with torchrun --nnodes={nodes} --nproc-per-node={devices} --rdzv-backend=c10d "
             "--rdzv-endpoint=HOST:PORT, or set MASTER_ADDR, MASTER_PORT and NODE_RANK"
         )
-    if prepare is not None:
-        prepare()
     processes: list[subprocess.Popen[bytes]] = []
     words = list(command) if command is not None else [sys.executable, *sys.orig_argv[1:]]
     with (

@@ -141,7 +141,7 @@ def _check_tasks(process: Process, devices: int, nodes: int, configured: str, en
             f"srun started {started} process{'' if started == 1 else 'es'} on {machines} "
             f"node{'' if machines == 1 else 's'}, but {configured}: add trainer.devices={local} "
             f"trainer.num_nodes={machines}, or ask Slurm for --nodes={nodes} --ntasks-per-node={devices}; in a shell "
-            "that srun has opened, unset SLURM_STEP_ID"
+            "that srun has opened, unset SLURM_STEP_ID SLURM_PROCID"
         )
     if started > 1 and "SLURM_NTASKS_PER_NODE" not in environment:
         raise ConfigurationError(

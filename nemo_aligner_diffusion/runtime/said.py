@@ -9,6 +9,9 @@ import os
 import time
 from pathlib import Path
 
+from nemo_aligner_diffusion.errors import ConfigurationError
+from nemo_aligner_diffusion.runtime.process import this_process
+
 CLAIMS_VARIABLE = "NAD_CLAIMS"  # a folder of the processes that our own launcher has started
 
 
@@ -19,7 +22,7 @@ def write_error_file(message: str, local_rank: int | None = None) -> None:
         local_rank: of the process of this machine that failed, if it is not this one. What it wrote itself stands.
     """
     own = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if not own:
+    if not own or _launcher() != "torchrun":
         return
     path = Path(own) if local_rank is None else Path(own).parent.parent / str(local_rank) / Path(own).name
     if path.exists():
@@ -38,8 +41,11 @@ def is_first_to_say(text: str) -> bool:
 
     Under torchrun and our own launcher; elsewhere (srun) always.
     """
-    own = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    folder = os.environ.get(CLAIMS_VARIABLE) if not own else Path(own).parent.parent
+    launcher, folder = _launcher(), None
+    if launcher == "nad-train":
+        folder = os.environ.get(CLAIMS_VARIABLE)
+    elif launcher == "torchrun" and (own := os.environ.get("TORCHELASTIC_ERROR_FILE")):
+        folder = str(Path(own).parent.parent)
     if not folder:
         return True
     try:
@@ -49,3 +55,11 @@ def is_first_to_say(text: str) -> bool:
     except OSError:
         return True
     return True
+
+
+def _launcher() -> str:
+    """Who stands behind the variables; another launcher's would make of an error one that has been told."""
+    try:
+        return this_process().launcher
+    except ConfigurationError:  # perhaps the error that is to be told
+        return ""

@@ -23,6 +23,11 @@ _SHORT = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "64": "64-tru
 PRECISIONS = (*_SHORT, "32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true")
 
 
+def lightning_precision(name: str) -> str:
+    """Lightning's full name of a precision: NeMo's ``bf16`` and ``16`` mean mixed precision."""
+    return _SHORT.get(name, name)
+
+
 @dataclass(frozen=True)
 class MachineSettings(Settings):
     """The machine: processes, devices, precision."""
@@ -76,8 +81,7 @@ class MachineSettings(Settings):
 
     @property
     def lightning_precision(self) -> str:
-        """Lightning's full name of ``precision``: NeMo's ``bf16`` and ``16`` mean mixed precision."""
-        return _SHORT.get(self.precision, self.precision)
+        return lightning_precision(self.precision)
 
     @property
     def has_loss_scale(self) -> bool:

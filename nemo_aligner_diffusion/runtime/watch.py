@@ -239,8 +239,8 @@ def watched(machine: MachineSettings, section: WatchSettings) -> Iterator[RunWat
 
 def explained(error: Exception, directory: RunDirectory | None) -> Exception:
     """``error`` itself, or what it means to the user."""
-    if isinstance(error, AlignerError) and not isinstance(error, OutputError):
-        return error
+    if isinstance(error, AlignerError) and not (isinstance(error, OutputError) and directory is not None):
+        return error  # nothing of the run was there to be written
     return unusable_disk(error, directory.path if directory is not None else None) or error
 
 

@@ -27,6 +27,7 @@ from nemo_aligner_diffusion.rewards import build_reward, restore_reward
 from nemo_aligner_diffusion.rewards.base import Reward
 from nemo_aligner_diffusion.rewards.build import import_paths
 from nemo_aligner_diffusion.runtime.files import write_atomic
+from nemo_aligner_diffusion.runtime.messages import log_to_screen
 from nemo_aligner_diffusion.runtime.startup import Startup, take
 from nemo_aligner_diffusion.runtime.watch import RunWatch, watched
 from nemo_aligner_diffusion.training.build import build_model, build_module
@@ -39,7 +40,7 @@ from nemo_aligner_diffusion.training.callbacks.reward_normalization import Rewar
 from nemo_aligner_diffusion.training.callbacks.startup import StartupCallback
 from nemo_aligner_diffusion.training.callbacks.validation import ValidationFiles, validation_loader
 from nemo_aligner_diffusion.training.export import export_weights
-from nemo_aligner_diffusion.training.run_frame import RunFrame, quiet
+from nemo_aligner_diffusion.training.run_frame import RunFrame
 from nemo_aligner_diffusion.training.settings import ModelSettings, RunSettings
 from nemo_aligner_diffusion.training.trial import try_out
 
@@ -110,7 +111,7 @@ def run_training(cfg: Mapping[str, Any] | RunSettings, interruption: Interruptio
     Raises:
         AlignerError: with one clear message; the run directory says ``failed``.
     """
-    quiet()
+    log_to_screen()
     settings = RunSettings.of(cfg)
     with watched(settings.trainer, settings.exp_manager) as watch:
         return train(settings, watch, interruption or Interruption()).code
@@ -148,12 +149,13 @@ def _train(settings: RunSettings, frame: RunFrame, startup: Startup, given: Give
     module.measure_validation = functools.partial(validation_figures, embedder=_embedder(section, reward))
     if given.reward is not None:
         size = section.micro_batch_size
-        prompts = read_prompts(data.train, size, section.data.on_bad_sample, section.data.on_bad_shard)
+        reading = section.data
+        prompts = read_prompts(data.train, size, reading.on_bad_sample, reading.on_bad_shard, reading.prompt_key)
         try_out(module, list(itertools.islice(itertools.cycle(prompts), size)))
     startup.enter("checking the pipeline")
     on_every_process(module.check_pipeline)
     startup.enter("run directory")
-    frame.begin(module)
+    frame.begin(module, section.optim.name)
     ema = EMACallback(settings.exp_manager.ema) if settings.exp_manager.ema.enable else None
     callbacks: list[pl.Callback] = [
         StartupCallback(startup, directory.path),
@@ -237,7 +239,9 @@ def _build_data(settings: RunSettings) -> RunData:
     else:
         # a user's own prompts are validated on their first ones: the embedded ones say nothing about them
         source = section.validation_path or section.train_path or str(embedded_prompts_path("validation"))
-        prompts = read_prompts(source, section.max_prompts, section.on_bad_sample, section.on_bad_shard)
+        prompts = read_prompts(
+            source, section.max_prompts, section.on_bad_sample, section.on_bad_shard, section.prompt_key
+        )
     return RunData(
         prompts[: section.max_prompts],
         list(section.seeds),
@@ -250,6 +254,7 @@ def _build_data(settings: RunSettings) -> RunData:
         epochs=settings.loop.max_epochs,
         on_bad_sample=section.on_bad_sample,
         on_bad_shard=section.on_bad_shard,
+        prompt_key=section.prompt_key,
         index_folder=section.index_folder,
         worker_timeout_seconds=section.worker_timeout_seconds,
         validation_batch_size=sizes.validation_batch_size,

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import functools
 import logging
-import os
-import sys
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -24,7 +21,6 @@ from nemo_aligner_diffusion.parallel.strategy import LaunchedProcesses, Parallel
 from nemo_aligner_diffusion.runtime.directory import RunDirectory, resolve_run_directory
 from nemo_aligner_diffusion.runtime.join import AgentNotes, find_device, join
 from nemo_aligner_diffusion.runtime.process import Process, left_over
-from nemo_aligner_diffusion.runtime.settings import RunDirectorySettings
 from nemo_aligner_diffusion.runtime.slurm import Requeue
 from nemo_aligner_diffusion.runtime.watch import RunWatch, explained
 from nemo_aligner_diffusion.training.callbacks.health import HealthCallback
@@ -38,7 +34,7 @@ from nemo_aligner_diffusion.training.callbacks.interruption import (
 from nemo_aligner_diffusion.training.callbacks.metrics import build_loggers
 from nemo_aligner_diffusion.training.callbacks.missed_validation import MissedValidation
 from nemo_aligner_diffusion.training.checkpoints.callback import TrainingCheckpoint
-from nemo_aligner_diffusion.training.checkpoints.resume import ResumePoint, check_fits, find_resume_point
+from nemo_aligner_diffusion.training.checkpoints.resume import ResumePoint, check_fits, check_moments, find_resume_point
 from nemo_aligner_diffusion.training.settings import LoopSettings, ProgramSettings
 
 log = logging.getLogger(__name__)
@@ -101,13 +97,15 @@ class RunFrame:
             log.warning("%s", message)
         join(process, device, watch)
         notes = AgentNotes(process)
-        _agree_on_version(settings.exp_manager, process, notes)
+        # one that is named after the time has one name in all processes, also after torchrun has started them again
+        path = Path(notes.get("directory") or gather(str(resolve_run_directory(settings.exp_manager)))[0])
+        if process.is_rank_zero:
+            notes.set("directory", str(path))
         if _is_restart(process, notes):
             settings = settings.resuming()
         enter("run directory")
         section = settings.exp_manager
-        path, resumes = resolve_run_directory(section), section.resume_if_exists
-        anew = section.resume_ignore_no_checkpoint
+        resumes, anew = section.resume_if_exists, section.resume_ignore_no_checkpoint
         directory = on_every_process(lambda: RunDirectory.prepare(path, resumes, anew, process.is_rank_zero))
         try:
             resume = find_resume_point(directory.checkpoints) if resumes else None
@@ -119,17 +117,19 @@ class RunFrame:
             raise
         return cls(settings, watch, interruption, device, directory, resume, notes)
 
-    def begin(self, module: torch.nn.Module) -> None:
+    def begin(self, module: torch.nn.Module, optimizer: str) -> None:
         """Take the directory into use, now that everything has been built.
 
         Args:
             module: what is trained, still whole; the checkpoint must fit it.
+            optimizer: ``model.optim.name``; it must be able to go on with the checkpoint's state.
 
         Raises:
             CheckpointError: it does not. Nothing has been written.
         """
         if self.resume is not None:
             check_fits(self.resume, module)
+            check_moments(self.resume.optimizer, optimizer)
         self.directory.begin(OmegaConf.to_yaml(self.settings.shown))
         self.watch.directory = self.directory
         if self.directory.is_writer:
@@ -154,7 +154,7 @@ class RunFrame:
                 self.directory.checkpoints,
                 every_n_optimizer_steps=save_interval or None,
                 resume=self.resume,
-                **self.settings.tree["exp_manager"]["checkpoint_callback_params"],
+                **vars(self.settings.exp_manager.checkpoint_callback_params),
             )
         health = [HealthCallback(self.watch)] if self.watch.progress is not None else []
         return [
@@ -276,67 +276,6 @@ class RunFrame:
         if left:
             self.interruption.dismiss()
         return left
-
-
-_LIGHTNING = ("pytorch_lightning", "lightning.pytorch", "lightning_fabric")
-_PIPELINES = ("diffusers", "transformers")
-
-
-def quiet() -> None:
-    """Our own lines on the screen, and of the libraries only what concerns the user."""
-    if not logging.getLogger().handlers:
-        logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("nemo_aligner_diffusion").setLevel(logging.INFO)
-    _hush()
-
-
-@contextlib.contextmanager
-def hushed() -> Iterator[None]:
-    """Within, the libraries say only what concerns the user; for a run inside a program that logs as it likes."""
-    levels = {name: logging.getLogger(name).level for name in (*_LIGHTNING, *_PIPELINES)}
-    shown = [
-        library for name in _PIPELINES if name in sys.modules
-        and (library := sys.modules[name].utils.logging).is_progress_bar_enabled()
-    ]  # fmt: skip
-    try:
-        with warnings.catch_warnings():
-            _hush()
-            yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
-        for library in shown:
-            library.enable_progress_bar()
-
-
-def _hush() -> None:
-    for noisy in _LIGHTNING:
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-    for name in _PIPELINES:
-        if name in sys.modules:
-            library = sys.modules[name].utils.logging
-            library.set_verbosity_error()
-            library.disable_progress_bar()
-    for pattern in (
-        ".*does not have many workers.*",
-        ".*isinstance.treespec.*",
-        ".*IterableDataset.*__len__.*",
-        ".*in eval mode at the start of training.*",  # frozen parts, on purpose
-        ".*`srun` command is available.*",  # process.check_agrees says what matters
-        ".*functional.all_gather is deprecated.*",  # Lightning's to mend
-    ):
-        warnings.filterwarnings("ignore", pattern)
-
-
-def _agree_on_version(section: RunDirectorySettings, process: Process, notes: AgentNotes) -> None:
-    """A directory named after the time has one name in all processes, also after torchrun has started them again."""
-    if section.explicit_log_dir or section.version or section.resume_if_exists:
-        return
-    mine = os.environ.get("NEMO_EXPM_VERSION") or notes.get("version")
-    version = gather(mine or datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))[0]
-    os.environ["NEMO_EXPM_VERSION"] = version
-    if process.is_rank_zero:
-        notes.set("version", version)
 
 
 def _is_restart(process: Process, notes: AgentNotes) -> bool:

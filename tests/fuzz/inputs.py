@@ -181,7 +181,7 @@ def read_lora(path: Path) -> None:
 
 def model_folder(drawn: random.Random, folder: Path) -> Path:
     """A diffusers folder with one file damaged, missing, of other types, or a pipe in its place."""
-    from tests.tiny import save_tiny_pipeline
+    from tests.tiny.stable_diffusion import save_tiny_pipeline
 
     good = folder.parent / "good"
     if not good.exists():

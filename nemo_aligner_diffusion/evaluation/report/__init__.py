@@ -24,6 +24,7 @@ from nemo_aligner_diffusion.command_line import command
 from nemo_aligner_diffusion.errors import OutputError, printable
 from nemo_aligner_diffusion.evaluation.report.view import build_view
 from nemo_aligner_diffusion.evaluation.run_files import RunFiles, read_run
+from nemo_aligner_diffusion.evaluation.text import format_gain, format_number
 from nemo_aligner_diffusion.runtime.files import write_atomic
 
 __all__ = ["main", "render_report", "write_report"]
@@ -60,6 +61,7 @@ def render_report(run: RunFiles) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    templates.filters |= {"number": format_number, "gain": format_gain}
     return templates.get_template("page.html").render(build_view(run))
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from nemo_aligner_diffusion.evaluation.metrics.base import Finding
 from nemo_aligner_diffusion.evaluation.metrics.registry import metrics
 from nemo_aligner_diffusion.evaluation.run_files import RunFiles, column, last
@@ -48,21 +46,13 @@ def _state(run: RunFiles) -> list[Finding]:
 
 def _counters(run: RunFiles) -> list[Finding]:
     found = []
-    skipped = _count(run, "skipped_steps")
+    skipped = run.total("skipped_steps")
     if skipped:
         text = "A reward or gradient was NaN or infinite there; the weights were left as they were."
         title = f"{skipped:.0f} optimizer step{'s' if skipped != 1 else ''} skipped"
         found.append(Finding("warning", title, text))
-    truncated = _count(run, "truncated_prompts")
+    truncated = run.total("truncated_prompts")
     if truncated:
         text = "They are longer than the text encoder's limit; what lies beyond it has no effect on the picture."
         found.append(Finding("note", f"{truncated:.0f} prompt{'s were' if truncated != 1 else ' was'} cut", text))
     return found
-
-
-def _count(run: RunFiles, name: str) -> float:
-    """A counter of ``run.json``, else the sum of the column of metrics.csv."""
-    value = run.run.get(name)
-    if isinstance(value, (int, float)):
-        return float(value)
-    return sum(value for value in run.metrics.get(name, []) if math.isfinite(value))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,7 @@ from PIL import Image
 
 from nemo_aligner_diffusion.errors import first_line
 from nemo_aligner_diffusion.evaluation.figures import encode_png, read_grid
-from nemo_aligner_diffusion.evaluation.run_files import RunFiles
-from nemo_aligner_diffusion.evaluation.text import format_gain, format_number
+from nemo_aligner_diffusion.evaluation.run_files import RunFiles, finite
 
 _MOST_PAIRS = 48
 _MOST_PROMPTS_OVER_TIME = 8
@@ -77,35 +75,20 @@ def before_after(run: RunFiles) -> dict[str, Any]:
         return {"step": None}
     if grid.cells is None:
         return grid.whole()
-    return {
-        "step": grid.step,
-        "pairs": [_pair(grid, cell) for cell in grid.cells[:_MOST_PAIRS]],
-        "left_out": max(0, len(grid.cells) - _MOST_PAIRS),
-        "scored": any(_gain(cell) is not None for cell in grid.cells),
-    }
-
-
-def _gain(cell: dict[str, Any]) -> float | None:
-    base, tuned = cell.get("base_reward"), cell.get("reward")
-    return tuned - base if isinstance(base, (int, float)) and isinstance(tuned, (int, float)) else None
-
-
-def _score(value: Any) -> str:
-    return format_number(float(value)) if isinstance(value, (int, float)) else ""
+    pairs = [_pair(grid, cell) for cell in grid.cells[:_MOST_PAIRS]]
+    return {"step": grid.step, "pairs": pairs, "left_out": max(0, len(grid.cells) - _MOST_PAIRS)}
 
 
 def _pair(grid: Grid, cell: dict[str, Any]) -> dict[str, Any]:
-    gain = _gain(cell)
+    base, tuned = finite(cell.get("base_reward")), finite(cell.get("reward"))
     return {
         "prompt": cell["prompt"],
         "seed": cell.get("seed"),
         "base": grid.cut(cell["base"], _PAIR_SIDE),
         "tuned": grid.cut(cell["tuned"], _PAIR_SIDE),
-        "base_reward": _score(cell.get("base_reward")),
-        "reward": _score(cell.get("reward")),
-        "gain": "" if gain is None else format_gain(gain, cell["reward"]),
-        "kind": "quiet" if not gain else "gain" if gain > 0 else "loss",
-        "order": gain if gain is not None and math.isfinite(gain) else 0.0,
+        "base_reward": base,
+        "reward": tuned,
+        "gain": None if base is None or tuned is None else tuned - base,
     }
 
 
@@ -125,10 +108,10 @@ def over_training(run: RunFiles) -> dict[str, Any] | None:
     rows = []
     for key in keys:
         first = places[0][key]
-        cells = [("base", grids[0].cut(first["base"], _STEP_SIDE), _score(first.get("base_reward")))]
+        cells = [("base", grids[0].cut(first["base"], _STEP_SIDE), finite(first.get("base_reward")))]
         for grid, place in zip(grids, places, strict=True):
             source = grid.cut(place[key]["tuned"], _STEP_SIDE)
-            cells.append((f"step {grid.step}", source, _score(place[key].get("reward"))))
+            cells.append((f"step {grid.step}", source, finite(place[key].get("reward"))))
         rows.append((key[0], cells))
     return {"heads": [when for when, _, _ in rows[0][1]], "rows": rows}
 

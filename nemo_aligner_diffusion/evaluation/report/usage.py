@@ -7,6 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from nemo_aligner_diffusion.diffusion.settings import SAMPLER_ALIASES, SAMPLERS, SamplingSettings
 from nemo_aligner_diffusion.errors import ConfigurationError, printable
 from nemo_aligner_diffusion.evaluation.run_files import RunFiles
 
@@ -115,10 +116,9 @@ def _identifier(name: Any, otherwise: str) -> str:
 
 def _solver(run: RunFiles) -> tuple[str, dict[str, Any]] | None:
     """The class of ``diffusers`` and the options of ``model.infer.sampler_type``; ``None``: the pipeline's own."""
-    from nemo_aligner_diffusion.diffusion.schedule import sampler_name
-    from nemo_aligner_diffusion.diffusion.settings import SAMPLERS
-
+    key = "model.infer.sampler_type"
     try:
-        return SAMPLERS[sampler_name(str(run.setting("model.infer.sampler_type")))]
-    except ConfigurationError:  # null, or of another version of this project
+        name = SamplingSettings.kinds()["sampler_type"].read(key, run.setting(key))
+    except ConfigurationError:  # of another version of this project
         return None
+    return SAMPLERS.get(SAMPLER_ALIASES.get(name, name))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from nemo_aligner_diffusion.algorithms.registry import title_of
+from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.evaluation.metrics.base import Tile
 from nemo_aligner_diffusion.evaluation.metrics.registry import metrics
 from nemo_aligner_diffusion.evaluation.report.charts import charts
@@ -15,7 +15,7 @@ from nemo_aligner_diffusion.evaluation.report.findings import findings, planned_
 from nemo_aligner_diffusion.evaluation.report.pictures import before_after, over_training
 from nemo_aligner_diffusion.evaluation.report.usage import usage
 from nemo_aligner_diffusion.evaluation.run_files import RunFiles, last
-from nemo_aligner_diffusion.evaluation.text import format_gain, format_number
+from nemo_aligner_diffusion.rewards.registry import read_reward
 
 _SHOWN_ELSEWHERE = {"skipped_steps", "truncated_prompts", "pid", "pipeline"}
 _MOST_ROWS = 1000  # of a table
@@ -60,21 +60,10 @@ def _algorithm(run: RunFiles) -> str:
 
 
 def _reward_name(run: RunFiles) -> str:
-    name = run.setting("rm.name", "clip")
-    path = run.setting("rm.model.restore_from_path")
-    if name == "clip":
-        return f"the reward model {Path(str(path)).name}" if path else "the embedded CLIP reward"
-    if name in ("composite", "ensemble"):
-        article, parts = "a" if name == "composite" else "an", run.setting("rm.parts")
-        return f"{article} {name} of {', '.join(map(str, parts))}" if isinstance(parts, dict) else f"{article} {name}"
-    if name == "classifier":
-        return f"the class {run.setting('rm.target_class')} of a classifier"
-    if name == "detection":
-        action = "the absence of " if run.setting("rm.remove", False) else ""
-        return f"{action}{run.setting('rm.query') or 'what the prompt names'}, by a detector"
-    if name == "custom":
-        return f"the reward {run.setting('rm.import_path')}"
-    return f"{name} (an analytic reward)" if name != "feature_symmetry" else "symmetry in a CLIP's features"
+    try:
+        return read_reward(run.setting("rm"))[0].describe()
+    except ConfigurationError:  # of another version of this project, or damaged
+        return f"the reward {run.setting('rm.name', '')}"
 
 
 def _lead(run: RunFiles) -> str:
@@ -85,7 +74,7 @@ def _lead(run: RunFiles) -> str:
     if run.setting("model.peft.peft_scheme", "none") == "none":
         trained = "all denoiser weights of"
     sentence = f"{_algorithm(run)} tuned {trained} {model}, towards {_reward_name(run)}."
-    steps, seconds, pictures = _steps(run), _total(run, "seconds"), _total(run, "images")
+    steps, seconds, pictures = _steps(run), run.total("seconds"), run.total("images")
     if steps:
         made = f" and {pictures:,.0f} generated pictures" if pictures else ""
         sentence += f" {steps:,.0f} optimizer steps{made}{f' in {duration(seconds)}' if seconds else ''}."
@@ -94,14 +83,6 @@ def _lead(run: RunFiles) -> str:
 
 def _steps(run: RunFiles) -> float:
     return last(run.metrics.get("step", [])) or 0.0
-
-
-def _total(run: RunFiles, name: str) -> float:
-    """``seconds`` or ``images`` of the whole run."""
-    value = run.run.get(name)
-    if isinstance(value, (int, float)) and math.isfinite(value):
-        return float(value)
-    return sum(value for value in run.metrics.get(name, []) if math.isfinite(value))
 
 
 def duration(seconds: float) -> str:
@@ -117,7 +98,7 @@ def duration(seconds: float) -> str:
 def _tiles(run: RunFiles) -> list[Tile]:
     tiles = [tile for metric in metrics() if (tile := metric.tile(run)) is not None]
     if _steps(run):
-        planned, seconds = planned_steps(run), _total(run, "seconds")
+        planned, seconds = planned_steps(run), run.total("seconds")
         under = [f"of {planned}"] * bool(planned) + [duration(seconds)] * bool(seconds)
         tiles.append(Tile("Optimizer steps", f"{_steps(run):,.0f}", " · ".join(under)))
     return tiles
@@ -132,22 +113,8 @@ def _prompts(run: RunFiles) -> dict[str, Any] | None:
     low, span = min(values), (max(values) - min(values)) or 1.0
     lines = []
     for row in rows[:_MOST_ROWS]:
-        base, tuned = row["base_reward"], row["reward"]
-        start, end = sorted((100 * (base - low) / span, 100 * (tuned - low) / span))
-        lines.append(
-            {
-                "prompt": row["prompt"],
-                "seed": "" if row["seed"] is None else row["seed"],
-                "base": format_number(base),
-                "tuned": format_number(tuned),
-                "gain": format_gain(tuned - base, tuned),
-                "kind": "gain" if tuned > base else "loss",
-                "direction": "up" if tuned >= base else "down",
-                "left": f"{start:.1f}",
-                "width": f"{end - start:.1f}",
-                "mark": f"{100 * (base - low) / span:.1f}",
-            }
-        )
+        mark, end = (100 * (row[key] - low) / span for key in ("base_reward", "reward"))
+        lines.append({**row, "mark": mark, "left": min(mark, end), "width": abs(end - mark)})
     better = sum(row["reward"] > row["base_reward"] for row in rows)
     return {"rows": lines, "count": len(rows), "better": better, "step": run.prompt_rewards_step}
 

@@ -31,6 +31,7 @@ from nemo_aligner_diffusion.training.checkpoints.resume import (
     RUN_STATE,
     ResumePoint,
     check_fits,
+    check_moments,
     find_resume_point,
     trained_parameters,
 )
@@ -169,7 +170,7 @@ class TrainingCheckpoint(Checkpoint):
         self._complete(trainer)
         step = trainer.global_step
         path = self.folder / f"step_{step:06d}"
-        trainer.save_checkpoint(path)  # by ParallelStrategy the plugin is called on all ranks
+        trainer.save_checkpoint(path, weights_only=False)  # by ParallelStrategy the plugin is called on all ranks
         self._saved_step = step
         if not self.async_save:
             self._complete(trainer)
@@ -271,12 +272,7 @@ def _numbered(module: torch.nn.Module, optimizer: torch.optim.Optimizer, state: 
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     groups = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
     saved = {key: value for group in state["param_groups"] for key, value in group.items()}
-    if ("betas" in saved) != ("betas" in optimizer.param_groups[0]):
-        was, now = ("Adam", "sgd") if "betas" in saved else ("sgd", "Adam")
-        raise CheckpointError(
-            f"the checkpoint holds the moments of {was}, with which {now} cannot go on: resume with the "
-            "model.optim.name of its config.yaml, or begin a run of its own with another exp_manager.explicit_log_dir"
-        )
+    check_moments(saved, "an Adam" if "betas" in optimizer.param_groups[0] else "sgd")
     known = sorted(str(name) for group in state["param_groups"] for name in group["params"])
     if sorted(name for group in groups for name in group) != known:
         raise CheckpointError(

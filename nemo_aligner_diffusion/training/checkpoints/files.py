@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_aligner_diffusion.formats.files import parse_json, read_bytes
 from nemo_aligner_diffusion.runtime.files import UNFINISHED, sync_directory, write_atomic
 
 FORMAT = 2  # 1 was a single file, written by torch.save
@@ -91,7 +92,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is no such document.
     """
-    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    state = parse_json(read_bytes(folder / STATE))
     if not isinstance(state, dict) or not isinstance(state.get("tensors"), dict) or "tree" not in state:
         raise ValueError(f"its {STATE} was not written by this program")
     return state
@@ -133,7 +134,7 @@ def hidden_name(folder: Path) -> Path:
 
 def _manifest(folder: Path) -> dict[str, FileRecord]:
     try:
-        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        content = parse_json(read_bytes(folder / MANIFEST))
     except FileNotFoundError:
         raise ValueError(f"it has no {MANIFEST}") from None
     except ValueError:

@@ -1,7 +1,7 @@
 """A run's state from the processes that hold it to one folder, and back under any layout.
 
 Whole tensors are put together from their pieces (:mod:`nemo_aligner_diffusion.parallel.placements`), each for one
-process that writes it; each is read by one process, handed on, and cut for the layout that reads.
+process that writes it. Every process maps the files and copies its own piece of each tensor for the layout that reads.
 """
 
 from __future__ import annotations
@@ -35,9 +35,8 @@ from nemo_aligner_diffusion.training.checkpoints.files import (
     write_synced,
 )
 from nemo_aligner_diffusion.training.checkpoints.storage import (
-    DTYPES,
     read_contents,
-    read_tensors,
+    stored_tensors,
     table,
     write_tensors,
 )
@@ -46,7 +45,6 @@ from nemo_aligner_diffusion.training.checkpoints.tree import Leaf, put_together,
 log = logging.getLogger(__name__)
 
 BYTES_A_WRITER = 32 * 2**20  # below this a further file costs more than it saves
-BYTES_A_MESSAGE = 32 * 2**20  # tensors handed on together
 
 
 class _ProcessError(Exception):
@@ -134,28 +132,24 @@ class FolderCheckpointIO(CheckpointIO):
             CheckpointError: it cannot be read; every process raises it.
         """
         path = Path(path)
-        try:
-            state: dict[str, Any] = self._everywhere(lambda: read_contents(path) if self.rank == 0 else None)[0]
-            entries: dict[str, Any] = state["tensors"]
-            needed = tensors_of(state["tree"])
-            sizes = {name: _bytes(entries[name]) for name in entries if name in needed}
-            readers = share_out(sizes, self.size, self.bytes_a_writer)
-            mine: dict[str, Tensor] = {}
-            share = {name: entries[name] for name, rank in readers.items() if rank == self.rank}
-            self._everywhere(lambda: mine.update(read_tensors(path, share)))
-        except _ProcessError as error:
-            raise CheckpointError(f"the checkpoint {path} cannot be read{self._on(error.rank)}: {error}") from error
         held = dict(self.module.named_parameters(remove_duplicate=False))
         layout = placements(self.module)
-        placed: dict[str, Tensor] = {}
-        for name, whole in self._handed_on(mine, readers, entries):
-            like = needed[name]
-            placed[name] = whole if like not in held else _piece(whole, held[like], layout[like])
+
+        def read(state: dict[str, Any]) -> Any:
+            likes, entries = tensors_of(state["tree"]), state["tensors"]
+            placed: dict[str, Tensor] = {}
+            for name, whole in stored_tensors(path, {name: entries[name] for name in entries if name in likes}):
+                like = likes[name]
+                placed[name] = whole.clone() if like not in held else _piece(whole, held[like], layout[like])
+            return put_together(state["tree"], placed)
+
+        loaded: list[dict[str, Any]] = []
         try:
-            loaded: dict[str, Any] = put_together(state["tree"], placed)
-        except (ValueError, TypeError, RecursionError) as error:  # lists for keys, or pairs of three
-            raise CheckpointError(f"the checkpoint {path} cannot be read: {first_line(error)}") from error
-        return loaded
+            state = self._everywhere(lambda: read_contents(path) if self.rank == 0 else None)[0]
+            self._everywhere(lambda: loaded.append(read(state)))
+        except _ProcessError as error:
+            raise CheckpointError(f"the checkpoint {path} cannot be read{self._on(error.rank)}: {error}") from error
+        return loaded[0]
 
     def remove_checkpoint(self, path: Any) -> None:
         remove(Path(path))
@@ -223,36 +217,6 @@ class FolderCheckpointIO(CheckpointIO):
         except BaseException as error:  # whoever waits raises it
             self._failure = error
 
-    # Loading
-
-    def _handed_on(
-        self, mine: dict[str, Tensor], readers: Mapping[str, int], entries: Mapping[str, Any]
-    ) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor, whole, one message's worth at a time: a view into it, to be copied."""
-        if self.group is None:
-            yield from mine.items()
-            return
-        # between GPUs by NCCL, the default group's backend there; on the CPU by the plugin's own group
-        device = next(self.module.parameters()).device
-        group = None if device.type == "cuda" else self.group
-        for rank in range(self.size):
-            names = [name for name, reader in readers.items() if reader == rank]
-            for names_here in _messages(names, entries):
-                total = sum(_aligned(_bytes(entries[name])) for name in names_here)
-                message = torch.zeros(total, dtype=torch.uint8, device=device)
-                parts: dict[str, Tensor] = {}
-                offset = 0
-                for name in names_here:
-                    size = _bytes(entries[name])
-                    part = message[offset : offset + size].view(DTYPES[entries[name]["dtype"]])
-                    parts[name] = part.view(entries[name]["shape"])
-                    offset += _aligned(size)
-                    if rank == self.rank:
-                        parts[name].copy_(mine.pop(name))
-                dist.broadcast(message, src=rank, group=group)
-                for name, part in parts.items():
-                    yield name, part.to("cpu", copy=True)
-
     def _everywhere(self, work: Callable[[], Any]) -> list[Any]:
         """What ``work`` gives on each process, once it has ended on all of them.
 
@@ -313,28 +277,3 @@ def _piece(whole: Tensor, parameter: Tensor, placement: Placement) -> Tensor:
             raise CheckpointError(f"a tensor of shape {tuple(whole.shape)} does not fit one of {tuple(like.shape)}")
         return torch.empty_like(like, device="cpu").copy_(whole)  # in the parameter's memory format
     return placement.local(whole, like)
-
-
-def _bytes(entry: Mapping[str, Any]) -> int:
-    count = 1
-    for length in entry["shape"]:
-        count *= int(length)
-    return count * DTYPES[entry["dtype"]].itemsize
-
-
-def _aligned(size: int) -> int:
-    return -(-size // 16) * 16
-
-
-def _messages(names: list[str], entries: Mapping[str, Any]) -> Iterator[list[str]]:
-    message: list[str] = []
-    size = 0
-    for name in names:
-        more = _bytes(entries[name])
-        if message and size + more > BYTES_A_MESSAGE:
-            yield message
-            message, size = [], 0
-        message.append(name)
-        size += more
-    if message:
-        yield message

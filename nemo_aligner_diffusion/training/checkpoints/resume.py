@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,14 @@ class ResumePoint:
         step: optimizer steps it has behind it; ``step * global_batch_size`` samples are consumed.
         shapes: of the trained parameters, whole, by name.
         skipped: newer checkpoints that could not be read, with the reason.
+        optimizer: names of what the groups of its optimizer are set to; empty: unknown.
     """
 
     path: Path
     step: int
     shapes: Mapping[str, tuple[int, ...]]
     skipped: tuple[tuple[Path, str], ...] = ()
+    optimizer: tuple[str, ...] = ()
 
 
 def find_resume_point(folder: Path) -> ResumePoint | None:
@@ -68,13 +70,13 @@ def _find_resume_point(folder: Path) -> ResumePoint | None:
     skipped: list[tuple[Path, str]] = []
     for _, path in reversed(checkpoint_files(folder)):
         try:
-            step, shapes = _inspect(path)
+            step, shapes, optimizer = _inspect(path)
         except Exception as error:  # whatever damage makes of JSON
             skipped.append((path, first_line(error)))
             continue
         for damaged, reason in skipped:
             log.warning("%s cannot be read (%s); resuming from %s instead", damaged, reason, path.name)
-        return ResumePoint(path=path, step=step, shapes=shapes, skipped=tuple(skipped))
+        return ResumePoint(path, step, shapes, tuple(skipped), optimizer)
     if skipped:
         listed = "; ".join(f"{path.name}: {reason}" for path, reason in skipped)
         raise CheckpointError(
@@ -91,7 +93,7 @@ def _find_resume_point(folder: Path) -> ResumePoint | None:
     return None
 
 
-def _inspect(path: Path) -> tuple[int, dict[str, tuple[int, ...]]]:
+def _inspect(path: Path) -> tuple[int, dict[str, tuple[int, ...]], tuple[str, ...]]:
     started = time.perf_counter()
     checked = verify(path)
     state = read_contents(path)
@@ -100,7 +102,8 @@ def _inspect(path: Path) -> tuple[int, dict[str, tuple[int, ...]]]:
         raise ValueError("it was not written by this program")
     shapes = {name: tuple(int(length) for length in tensors[name]["shape"]) for name in tree[WEIGHTS]}
     log.info("%s checked: %.1f MB in %.1f s", path.name, checked / 1e6, time.perf_counter() - started)
-    return int(tree["global_step"]), shapes
+    groups = [group for state in tree["optimizer_states"] for group in state["param_groups"]]
+    return int(tree["global_step"]), shapes, tuple(sorted({str(key) for group in groups for key in group}))
 
 
 def check_fits(resume: ResumePoint, module: torch.nn.Module) -> None:
@@ -126,6 +129,23 @@ def check_fits(resume: ResumePoint, module: torch.nn.Module) -> None:
         raise CheckpointError(
             f"the checkpoint {resume.path} does not fit this configuration: {'; '.join(problems)}. Resume with the "
             "settings in its config.yaml (model.peft above all), or give another exp_manager.explicit_log_dir."
+        )
+
+
+def check_moments(saved: Collection[str], optimizer: str) -> None:
+    """Whether ``model.optim.name`` can go on with the state that a checkpoint holds: Adams with Adams', sgd with sgd's.
+
+    Args:
+        saved: names of what the groups of the checkpoint's optimizer are set to.
+
+    Raises:
+        CheckpointError: it cannot.
+    """
+    if saved and ("betas" in saved) == (optimizer == "sgd"):
+        raise CheckpointError(
+            f"model.optim.name = {optimizer}, but the checkpoint holds the moments of "
+            f"{'an Adam' if 'betas' in saved else 'sgd'}, which it cannot go on with: resume with the model.optim.name "
+            "of its config.yaml, or begin a run of its own with another exp_manager.explicit_log_dir"
         )
 
 

@@ -12,7 +12,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,22 +59,20 @@ def read_contents(folder: Path) -> dict[str, Any]:
     return state
 
 
-def read_tensors(folder: Path, entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint that ``entries`` of its ``state.json`` name, each a copy of its own.
+def stored_tensors(folder: Path, entries: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that ``entries`` of a checkpoint's ``state.json`` name, mapped from their files: copy what is kept.
 
     Raises:
         ValueError: a file holds something else.
         OSError: a file cannot be read.
     """
-    tensors: dict[str, Tensor] = {}
     for file_name, names in _by_file(entries).items():
         with safe_open(folder / file_name, framework="pt") as file:
             for name in names:
                 stored = file.get_tensor(name)
                 if list(stored.shape) != entries[name]["shape"] or stored.dtype != DTYPES[entries[name]["dtype"]]:
                     raise ValueError(f"{file_name} holds another {name} than {STATE} says")
-                tensors[name] = stored.clone()
-    return tensors
+                yield name, stored
 
 
 def table(file_name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -35,6 +35,4 @@ def _lasting(stream: TextIO) -> TextIO:
         raw = _Lasting(stream.fileno(), "w", closefd=False)
     except (OSError, ValueError, AttributeError):  # closed, or not a file: a program's own
         return stream
-    return io.TextIOWrapper(
-        io.BufferedWriter(raw), encoding=stream.encoding, errors=stream.errors, line_buffering=True, write_through=True
-    )
+    return io.TextIOWrapper(io.BufferedWriter(raw), encoding=stream.encoding, errors=stream.errors, line_buffering=True)
