@@ -14,7 +14,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 
-from nemo_aligner_diffusion.config.load import load_config
+from nemo_aligner_diffusion.config.load import load_settings
 from nemo_aligner_diffusion.data.prompts import read_prompts
 from nemo_aligner_diffusion.diffusion.generate import Sampling, generate
 from nemo_aligner_diffusion.diffusion.loading import load_model
@@ -39,7 +39,7 @@ def reward():
 
 @pytest.fixture(scope="module")
 def settings():
-    return build_sampling(load_config("draftp_sd", []))
+    return build_sampling(load_settings("draftp_sd").model.infer)
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_a_few_steps_raise_the_reward_on_prompts_that_were_not_trained_on(recipe
     ]
     if recipe == "draftp_sd":
         overrides = [text for text in overrides if "drtune" not in text]
-    assert run_training(load_config(recipe, overrides)) == 0
+    assert run_training(load_settings(recipe, overrides)) == 0
     with (tmp_path / "run" / "validation.csv").open(encoding="utf-8", newline="") as handle:
         last = list(csv.DictReader(handle))[-1]
     assert float(last["reward"]) > float(last["base_reward"]) + 0.002

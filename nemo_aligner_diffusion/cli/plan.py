@@ -88,7 +88,7 @@ def take_options(argv: Sequence[str]) -> tuple[Options, list[str]]:
     parser = _parser()
     options, rest = parser.parse_known_args(argv, Options())
     gpu_named(options.gpu)
-    known = re.findall(r"--[a-z-]+", parser.format_help())
+    known = set(re.findall(r"--[a-z-]+", parser.format_help()))
     for word in rest:
         if word not in known and word.startswith("-") and (hint := closest(word, known, least=0.75)):
             raise ConfigurationError(f"unknown option {word!r}{hint} nad-plan --help lists all")

@@ -157,6 +157,8 @@ def _kind_in_the_end(key: str, loop: str, recipes: Collection[str]) -> Kind | No
     """The kind of a key or of the one that it is another spelling of; in a part of a reward, of the reward's own."""
     key = _own_loop(key, loop, recipes)
     if key in ALIASES:
+        if ALIASES[key].kind is not None:
+            return ALIASES[key].kind
         key = ALIASES[key].target.replace(LOOP, loop)
     return schema.kind_of(_PART.sub("rm.", key), loop) or schema.kind_of(key, loop)
 

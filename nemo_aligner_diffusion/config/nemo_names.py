@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_aligner_diffusion.settings import LOOP
+from nemo_aligner_diffusion.settings import BOOL, LOOP, Kind
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,13 @@ class Alias:
         weak: gives way where the target itself is written too, as in NeMo-Aligner, where ``trainer.max_steps`` stands
             beside ``trainer.draftp_sd.max_steps`` and the latter counts. Two *strong* spellings must agree.
         convert: the value under the target's conventions; None: leave the target alone.
+        kind: of what is given, where it is not the target's.
     """
 
     target: str
     weak: bool = False
     convert: Callable[[Any], Any] | None = None
+    kind: Kind | None = None
 
 
 def _sdxl_sampler(value: Any) -> Any:
@@ -80,7 +82,7 @@ ALIASES: dict[str, Alias] = {
     # How often NeMo's own checkpoint callback saves; the loop's section counts.
     "exp_manager.checkpoint_callback_params.every_n_train_steps": Alias(f"trainer.{LOOP}.save_interval", weak=True),
     "model.peft.enable": Alias(
-        "model.peft.peft_scheme", weak=True, convert=lambda enabled: None if enabled else "none"
+        "model.peft.peft_scheme", weak=True, convert=lambda enabled: None if enabled else "none", kind=BOOL
     ),
     "model.peft.lora_tuning.adapter_dropout": Alias("model.peft.lora_tuning.dropout"),
     "model.peft.lora_tuning.network_alpha": Alias("model.peft.lora_tuning.alpha"),
