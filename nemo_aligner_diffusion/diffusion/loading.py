@@ -73,9 +73,10 @@ def load_model(
         _check_folders(folder, index, parts)
         with _no_progress_bar():
             parts |= _networks(folder, index, parts, dtype)
+        _give_size(folder, parts.get("unet"))
+        with _no_progress_bar():
             pipe = pipeline_class.from_pretrained(folder, dtype=dtype, local_files_only=True, **parts)
         _check_tokenizers(folder, pipe)
-        _give_size(folder, pipe)
     except (CheckpointError, ConfigurationError):
         raise
     except Exception as error:  # diffusers and transformers raise a dozen types for what is damaged or missing
@@ -172,9 +173,8 @@ def _check_folders(folder: Path, index: Mapping[str, Any], given: Mapping[str, A
         raise CheckpointError(f"{folder}: model_index.json names {', '.join(missing)}, but there is no such folder")
 
 
-def _give_size(folder: Path, pipe: Any) -> None:
+def _give_size(folder: Path, unet: Any) -> None:
     """A UNet's ``sample_size`` may be null, but its pipeline computes a picture's height and width from it."""
-    unet = pipe.components.get("unet")
     if unet is not None and "sample_size" in unet.config and unet.config["sample_size"] is None:
         unet.register_to_config(sample_size=_SAMPLE_SIZE)
         log.warning(
