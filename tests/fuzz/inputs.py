@@ -145,7 +145,8 @@ def lora(drawn: random.Random, folder: Path) -> Path:
     from safetensors.torch import save
 
     tensors = {f"unet.mid.to_{k}.lora_{side}.weight": torch.zeros(2, 4) for k in "qkv" for side in "AB"}
-    return _safetensors(drawn, folder / "lora.safetensors", save(tensors, {"format": "pt", "a": "{}"}))
+    # one entry of metadata: safetensors writes several in any order
+    return _safetensors(drawn, folder / "lora.safetensors", save(tensors, {"format": "pt"}))
 
 
 def _safetensors(drawn: random.Random, path: Path, content: bytes) -> Path:
