@@ -211,17 +211,20 @@ def train_on_an_unequal_pair(*arguments: Any) -> int:
     """The second process's device is half as fast: so say the probes. The passes keep the two in step."""
     import torch.distributed as dist
 
-    from nemo_aligner_diffusion.runtime import faults
+    from nemo_aligner_diffusion.training import run_frame
+    from nemo_aligner_diffusion.training.callbacks import health
 
     slow = dist.get_rank() == 1
-    # what a launcher provides and the watchers meet at
-    store = None if slow else dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    ports = [store.port if store is not None else 0]
-    dist.broadcast_object_list(ports)
+
+    def watched_from_here_on(process: Any, device: Any, watch: Any) -> None:
+        """The pool's processes have met already; only the watch is missing."""
+        addresses = [watch.serve()]
+        dist.broadcast_object_list(addresses)
+        watch.begin(addresses[0], "127.0.0.1")
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MASTER_ADDR", "127.0.0.1")
-        patch.setenv("MASTER_PORT", str(ports[0]))
-        patch.setattr(faults, "probe", lambda device: 0.02 if slow else 0.01)
+        patch.setattr(run_frame, "join", watched_from_here_on)
+        patch.setattr(health, "probe", lambda device: 0.02 if slow else 0.01)
         return train(*arguments)
 
 
