@@ -19,9 +19,10 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.strategies.strategy import Strategy
 from torch.optim.lr_scheduler import LambdaLR
 
-from nemo_aligner_diffusion.errors import CheckpointError, OutputError
+from nemo_aligner_diffusion.errors import CheckpointError, ConfigurationError, OutputError
 from nemo_aligner_diffusion.parallel.strategy import layout_of
 from nemo_aligner_diffusion.runtime.directory import checkpoint_files
 from nemo_aligner_diffusion.runtime.files import remove_leftovers, write_atomic
@@ -99,6 +100,12 @@ class TrainingCheckpoint(Checkpoint):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        if trainer.world_size > 1 and type(trainer.strategy).save_checkpoint is Strategy.save_checkpoint:
+            raise ConfigurationError(
+                f"{type(trainer.strategy).__name__} saves on the first process only, which would wait for the others "
+                "for ever; expected nemo_aligner_diffusion.parallel.strategy.ParallelStrategy, or a strategy whose "
+                "save_checkpoint calls checkpoint_io.save_checkpoint on every process"
+            )
         self._io = FolderCheckpointIO(pl_module, self.async_save)
         trainer.strategy.checkpoint_io = self._io
         pl_module.strict_loading = False
