@@ -75,9 +75,10 @@ def test_eta_is_ddims_own() -> None:
 
 
 def test_steps_up_to_the_sampling_steps_are_fine() -> None:
-    load_config("draftp_sd", ["model.truncation_steps=20"])
-    load_config("drtune_sd", ["model.drtune.train_steps=13"])
-    load_config("drtune_sd", ["model.drtune.train_steps=20", "model.drtune.early_stop_steps=0"])
+    assert load_config("draftp_sd", ["model.truncation_steps=20"]).model.truncation_steps == 20
+    assert load_config("drtune_sd", ["model.drtune.train_steps=13"]).model.drtune.train_steps == 13
+    without_stop = ["model.drtune.train_steps=20", "model.drtune.early_stop_steps=0"]
+    assert load_config("drtune_sd", without_stop).model.drtune.train_steps == 20
 
 
 def test_a_file_for_a_reward_without_one_is_an_error() -> None:

@@ -25,7 +25,7 @@ def test_a_documented_setting_is_accepted(command: str) -> None:
         words = ["rm=detection", "rm.model.from_pretrained=owl", *words]
     if not words[0].startswith("rm="):
         words.insert(0, "rm=clip")
-    load_config("draftp_sd", words)
+    assert load_config("draftp_sd", words).rm.name in REWARDS
 
 
 def test_commands_were_found() -> None:

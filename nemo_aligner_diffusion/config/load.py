@@ -96,7 +96,7 @@ def load_config(
             command_line.leaves.update(flatten({item.key: item.value}, dotted=True))
     tree = add_layer(tree, command_line, loop, recipes(), notes)
 
-    leaves = _resolve(tree)
+    leaves = resolve(tree)
     leaves = {key: value for key, value in leaves.items() if schema.kind_of(key, loop) is not None}
     used = _methods_own(schema.read_values(leaves, loop))
     used |= {
@@ -185,21 +185,31 @@ def _one_line(error: Exception, overrides: Sequence[str]) -> str:
     return "the configuration cannot be composed: " + " ".join(kept[:3]) + given
 
 
-def _read_user_file(folder: Path, name: str, selections: list[Override]) -> dict[str, Any]:
-    file = next((path for path in (folder / f"{name}.yaml", folder / f"{name}.yml") if path.is_file()), None)
-    if file is None:
-        there = sorted(path.stem for path in folder.glob("*.y*ml"))
-        holds = f"it holds {', '.join(there)}" if there else "it holds no YAML file"
-        raise ConfigurationError(f"--config-name {name!r}: there is no {name}.yaml in {folder}; {holds}")
+def read_sections(file: Path) -> tuple[dict[str, Any], str]:
+    """What a YAML file of the user's says, and its text, for the words as they were typed.
+
+    Raises:
+        ConfigurationError: it cannot be read, is no YAML, or holds no keys.
+    """
     try:
         container = read_yaml(file)
+        text = file.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigurationError(f"{file} cannot be read: {error.strerror or error}") from error
     except ValueError as error:
         raise ConfigurationError(f"{file} {error}") from error
     if not isinstance(container, dict):
         raise ConfigurationError(f"{file}: expected keys and values, found {type(container).__name__}")
-    text = file.read_text(encoding="utf-8")
+    return container, text
+
+
+def _read_user_file(folder: Path, name: str, selections: list[Override]) -> dict[str, Any]:
+    file = next((path for path in (folder / f"{name}.yaml", folder / f"{name}.yml") if path.is_file()), None)
+    if file is None:
+        there = sorted(path.stem for path in folder.glob("*.y*ml"))
+        holds = f"it holds {', '.join(there)}" if there else "it holds no YAML file"
+        raise ConfigurationError(f"--config-name {name!r}: there is no {name}.yaml in {folder}; {holds}")
+    container, text = read_sections(file)
     if "defaults" not in container:
         return {str(key): value for key, value in with_yaml_words(container, text).items()}
     # Groups that the file itself composes are picked in it; others only in the recipe below it.
@@ -227,8 +237,12 @@ def _selected_layer(item: Override, base: str, own_folder: Path) -> Layer:
     return Layer(leaves, origin=f"{item.key}={option}")
 
 
-def _resolve(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Resolve interpolations such as ``${name}``."""
+def resolve(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """``tree`` with references such as ``${name}`` resolved.
+
+    Raises:
+        ConfigurationError: one of them leads nowhere, or a value that has to be given is not.
+    """
     cfg = OmegaConf.create(unflatten(tree))
     missing = [key for key, value in tree.items() if value == "???"]
     if missing:

@@ -124,6 +124,15 @@ def gather(value: _Value) -> list[_Value]:
     return values
 
 
+def from_first_process(action: Callable[[], _Value]) -> _Value:
+    """What ``action()`` gives in the first process (small, picklable), in every process; so is what it raises."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return action()
+    given = on_every_process(lambda: action() if dist.get_rank() == 0 else None)
+    first: Any = gather(given)[0]
+    return first
+
+
 @dataclass(frozen=True)
 class _Node:
     """The processes of this node. ``group`` carries objects and CPU tensors; ``fast`` is NCCL's, where there is one."""

@@ -36,8 +36,3 @@ class Layout:
     @property
     def is_single(self) -> bool:
         return self.world_size == 1
-
-    @property
-    def spreads_reward(self) -> bool:
-        """Whether scoring takes several processes at once: then all must do it together."""
-        return self.cut_reward or "reward" in self.sharded_frozen

@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from nemo_aligner_diffusion.config.layers import parse_override
+from nemo_aligner_diffusion.config.load import read_sections, resolve
 from nemo_aligner_diffusion.config.recipes import conf_directory
 from nemo_aligner_diffusion.config.words import is_secret, of_the_environment, settled, with_yaml_words
 from nemo_aligner_diffusion.data.settings import ReadingSettings
 from nemo_aligner_diffusion.errors import ConfigurationError
-from nemo_aligner_diffusion.formats.yaml_reader import read_yaml
 from nemo_aligner_diffusion.keys import closest, flatten, unflatten
 from nemo_aligner_diffusion.runtime.settings import MachineSettings
 from nemo_aligner_diffusion.settings import (
@@ -236,7 +235,7 @@ def load_reward_config(
             raise ConfigurationError(f"~{item.key}: a setting cannot be deleted; set it, for example {item.key}=null")
         given.update(flatten({item.key: item.value}, dotted=True))
     leaves = _over(leaves, given, "command line")
-    values = {key: _kind(key).read(key, value) for key, value in _resolved(leaves).items()}
+    values = {key: _kind(key).read(key, value) for key, value in resolve(leaves).items()}
     values |= {key: text for key, text in of_the_environment(leaves).items() if is_secret(_kind(key))}
     cfg = OmegaConf.create(unflatten(values))
     RewardTrainingSettings.of(cfg)
@@ -266,15 +265,8 @@ def _read(file: Path) -> dict[str, Any]:
         raise ConfigurationError(
             f"{file} does not exist; expected a YAML file with the keys of conf/{CONFIG_NAME}.yaml"
         )
-    try:
-        container = read_yaml(file)
-    except OSError as error:
-        raise ConfigurationError(f"{file} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise ConfigurationError(f"{file} {error}") from error
-    if not isinstance(container, dict):
-        raise ConfigurationError(f"{file}: expected keys and values, found {type(container).__name__}")
-    worded = with_yaml_words(container, file.read_text(encoding="utf-8"))
+    container, text = read_sections(file)
+    worded = with_yaml_words(container, text)
     return flatten({str(key): value for key, value in worded.items()})
 
 
@@ -315,12 +307,3 @@ def _kind(key: str) -> Kind:
     kind = _find_kind(key)
     assert kind is not None, key
     return kind
-
-
-def _resolved(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        container = OmegaConf.to_container(OmegaConf.create(unflatten(leaves)), resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise ConfigurationError(f"the configuration cannot be resolved: {str(error).splitlines()[0]}") from error
-    assert isinstance(container, dict)
-    return flatten({str(key): value for key, value in container.items()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -98,7 +99,7 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PartedSettings(RewardSettings):
+class PartedSettings(RewardSettings, ABC):
     """Settings of a reward of several parts; :meth:`combine` makes one score of theirs.
 
     Attributes:
@@ -179,9 +180,9 @@ class PartedSettings(RewardSettings):
             if isinstance(part.reward, PartedSettings):
                 yield from part.reward.measured(here)
 
+    @abstractmethod
     def combine(self, scores: Sequence[Tensor]) -> Tensor:
         """The parts' shaped scores, each ``(B,)``, as one ``(B,)``."""
-        raise NotImplementedError
 
     def make(self, where: str, device: str | torch.device, dtype: torch.dtype) -> Reward:
         from nemo_aligner_diffusion.rewards.support.parted import PartedReward

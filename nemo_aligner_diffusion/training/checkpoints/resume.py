@@ -7,12 +7,11 @@ import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from nemo_aligner_diffusion.errors import CheckpointError, first_line
+from nemo_aligner_diffusion.parallel.broadcast import from_first_process
 from nemo_aligner_diffusion.runtime.directory import checkpoint_files, old_checkpoint_files
 from nemo_aligner_diffusion.training.checkpoints.files import verify
 from nemo_aligner_diffusion.training.checkpoints.storage import read_contents
@@ -51,19 +50,7 @@ def find_resume_point(folder: Path) -> ResumePoint | None:
     Raises:
         CheckpointError: there are checkpoints, and none of them can be read.
     """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return _find_resume_point(folder)
-    answer: list[Any] = [None]
-    if dist.get_rank() == 0:
-        try:
-            answer = [_find_resume_point(folder)]
-        except CheckpointError as error:
-            answer = [error]
-    dist.broadcast_object_list(answer, src=0)
-    if isinstance(answer[0], CheckpointError):
-        raise answer[0]
-    found: ResumePoint | None = answer[0]
-    return found
+    return from_first_process(lambda: _find_resume_point(folder))
 
 
 def _find_resume_point(folder: Path) -> ResumePoint | None:
