@@ -20,14 +20,13 @@ from tiny.runs import rows
 from nemo_aligner_diffusion.cli import evaluate_reward as evaluate_cli
 from nemo_aligner_diffusion.cli import train_reward as train_cli
 from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError, OutputError
-from nemo_aligner_diffusion.reward_training.calibration import preference_figures
 from nemo_aligner_diffusion.reward_training.configuration import (
     KEYS,
     RewardTrainingSettings,
     documented_keys,
     load_reward_config,
 )
-from nemo_aligner_diffusion.reward_training.evaluate import score_pairs
+from nemo_aligner_diffusion.reward_training.evaluate import preference_figures, score_pairs
 from nemo_aligner_diffusion.reward_training.run import run_reward_training
 from nemo_aligner_diffusion.rewards import restore_reward
 from nemo_aligner_diffusion.rewards.symmetry import Symmetry

@@ -44,18 +44,13 @@ def load_hugging_face_clip(folder: str | Path) -> CLIPReward:
         CheckpointError: the folder is missing, or does not hold these.
     """
     folder = Path(folder).expanduser()
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"model.from_pretrained = {str(folder)!r}: there is no config.json; expected a Hugging Face CLIP folder, "
-            "or give a .nemo with model.restore_from_path"
-        )
     try:
         weights = read_clip(folder, OpenClipChoices())
         files = read_tokenizer_files(folder)
         tokenizer = tokenizer_from_bytes(files["vocab.json"], files["merges.txt"], str(folder))
         return CLIPReward(weights.model(), tokenizer, preprocessing=weights.preprocessing).float()
     except (ArchiveError, CheckpointError) as error:
-        raise CheckpointError(f"model.from_pretrained = {str(folder)!r}: {error}") from error
+        raise CheckpointError(f"model.from_pretrained (a Hugging Face CLIP folder): {error}") from error
 
 
 def save_clip_reward(

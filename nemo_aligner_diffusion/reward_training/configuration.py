@@ -108,6 +108,18 @@ class TextSettings(VisionSettings):
 
 
 @dataclass(frozen=True)
+class TrainedParts(Settings):
+    """What of a CLIP is trained."""
+
+    section = "model"
+
+    projections: bool = setting(True, BOOL, "train the linear maps from both towers into the common space")
+    logit_scale: bool = setting(True, BOOL, "train the scale of the scores; kept at or below 100")
+    vision: VisionSettings = part(VisionSettings)
+    text: TextSettings = part(TextSettings)
+
+
+@dataclass(frozen=True)
 class PairSettings(ReadingSettings):
     """Preference shards."""
 
@@ -128,10 +140,8 @@ class PairSettings(ReadingSettings):
 
 
 @dataclass(frozen=True)
-class RewardModelSettings(Settings):
+class RewardModelSettings(TrainedParts):
     """What is trained, and how."""
-
-    section = "model"
 
     restore_from_path: str | None = setting(None, PATH, "a CLIP reward .nemo to start from; null: the embedded reward")
     from_pretrained: str | None = setting(None, PATH, "instead: a Hugging Face CLIP folder")
@@ -146,11 +156,7 @@ class RewardModelSettings(Settings):
     activation_checkpointing: bool = setting(
         False, BOOL, "recompute transformer layers in the backward pass: less memory, a third more time"
     )
-    projections: bool = setting(True, BOOL, "train the linear maps from both towers into the common space")
-    logit_scale: bool = setting(True, BOOL, "train the scale of the scores; kept at or below 100")
     save_dtype: str = setting("32", choice("32", "16", "bf16"), "precision of the weights in the .nemo: 32, 16 or bf16")
-    vision: VisionSettings = part(VisionSettings)
-    text: TextSettings = part(TextSettings)
     nan_policy: NonFiniteSettings = part(NonFiniteSettings)
     optim: OptimizerSettings = part(OptimizerSettings)
     data: PairSettings = part(PairSettings)

@@ -23,9 +23,10 @@ from nemo_aligner_diffusion.reward_training.clip_files import (
 )
 from nemo_aligner_diffusion.reward_training.configuration import RewardModelSettings, RewardTrainingSettings
 from nemo_aligner_diffusion.reward_training.outcome import write_reward_report
-from nemo_aligner_diffusion.reward_training.preference_clip import PreferenceCLIP, TrainedParts
+from nemo_aligner_diffusion.reward_training.preference_clip import PreferenceCLIP
 from nemo_aligner_diffusion.reward_training.preference_data import PreferenceDataModule
 from nemo_aligner_diffusion.rewards.clip.reward import CLIPReward
+from nemo_aligner_diffusion.rewards.support.preprocessing import Preprocessing
 from nemo_aligner_diffusion.runtime.messages import log_to_screen
 from nemo_aligner_diffusion.runtime.watch import watched
 from nemo_aligner_diffusion.training.build import optimizer_factory
@@ -49,12 +50,6 @@ class PreferenceProgress(TrainingProgress):
             return ""
         speed = figures["images"] / figures["seconds"] if figures.get("seconds") else float("nan")
         return f"loss {figures['loss']:.4f}  accuracy {figures['accuracy']:.3f}  {speed:.0f} images/s"
-
-    def describe_validation(self, figures: Mapping[str, Any]) -> str:
-        return (
-            f"loss {figures['loss']:.4f}, accuracy {figures['accuracy']:.3f} without {figures['ties']} of "
-            f"{figures['pairs']} pairs that are ties, calibration error {figures['calibration_error']:.3f}"
-        )
 
 
 class ConfiguredEarlyStopping(EarlyStopping):
@@ -96,11 +91,18 @@ def _run(settings: RewardTrainingSettings, frame: RunFrame) -> int:
     watch.phase("loading the model")
     reward = load_once(lambda: load_start(section), frame.device)
     watch.phase("opening the data")
-    data = build_data(settings, reward)
+    data = build_data(settings, reward.preprocessing)
     on_every_process(lambda: data.setup("fit"))  # names a missing or unreadable shard before anything is written
     policy = NonFinitePolicy(section.nan_policy.max_consecutive)
     layout = Layout(data=settings.trainer.world_size)
-    module = build_module(settings, reward, policy, Parallelism(layout))
+    module = PreferenceCLIP(
+        reward,
+        section,
+        optimizer_factory(section.optim, settings.trainer, loop.max_steps),
+        activation_checkpointing=section.activation_checkpointing,
+        guard=policy,
+        parallel=Parallelism(layout),
+    )
 
     frame.begin(module, section.optim.name)
     validates = data.validation is not None and loop.val_check_interval > 0
@@ -172,13 +174,13 @@ def load_start(section: RewardModelSettings) -> CLIPReward:
     return load_nemo_clip(section.restore_from_path or embedded_reward_path(), section.tokenizer)
 
 
-def build_data(settings: RewardTrainingSettings, reward: CLIPReward) -> PreferenceDataModule:
+def build_data(settings: RewardTrainingSettings, preprocessing: Preprocessing) -> PreferenceDataModule:
     """The pairs of training and validation, prepared as the model wants its pictures."""
     model, section = settings.model, settings.model.data
     return PreferenceDataModule(
         section.train_path,
         section.validation_path,
-        preprocessing=reward.preprocessing,
+        preprocessing=preprocessing,
         micro_batch_size=model.micro_batch_size,
         global_batch_size=model.global_batch_size,
         seed=model.seed,
@@ -189,27 +191,4 @@ def build_data(settings: RewardTrainingSettings, reward: CLIPReward) -> Preferen
         on_bad_shard=section.on_bad_shard,
         index_folder=section.index_folder,
         worker_timeout_seconds=section.worker_timeout_seconds,
-    )
-
-
-def build_module(
-    settings: RewardTrainingSettings,
-    reward: CLIPReward,
-    guard: NonFinitePolicy | None = None,
-    parallel: Parallelism | None = None,
-) -> PreferenceCLIP:
-    """The Lightning module with its optimizer and schedule."""
-    section = settings.model
-    return PreferenceCLIP(
-        reward,
-        TrainedParts(
-            vision_layers=section.vision.trained_layers,
-            text_layers=section.text.trained_layers,
-            projections=section.projections,
-            logit_scale=section.logit_scale,
-        ),
-        optimizer_factory(section.optim, settings.trainer, settings.loop.max_steps),
-        activation_checkpointing=section.activation_checkpointing,
-        guard=guard,
-        parallel=parallel,
     )
