@@ -6,9 +6,7 @@ in ``conf/reward_model.yaml`` with its meaning. Imports neither torch nor Lightn
 
 from __future__ import annotations
 
-import json
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -233,21 +231,3 @@ def load_reward_config(
     cfg = OmegaConf.create(unflatten(VOCABULARY.values(tree)))
     RewardTrainingSettings.of(cfg)
     return cfg
-
-
-def documented_keys() -> list[tuple[str, str, str]]:
-    """(dotted key, default, meaning) of each key: in the order of the file, then those that it leaves at a default."""
-    result, sections = [], list[str]()
-    for line in (conf_directory() / f"{CONFIG_NAME}.yaml").read_text(encoding="utf-8").splitlines():
-        match = re.fullmatch(r"(?P<indent> *)(?P<key>\w+):(?P<value>.*?) # (?P<comment>.*)", line)
-        if match:
-            sections[len(match["indent"]) // 2 :] = [match["key"]]
-            if match["value"].strip():
-                result.append((".".join(sections), match["value"].strip(), match["comment"].strip()))
-    there = {key for key, _, _ in result}
-    for section in RewardTrainingSettings.all_sections():
-        defaults, meanings = section.defaults(), section.meanings()
-        for field, key in section.keys().items():
-            if key not in there and not key.startswith("exp_manager.wandb_logger_kwargs"):
-                result.append((key, json.dumps(defaults[field]), meanings[field]))
-    return result
