@@ -26,7 +26,7 @@ from nemo_aligner_diffusion.training.callbacks.interruption import (
     parse_duration,
     run_then_close,
 )
-from nemo_aligner_diffusion.training.checkpoints.callback import find_resume_point
+from nemo_aligner_diffusion.training.checkpoints.resume import find_resume_point
 
 PROGRAM = """
 import sys, time

@@ -10,7 +10,7 @@ import pytest
 from tiny.training import Toy, fit
 
 from nemo_aligner_diffusion.training.callbacks.progress import TrainingProgress, clock
-from nemo_aligner_diffusion.training.checkpoints.callback import find_resume_point
+from nemo_aligner_diffusion.training.checkpoints.resume import find_resume_point
 
 LINE = re.compile(
     r"step \d+/\d+  reward -?\d+\.\d{4}  KL [\d.e+-]+  \d+\.\d\d images/s  ((\d+ s|\d+:\d\d) left|took .*)"
