@@ -23,9 +23,9 @@ from tiny.training import Toy, fit
 from nemo_aligner_diffusion.errors import CheckpointError, OutputError
 from nemo_aligner_diffusion.training.callbacks.ema import EMACallback
 from nemo_aligner_diffusion.training.callbacks.settings import EMASettings
-from nemo_aligner_diffusion.training.checkpoints.resume import find_resume_point
 from nemo_aligner_diffusion.training.checkpoints.files import record_of, verify, write_manifest, write_tensors
 from nemo_aligner_diffusion.training.checkpoints.io import FolderCheckpointIO, share_out
+from nemo_aligner_diffusion.training.checkpoints.resume import find_resume_point
 from nemo_aligner_diffusion.training.checkpoints.tree import put_together, take_apart
 
 
@@ -143,7 +143,8 @@ sys.path.insert(0, {tests!r})
 import torch
 from tiny.training import Toy, fit
 from nemo_aligner_diffusion.errors import OutputError
-from nemo_aligner_diffusion.training.callbacks.interruption import Interruption, InterruptionCallback
+from nemo_aligner_diffusion.runtime.signals import Interruption
+from nemo_aligner_diffusion.training.callbacks.interruption import InterruptionCallback
 
 run = Path(sys.argv[1])
 interruption = Interruption()

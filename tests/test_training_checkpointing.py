@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from tiny.training import Toy, fit
 
 from nemo_aligner_diffusion.errors import CheckpointError
+from nemo_aligner_diffusion.runtime.signals import Interruption
 from nemo_aligner_diffusion.training.callbacks.ema import EMACallback
-from nemo_aligner_diffusion.training.callbacks.interruption import RunTimer
+from nemo_aligner_diffusion.training.callbacks.interruption import InterruptionCallback
 from nemo_aligner_diffusion.training.callbacks.settings import EMASettings
 from nemo_aligner_diffusion.training.checkpoints.resume import check_fits, find_resume_point
 
@@ -234,11 +235,11 @@ def test_a_longer_run_follows_the_new_schedule(tmp_path: Path) -> None:
 
 def test_the_time_limit_saves_and_the_next_run_continues(tmp_path: Path) -> None:
     fit(tmp_path / "whole", whole := Toy(), 6, accumulate=2)
-    timer = RunTimer("00:00:00:00")  # over at once: each run gets one optimizer step
+    timer = InterruptionCallback(Interruption(), "00:00:00:00")  # over at once: each run gets one optimizer step
     run = tmp_path / "run"
     module = Toy()
     trainer = fit(run, module, 6, accumulate=2, callbacks=[timer], val_every=1)
-    assert timer.reached
+    assert timer.out_of_time
     assert trainer.global_step == 1
     assert not (run / "validation.csv").exists()  # a time limit leaves no time for a last validation
     assert trainer.limit_val_batches == 1
@@ -247,5 +248,6 @@ def test_the_time_limit_saves_and_the_next_run_continues(tmp_path: Path) -> None
         assert resume is not None
         assert resume.step == step
         module = Toy()
-        fit(run, module, 6, accumulate=2, callbacks=[RunTimer("00:00:00:00")], resume=resume, seed=step)
+        timer = InterruptionCallback(Interruption(), "00:00:00:00")
+        fit(run, module, 6, accumulate=2, callbacks=[timer], resume=resume, seed=step)
     assert torch.equal(module.adapter.weight, whole.adapter.weight)

@@ -20,7 +20,8 @@ from tiny.training import Toy, fit
 from nemo_aligner_diffusion.parallel.strategy import ParallelStrategy
 from nemo_aligner_diffusion.runtime.ending import end
 from nemo_aligner_diffusion.training.checkpoints.resume import find_resume_point
-from nemo_aligner_diffusion.training.callbacks.interruption import Interruption, InterruptionCallback, RunTimer
+from nemo_aligner_diffusion.runtime.signals import Interruption
+from nemo_aligner_diffusion.training.callbacks.interruption import InterruptionCallback
 
 rank, root = int(os.environ["RANK"]), Path(sys.argv[1])
 options = dict(accumulate=2, devices=2, use_distributed_sampler=False)
@@ -41,7 +42,7 @@ with interruption:
     run(root / "parts", first, 4, seed=rank, callbacks=[InterruptionCallback(interruption)])
 resume = find_resume_point(root / "parts" / "checkpoints")
 assert resume.step == 2, resume
-run(root / "parts", Toy(), 4, seed=50 + rank, resume=resume, callbacks=[RunTimer("00:01:00:00")])
+run(root / "parts", Toy(), 4, seed=50 + rank, resume=resume, callbacks=[InterruptionCallback(interruption, "00:01:00:00")])
 end(0)  # as a run does
 """
 
