@@ -42,7 +42,8 @@ with interruption:
     run(root / "parts", first, 4, seed=rank, callbacks=[InterruptionCallback(interruption)])
 resume = find_resume_point(root / "parts" / "checkpoints")
 assert resume.step == 2, resume
-run(root / "parts", Toy(), 4, seed=50 + rank, resume=resume, callbacks=[InterruptionCallback(interruption, "00:01:00:00")])
+limit = InterruptionCallback(Interruption(), "00:01:00:00")
+run(root / "parts", Toy(), 4, seed=50 + rank, resume=resume, callbacks=[limit])
 end(0)  # as a run does
 """
 

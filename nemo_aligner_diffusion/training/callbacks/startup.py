@@ -20,9 +20,9 @@ log = logging.getLogger(__name__)
 class StartupCallback(pl.Callback):
     """Times the phases of the first optimizer step, then says and writes down all phases of ``startup``.
 
-    ``parallelising`` (the model to its device, cut and sharded; the optimizer), ``resume``, ``first batch`` (of the data
-    loader), ``first rollout`` (to the reward), ``first replay`` (backward through the trajectory) and ``first optimizer
-    step``. A GPU is waited for between them, this once.
+    ``parallelising`` (the model to its device, cut and sharded; the optimizer), ``resume``, ``first batch`` (of the
+    data loader), ``first rollout`` (to the reward), ``first replay`` (backward through the trajectory) and ``first
+    optimizer step``. A GPU is waited for between them, this once.
 
     Args:
         startup: has timed what came before.

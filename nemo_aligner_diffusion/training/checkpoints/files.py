@@ -63,7 +63,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Record:
 def table_of(path: Path) -> dict[str, dict[str, Any]]:
     """What ``state.json`` says of the tensors in a safetensors file: by name its file, dtype and shape."""
     with safe_open(path, framework="pt") as file:
-        stored = {name: file.get_slice(name) for name in file.keys()}
+        names = file.keys()
+        stored = {name: file.get_slice(name) for name in names}
         return {
             name: {"file": path.name, "dtype": value.get_dtype(), "shape": list(value.get_shape())}
             for name, value in stored.items()
