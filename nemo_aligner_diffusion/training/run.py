@@ -30,7 +30,7 @@ from nemo_aligner_diffusion.rewards.build import import_paths
 from nemo_aligner_diffusion.runtime.files import write_atomic
 from nemo_aligner_diffusion.runtime.messages import log_to_screen
 from nemo_aligner_diffusion.runtime.signals import Interruption
-from nemo_aligner_diffusion.runtime.startup import Startup, take
+from nemo_aligner_diffusion.runtime.startup import Startup
 from nemo_aligner_diffusion.training.build import build_model, build_module
 from nemo_aligner_diffusion.training.callbacks.ema import EMACallback
 from nemo_aligner_diffusion.training.callbacks.metrics import MetricsCSV
@@ -93,7 +93,9 @@ class Ended:
     step: int
 
 
-def run_training(cfg: Mapping[str, Any] | RunSettings, interruption: Interruption | None = None) -> int:
+def run_training(
+    cfg: Mapping[str, Any] | RunSettings, interruption: Interruption | None = None, startup: Startup | None = None
+) -> int:
     """Train as ``cfg`` says and leave the run directory complete.
 
     A program of several processes that calls this should leave by
@@ -102,6 +104,7 @@ def run_training(cfg: Mapping[str, Any] | RunSettings, interruption: Interruptio
     Args:
         cfg: from :func:`~nemo_aligner_diffusion.config.load.load_config`.
         interruption: takes signals already, while the program loads.
+        startup: has timed already what came before.
 
     Returns:
         exit code: 0, or 130/143 after Ctrl-C/SIGTERM (export and report are there all the same); 0 or 75 where the run
@@ -111,12 +114,14 @@ def run_training(cfg: Mapping[str, Any] | RunSettings, interruption: Interruptio
         AlignerError: with one clear message; the run directory says ``failed``.
     """
     log_to_screen()
-    return train(RunSettings.of(cfg), interruption or Interruption()).code
+    return train(RunSettings.of(cfg), interruption or Interruption(), startup=startup).code
 
 
-def train(settings: RunSettings, interruption: Interruption, given: Given | None = None) -> Ended:
+def train(
+    settings: RunSettings, interruption: Interruption, given: Given | None = None, startup: Startup | None = None
+) -> Ended:
     """:func:`run_training` for programs: with objects of theirs, and what was tuned in their hands."""
-    startup = take()
+    startup = startup or Startup()
     with RunFrame.open(settings, interruption, startup.enter) as frame:
         return _train(settings, frame, startup, given or Given())
 

@@ -10,9 +10,8 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from nemo_aligner_diffusion.parallel.broadcast import gather
 from nemo_aligner_diffusion.runtime.files import write_atomic
-from nemo_aligner_diffusion.runtime.startup import STARTUP_FILE, Startup, summary
+from nemo_aligner_diffusion.runtime.startup import STARTUP_FILE, Startup
 
 log = logging.getLogger(__name__)
 
@@ -59,10 +58,9 @@ class StartupCallback(pl.Callback):
             return
         self.startup.finish()
         self._done = True
-        by_rank = gather(self.startup.seconds)
         if trainer.is_global_zero:
             log.info("%s", self.startup.line())
-            write_atomic(self.folder / STARTUP_FILE, json.dumps(summary(by_rank), indent=1) + "\n")
+            write_atomic(self.folder / STARTUP_FILE, json.dumps(self.startup.summary(), indent=1) + "\n")
 
     def _enter(self, phase: str) -> None:
         if self._done:
