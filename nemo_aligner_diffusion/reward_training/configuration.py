@@ -19,6 +19,7 @@ from nemo_aligner_diffusion.config.recipes import conf_directory
 from nemo_aligner_diffusion.data.settings import ReadingSettings
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.keys import unflatten
+from nemo_aligner_diffusion.parallel.settings import LayoutSettings
 from nemo_aligner_diffusion.runtime.settings import MachineSettings
 from nemo_aligner_diffusion.settings import (
     BOOL,
@@ -184,19 +185,9 @@ class RewardTrainingSettings(ProgramSettings):
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches an optimizer step on each process.
-
-        Raises:
-            ConfigurationError: the sizes do not divide; names a size that would fit.
-        """
-        micro, whole, ranks = self.model.micro_batch_size, self.model.global_batch_size, self.trainer.world_size
-        step = micro * ranks
-        if whole % step:
-            raise ConfigurationError(
-                f"model.global_batch_size = {whole} is no multiple of micro_batch_size × processes = "
-                f"{micro} × {ranks} = {step}; {max(whole // step, 1) * step} would fit"
-            )
-        return whole // step
+        """Micro-batches an optimizer step on each process; raises ConfigurationError where the sizes do not divide."""
+        sizes = {name: getattr(self.model, name) for name in ("micro_batch_size", "global_batch_size")}
+        return LayoutSettings(**sizes).accumulation(self.trainer)
 
     def check(self) -> None:
         _ = self.accumulation

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from nemo_aligner_diffusion.errors import ConfigurationError
-from nemo_aligner_diffusion.parallel.module import NonFiniteGuard, OptimizerFactory, ParallelModule
+from nemo_aligner_diffusion.parallel.module import OptimizerFactory, ParallelModule
+from nemo_aligner_diffusion.parallel.non_finite import NonFinitePolicy
 from nemo_aligner_diffusion.parallel.parallelism import Parallelism
 from nemo_aligner_diffusion.reward_training.configuration import TrainedParts
 from nemo_aligner_diffusion.reward_training.evaluate import preference_figures
@@ -75,7 +76,7 @@ class PreferenceCLIP(ParallelModule):
         optimizer_factory: OptimizerFactory,
         *,
         activation_checkpointing: bool = False,
-        guard: NonFiniteGuard | None = None,
+        guard: NonFinitePolicy | None = None,
         parallel: Parallelism | None = None,
     ) -> None:
         super().__init__(optimizer_factory, guard, parallel)

@@ -22,7 +22,7 @@ from nemo_aligner_diffusion.errors import OutputError, first_line
 from nemo_aligner_diffusion.formats.files import parse_json, read_bytes
 from nemo_aligner_diffusion.formats.yaml_reader import read_yaml
 from nemo_aligner_diffusion.keys import flatten
-from nemo_aligner_diffusion.runtime.claim import Claim, in_use, is_alive
+from nemo_aligner_diffusion.runtime.claim import Claim
 from nemo_aligner_diffusion.runtime.files import atomic_path, remove_leftovers, write_atomic
 from nemo_aligner_diffusion.runtime.settings import RunDirectorySettings
 from nemo_aligner_diffusion.runtime.slurm import SlurmJob
@@ -142,9 +142,6 @@ class RunDirectory:
     def _check_contents(self, resume: bool, may_start_anew: bool) -> None:
         path, previous = self.path, read_state(self.path)
         found = _describe_contents(path, previous)
-        assert self._claim is not None
-        if previous.get("status") == "running" and is_alive(previous, self._claim.is_locked):
-            raise in_use(path, previous)  # on a file system whose locks do not reach as far
         if found and not resume:
             raise OutputError(
                 f"{path} already holds {found}. Nothing was changed. Continue it with "
