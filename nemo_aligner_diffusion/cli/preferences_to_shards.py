@@ -22,7 +22,7 @@ from nemo_aligner_diffusion.formats.files import read_bytes
 from nemo_aligner_diffusion.formats.pictures import MAX_PICTURE_BYTES, decode_picture, picture_format
 from nemo_aligner_diffusion.reward_training.preference_shards import (
     PreferencePair,
-    check_label,
+    read_label,
     write_preference_shards,
 )
 
@@ -133,15 +133,10 @@ def _pair(row: Row) -> PreferencePair:
     if not values:
         raise ValueError("has not as many fields as the header, or an empty one; quote texts that contain commas")
     first, second = (_picture(values[name], name) for name in ("image_0", "image_1"))
-    prompt, share = values["prompt"], values["label_0"]
+    prompt, label = values["prompt"], read_label(values["label_0"], values.get("label_1"))
     if not isinstance(prompt, str):
         raise ValueError(f"has no prompt; expected text, not {type(prompt).__name__}")
-    if isinstance(share, str):
-        try:
-            share = float(share)
-        except ValueError:
-            raise ValueError(f"has the label_0 {share[:40]!r}; expected 1, 0, or 0.5 for a tie") from None
-    return PreferencePair((first, second), clean_prompt(prompt), check_label(share, values.get("label_1")), row.origin)
+    return PreferencePair((first, second), clean_prompt(prompt), label, row.origin)
 
 
 def _picture(value: Any, name: str) -> bytes:
