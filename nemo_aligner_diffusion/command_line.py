@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from nemo_aligner_diffusion.errors import AlignerError
-from nemo_aligner_diffusion.streams import outlive_readers
+from nemo_aligner_diffusion.streams import take_screen
 
 
 class Main(Protocol):
@@ -30,7 +30,7 @@ def command(interrupted: str) -> Callable[[Callable[[Sequence[str]], int]], Main
         def guarded(argv: Sequence[str] | None = None) -> int:
             try:
                 if argv is None:
-                    outlive_readers()
+                    take_screen()
                 return main(sys.argv[1:] if argv is None else argv)
             except AlignerError as error:
                 print(f"error: {error}", file=sys.stderr)

@@ -205,39 +205,3 @@ def test_a_clip_reward_on_several_processes(processes, inputs, tmp_path, size, m
         columns = ("reward", "base_reward", "diversity", "base_diversity")
         outcomes.append(figures(directory / "validation.csv", *columns))
     assert outcomes[1] == pytest.approx(outcomes[0], rel=1e-4)
-
-
-def train_on_an_unequal_pair(*arguments: Any) -> int:
-    """The second process's device is half as fast: so say the probes. The passes keep the two in step."""
-    import torch.distributed as dist
-
-    from nemo_aligner_diffusion.training import run_frame
-    from nemo_aligner_diffusion.training.callbacks import health
-
-    slow = dist.get_rank() == 1
-
-    def watched_from_here_on(process: Any, device: Any, watch: Any) -> None:
-        """The pool's processes have met already; only the watch is missing."""
-        addresses = [watch.serve()]
-        dist.broadcast_object_list(addresses)
-        watch.begin(addresses[0], "127.0.0.1")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_frame, "join", watched_from_here_on)
-        patch.setattr(health, "probe", lambda device: 0.02 if slow else 0.01)
-        return train(*arguments)
-
-
-@pytest.mark.alone
-@pytest.mark.parametrize("layout", ["TP2", "FSDP2"])
-def test_a_slow_device_is_found_where_layers_keep_the_ranks_in_step(processes, inputs, tmp_path, layout):
-    size, more = LAYOUTS[layout]
-    directory = tmp_path / "run"
-    more = [*more, "trainer.draftp_sd.max_steps=5", "trainer.draftp_sd.val_check_interval=0",
-            "model.truncation_steps=1",
-            "exp_manager.straggler_detection_params.report_time_interval=0.01",
-            "exp_manager.fault_tolerance.workload_check_interval=0.01"]  # fmt: skip
-    assert processes.run(size, train_on_an_unequal_pair, size, *inputs, directory, more) == [0] * size
-    found = figures(directory / "stragglers.csv", "slowest_rank", "slowest_seconds", "factor")
-    assert len(found) >= 3
-    assert found == pytest.approx([1.0, 0.02, 2.0] * (len(found) // 3))

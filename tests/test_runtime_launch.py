@@ -43,7 +43,7 @@ if word == "polite":
 if word == "deaf" and rank == 0:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 if word == "same":
-    from nemo_aligner_diffusion.runtime.said import is_first_to_say
+    from nemo_aligner_diffusion.runtime.ending import is_first_to_say
     for text in ("no such device", "no such file"):
         if is_first_to_say(text): os.write(2, (text + "\\n").encode())
 note("here", {{**{{name: os.environ[name] for name in names}}, "pid": os.getpid(), "argv": sys.argv[1:]}})
@@ -175,8 +175,6 @@ def test_what_another_launcher_has_left_behind_is_not_handed_on(tmp_path, monkey
     assert {place["RANK"] for place in found} == {"0", "1"}
 
 
-def test_several_machines_without_a_launcher_are_refused(monkeypatch):
-    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK"):
-        monkeypatch.delenv(name, raising=False)
+def test_several_machines_without_a_launcher_are_refused():
     with pytest.raises(ConfigurationError, match=r"srun.*torchrun --nnodes=2 --nproc-per-node=4"):
         start_processes(4, 2)

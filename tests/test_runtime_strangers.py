@@ -35,14 +35,14 @@ def wait_until(what: Callable[[], Any]) -> None:
 
 
 class Watched:
-    """A server of two ranks that are connected to it, each in this process."""
+    """A server with two ranks connected to it, each in this process, that waits for a third."""
 
     def __init__(self, one_node: bool) -> None:
-        self.watch = Watch(2, 60.0)
+        self.watch = Watch(3, 60.0)
         self.server = HealthServer(one_node, self.watch, 0.05)
         self.server.start()
         self.ranks = [self.join(rank) for rank in range(2)]
-        wait_until(lambda: self.watch.is_complete)
+        wait_until(lambda: len(self.watch.ranks) == 2)
 
     def join(self, rank: int, pid: int = 4, host: str = "here", secret: str | None = None) -> Line:
         line, known = call(self.server.address, "127.0.0.1")
@@ -135,7 +135,7 @@ def test_callers_who_say_nothing_are_few_and_go(watched: Watched, monkeypatch: p
             assert process.stdout.readline() == "called\n"
             assert watched.still_works()
             wait_until(lambda: len(watched.server._callers) == 0)
-            assert len(os.listdir("/proc/self/fd")) <= before + health_server._MOST_CALLERS
+            assert len(os.listdir("/proc/self/fd")) <= before + health_server._MOST_CALLERS + watched.watch.world_size
         finally:
             process.kill()
     assert watched.still_works()
@@ -146,6 +146,21 @@ def test_a_stolen_secret_makes_nobody_a_rank_that_is_there(watched: Watched) -> 
     forged.send("error", position=vars(Position()), reason="forged", details="", exit_code=0, said=False)
     wait_until(lambda: forged.receive() is None)
     assert watched.still_works()
+
+
+def test_nobody_is_heard_once_all_ranks_are_there(watched: Watched) -> None:
+    """A secret that somebody has read in torch's store opens nothing then."""
+    with watched.stranger() as stranger:
+        last = watched.join(2)
+        wait_until(lambda: watched.watch.is_complete)
+        with contextlib.suppress(ConnectionError):
+            assert stranger.recv(100) == b""
+    wait_until(lambda: watched.server._listener.fileno() == -1)
+    with pytest.raises(ConnectionError):
+        watched.join(2)
+    last.send("beat", position=vars(Position(events=7)))
+    wait_until(lambda: watched.watch.ranks[2].position.events == 7)
+    last.close()
 
 
 def test_what_is_told_is_bounded_and_has_no_control_characters(watched: Watched) -> None:
@@ -178,11 +193,12 @@ import os, socket, sys
 sys.path.insert(0, {str(ROOT)!r})
 from nemo_aligner_diffusion.runtime.health.client import HealthClient
 from nemo_aligner_diffusion.runtime.health.messages import Fault, Member
-from nemo_aligner_diffusion.runtime.health.progress import Limits, Progress
+from nemo_aligner_diffusion.runtime.health.progress import Progress
 from nemo_aligner_diffusion.runtime.process import Process
+from nemo_aligner_diffusion.runtime.settings import FaultToleranceSettings
 listener = socket.create_server(("127.0.0.1", 0))
 address = f"tcp {{listener.getsockname()[1]}} s"
-client = HealthClient(Process(2, 3, 0, 1), address, "127.0.0.1", Progress(Limits()), 1, 60)
+client = HealthClient(Process(2, 3, 0, 1), address, "127.0.0.1", Progress(FaultToleranceSettings()), 1, 60)
 client.start()
 connection, _ = listener.accept()
 import json

@@ -17,7 +17,7 @@ from nemo_aligner_diffusion.training.run import run_training
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples/mm/stable_diffusion/train_sd_draftp.py"
 PHASES = (
-    *("building", "reading weights", "reward", "parallelising", "optimizer", "resume", "first batch", "first rollout"),
+    *("building", "reading weights", "reward", "parallelising", "resume", "first batch", "first rollout"),
     *("first decoding and reward", "first replay", "first optimizer step"),
 )
 
@@ -62,7 +62,6 @@ def test_one_process_writes_its_start_down(words, tmp_path, caplog):
     assert found["first_step_seconds"] == pytest.approx(sum(found["phases"].values()), abs=0.02)
     for name in ("reading weights", "first rollout", "first replay"):
         assert found["phases"][name] > 0
-    assert "slowest" not in found
     assert found["line"] in caplog.text
     assert found["line"] in write_report(directory).read_text(encoding="utf-8")
 
@@ -81,9 +80,7 @@ def test_several_processes_are_started_load_once_and_train_as_one(words, tmp_pat
     for ours, theirs in zip(figures(tmp_path / "one"), figures(tmp_path / "two"), strict=True):
         assert [float(value) for value in ours] == pytest.approx([float(value) for value in theirs], rel=1e-5)
     found = json.loads((tmp_path / "two" / "startup.json").read_text())
-    assert found["processes"] == 2
-    assert {"python", "imports", "process group", "handing on", *PHASES} <= set(found["phases"])
-    assert set(found["phases"]) <= set(found["slowest"])
+    assert {"imports", "process group", "handing on", *PHASES} <= set(found["phases"])
     output = done.stdout + done.stderr
     assert output.count("first step after") == 1
     assert "Traceback" not in output

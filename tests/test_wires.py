@@ -18,12 +18,11 @@ from nemo_aligner_diffusion.config.load import load_settings
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.rewards import build_reward
 from nemo_aligner_diffusion.runtime.directory import RunDirectory
-from nemo_aligner_diffusion.runtime.health.progress import Limits
 from nemo_aligner_diffusion.runtime.join import AgentNotes, find_device
 from nemo_aligner_diffusion.runtime.process import Process
+from nemo_aligner_diffusion.runtime.settings import StragglerSettings
 from nemo_aligner_diffusion.runtime.watch import RunWatch, watched
 from nemo_aligner_diffusion.training.build import build_model, build_module
-from nemo_aligner_diffusion.training.callbacks.health import HealthCallback
 from nemo_aligner_diffusion.training.callbacks.interruption import Interruption
 from nemo_aligner_diffusion.training.run import run_training
 from nemo_aligner_diffusion.training.run_frame import RunFrame
@@ -102,15 +101,15 @@ def test_the_watch_over_ranks_is_as_configured() -> None:
     with watched(settings.trainer, settings.exp_manager) as watch:
         watch.begin(watch.serve(), "")
         assert watch.progress is not None
-        assert watch.progress.limits == Limits(12.0, float("inf"), calculate=False, safety_factor=13.0, least=14.0)
+        limits = watch.progress.limits
+        assert (limits.longest_pause(None), limits.longest_pause(1.0)) == (12.0, float("inf"))
+        assert (limits.safety_factor, limits.minimum_heartbeat_timeout) == (13.0, 14.0)
         client, server = watch.client, watch.server
         assert client is not None
         assert server is not None
         assert server.stragglers is not None
+        assert server.stragglers.settings == StragglerSettings(16.0, 0.6, True)
         assert (client.interval, client.silence) == (server.interval, server.watch.silence) == (0.25, 11.0)
-        assert (server.stragglers.interval, server.stragglers.threshold) == (16.0, 0.6)
-        assert server.stop_if_straggler
-        assert HealthCallback(watch).probe_interval == 4.0
 
 
 @pytest.mark.usefixtures("first_of_two")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -10,10 +9,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError
-from nemo_aligner_diffusion.runtime import startup
-from nemo_aligner_diffusion.runtime.ending import EndAtExit, end
-from nemo_aligner_diffusion.runtime.said import is_first_to_say, write_error_file
-from nemo_aligner_diffusion.streams import outlive_readers
+from nemo_aligner_diffusion.runtime.ending import EndAtExit, end, is_first_to_say, write_error_file
+from nemo_aligner_diffusion.runtime.startup import Startup
+from nemo_aligner_diffusion.streams import take_screen
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -128,13 +126,13 @@ def main(config_name: str, argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, or the ``exit_code`` of the error that was printed.
     """
-    phases = startup.begin()
-    phases.enter("configuration")
+    startup = Startup()
+    startup.enter("configuration")
     words = sys.argv[1:] if argv is None else argv
-    return exit_status(lambda: _main(config_name, words, phases), is_whole_program=argv is None)
+    return exit_status(lambda: _main(config_name, words, startup), is_whole_program=argv is None)
 
 
-def _main(config_name: str, argv: Sequence[str], phases: startup.Startup) -> int:
+def _main(config_name: str, argv: Sequence[str], startup: Startup) -> int:
     arguments = parse_arguments(config_name, argv)
     if arguments.show_help:
         print(help_text(os.path.basename(sys.argv[0]) or "train", arguments.config_name))
@@ -148,10 +146,10 @@ def _main(config_name: str, argv: Sequence[str], phases: startup.Startup) -> int
         return 0
 
     def run(interruption: Interruption) -> int:
-        phases.enter("imports")
+        startup.enter("imports")
         from nemo_aligner_diffusion.training.run import run_training
 
-        return run_training(cfg, interruption)
+        return run_training(cfg, interruption, startup)
 
     return launch(RunSettings.of(cfg), run)
 
@@ -170,7 +168,7 @@ def exit_status(program: Callable[[], int], is_whole_program: bool) -> int:
         is_whole_program: its exit status will be the process's; nothing of the caller's follows.
     """
     if is_whole_program:
-        outlive_readers()
+        take_screen()
     ending = EndAtExit()  # before anything that registers what is to come before it
     try:
         code = program()
@@ -197,6 +195,7 @@ def launch(settings: ProgramSettings, run: Callable[[Interruption], int]) -> int
         the exit status.
     """
     from nemo_aligner_diffusion.runtime.launch import start_processes
+    from nemo_aligner_diffusion.runtime.messages import log_to_screen
     from nemo_aligner_diffusion.runtime.process import check_agrees, this_process
     from nemo_aligner_diffusion.runtime.signals import Interrupted, Interruption
     from nemo_aligner_diffusion.runtime.slurm import Requeue
@@ -216,7 +215,7 @@ def launch(settings: ProgramSettings, run: Callable[[Interruption], int]) -> int
                 end(code)
             return code
         except Interrupted:
-            logging.basicConfig(level=logging.INFO, format="%(message)s")  # it may not have come to that
+            log_to_screen()  # it may not have come to that
             if interruption.speaks:
                 print(_TOO_EARLY, file=sys.stderr)
             requeue = Requeue.for_this_run(section, section, is_writer=process.is_rank_zero)

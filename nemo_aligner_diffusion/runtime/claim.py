@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import socket
@@ -14,13 +15,7 @@ from typing import Any, TextIO
 from nemo_aligner_diffusion.errors import OutputError
 from nemo_aligner_diffusion.runtime.slurm import SlurmJob
 
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None  # type: ignore[assignment]
-
 CLAIM_FILE = ".claim"
-_HELD = (errno.EAGAIN, errno.EACCES)
 
 
 class Claim:
@@ -37,12 +32,11 @@ class Claim:
 
     def __init__(self, folder: Path, holder: Mapping[str, Any]) -> None:
         self.folder = folder
-        self.is_locked = False
-        self._file = self._lock()
+        self._file, is_locked = self._open()
         earlier = _read(self._file)
-        if is_alive(earlier, self.is_locked):
+        if _is_alive(earlier, is_locked):
             self._file.close()
-            raise in_use(folder, earlier)
+            raise _in_use(folder, earlier)
         self._file.seek(0)
         self._file.truncate()
         json.dump(dict(holder), self._file)
@@ -54,44 +48,41 @@ class Claim:
         with contextlib.suppress(OSError):
             self._file.close()
 
-    def _lock(self) -> TextIO:
+    def _open(self) -> tuple[TextIO, bool]:
+        """The file, and whether it is locked: some network file systems know no locks."""
         path = self.folder / CLAIM_FILE
         while True:
             file = open(path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115 -- open as long as it is claimed
+            is_locked = True
             try:
-                if fcntl is not None:
-                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    self.is_locked = True
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                if error.errno in _HELD:
+                is_locked = False
+                if error.errno in (errno.EAGAIN, errno.EACCES):
                     holder = _read(file)
                     file.close()
-                    raise in_use(self.folder, holder) from None
+                    raise _in_use(self.folder, holder) from None
             with contextlib.suppress(FileNotFoundError):  # its holder has just taken it away
                 if os.stat(path).st_ino == os.fstat(file.fileno()).st_ino:
-                    return file
+                    return file, is_locked
             file.close()
 
 
-def is_alive(holder: Mapping[str, Any], have_lock: bool = False) -> bool:
-    """Whether a process is still there: by its Slurm job, or on this machine.
+def _is_alive(holder: Mapping[str, Any], is_locked: bool) -> bool:
+    """Whether who last claimed the directory is still there, where the lock does not tell.
 
     Args:
-        holder: ``host``, ``pid``, ``slurm``.
-        have_lock: the lock that it would hold is this process's; then it is not on this machine.
+        is_locked: this process has the lock; the holder is not on this machine, then.
     """
-    slurm = holder.get("slurm")
-    job = slurm.get("job") if isinstance(slurm, dict) else None
-    here = holder.get("host") == socket.gethostname()
-    if job is not None and not (here and have_lock):
+    job, here, pid = _job(holder), holder.get("host") == socket.gethostname(), holder.get("pid")
+    if here and is_locked:
+        return False
+    if job:
         mine = SlurmJob.from_environment(os.environ)
         if mine is not None and mine.job_id == job:
             return False  # an earlier start of this very job, which was put back into the queue
-        running = SlurmJob(str(job)).is_running()  # on whatever node
-        if running is not None:
-            return running
-    pid = holder.get("pid")
-    if have_lock or not here or not isinstance(pid, int) or pid <= 0 or pid == os.getpid():
+        return bool(SlurmJob(job).is_running())  # on whatever node
+    if not here or not isinstance(pid, int) or pid <= 0:
         return False
     try:
         os.kill(pid, 0)  # signal 0 only asks
@@ -99,23 +90,23 @@ def is_alive(holder: Mapping[str, Any], have_lock: bool = False) -> bool:
         return False
     except PermissionError:
         return True
-    try:  # process numbers are reused (every container starts at 1): where /proc tells, trust only a Python process
-        return b"python" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return True
+    return pid != os.getpid()
 
 
-def in_use(folder: Path, holder: Mapping[str, Any]) -> OutputError:
+def _in_use(folder: Path, holder: Mapping[str, Any]) -> OutputError:
     """What to tell who comes second."""
-    slurm = holder.get("slurm")
-    job = slurm.get("job") if isinstance(slurm, dict) else None
-    here = holder.get("host") == socket.gethostname()
-    machine = "this machine" if here else holder.get("host")
+    job = _job(holder)
+    machine = "this machine" if holder.get("host") == socket.gethostname() else holder.get("host")
     owner = f"Slurm job {job}" if job else f"process {holder.get('pid')} on {machine}" if holder else "another process"
     return OutputError(
         f"{folder} is in use: {owner} has been writing to it since {holder.get('started', 'a moment ago')}. Wait for "
         "it, stop it, or choose another exp_manager.explicit_log_dir."
     )
+
+
+def _job(holder: Mapping[str, Any]) -> str:
+    slurm = holder.get("slurm")
+    return str(slurm.get("job") or "") if isinstance(slurm, dict) else ""
 
 
 def _read(file: TextIO) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from nemo_aligner_diffusion.errors import OutputError, first_line
 from nemo_aligner_diffusion.formats.files import parse_json, read_bytes
 from nemo_aligner_diffusion.formats.yaml_reader import read_yaml
 from nemo_aligner_diffusion.keys import flatten
-from nemo_aligner_diffusion.runtime.claim import Claim, in_use, is_alive
+from nemo_aligner_diffusion.runtime.claim import Claim
 from nemo_aligner_diffusion.runtime.files import atomic_path, remove_leftovers, write_atomic
 from nemo_aligner_diffusion.runtime.settings import RunDirectorySettings
 from nemo_aligner_diffusion.runtime.slurm import SlurmJob
@@ -49,7 +49,6 @@ _STATE_TYPES: dict[str, Any] = {
 }
 _HOW_TO_RESUME = ("exp_manager.resume_", "exp_manager.explicit_log_dir", "exp_manager.exp_dir", "exp_manager.version")
 CHECKPOINT_PATTERN = re.compile(r"step_(\d+)")
-OLD_CHECKPOINT_PATTERN = re.compile(r"step_\d+\.ckpt")  # single files, before there were folders
 PACKAGES = (
     "nemo-aligner-diffusion",
     "torch",
@@ -142,16 +141,13 @@ class RunDirectory:
     def _check_contents(self, resume: bool, may_start_anew: bool) -> None:
         path, previous = self.path, read_state(self.path)
         found = _describe_contents(path, previous)
-        assert self._claim is not None
-        if previous.get("status") == "running" and is_alive(previous, self._claim.is_locked):
-            raise in_use(path, previous)  # on a file system whose locks do not reach as far
         if found and not resume:
             raise OutputError(
                 f"{path} already holds {found}. Nothing was changed. Continue it with "
                 "exp_manager.resume_if_exists=True, choose another exp_manager.explicit_log_dir, or remove the "
                 "directory to start over."
             )
-        if resume and not (checkpoint_files(self.checkpoints) or old_checkpoint_files(self.checkpoints)):
+        if resume and not checkpoint_files(self.checkpoints):
             if not may_start_anew:
                 raise OutputError(
                     f"exp_manager.resume_if_exists=True, but {self.checkpoints} holds no checkpoint"
@@ -285,13 +281,6 @@ def checkpoint_files(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match.group(1)), file) for match, file in matches if match)
 
 
-def old_checkpoint_files(folder: Path) -> list[Path]:
-    """Checkpoints of earlier versions of this program, single files, which this one does not read; oldest first."""
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if OLD_CHECKPOINT_PATTERN.fullmatch(path.name))
-
-
 def package_versions() -> dict[str, str]:
     """Versions of the packages whose numbers end up in the results; those not installed are left out."""
     versions = {}
@@ -349,7 +338,6 @@ def unusable_disk(error: BaseException, folder: Path | None) -> OutputError | No
 def _describe_contents(path: Path, previous: Mapping[str, Any]) -> str:
     """What an earlier run left that is worth keeping, in words; empty if it did not get that far."""
     checkpoints = [file for _, file in checkpoint_files(path / "checkpoints")]
-    checkpoints = checkpoints or old_checkpoint_files(path / "checkpoints")
     rows = _rows(path / "metrics.csv")
     if not (checkpoints or rows or (path / "export").is_dir()):
         return ""  # it stopped at its configuration or data: nothing to lose, so correcting the command is enough

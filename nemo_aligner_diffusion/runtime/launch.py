@@ -18,9 +18,9 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
-from nemo_aligner_diffusion.errors import ConfigurationError, RankLostError
+from nemo_aligner_diffusion.errors import ConfigurationError, RankLostError, printable
+from nemo_aligner_diffusion.runtime.ending import CLAIMS_VARIABLE
 from nemo_aligner_diffusion.runtime.process import LAUNCHER_VARIABLE, this_process
-from nemo_aligner_diffusion.runtime.said import CLAIMS_VARIABLE
 
 STORE_VARIABLE = "NAD_STORE"  # rank 0's number of the bound socket at which it is to serve the others
 
@@ -34,11 +34,11 @@ _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG, linux/prctl.h
 
 
 def start_processes(devices: int, nodes: int, command: Sequence[str] | None = None) -> int | None:
-    """Start the processes of this machine where nobody else has, and wait for them.
+    """Start the processes of a run on one machine where nobody else has, and wait for them.
 
     Args:
         devices: processes a machine (``trainer.devices``).
-        nodes: machines; with more than one each needs ``MASTER_ADDR``, ``MASTER_PORT`` and ``NODE_RANK``.
+        nodes: machines; several need a launcher.
         command: what each process runs; by default what this one was started with.
 
     Returns:
@@ -50,11 +50,11 @@ def start_processes(devices: int, nodes: int, command: Sequence[str] | None = No
     """
     if devices * nodes == 1 or this_process().launcher:
         return None
-    if nodes > 1 and not {"MASTER_ADDR", "MASTER_PORT", "NODE_RANK"} <= os.environ.keys():
+    if nodes > 1:
         raise ConfigurationError(
             f"trainer.num_nodes={nodes}: nothing says where the other machines are. Start the program with srun, or on "
             f"each machine with torchrun --nnodes={nodes} --nproc-per-node={devices} --rdzv-backend=c10d "
-            "--rdzv-endpoint=HOST:PORT, or set MASTER_ADDR, MASTER_PORT and NODE_RANK"
+            "--rdzv-endpoint=HOST:PORT"
         )
     processes: list[subprocess.Popen[bytes]] = []
     words = list(command) if command is not None else [sys.executable, *sys.orig_argv[1:]]
@@ -63,54 +63,34 @@ def start_processes(devices: int, nodes: int, command: Sequence[str] | None = No
         _forwarding(processes),
         socket.socket() as listener,  # bound and not listening: who calls before rank 0 serves is turned away
     ):
-        if nodes == 1:  # whatever variables another launcher has left behind
-            node, passed = 0, [listener.fileno()]
-            listener.bind(("127.0.0.1", 0))
-            address, port = listener.getsockname()
-            for name in ("MASTER_ADDR", "NODE_RANK"):
-                if os.environ.get(name, "0") not in ("0", "localhost", address):
-                    print(
-                        f"{name}={os.environ[name][:100]!r} is not used: all processes are on this machine",
-                        file=sys.stderr,
-                    )
-        else:
-            node, passed = _node_number(nodes), []
-            address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+        listener.bind(("127.0.0.1", 0))
+        address, port = listener.getsockname()
+        for name in ("MASTER_ADDR", "NODE_RANK"):  # another launcher has left them behind
+            if os.environ.get(name, "0") not in ("0", "localhost", address):
+                said = f"{name}={printable(repr(os.environ[name]), 100)} is not used"
+                print(f"{said}: all processes are on this machine", file=sys.stderr)
         shared = {
             LAUNCHER_VARIABLE: str(os.getpid()),
             CLAIMS_VARIABLE: claims,
+            STORE_VARIABLE: str(listener.fileno()),
             "MASTER_ADDR": address,
             "MASTER_PORT": str(port),
-            "NODE_RANK": str(node),
-            "WORLD_SIZE": str(devices * nodes),
+            "NODE_RANK": "0",
+            "WORLD_SIZE": str(devices),
             "LOCAL_WORLD_SIZE": str(devices),
         }
-        for local in range(devices):
-            rank = node * devices + local
-            own = {"RANK": str(rank), "LOCAL_RANK": str(local)}
-            if passed and rank == 0:
-                own[STORE_VARIABLE] = str(listener.fileno())
+        for rank in range(devices):
             processes.append(
                 subprocess.Popen(
                     words,
-                    env={**os.environ, **shared, **own},
+                    env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                     start_new_session=True,  # Ctrl-C comes to this process alone, which hands it on once
                     preexec_fn=_die_with_parent(),
-                    pass_fds=passed if rank == 0 else [],
+                    pass_fds=[listener.fileno()] if rank == 0 else [],
                 )
             )
         listener.close()
         return _wait(processes)
-
-
-def _node_number(nodes: int) -> int:
-    text = os.environ["NODE_RANK"]
-    if not (text.isascii() and text.isdigit() and int(text) < nodes):
-        raise ConfigurationError(
-            f"NODE_RANK={text[:40]!r} with trainer.num_nodes={nodes}: expected a whole number from 0 to {nodes - 1}, "
-            "another one on each machine"
-        )
-    return int(text)
 
 
 def _wait(processes: list[subprocess.Popen[bytes]]) -> int:

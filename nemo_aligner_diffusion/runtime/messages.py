@@ -8,6 +8,8 @@ import sys
 import warnings
 from collections.abc import Iterator
 
+from nemo_aligner_diffusion.streams import log_to_stderr
+
 _LIGHTNING = ("pytorch_lightning", "lightning.pytorch", "lightning_fabric")
 _PIPELINES = ("diffusers", "transformers")
 _ASIDES = (
@@ -22,8 +24,7 @@ _ASIDES = (
 
 def log_to_screen() -> None:
     """For a command: our lines are shown, and the libraries are quiet."""
-    if not logging.getLogger().handlers:
-        logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    log_to_stderr()
     logging.getLogger("nemo_aligner_diffusion").setLevel(logging.INFO)
     quiet_libraries()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from nemo_aligner_diffusion.errors import ConfigurationError
@@ -148,6 +149,19 @@ class FaultToleranceSettings(Settings):
     safety_factor: float = setting(5.0, number(1), "so many times the longest so far; >= 1")
     minimum_heartbeat_timeout: float = setting(300.0, number(above=0), "but no less than this; > 0")
 
+    def longest_pause(self, longest: float | None) -> float:
+        """Seconds that a process may go without passing a mark, in a phase that has taken ``longest`` so far.
+
+        Args:
+            longest: None: the phase is new to it (loading, compiling, the first step or validation).
+        """
+        later = math.inf if self.rank_heartbeat_timeout is None else self.rank_heartbeat_timeout
+        if longest is None:
+            return math.inf if self.initial_rank_heartbeat_timeout is None else self.initial_rank_heartbeat_timeout
+        if not self.calculate_timeouts:
+            return later
+        return min(max(self.safety_factor * longest, self.minimum_heartbeat_timeout), later)
+
 
 @dataclass(frozen=True)
 class StragglerSettings(Settings):
@@ -155,9 +169,7 @@ class StragglerSettings(Settings):
 
     section = "exp_manager.straggler_detection_params"
 
-    report_time_interval: float = setting(
-        60.0, number(above=0), "seconds between comparisons (rows of stragglers.csv); > 0"
-    )
+    report_time_interval: float = setting(60.0, number(above=0), "seconds between comparisons; > 0")
     gpu_relative_perf_threshold: float = setting(
         0.7,
         Kind("float", low=0, high=1),

@@ -23,26 +23,12 @@ class Interrupted(BaseException):
 
 
 class Interruption:
-    """Turns Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 into a clean end of the run.
+    """Turns Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 into a clean end of the run. A context; may be entered again inside.
 
-    Before training begins a signal stops at once: there is nothing to save. During training the first one lets the
-    optimizer step under way complete, with a checkpoint after it; a second one, later than :attr:`again_after`
-    seconds, stops at once. After training (export, report) the first is noted and only the second stops. Whatever
-    runs after ``trainer.fit`` then runs as always::
-
-        interruption = Interruption()
-        with interruption:  # from the program's first line on, and again inside
-            try:
-                trainer.fit(module, datamodule, ckpt_path=...)  # its callbacks hold InterruptionCallback(interruption)
-            except Interrupted:
-                if not interruption.training_began:
-                    raise
-            interruption.after_training()
-            export(); report()
-        run_directory.finish("interrupted" if interruption.requested else "finished")
-        return interruption.exit_code
-
-    A launcher such as torchrun passes a Ctrl-C on to workers that the terminal has already told, hence
+    Before training begins a signal stops at once, by raising :class:`Interrupted`: there is nothing to save. During
+    training the first one lets the optimizer step under way complete, with a checkpoint after it; a second one, later
+    than :attr:`again_after` seconds, stops at once. After training (export, report) the first is noted and only the
+    second stops. A launcher such as torchrun passes a Ctrl-C on to workers that the terminal has already told, hence
     :attr:`again_after`: signals in quick succession count as one.
 
     Attributes:

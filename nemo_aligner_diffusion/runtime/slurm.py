@@ -1,18 +1,8 @@
 """The Slurm job that this run belongs to: its processes, its state, and going back into the queue. Imports no torch.
 
-What Slurm does when it wants a job's nodes back, as seen with 22.05 and with ``srun`` starting one process a GPU:
-
-=========================================  =====================================================  ====================
-event                                      signals to every process of the job's steps            state in the meantime
-=========================================  =====================================================  ====================
-time limit near, ``--signal=USR1@120``     SIGUSR1                                                RUNNING
-preemption, partition with a GraceTime     SIGCONT, SIGTERM; after it SIGTERM, SIGKILL            RUNNING, then as below
-preemption without, ``scontrol requeue``   SIGCONT, SIGTERM; SIGKILL after KillWait (30 s)        one more restart
-``scancel``, time limit reached            SIGCONT, SIGTERM; SIGKILL after KillWait               no more restarts
-=========================================  =====================================================  ====================
-
-So a job that is still RUNNING when its checkpoint is on disk asks to be put back (``scontrol requeue``); one that Slurm
-has put back already only ends; and one that was cancelled is not brought back to life.
+A job that is still RUNNING when its checkpoint is on disk asks to be put back (``scontrol requeue``); one that Slurm
+has put back already only ends; and one that was cancelled is not brought back to life. Which signals come when:
+``docs/slurm.md``.
 """
 
 from __future__ import annotations

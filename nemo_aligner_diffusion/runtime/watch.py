@@ -21,23 +21,21 @@ from collections.abc import Iterator
 from datetime import timedelta
 
 from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError, OutputError, first_line
-from nemo_aligner_diffusion.runtime.csv_table import CSVTable
 from nemo_aligner_diffusion.runtime.directory import RunDirectory, unusable_disk
+from nemo_aligner_diffusion.runtime.ending import is_first_to_say, write_error_file
 from nemo_aligner_diffusion.runtime.files import write_atomic
 from nemo_aligner_diffusion.runtime.health.client import HealthClient
 from nemo_aligner_diffusion.runtime.health.messages import Fault
-from nemo_aligner_diffusion.runtime.health.progress import Limits, Progress
+from nemo_aligner_diffusion.runtime.health.progress import Progress
 from nemo_aligner_diffusion.runtime.health.server import HealthServer
-from nemo_aligner_diffusion.runtime.health.stragglers import StragglerReport, StragglerWatch
+from nemo_aligner_diffusion.runtime.health.stragglers import StragglerWatch
 from nemo_aligner_diffusion.runtime.health.verdict import Watch
 from nemo_aligner_diffusion.runtime.process import Process, check_agrees, this_process
-from nemo_aligner_diffusion.runtime.said import is_first_to_say, write_error_file
 from nemo_aligner_diffusion.runtime.settings import MachineSettings, WatchSettings
 
 log = logging.getLogger(__name__)
 
 FAULT_FILE = "fault.txt"
-STRAGGLER_COLUMNS = ("step", "median_seconds", "slowest_rank", "slowest_host", "slowest_seconds", "factor")
 _CLOSING_SECONDS = 300.0  # that rank 0 has for export and report after an error
 _FRAMES = 3  # innermost frames of a traceback that the screen shows; the file has all
 # what gloo, NCCL and torch's stores say when the other side is gone: seldom the reason, nearly always a consequence
@@ -64,23 +62,18 @@ class RunWatch:
     def __init__(self, process: Process, settings: WatchSettings) -> None:
         self.process = process
         self.settings = settings
-        several, ranks = process.world_size > 1, settings.fault_tolerance
-        limits = Limits(
-            first=_seconds(ranks.initial_rank_heartbeat_timeout),
-            later=_seconds(ranks.rank_heartbeat_timeout),
-            calculate=ranks.calculate_timeouts,
-            safety_factor=ranks.safety_factor,
-            least=ranks.minimum_heartbeat_timeout,
-        )
+        limits = settings.fault_tolerance
         # for collective calls: longer than any limit of ours, which say who is to blame where a timeout cannot
-        self.collective_timeout = timedelta(seconds=min(max(limits.first, limits.later) + 600.0, 7 * 86400.0))
-        self.progress = Progress(limits) if several and settings.create_fault_tolerance_callback else None
+        longest = max(limits.longest_pause(None), limits.longest_pause(math.inf))
+        self.collective_timeout = timedelta(seconds=min(longest + 600.0, 7 * 86400.0))
+        is_watched = process.world_size > 1 and settings.create_fault_tolerance_callback
+        self.progress = Progress(limits) if is_watched else None
         self.client: HealthClient | None = None
         self.server: HealthServer | None = None
         self.directory: RunDirectory | None = None
         self._reported: BaseException | None = None
-        self._named: set[int] = set()
-        if several and self.progress is None and settings.create_straggler_detection_callback and process.is_rank_zero:
+        unwatched = process.world_size > 1 and not is_watched
+        if unwatched and settings.create_straggler_detection_callback and process.is_rank_zero:
             log.warning(
                 "slow ranks are not looked for: exp_manager.create_straggler_detection_callback needs "
                 "exp_manager.create_fault_tolerance_callback=true, whose heartbeats tell how fast each rank is"
@@ -90,18 +83,12 @@ class RunWatch:
         """On rank 0, before the processes meet: what to tell the others then. Empty: nobody watches."""
         if self.progress is None or not self.process.is_rank_zero:
             return ""
-        slow, stragglers = self.settings.straggler_detection_params, None
+        limits = self.settings.fault_tolerance
+        watch = Watch(self.process.world_size, limits.silence_timeout)
+        stragglers = None
         if self.settings.create_straggler_detection_callback:
-            now = time.monotonic()
-            stragglers = StragglerWatch(slow.report_time_interval, slow.gpu_relative_perf_threshold, now)
-        self.server = HealthServer(
-            self.process.is_one_node,
-            Watch(self.process.world_size, self.settings.fault_tolerance.silence_timeout),
-            self.settings.fault_tolerance.workload_check_interval,
-            stragglers,
-            self.write_straggler_report,
-            slow.stop_if_detected,
-        )
+            stragglers = StragglerWatch(self.settings.straggler_detection_params, time.monotonic())
+        self.server = HealthServer(self.process.is_one_node, watch, limits.workload_check_interval, stragglers)
         self.server.start()
         return self.server.address
 
@@ -173,24 +160,6 @@ class RunWatch:
         step = self.progress.step if self.progress is not None else None
         dataclasses.replace(self.directory, is_writer=True).finish("failed", step=step, error=fault.headline)
 
-    def write_straggler_report(self, report: StragglerReport) -> None:
-        """A row of ``stragglers.csv``, and a warning for a rank that has newly become slow. In the server's thread."""
-        if self.directory is not None:
-            member, factor = report.slowest, report.seconds / report.median
-            row = (report.step, report.median, member.rank, member.host, report.seconds, factor)
-            table = CSVTable(self.directory.path / "stragglers.csv", STRAGGLER_COLUMNS)
-            table.append(dict(zip(STRAGGLER_COLUMNS, row, strict=True)))
-        for member, seconds in report.stragglers:
-            if member.rank not in self._named:
-                log.warning(
-                    "%s is slow: %.3g s of its own work a step, %.1f × the median of %.3g s; all ranks wait for it",
-                    member,
-                    seconds,
-                    seconds / report.median,
-                    report.median,
-                )
-        self._named = {member.rank for member, _ in report.stragglers}
-
     def close(self) -> None:
         """The process ends as it should: the others need not miss it."""
         if self.client is not None:
@@ -242,11 +211,6 @@ def explained(error: Exception, directory: RunDirectory | None) -> Exception:
     if isinstance(error, AlignerError) and not (isinstance(error, OutputError) and directory is not None):
         return error  # nothing of the run was there to be written
     return unusable_disk(error, directory.path if directory is not None else None) or error
-
-
-def _seconds(value: float | None) -> float:
-    """A time limit of the configuration; None: there is none."""
-    return math.inf if value is None else float(value)
 
 
 def _of_a_thread(caught: threading.ExceptHookArgs) -> None:

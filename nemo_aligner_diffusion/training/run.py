@@ -28,7 +28,7 @@ from nemo_aligner_diffusion.rewards.base import Reward
 from nemo_aligner_diffusion.rewards.build import import_paths
 from nemo_aligner_diffusion.runtime.files import write_atomic
 from nemo_aligner_diffusion.runtime.messages import log_to_screen
-from nemo_aligner_diffusion.runtime.startup import Startup, take
+from nemo_aligner_diffusion.runtime.startup import Startup
 from nemo_aligner_diffusion.runtime.watch import RunWatch, watched
 from nemo_aligner_diffusion.training.build import build_model, build_module
 from nemo_aligner_diffusion.training.callbacks.ema import EMACallback
@@ -94,7 +94,9 @@ class Ended:
     step: int
 
 
-def run_training(cfg: Mapping[str, Any] | RunSettings, interruption: Interruption | None = None) -> int:
+def run_training(
+    cfg: Mapping[str, Any] | RunSettings, interruption: Interruption | None = None, startup: Startup | None = None
+) -> int:
     """Train as ``cfg`` says and leave the run directory complete.
 
     A program of several processes that calls this should leave by
@@ -103,6 +105,7 @@ def run_training(cfg: Mapping[str, Any] | RunSettings, interruption: Interruptio
     Args:
         cfg: from :func:`~nemo_aligner_diffusion.config.load.load_config`.
         interruption: takes signals already, while the program loads.
+        startup: has timed already what came before.
 
     Returns:
         exit code: 0, or 130/143 after Ctrl-C/SIGTERM (export and report are there all the same); 0 or 75 where the run
@@ -114,12 +117,18 @@ def run_training(cfg: Mapping[str, Any] | RunSettings, interruption: Interruptio
     log_to_screen()
     settings = RunSettings.of(cfg)
     with watched(settings.trainer, settings.exp_manager) as watch:
-        return train(settings, watch, interruption or Interruption()).code
+        return train(settings, watch, interruption or Interruption(), startup=startup).code
 
 
-def train(settings: RunSettings, watch: RunWatch, interruption: Interruption, given: Given | None = None) -> Ended:
+def train(
+    settings: RunSettings,
+    watch: RunWatch,
+    interruption: Interruption,
+    given: Given | None = None,
+    startup: Startup | None = None,
+) -> Ended:
     """:func:`run_training` for programs: with objects of theirs, and what was tuned in their hands."""
-    given, startup = given or Given(), take()
+    given, startup = given or Given(), startup or Startup()
     with RunFrame.open(settings, watch, interruption, startup.enter) as frame:
         return _train(settings, frame, startup, given)
 

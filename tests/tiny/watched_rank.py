@@ -76,7 +76,7 @@ def hold_the_interpreter() -> None:
 
 def start_worker(client: Any, file: Path) -> None:
     """A forked child that lives on for a while, as a data worker does."""
-    client._connected.wait(60)
+    client._settled.wait(60)
     if os.fork() == 0:
         write(file, str(os.getpid()))
         time.sleep(120)
@@ -91,6 +91,7 @@ def work(seconds: float) -> None:
 
 
 def main(what: str, rank: int, size: int, folder: Path) -> int:
+    import dataclasses
     import faulthandler
     import signal
 
@@ -99,30 +100,27 @@ def main(what: str, rank: int, size: int, folder: Path) -> int:
     from nemo_aligner_diffusion.runtime.health import server as health_server
     from nemo_aligner_diffusion.runtime.health.client import HealthClient
     from nemo_aligner_diffusion.runtime.health.messages import Fault
-    from nemo_aligner_diffusion.runtime.health.progress import Limits, Progress, waiting
+    from nemo_aligner_diffusion.runtime.health.progress import Progress, waiting
     from nemo_aligner_diffusion.runtime.health.server import HealthServer
-    from nemo_aligner_diffusion.runtime.health.stragglers import StragglerReport, StragglerWatch
+    from nemo_aligner_diffusion.runtime.health.stragglers import StragglerWatch
     from nemo_aligner_diffusion.runtime.health.verdict import Watch
     from nemo_aligner_diffusion.runtime.process import Process
+    from nemo_aligner_diffusion.runtime.settings import FaultToleranceSettings, StragglerSettings
 
     def write_down(fault: Fault) -> None:
         write(folder / "fault", "\n".join([str(rank), fault.headline, *fault.places]))
-
-    def report(found: StragglerReport) -> None:
-        with open(folder / "stragglers", "a") as file:
-            file.write(" ".join(str(member.rank) for member, _ in found.stragglers) + "\n")
 
     if what == "raise everywhere":  # how much later others raise is up to the machine; that all have ends the waiting
         health_client._LINGER = health_server._SAME_ERROR_WITHIN = LONG
     silence = SILENCE.get(what, LONG)
     one_node = what != "wait, by network"
     process = Process(rank, size, rank, size if one_node else 1, launcher="torchrun")
-    progress = Progress(Limits(first=LONG, later=LONG))
-    now = time.monotonic()
+    limits = FaultToleranceSettings(initial_rank_heartbeat_timeout=LONG, rank_heartbeat_timeout=LONG)
+    progress = Progress(dataclasses.replace(limits, minimum_heartbeat_timeout=LONG))
     server = None
     watch = Watch(size, silence)
     if rank == 0:
-        server = HealthServer(one_node, watch, 0.2, StragglerWatch(1.5, 0.5, now), report)
+        server = HealthServer(one_node, watch, 0.2, StragglerWatch(StragglerSettings(1.5, 0.5), time.monotonic()))
         server.start()
         write(folder / "address", server.address)
     client = HealthClient(process, read(folder / "address"), "127.0.0.1", progress, 0.2, silence, write_down)
@@ -145,7 +143,8 @@ def main(what: str, rank: int, size: int, folder: Path) -> int:
         announced = False
         for step in range(steps):
             if step == 30 and what == "loop":
-                progress.limits = Limits(later=STANDSTILL, least=STANDSTILL, safety_factor=1.0)
+                short = {"rank_heartbeat_timeout": STANDSTILL, "minimum_heartbeat_timeout": STANDSTILL}
+                progress.limits = dataclasses.replace(limits, **short, safety_factor=1.0)
             progress.mark("data", step, in_training=True)
             progress.mark("forward pass", in_training=True)
             began = time.perf_counter()

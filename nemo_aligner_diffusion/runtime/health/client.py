@@ -5,29 +5,28 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import multiprocessing
 import os
-import selectors
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from typing import Any
 
+from nemo_aligner_diffusion.runtime.ending import leave, write_error_file
 from nemo_aligner_diffusion.runtime.health import processes
 from nemo_aligner_diffusion.runtime.health.lines import Line, call
 from nemo_aligner_diffusion.runtime.health.messages import LONGEST_DETAILS, Fault, Member, Position
 from nemo_aligner_diffusion.runtime.health.progress import Progress
 from nemo_aligner_diffusion.runtime.process import Process
-from nemo_aligner_diffusion.runtime.said import write_error_file
 
 log = logging.getLogger(__name__)
 
 _LINGER = 1.5  # seconds between verdict and end: the launcher must see the culprit's end first, and all hear of it
 _LINGER_LATEST = 10.0  # that long where the culprit takes its time
 _CLOSING_TIME = 60.0  # seconds that rank 0 gets for export and report where every rank has raised
-_ANSWER_WITHIN = 30.0  # seconds; it takes milliseconds, but a busy machine's rank 0 may stand still for some
+_ANSWER_WITHIN = 30.0  # seconds; it takes one at most, but a busy machine's rank 0 may stand still for some
 _OWNER_WITHIN = 3.0  # seconds that the rank whose error this is gets to say so, before launchers end it for our end
 _SETTLED_WITHIN = 10.0  # seconds; a firewall may drop what is sent to rank 0
 _NOT_OVER_WITHIN = 3.0  # seconds; who cannot reach rank 0 may just have come to a run that is ending
@@ -68,16 +67,12 @@ class HealthClient(threading.Thread):
         self._members: dict[int, Member] = {}
         self._line: Line | None = None
         self._rank0 = Position()
-        self._connected = threading.Event()
         self._settled = threading.Event()  # connected, or given up
-        self._wake, self._woken = socket.socketpair()
-        self._outbox: list[dict[str, Any]] = []
         self._closing = threading.Event()
         self._raised = threading.Event()
-        self._over = threading.Event()  # raised or closing
-        self._first: bool | None = None
         self._answered = threading.Event()
-        self._may_end = threading.Event()
+        self._is_first: bool | None = None
+        self._is_to_wait = False
         self._killed_before = processes.out_of_memory_kills()
         self._screen = os.dup(2)
 
@@ -105,80 +100,60 @@ class HealthClient(threading.Thread):
         if communication:
             _pause(10.0)  # the verdict that explains it comes within milliseconds and ends the process
         self._raised.set()
-        self._over.set()
         if said:
             self._mute()
-        if not self._connected.wait(1.0):
+        if not self._settled.wait(1.0) or self._line is None:
             return self.verdict is None and not said
         position = vars(self.progress.position())
         content = {"reason": reason, "details": details[-LONGEST_DETAILS:], "exit_code": exit_code, "said": said}
-        self._post(kind="error", position=position, **content)
+        with contextlib.suppress(OSError):
+            self._line.send("error", position=position, **content)
         self._answered.wait(_OWNER_WITHIN if said else _ANSWER_WITHIN)
-        first = not said and (self.verdict is None if self._first is None else self._first)
+        first = not said and (self.verdict is None if self._is_first is None else self._is_first)
         if not first:
             self._mute()
         return first
 
     def wait_for_rank_0(self) -> None:
         """After :meth:`failed`, before this process ends: all ranks may have raised, and rank 0 may be exporting."""
-        if self._raised.is_set() and self.process.rank != 0 and self._connected.is_set():
-            self._may_end.wait(_CLOSING_TIME)
+        if self._is_to_wait and self.process.rank != 0:
+            self.join(_CLOSING_TIME)  # rank 0 says goodbye
 
     def end_process(self, code: int, within: float) -> None:
         """End this process now, or after ``within`` seconds if it is still there, waiting for ranks that are gone."""
         if within <= 0:
             self.close()
-            self._end(code)
-        timer = threading.Timer(within, self._end, (code,))
+            leave(code)
+        timer = threading.Timer(within, leave, (code,))
         timer.daemon = True
         timer.start()
-
-    @staticmethod
-    def _end(code: int) -> None:
-        for child in multiprocessing.active_children():  # data workers
-            child.kill()
-        os._exit(code)
 
     def close(self) -> None:
         """Goodbye: from here on this process is not missed."""
         self._closing.set()
-        self._over.set()
-        self._notify()
+        if self._line is not None:
+            with contextlib.suppress(OSError):
+                self._line.send("bye")
+                self._line.connection.shutdown(socket.SHUT_WR)  # rank 0 then closes the line, which ends the thread
         self.join(timeout=5.0)
-
-    def _post(self, **message: Any) -> None:
-        self._outbox.append(message)
-        self._notify()
-
-    def _notify(self) -> None:
-        with contextlib.suppress(OSError):
-            self._wake.send(b"x")
 
     # the thread
 
     def run(self) -> None:
-        line = None
         try:
-            self._line = line = self._connect()
+            self._line = self._connect()
         except Exception as error:
             self._settled.set()
-            if not self._over.wait(_NOT_OVER_WITHIN):
+            if not self._closing.wait(_NOT_OVER_WITHIN) and not self._raised.is_set():
                 log.warning("rank %d is not watched: %s", self.process.rank, error)
+        self._settled.set()
         try:
-            if line is not None:
-                self._connected.set()
-                self._settled.set()
-                self._talk(line)
-        except OSError:
-            if line is None or not self._has_last_words(line):
-                self._rank_0_is_gone("lost", "the process is gone; it closed its connection without a word")
+            if self._line is not None:
+                self._talk(self._line)
         finally:
             self._answered.set()
-            self._may_end.set()
-            if line is not None:
-                line.close()
-            self._wake.close()
-            self._woken.close()
+            if self._line is not None:
+                self._line.close()
             os.close(self._screen)
 
     def _connect(self) -> Line:
@@ -187,68 +162,43 @@ class HealthClient(threading.Thread):
         return line
 
     def _talk(self, line: Line) -> None:
-        with selectors.DefaultSelector() as selector:
-            selector.register(line.connection, selectors.EVENT_READ)
-            selector.register(self._woken, selectors.EVENT_READ)
-            self._exchange(line, selector)
-
-    def _exchange(self, line: Line, selector: selectors.BaseSelector) -> None:
         heard = looked = time.monotonic()
         due = 0.0
         while True:
-            readable = [key.fileobj for key, _ in selector.select(max(due - time.monotonic(), 0.0))]
-            if self._woken in readable:
-                self._woken.recv(4096)
-            while self._outbox:
-                line.send(**self._outbox.pop(0))
+            readable = wait([line.connection], max(due - time.monotonic(), 0.0))
             now = time.monotonic()
             if now - looked > self.silence / 2:  # this process was stopped: rank 0 may have spoken meanwhile
                 heard += now - looked
                 self.progress.slept(now - looked)
             looked = now
-            if line.connection in readable:
+            if readable:
                 messages = line.receive()
                 if messages is None:
-                    raise ConnectionError
+                    self._rank_0_is_gone("lost", "the process is gone; it closed its connection without a word")
+                    return
                 heard = now
                 for message in messages:
                     if message["kind"] == "bye":
                         return
-                    self._handle(line, message)
+                    self._handle(message)
             elif now - heard > self.silence:
                 self._rank_0_is_gone("silent", f"no sign of life for {now - heard:.0f} s, with its connection open")
                 return
-            if self._closing.is_set():
-                line.send("bye")
-                return
             if now >= due:
                 due = now + self.interval
-                line.send("beat", position=vars(self.progress.position()))
+                with contextlib.suppress(OSError):  # why rank 0 has closed the line is still to be read
+                    line.send("beat", position=vars(self.progress.position()))
 
-    def _has_last_words(self, line: Line) -> bool:
-        """Whether rank 0 has said why it closed the connection, which a message of ours has met before we read that."""
-        for message in line.receive() or []:
-            if message["kind"] == "verdict":
-                self._come_down(Fault.from_json(message["fault"]))
-            if message["kind"] in ("verdict", "bye"):
-                return True
-        return False
-
-    def _handle(self, line: Line, message: dict[str, Any]) -> None:
+    def _handle(self, message: dict[str, Any]) -> None:
         kind = message["kind"]
         if kind == "alive":
             self._rank0 = Position.from_json(message["position"])
         elif kind == "members":
             members = map(Member.from_json, message["members"])
             self._members = {member.rank: member for member in members}
-        elif kind == "stack":
-            line.send("stack", stack=processes.main_thread_stack())
-        elif kind == "first":
-            self._first = bool(message["first"])
+        elif kind == "answer":
+            self._is_first, self._is_to_wait = bool(message["first"]), bool(message["wait"])
             self._answered.set()
-        elif kind == "end":
-            if not message["wait"]:
-                self._may_end.set()
         elif kind == "verdict":
             self._come_down(Fault.from_json(message["fault"]))
 
@@ -274,14 +224,13 @@ class HealthClient(threading.Thread):
         end, latest = time.monotonic() + _LINGER, time.monotonic() + _LINGER_LATEST
         while time.monotonic() < end:
             if self._raised.is_set() and fault.kind == "error":
-                self._answered.set()
                 return  # the same error here: the main thread ends the process by itself
             if time.monotonic() < latest and self._is_closing(fault):
                 end = time.monotonic() + _LINGER / 3
             time.sleep(0.02)
         if fault.kind != "error":
             write_error_file(fault.headline)
-        self._end(fault.exit_code)
+        leave(fault.exit_code)
 
     def _is_closing(self, fault: Fault) -> bool:
         """Whether a culprit of this machine that has raised is still there."""
@@ -293,14 +242,15 @@ class HealthClient(threading.Thread):
         if fault.kind == "error" and fault.culprit.host == self.member.host:
             return False
         here = [member.rank for member in self._members.values() if member.host == self.member.host]
-        return self.process.rank == min(self._able(here, fault), default=self.process.rank)
+        return self._is_lowest(here, fault)
 
     def _is_writer(self, fault: Fault) -> bool:
-        return self.process.rank == min(self._able(list(self._members) or [0], fault), default=self.process.rank)
+        return self._is_lowest(list(self._members) or [0], fault)
 
-    @staticmethod
-    def _able(ranks: list[int], fault: Fault) -> list[int]:
-        return [rank for rank in ranks if rank != fault.culprit.rank or fault.kind in ("error", "hang", "slow")]
+    def _is_lowest(self, ranks: list[int], fault: Fault) -> bool:
+        """Whether this rank is the first of these that can still do something."""
+        able = [rank for rank in ranks if rank != fault.culprit.rank or fault.kind in ("error", "hang", "slow")]
+        return self.process.rank == min(able, default=self.process.rank)
 
     def _looked_at(self, fault: Fault) -> Fault:
         """With what this machine's kernel knows of the culprit, if it is a process of this machine."""
@@ -330,20 +280,13 @@ class HealthClient(threading.Thread):
             return
         if fault.kind in ("lost", "silent"):
             write_error_file(fault.headline, culprit.local_rank)
-        if fault.kind == "silent" and (pid := self._pid_by_kernel(culprit)):
+        # a number that the kernel has given: it still has its connection open, so it is still this process's
+        if fault.kind == "silent" and self._line is not None and self._line.is_by_kernel:
             with contextlib.suppress(OSError):
-                if not processes.state_of(pid):  # it runs, but holds the interpreter: see faulthandler
-                    os.kill(pid, signal.SIGUSR2)
+                if not processes.state_of(culprit.pid):  # it runs, but holds the interpreter: see faulthandler
+                    os.kill(culprit.pid, signal.SIGUSR2)
                     _pause(0.5)
-                os.kill(pid, signal.SIGKILL)
-
-    def _pid_by_kernel(self, culprit: Member) -> int:
-        """Of a process that still has its connection open; 0 where the number has only been told: none to signal."""
-        if self._line is None or not self._line.is_by_kernel:
-            return 0
-        if culprit.rank == 0:
-            return self._line.pid
-        return self._members[culprit.rank].pid if culprit.rank in self._members else 0
+                os.kill(culprit.pid, signal.SIGKILL)
 
     def _mute(self) -> None:
         null = os.open(os.devnull, os.O_WRONLY)

@@ -4,6 +4,7 @@ On one machine they are Unix sockets, and the kernel says whose process is at th
 there is no secret to steal, and process numbers are the kernel's. Between machines they are TCP connections: a caller
 has to know the run's secret (``NAD_WATCH_SECRET`` where the launcher's environment has one, else what rank 0 has put
 into torch's store, which everybody who reaches that can read), and no process number that comes over them is signalled.
+Either way nobody is heard any more once all ranks are there.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import secrets
 import socket
 import struct
 import sys
+import threading
 import weakref
 from typing import Any
 
@@ -22,6 +24,7 @@ SECRET_VARIABLE = "NAD_WATCH_SECRET"
 LONGEST_HELLO = 2_048  # bytes of a line before its sender is known
 LONGEST_LINE = 1 << 20  # afterwards: a traceback, written as JSON
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: struct ucred, unix(7)
+_SECONDS = 5.0  # to send or receive what is there
 
 
 def listen(one_node: bool) -> tuple[socket.socket, str, str]:
@@ -68,7 +71,7 @@ def knows(secret: str, said: Any) -> bool:
 
 
 class Line:
-    """A socket that carries one JSON object a line. Not thread-safe: each belongs to one thread.
+    """A socket that carries one JSON object a line. Any thread may send; one receives.
 
     Attributes:
         is_by_kernel: whether the kernel says whose process is at the other end; then
@@ -78,26 +81,26 @@ class Line:
     """
 
     def __init__(self, connection: socket.socket, longest: int = LONGEST_LINE) -> None:
+        connection.settimeout(_SECONDS)
         self.connection = keep_from_children(connection)
         self.longest = longest
         self.is_by_kernel = connection.family == socket.AF_UNIX
         self.pid, self.is_own_user = 0, True
         self._received = b""
+        self._sending = threading.Lock()
         if self.is_by_kernel:
             option = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
             self.pid, uid, _ = _CREDENTIALS.unpack(option)
             self.is_own_user = uid == os.geteuid()
 
     def send(self, kind: str, **content: Any) -> None:
-        """Raises OSError where the other side is gone or does not read for 5 s."""
-        data = json.dumps({"kind": kind, **content}).encode() + b"\n"
-        self.connection.settimeout(5.0)
-        self.connection.sendall(data)
+        """Raises OSError where the other side is gone or does not read."""
+        with self._sending:
+            self.connection.sendall(json.dumps({"kind": kind, **content}).encode() + b"\n")
 
     def receive(self) -> list[dict[str, Any]] | None:
         """What has arrived, once the socket is readable; None: the other side is gone, or talks something else."""
         try:
-            self.connection.settimeout(5.0)
             data = self.connection.recv(1 << 16)
         except TimeoutError:
             return []

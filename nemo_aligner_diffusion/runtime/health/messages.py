@@ -48,7 +48,8 @@ class Position:
         limit: seconds without a mark that this phase may take.
         waiting: whether the main thread is inside a collective call that says so.
         in_training: whether ``phase`` belongs to an optimizer step.
-        timed: marks of own work timed so far, and ``worked``: the seconds they took.
+        timed: optimizer steps whose own work has been timed, and ``worked``: the seconds it took.
+        stack: of the main thread, innermost call last, once it is past the limit.
     """
 
     phase: str = "starting"
@@ -60,6 +61,7 @@ class Position:
     in_training: bool = False
     timed: int = 0
     worked: float = 0.0
+    stack: tuple[str, ...] = ()
 
     @property
     def place(self) -> str:
@@ -68,7 +70,8 @@ class Position:
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> Position:
         plain = {name: type(value)(tree[name]) for name, value in vars(cls()).items()}
-        return cls(**{**plain, "phase": clean(plain["phase"], 255)})
+        stack = tuple(clean(line, 500) for line in plain["stack"][-200:])
+        return cls(**{**plain, "phase": clean(plain["phase"], 255), "stack": stack})
 
 
 @dataclass(frozen=True)

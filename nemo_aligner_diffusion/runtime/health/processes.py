@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import time
-import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -55,14 +55,17 @@ def out_of_memory_kills() -> int:
         return 0
 
 
-def main_thread_stack() -> list[str]:
+def main_thread_stack() -> tuple[str, ...]:
     """``file:line in function`` of this process's main thread, outermost first."""
     frame: FrameType | None = sys._current_frames().get(threading.main_thread().ident or 0)
-    stack = traceback.extract_stack(frame) if frame is not None else []
-    return [f"{_short(entry.filename)}:{entry.lineno} in {entry.name}" for entry in stack]
+    lines = []
+    while frame is not None:
+        lines.append(f"{_short(frame.f_code.co_filename)}:{frame.f_lineno} in {frame.f_code.co_name}")
+        frame = frame.f_back
+    return tuple(reversed(lines))
 
 
-def is_waiting(stack: list[str]) -> bool:
+def is_waiting(stack: Sequence[str]) -> bool:
     """Whether a stack ends in a call that waits for other ranks (or in autograd's engine, whose hooks may)."""
     innermost = stack[-3:]
     return any("torch/distributed/" in line or "_engine_run_backward" in line for line in innermost)

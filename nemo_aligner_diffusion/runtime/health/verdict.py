@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from nemo_aligner_diffusion.errors import RankLostError
 from nemo_aligner_diffusion.runtime.health.messages import Fault, Member, Position
 from nemo_aligner_diffusion.runtime.health.processes import is_waiting
 
@@ -44,11 +45,9 @@ class Watch:
     def join(self, member: Member, now: float) -> None:
         self.ranks[member.rank] = _Rank(member, heard=now)
 
-    def heard(self, rank: int, now: float, position: Position | None = None) -> None:
-        entry = self.ranks[rank]
-        entry.heard = now
-        if position is not None:
-            entry.position = position
+    def heard(self, rank: int, now: float, position: Position) -> None:
+        self.ranks[rank].heard = now
+        self.ranks[rank].position = position
 
     def leave(self, rank: int) -> None:
         self.ranks[rank].left = True
@@ -60,9 +59,8 @@ class Watch:
 
     def lost(self, rank: int, now: float) -> Fault:
         """Its connection closed without a goodbye."""
-        entry = self.ranks[rank]
         reason = "the process is gone; it closed its connection without a word"
-        return self._fault("lost", entry, reason, now)
+        return self._fault("lost", self.ranks[rank], reason, now)
 
     def silent(self, now: float) -> Fault | None:
         """A process that is connected and sends nothing: stopped, or its machine or network is gone."""
@@ -72,51 +70,47 @@ class Watch:
                 return self._fault("silent", entry, reason, now)
         return None
 
-    def suspects(self, now: float) -> list[_Rank]:
-        """Empty unless every rank is past its limit; then those that may hold up the others, the likeliest first.
+    def hanging(self, now: float) -> Fault | None:
+        """Every rank is past its limit, and has said so with its stack.
 
         While one rank still gets on, nobody is accused: the others may just be waiting for it. Of ranks that all
         stand still, the one to blame is not in a collective call and has passed fewer marks than the rest.
         """
         active = self.active
-        if not active or any(entry.position.idle + now - entry.heard <= entry.position.limit for entry in active):
-            return []
+        if not active or not all(entry.position.stack for entry in active):
+            return None
         outside = [entry for entry in active if not entry.position.waiting] or active
         least = min((entry.position.step, entry.position.events) for entry in outside)
         behind = [entry for entry in outside if (entry.position.step, entry.position.events) == least]
-        return sorted(behind, key=lambda entry: entry.member.rank)
-
-    def hang(self, suspects: list[_Rank], stacks: dict[int, list[str]], now: float) -> Fault:
-        """The verdict over ranks that stand still, with the stacks that could be had of them."""
-        outside = [s for s in suspects if s.member.rank in stacks and not is_waiting(stacks[s.member.rank])]
-        entry = (outside or suspects)[0]
-        stack = stacks.get(entry.member.rank, [])
-        idle = entry.position.idle + now - entry.heard
-        reason = f"no progress for {idle:.0f} s; {entry.position.limit:.0f} s is the limit"
-        others = [other for other in self.active if other is not entry]
-        if others and not outside and len(suspects) > 1:
+        behind.sort(key=lambda entry: entry.member.rank)
+        working = [entry for entry in behind if not is_waiting(entry.position.stack)]
+        culprit = (working or behind)[0]
+        idle = culprit.position.idle + now - culprit.heard
+        reason = f"no progress for {idle:.0f} s; {culprit.position.limit:.0f} s is the limit"
+        others = [entry for entry in active if entry is not culprit]
+        if not working and len(behind) > 1:
             reason += "; every rank waits for the others in a collective call"
+        elif len(others) == 1:
+            reason += f"; rank {others[0].member.rank} waits for it [{others[0].position.place}]"
         elif others:
-            one = others[0].member
-            reason += (
-                f"; {len(others)} others wait for it"
-                if len(others) > 1
-                else f"; rank {one.rank} waits for it [{others[0].position.place}]"
-            )
-        return self._fault("hang", entry, reason, now, "\n".join(stack))
+            reason += f"; {len(others)} others wait for it"
+        return self._fault("hang", culprit, reason, now, "\n".join(culprit.position.stack))
 
     def error(self, rank: int, reason: str, details: str, exit_code: int, now: float) -> Fault:
+        """It has raised."""
         return self._fault("error", self.ranks[rank], reason, now, details, exit_code)
 
-    def places(self, now: float) -> tuple[str, ...]:
+    def slow(self, rank: int, reason: str, now: float) -> Fault:
+        """It works slower than the others, and the run is to end then."""
+        return self._fault("slow", self.ranks[rank], reason, now)
+
+    def _places(self, now: float) -> tuple[str, ...]:
         """A line for each rank: where it is, and for how long."""
         entries = sorted(self.ranks.values(), key=lambda e: (e.left, e.position.step, e.position.events, e.member.rank))
         lines = []
         for entry in entries[:_MOST_PLACES]:
-            position, silent = entry.position, now - entry.heard
-            line = f"{entry.member}: " + (
-                "ended" if entry.left else f"{position.place}, {position.idle + silent:.1f} s"
-            )
+            position, idle = entry.position, entry.position.idle + now - entry.heard
+            line = f"{entry.member}: " + ("ended" if entry.left else f"{position.place}, {idle:.1f} s")
             if position.waiting:
                 line += ", in a collective call"
             lines.append(line)
@@ -125,10 +119,15 @@ class Watch:
         return tuple(lines)
 
     def _fault(
-        self, kind: str, entry: _Rank, reason: str, now: float, details: str = "", exit_code: int | None = None
+        self,
+        kind: str,
+        entry: _Rank,
+        reason: str,
+        now: float,
+        details: str = "",
+        exit_code: int = RankLostError.exit_code,
     ) -> Fault:
-        code = {} if exit_code is None else {"exit_code": exit_code}
         place = entry.position.place
         if kind in ("lost", "silent"):  # as of its last heartbeat: it may have got further
             place = f"last heard of in {place}"
-        return Fault(kind, entry.member, place, reason, details, places=self.places(now), **code)
+        return Fault(kind, entry.member, place, reason, details, exit_code, self._places(now))

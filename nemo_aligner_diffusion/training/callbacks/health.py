@@ -8,33 +8,26 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from nemo_aligner_diffusion.parallel.strategy import layout_of
 from nemo_aligner_diffusion.runtime.health.progress import waited_seconds
 from nemo_aligner_diffusion.runtime.watch import RunWatch, explained
 
 
 class HealthCallback(pl.Callback):
-    """Marks a fit's way for the :class:`RunWatch`, and times the rank's own work in each optimizer step.
+    """Tells the :class:`RunWatch` what the main thread comes to, and times the rank's own work in each optimizer step.
 
-    Own work is reading data, forward and backward passes; what follows waits for the other ranks, and collective
-    calls that say so (:func:`~nemo_aligner_diffusion.runtime.health.progress.waiting`) are taken out. Under tensor
-    parallelism and FSDP the passes themselves keep the ranks in step: there a fixed piece of computing, now and then,
-    is timed.
+    Own work is the forward and backward passes, without the collective calls that say so
+    (:func:`~nemo_aligner_diffusion.runtime.health.progress.waiting`). Under tensor parallelism and FSDP the passes
+    themselves keep the ranks in step, so that all look equally slow.
     """
 
     def __init__(self, watch: RunWatch) -> None:
         assert watch.progress is not None
         self.watch = watch
-        self.probe_interval = watch.settings.straggler_detection_params.report_time_interval / 4
-        self._in_step = False
-        self._probed = 0.0
         self.progress = watch.progress
         self._step = 0
-        self._seconds = 0.0
+        self._seconds = 0.0  # of this step's passes so far
         self._started = 0.0
-        self._waited = 0.0
-        self._previous_end: float | None = None
-        self._cuda: list[tuple[Any, Any]] = []
+        self._events: list[tuple[Any, Any]] = []  # around each pass, on a GPU
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.progress.mark("setting up")
@@ -42,55 +35,40 @@ class HealthCallback(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step = trainer.global_step
         self.progress.mark("data", self._step, in_training=True)
-        layout = layout_of(trainer)
-        self._in_step = layout.tensor > 1 or layout.fsdp
-        self._probed = time.monotonic()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         self.progress.mark("forward pass", in_training=True)
-        self._started = time.perf_counter()
-        self._waited = waited_seconds()
-        if self._previous_end is not None:
-            self._seconds += self._started - self._previous_end
-            self._previous_end = None
+        self._started = time.perf_counter() - waited_seconds()
         if pl_module.device.type == "cuda":
-            pair = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-            pair[0].record()
-            self._cuda.append(pair)
+            self._events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+            self._events[-1][0].record()
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
         self.progress.mark("backward pass", in_training=True)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.progress.mark("optimizer step", in_training=True)
-        if self._cuda:
-            self._cuda[-1][1].record()
+        if self._events:
+            self._events[-1][1].record()
         else:
-            self._seconds += time.perf_counter() - self._started - (waited_seconds() - self._waited)
+            self._seconds += time.perf_counter() - waited_seconds() - self._started
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         if trainer.global_step != self._step:
             self._step = trainer.global_step
-            if self._cuda:  # the gradient norm has been read since: the device is past both events
-                self._cuda[-1][1].synchronize()
-                self._seconds += sum(start.elapsed_time(end) for start, end in self._cuda) / 1000
-                self._cuda = []
-            if not self._in_step:
-                self.progress.add_work(self._seconds)
-            elif time.monotonic() - self._probed > self.probe_interval:
-                self.progress.add_work(probe(pl_module.device))
-                self._probed = time.monotonic()
+            if self._events:
+                self._events[-1][1].synchronize()  # the gradient norm has been read since: the device is past it
+                self._seconds = sum(start.elapsed_time(end) for start, end in self._events) / 1000
+                self._events = []
+            self.progress.add_work(self._seconds)
             self._seconds = 0.0
         self.progress.mark("data", self._step, in_training=True)
-        self._previous_end = time.perf_counter()
 
     def on_save_checkpoint(self, *args: Any) -> None:
         self.progress.mark("saving a checkpoint")
-        self._previous_end = None
 
     def on_validation_start(self, *args: Any) -> None:
         self.progress.mark("validation")
-        self._previous_end = None
 
     def on_validation_batch_end(self, *args: Any) -> None:
         self.progress.mark("validation")
@@ -104,23 +82,3 @@ class HealthCallback(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if isinstance(exception, Exception):  # before Lightning's own teardown, which may wait for the other ranks
             self.watch.failed(explained(exception, self.watch.directory))
-
-
-def probe(device: torch.device) -> float:
-    """Seconds that this rank's device takes for a fixed piece of computing (some milliseconds)."""
-    cuda = device.type == "cuda"
-    side = 4096 if cuda else 384
-    matrix = torch.ones(side, side, device=device, dtype=torch.bfloat16 if cuda else torch.float32)
-    product = torch.empty_like(matrix)
-    seconds = 0.0
-    for timed in (False, True):  # the first one finds caches and kernels
-        if cuda:
-            torch.cuda.synchronize(device)
-        started = time.perf_counter()
-        for _ in range(8):
-            torch.mm(matrix, matrix, out=product)
-        if cuda:
-            torch.cuda.synchronize(device)
-        if timed:
-            seconds = time.perf_counter() - started
-    return seconds

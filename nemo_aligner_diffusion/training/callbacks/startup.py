@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 
-from nemo_aligner_diffusion.parallel.broadcast import gather
 from nemo_aligner_diffusion.runtime.files import write_atomic
-from nemo_aligner_diffusion.runtime.startup import STARTUP_FILE, Startup, summary
+from nemo_aligner_diffusion.runtime.startup import STARTUP_FILE, Startup
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +19,7 @@ log = logging.getLogger(__name__)
 class StartupCallback(pl.Callback):
     """Times the phases of the first optimizer step, then says and writes down all phases of ``startup``.
 
-    ``parallelising`` (the model to its device, cut and sharded), ``optimizer``, ``resume``, ``first batch`` (of the
+    ``parallelising`` (the model to its device, cut and sharded; the optimizer), ``resume``, ``first batch`` (of the
     data loader), ``first rollout``, ``first decoding and reward``, ``first replay`` (backward through the trajectory)
     and ``first optimizer step``. A GPU is waited for between them, this once.
 
@@ -41,14 +39,6 @@ class StartupCallback(pl.Callback):
         if self._done or stage != "fit":
             return
         self.startup.enter("parallelising")
-        factory: Callable[[Any], Any] = pl_module.optimizer_factory
-
-        def timed(parameters: Any) -> Any:
-            pl_module.optimizer_factory = factory
-            with self.startup.phase("optimizer"):
-                return factory(parameters)
-
-        pl_module.optimizer_factory = timed
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._enter("resume")
@@ -79,10 +69,9 @@ class StartupCallback(pl.Callback):
         self._enter("first optimizer step")
         self.startup.finish()
         self._done = True
-        by_rank = gather(self.startup.seconds)
         if trainer.is_global_zero:
             log.info("%s", self.startup.line())
-            write_atomic(self.folder / STARTUP_FILE, json.dumps(summary(by_rank), indent=1) + "\n")
+            write_atomic(self.folder / STARTUP_FILE, json.dumps(self.startup.summary(), indent=1) + "\n")
 
     def _enter(self, phase: str) -> None:
         if self._done:
