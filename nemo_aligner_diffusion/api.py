@@ -21,7 +21,6 @@ from nemo_aligner_diffusion.rewards.base import Reward
 from nemo_aligner_diffusion.rewards.support.augmented import augmented
 from nemo_aligner_diffusion.runtime.messages import with_quiet_libraries
 from nemo_aligner_diffusion.runtime.signals import Interrupted, Interruption
-from nemo_aligner_diffusion.runtime.watch import watched
 from nemo_aligner_diffusion.training.run import Given, train
 from nemo_aligner_diffusion.training.settings import RunSettings
 from nemo_aligner_diffusion.tune_arguments import (
@@ -151,8 +150,8 @@ def tune(
         interruption = Interruption((signal.SIGINT,), then="" if output is None else ", then export and report")
         objects = Given(pipe, own_reward, own_method, files, silent=not progress, keep=output is not None)
         try:
-            with _callers_state(), with_quiet_libraries(), watched(run.trainer, run.exp_manager) as watch:
-                ended = train(run, watch, interruption, objects)
+            with _callers_state(), with_quiet_libraries():
+                ended = train(run, interruption, objects)
         except BaseException as error:
             _take_adapter_off(pipe)
             if isinstance(error, Interrupted):

@@ -23,10 +23,9 @@ from tiny.training import Toy, fit
 from nemo_aligner_diffusion.errors import CheckpointError, OutputError
 from nemo_aligner_diffusion.training.callbacks.ema import EMACallback
 from nemo_aligner_diffusion.training.callbacks.settings import EMASettings
-from nemo_aligner_diffusion.training.checkpoints.callback import find_resume_point
-from nemo_aligner_diffusion.training.checkpoints.files import record_of, verify, write_manifest
+from nemo_aligner_diffusion.training.checkpoints.files import record_of, verify, write_manifest, write_tensors
 from nemo_aligner_diffusion.training.checkpoints.io import FolderCheckpointIO, share_out
-from nemo_aligner_diffusion.training.checkpoints.storage import DTYPES, write_tensors
+from nemo_aligner_diffusion.training.checkpoints.resume import find_resume_point
 from nemo_aligner_diffusion.training.checkpoints.tree import put_together, take_apart
 
 
@@ -40,15 +39,14 @@ def test_a_state_comes_back_as_it_was() -> None:
         "optimizer": {"state": {"net.weight": {"exp_avg": torch.randn(3, 2), "step": torch.tensor(4.0)}}},
     }
     document, leaves = take_apart(tree, parameters)
-    assert {name: leaf.like for name, leaf in leaves.items()} == {
+    assert {name: like for name, (_, like) in leaves.items()} == {
         "net.weight": "net.weight",
         "optimizer/state/net.weight/exp_avg": "net.weight",
         "optimizer/state/net.weight/step": None,
     }
-    back = put_together(json.loads(json.dumps(document)), {name: leaf.value for name, leaf in leaves.items()})
-    assert torch.equal(
-        back["optimizer"]["state"]["net.weight"]["exp_avg"], leaves["optimizer/state/net.weight/exp_avg"].value
-    )
+    back = put_together(json.loads(json.dumps(document)), lambda name, like: leaves[name][0])
+    moment = back["optimizer"]["state"]["net.weight"]["exp_avg"]
+    assert torch.equal(moment, leaves["optimizer/state/net.weight/exp_avg"][0])
     for key in ("numbers", "pairs", "$odd"):
         assert back[key] == tree[key]
         assert repr(back[key]) == repr(tree[key])  # -0.0, True and tuples too
@@ -68,26 +66,13 @@ def test_pieces_of_unknown_shape_are_not_taken_for_whole() -> None:
         take_apart(tree, parameters, in_pieces={"net.weight"})
 
 
-def test_files_are_safetensors_of_every_type(tmp_path: Path) -> None:
-    generator = torch.Generator().manual_seed(0)
-    tensors = {
-        f"of {name}": torch.randint(0, 2, (3, 5), generator=generator).to(dtype) for name, dtype in DTYPES.items()
-    }
-    tensors |= {
-        "one": torch.tensor(0.1),
-        "none": torch.zeros(0, 4),
-        "turned": torch.arange(6.0).reshape(2, 3).t(),
-        "part": torch.arange(10.0)[3:7],
-    }
+def test_a_file_is_what_its_record_says(tmp_path: Path) -> None:
+    tensors = {"one": torch.tensor(0.1), "none": torch.zeros(0, 4), "half": torch.ones(3, dtype=torch.bfloat16)}
     record = write_tensors(tmp_path / "x.safetensors", tensors)
     assert record == record_of(tmp_path / "x.safetensors")
-    back = load_file(tmp_path / "x.safetensors")  # the library's own reader
+    back = load_file(tmp_path / "x.safetensors")
     assert back.keys() == tensors.keys()
-    for name, value in tensors.items():
-        assert back[name].dtype == value.dtype
-        assert torch.equal(back[name], value), name
-    with pytest.raises(ValueError, match="complex64"):
-        write_tensors(tmp_path / "y.safetensors", {"z": torch.zeros(2, dtype=torch.complex64)})
+    assert all(torch.equal(back[name], value) for name, value in tensors.items())
 
 
 def test_torchs_own_reader_understands_the_folder(tmp_path: Path) -> None:
@@ -158,7 +143,8 @@ sys.path.insert(0, {tests!r})
 import torch
 from tiny.training import Toy, fit
 from nemo_aligner_diffusion.errors import OutputError
-from nemo_aligner_diffusion.training.callbacks.interruption import Interruption, InterruptionCallback
+from nemo_aligner_diffusion.runtime.signals import Interruption
+from nemo_aligner_diffusion.training.callbacks.interruption import InterruptionCallback
 
 run = Path(sys.argv[1])
 interruption = Interruption()

@@ -41,7 +41,8 @@ def train(devices: int, words: list[str], folder: str, steps: int, resume_from: 
     from nemo_aligner_diffusion.training.build import build_model, build_module
     from nemo_aligner_diffusion.training.callbacks.ema import EMACallback
     from nemo_aligner_diffusion.training.callbacks.settings import EMASettings
-    from nemo_aligner_diffusion.training.checkpoints.callback import TrainingCheckpoint, find_resume_point
+    from nemo_aligner_diffusion.training.checkpoints.callback import TrainingCheckpoint
+    from nemo_aligner_diffusion.training.checkpoints.resume import find_resume_point
 
     cfg = load_settings("draftp_sd", [*WORDS, f"trainer.devices={devices}", *words])
     layout = cfg.layout

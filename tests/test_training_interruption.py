@@ -17,23 +17,18 @@ from safetensors.torch import load_file
 from tiny.training import Numbers, Toy, fit
 from torch.utils.data import DataLoader
 
-from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.runtime.directory import RunDirectory, read_state
-from nemo_aligner_diffusion.training.callbacks.interruption import (
-    Interrupted,
-    Interruption,
-    InterruptionCallback,
-    parse_duration,
-    run_then_close,
-)
-from nemo_aligner_diffusion.training.checkpoints.callback import find_resume_point
+from nemo_aligner_diffusion.runtime.signals import Interrupted, Interruption, run_then_close
+from nemo_aligner_diffusion.training.callbacks.interruption import InterruptionCallback
+from nemo_aligner_diffusion.training.checkpoints.resume import find_resume_point
 
 PROGRAM = """
 import sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from tiny.training import Toy, fit
-from nemo_aligner_diffusion.training.callbacks.interruption import Interruption, InterruptionCallback, run_then_close
+from nemo_aligner_diffusion.runtime.signals import Interruption, run_then_close
+from nemo_aligner_diffusion.training.callbacks.interruption import InterruptionCallback
 from nemo_aligner_diffusion.runtime.directory import RunDirectory
 
 run = RunDirectory.prepare(Path(sys.argv[1]))
@@ -251,13 +246,6 @@ def test_an_error_in_training_is_not_swallowed(tmp_path: Path) -> None:
         run_then_close(Interruption(), train, [])
     assert issubclass(Interrupted, BaseException)
     assert not issubclass(Interrupted, Exception)
-
-
-def test_durations() -> None:
-    assert parse_duration("01:02:03:04").total_seconds() == 86400 + 2 * 3600 + 3 * 60 + 4
-    for text in ("1:00", "00:00:60", "an hour", "00:1:00:00"):
-        with pytest.raises(ConfigurationError, match="days:hours:minutes:seconds"):
-            parse_duration(text)
 
 
 def test_after_dismissal_signals_do_not_change_the_exit_status() -> None:

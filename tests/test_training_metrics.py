@@ -14,7 +14,7 @@ from nemo_aligner_diffusion.evaluation.metrics.peak_memory import peak_memory_by
 from nemo_aligner_diffusion.training.callbacks.csv_table import CSVTable
 from nemo_aligner_diffusion.training.callbacks.metrics import build_loggers, wandb_arguments
 from nemo_aligner_diffusion.training.callbacks.settings import LoggerSettings
-from nemo_aligner_diffusion.training.checkpoints.callback import find_resume_point
+from nemo_aligner_diffusion.training.checkpoints.resume import find_resume_point
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

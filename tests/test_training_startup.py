@@ -18,7 +18,7 @@ from nemo_aligner_diffusion.training.run import run_training
 SCRIPT = Path(__file__).resolve().parents[1] / "examples/mm/stable_diffusion/train_sd_draftp.py"
 PHASES = (
     *("building", "reading weights", "reward", "parallelising", "resume", "first batch", "first rollout"),
-    *("first decoding and reward", "first replay", "first optimizer step"),
+    *("first replay", "first optimizer step"),
 )
 
 

@@ -21,9 +21,9 @@ from nemo_aligner_diffusion.runtime.directory import RunDirectory
 from nemo_aligner_diffusion.runtime.join import AgentNotes, find_device
 from nemo_aligner_diffusion.runtime.process import Process
 from nemo_aligner_diffusion.runtime.settings import StragglerSettings
+from nemo_aligner_diffusion.runtime.signals import Interruption
 from nemo_aligner_diffusion.runtime.watch import RunWatch, watched
 from nemo_aligner_diffusion.training.build import build_model, build_module
-from nemo_aligner_diffusion.training.callbacks.interruption import Interruption
 from nemo_aligner_diffusion.training.run import run_training
 from nemo_aligner_diffusion.training.run_frame import RunFrame
 from nemo_aligner_diffusion.training.settings import RunSettings

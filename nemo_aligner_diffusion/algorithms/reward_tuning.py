@@ -25,7 +25,8 @@ from nemo_aligner_diffusion.diffusion.plan import PlanRule
 from nemo_aligner_diffusion.diffusion.schedule import path_of
 from nemo_aligner_diffusion.diffusion.trajectory import Rollout, check_repeatable, rollout
 from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError
-from nemo_aligner_diffusion.parallel.module import NonFiniteGuard, OptimizerFactory
+from nemo_aligner_diffusion.parallel.module import OptimizerFactory
+from nemo_aligner_diffusion.parallel.non_finite import NonFinitePolicy
 from nemo_aligner_diffusion.parallel.parallelism import Parallelism
 from nemo_aligner_diffusion.rewards.base import Reward
 from nemo_aligner_diffusion.rewards.support.sample_keys import SampleKeys, scoring_samples
@@ -71,7 +72,7 @@ class RewardTuning(PictureValidation):
         reward_margin: float | None = None,
         decode_micro_batch_size: int | None = None,
         seed: int = 0,
-        guard: NonFiniteGuard | None = None,
+        guard: NonFinitePolicy | None = None,
         parallel: Parallelism | None = None,
     ) -> None:
         super().__init__(model, reward, sampling, decode_micro_batch_size, optimizer_factory, guard, parallel)

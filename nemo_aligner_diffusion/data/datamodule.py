@@ -197,7 +197,7 @@ class StreamDataModule(pl.LightningDataModule, ABC):
         mesh = getattr(self.trainer.strategy, "device_mesh", None)
         if mesh is None or mesh["tensor_parallel"].size() == 1:
             return batch
-        from nemo_aligner_diffusion.parallel.shared_batch import first_of_group
+        from nemo_aligner_diffusion.parallel.broadcast import first_of_group
 
         return first_of_group(batch, mesh["tensor_parallel"].get_group())
 

@@ -53,57 +53,54 @@ def load_once(
             exception, as itself where it can be pickled, else as a ``RuntimeError`` that quotes it.
     """
     phase = phase or (lambda name: nullcontext())
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if rank_and_size()[1] == 1:
         with phase("reading weights"):
-            module = load()
+            loaded = load()
         with phase("moving to the device"):
-            return module.to(device)
+            return loaded.to(device)
     node = _node()
-    packed: _Packed | None = None
-    module_here: _Module | None = None
-    outcome: list[Any] = [None]
+    module: _Module | None = None
+    tensors: list[Tensor] = []
+
+    def read() -> tuple[bytes, list[tuple[torch.Size, torch.dtype]]] | None:
+        nonlocal module, tensors
+        module = load()
+        stream = io.BytesIO()
+        pickler = _Pickler(stream)
+        try:
+            pickler.dump(module)
+        # pickle raises what the objects' own methods raise: PicklingError, TypeError, AttributeError and more
+        except Exception as error:
+            log.info("every process loads for itself: %s cannot be pickled (%s)", type(module).__name__, error)
+            return None
+        tensors = pickler.tensors
+        return stream.getvalue(), [(tensor.shape, tensor.dtype) for tensor in tensors]
+
     with phase("reading weights"):  # the others wait for their leader
-        if node.is_leader:
-            try:
-                module_here = load()
-                packed = _pack(module_here)
-                outcome = [("loaded", packed.skeleton, [(t.shape, t.dtype) for t in packed.tensors])]
-            except _UnpicklableError as error:
-                outcome = [("not to be handed on", str(error))]
-            except Exception as error:
-                outcome = [("failed", _portable(error))]
+        outcome = [on_every_process(lambda: read() if node.is_leader else None)]
         dist.broadcast_object_list(outcome, src=node.leader, group=node.group)
-        kind, content, *rest = outcome[0]
-        _agree(content if kind == "failed" else None, node)
-    if kind != "loaded":
-        log.info("every process loads for itself: %s", content)
-        with phase("reading weights"):
-            failure: Exception | None = None
-            try:
-                module_here = module_here if module_here is not None else load()
-            except Exception as error:
-                failure = _portable(error)
-            _agree(failure, node)
-        assert module_here is not None
-        return module_here.to(device)
+        if outcome[0] is None:
+            return on_every_process(lambda: module if module is not None else load()).to(device)
     with phase("handing on"):
-        if packed is not None:
-            assert module_here is not None
-            for tensor in packed.tensors:
+        if module is not None:
+            for tensor in tensors:
                 _send(tensor, node, torch.device(device))
-            return module_here.to(device)
-        staging = _staging(rest[0], node, torch.device(device))
-        received = [_receive(shape, dtype, node, torch.device(device), staging) for shape, dtype in rest[0]]
-        unpacked: _Module = _Unpickler(io.BytesIO(content), received).load()
+            return module.to(device)
+        skeleton, described = outcome[0]
+        received = [_receive(shape, dtype, node, torch.device(device)) for shape, dtype in described]
+        unpacked: _Module = _Unpickler(io.BytesIO(skeleton), received).load()
         return unpacked
 
 
-def on_every_process(action: Callable[[], _Value]) -> _Value:
+def on_every_process(action: Callable[[], _Value], group: Any = None) -> _Value:
     """``action()`` in every process, each with its own result; what fails in one is raised in all.
 
     Otherwise the others would wait for it in their next collective call until that times out.
+
+    Args:
+        group: from :func:`own_group`; ``None``: the one that everybody uses.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if rank_and_size()[1] == 1:
         return action()
     result: list[_Value] = []
     failure: Exception | None = None
@@ -111,26 +108,48 @@ def on_every_process(action: Callable[[], _Value]) -> _Value:
         result.append(action())
     except Exception as error:
         failure = _portable(error)
-    _agree(failure, _node())
+    for rank, found in enumerate(gather(failure, group)):
+        if found is not None:
+            if isinstance(found, AlignerError):
+                found.said = rank != dist.get_rank()  # by the process that met it
+            raise found
     return result[0]
 
 
-def gather(value: _Value) -> list[_Value]:
-    """Every process's ``value`` (small, picklable) by rank, in every process."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+def gather(value: _Value, group: Any = None) -> list[_Value]:
+    """Every process's ``value`` (small, picklable) by rank, in every process; ``group`` as above."""
+    size = rank_and_size()[1]
+    if size == 1:
         return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value, group=_node().world)
+    values: list[Any] = [None] * size
+    dist.all_gather_object(values, value, group=_node().world if group is None else group)
     return values
 
 
 def from_first_process(action: Callable[[], _Value]) -> _Value:
     """What ``action()`` gives in the first process (small, picklable), in every process; so is what it raises."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return action()
-    given = on_every_process(lambda: action() if dist.get_rank() == 0 else None)
-    first: Any = gather(given)[0]
+    rank = rank_and_size()[0]
+    first: Any = gather(on_every_process(lambda: action() if rank == 0 else None))[0]
     return first
+
+
+def first_of_group(value: _Value, group: dist.ProcessGroup) -> _Value:
+    """The ``value`` (picklable) of the first rank of ``group``, on all of them."""
+    box = [value]
+    dist.broadcast_object_list(box, src=dist.get_global_rank(group, 0), group=group)
+    return box[0]
+
+
+def rank_and_size() -> tuple[int, int]:
+    """Of this process among all that are in the process group; ``(0, 1)`` without one."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def own_group() -> Any:
+    """All processes again, for messages of another thread, which must not meet the others'; ``None``: there is one."""
+    if rank_and_size()[1] == 1:
+        return None
+    return dist.new_group(backend="gloo", timeout=collective_timeout())
 
 
 @dataclass(frozen=True)
@@ -172,17 +191,6 @@ def _node() -> _Node:
     return mine
 
 
-def _agree(failure: Exception | None, node: _Node) -> None:
-    """Raise the first failure of any process in all of them."""
-    failures: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, failure, group=node.world)
-    for rank, found in enumerate(failures):
-        if found is not None:
-            if isinstance(found, AlignerError):
-                found.said = rank != dist.get_rank()  # by the process that met it
-            raise found
-
-
 def _portable(error: Exception) -> Exception:
     """``error`` if it can be rebuilt elsewhere with the same message, else one that can."""
     try:
@@ -192,27 +200,6 @@ def _portable(error: Exception) -> Exception:
         log.debug("an exception cannot be pickled: %s", reason)
     known = next((kind for kind in type(error).__mro__ if kind.__module__ == AlignerError.__module__), None)
     return known(str(error)) if known is not None else RuntimeError(f"{type(error).__name__}: {error}")
-
-
-class _UnpicklableError(Exception):
-    """A module that only the process which made it can have; its message says what is in the way."""
-
-
-@dataclass(frozen=True)
-class _Packed:
-    skeleton: bytes  # the module, with numbers in its tensors' places
-    tensors: list[Tensor]  # each storage once
-
-
-def _pack(module: nn.Module) -> _Packed:
-    stream = io.BytesIO()
-    pickler = _Pickler(stream)
-    try:
-        pickler.dump(module)
-    # pickle raises what the objects' own methods raise: PicklingError, TypeError, AttributeError and more
-    except Exception as error:
-        raise _UnpicklableError(f"{type(module).__name__} cannot be pickled ({error})") from error
-    return _Packed(stream.getvalue(), pickler.tensors)
 
 
 class _Pickler(pickle.Pickler):
@@ -268,30 +255,13 @@ def _send(tensor: Tensor, node: _Node, device: torch.device) -> None:
         dist.broadcast(_bytes(value), src=node.leader, group=node.group)
 
 
-def _staging(described: list[tuple[torch.Size, torch.dtype]], node: _Node, device: torch.device) -> Tensor | None:
-    """Host memory for the largest tensor, through which all of them reach another device; ``None``: not needed.
-
-    One block for all: an allocator that got and gave back each tensor's own would keep several in pieces.
-    """
-    if device.type == "cpu" or (node.fast is not None and device.type == "cuda"):
-        return None
-    return torch.empty(
-        max((shape.numel() * dtype.itemsize for shape, dtype in described), default=0), dtype=torch.uint8
-    )
-
-
-def _receive(
-    shape: torch.Size, dtype: torch.dtype, node: _Node, device: torch.device, staging: Tensor | None
-) -> Tensor:
+def _receive(shape: torch.Size, dtype: torch.dtype, node: _Node, device: torch.device) -> Tensor:
     """On ``device``: through NCCL at once, else through host memory, which holds this one tensor then."""
     fast = node.fast is not None and device.type == "cuda"
-    if staging is None:
-        value = torch.empty(shape, dtype=dtype, device=device)
-    else:
-        value = staging[: shape.numel() * dtype.itemsize].view(dtype).view(shape)
+    value = torch.empty(shape, dtype=dtype, device=device if fast else "cpu")
     if fast or value.numel():
         dist.broadcast(_bytes(value), src=node.leader, group=node.fast if fast else node.group)
-    return value if staging is None else value.to(device, copy=True)
+    return value.to(device)
 
 
 def _bytes(contiguous: Tensor) -> Tensor:

@@ -5,35 +5,21 @@ from __future__ import annotations
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins import MixedPrecision
 from torch.nn import Parameter
 
+from nemo_aligner_diffusion.parallel.non_finite import NonFinitePolicy
 from nemo_aligner_diffusion.parallel.parallelism import Parallelism
 
 log = logging.getLogger(__name__)
 
 _GUARD = "non_finite"  # in checkpoints
 OptimizerFactory = Callable[[list[tuple[str, Parameter]]], tuple[torch.optim.Optimizer, Any]]
-
-
-class NonFiniteGuard(Protocol):
-    """Decides what to do about NaN or infinite values and gradients."""
-
-    def check(self, step: int, prompts: Sequence[str], **values: Any) -> bool:
-        """True if the update of this step must be skipped; raises when too many came in a row.
-
-        ``values`` are numbers by name (``grad_norm``) or one number for each prompt (``reward``).
-        """
-        ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 class ParallelModule(pl.LightningModule, ABC):
@@ -44,19 +30,19 @@ class ParallelModule(pl.LightningModule, ABC):
 
     Args:
         optimizer_factory: named parameters → ``(optimizer, learning-rate schedule per optimizer step or None)``.
-        guard: see :class:`NonFiniteGuard`; ``None``: non-finite updates are skipped without limit.
+        guard: what becomes of NaN and infinite values and gradients; ``None``: the policy with its default.
         parallel: how the model is spread over processes; ``None``: one process.
     """
 
     def __init__(
         self,
         optimizer_factory: OptimizerFactory,
-        guard: NonFiniteGuard | None = None,
+        guard: NonFinitePolicy | None = None,
         parallel: Parallelism | None = None,
     ) -> None:
         super().__init__()
         self.optimizer_factory = optimizer_factory
-        self.guard = guard
+        self.guard = guard or NonFinitePolicy()
         self.parallel = parallel or Parallelism()
         self._prompts: list[str] = []  # of the running optimizer step
         self._grad_norm = float("nan")
@@ -78,11 +64,10 @@ class ParallelModule(pl.LightningModule, ABC):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.guard is not None:
-            checkpoint[_GUARD] = self.guard.state_dict()
+        checkpoint[_GUARD] = self.guard.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.guard is not None and _GUARD in checkpoint:  # not in those of earlier versions
+        if _GUARD in checkpoint:  # not in those of earlier versions
             self.guard.load_state_dict(checkpoint[_GUARD])
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -96,8 +81,7 @@ class ParallelModule(pl.LightningModule, ABC):
             # how float16's scaler finds its scale: nothing is wrong with the step as long as its values are finite
             log.info("step %d: the gradient overflowed at a loss scale of %g, which is lowered", step, scale)
             del looked_at["grad_norm"]
-        if self.guard is not None:
-            skip = self.guard.check(step, self._prompts, **looked_at) or skip
+        skip = self.guard.check(step, self._prompts, **looked_at) or skip
         if skip:
             optimizer.zero_grad(set_to_none=True)  # a parameter without gradient is left alone, its moments too
 

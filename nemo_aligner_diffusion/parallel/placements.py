@@ -7,7 +7,6 @@ export, averages, tests) needs to know of neither.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,11 +105,13 @@ class Placement:
 
 def placements(root: nn.Module) -> dict[str, Placement]:
     """The placement of every parameter below ``root``, by name."""
-    return {
-        f"{path}.{name}" if path else name: Placement(cut, group if cut is not None else None)
-        for path, module in root.named_modules(remove_duplicate=False)
-        for name, cut, group in _own(module)
-    }
+    found: dict[str, Placement] = {}
+    for path, module in root.named_modules(remove_duplicate=False):
+        cuts, group = getattr(module, CUTS, {}), getattr(module, GROUP, None)
+        for name, _ in module.named_parameters(recurse=False):
+            place = Placement(cuts[name], group) if name in cuts else Placement()
+            found[f"{path}.{name}" if path else name] = place
+    return found
 
 
 def is_sharded(value: Tensor) -> bool:
@@ -120,23 +121,11 @@ def is_sharded(value: Tensor) -> bool:
     return isinstance(value, DTensor)
 
 
-def _own(module: nn.Module) -> Iterator[tuple[str, TensorCut | None, Any]]:
-    cuts, group = getattr(module, CUTS, {}), getattr(module, GROUP, None)
-    for name, _ in module.named_parameters(recurse=False):
-        yield name, cuts.get(name), group
-
-
 def _shard(whole: Tensor, like: Tensor) -> Tensor:
     """This rank's piece of what is already cut for its tensor rank, along the data mesh of ``like``."""
-    piece = whole
-    mesh, layout = like.device_mesh, like.placements  # type: ignore[attr-defined]
-    for dimension, placement in enumerate(layout):
-        if placement.is_shard():
-            # FSDP2 deals out rows as torch.chunk does; the last ranks may hold fewer, or none
-            chunks = piece.chunk(mesh.size(dimension), placement.dim)
-            rank = mesh.get_local_rank(dimension)
-            empty = piece.narrow(placement.dim, 0, 0)
-            piece = chunks[rank] if rank < len(chunks) else empty
-        elif not placement.is_replicate():
-            raise ValueError(f"a tensor placed as {placement} cannot be filled; expected shards or replicas")
+    mesh, (placement,) = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    # FSDP2 deals out rows as torch.chunk does; the last ranks may hold fewer, or none
+    chunks = whole.chunk(mesh.size(), placement.dim)
+    rank = mesh.get_local_rank()
+    piece = chunks[rank] if rank < len(chunks) else whole.narrow(placement.dim, 0, 0)
     return piece.contiguous().clone()

@@ -10,10 +10,10 @@ import pytorch_lightning as pl
 from pytorch_lightning.plugins.environments import ClusterEnvironment
 from pytorch_lightning.strategies import ModelParallelStrategy
 from pytorch_lightning.strategies.strategy import Strategy
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.optim import Optimizer
 
 from nemo_aligner_diffusion.parallel.layout import Layout
-from nemo_aligner_diffusion.parallel.private_api import set_timeout
 from nemo_aligner_diffusion.runtime.process import Process
 
 
@@ -83,7 +83,7 @@ class ParallelStrategy(ModelParallelStrategy):
         super().setup_environment()
         mesh = self.device_mesh
         for name in mesh.mesh_dim_names or ():  # its groups have torch's own timeout, which may be the shorter one
-            set_timeout(mesh.get_group(name), self.timeout)
+            _set_pg_timeout(self.timeout, mesh.get_group(name))
 
     @property
     def lightning_restore_optimizer(self) -> bool:

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from nemo_aligner_diffusion.errors import ConfigurationError
-from nemo_aligner_diffusion.parallel.module import NonFiniteGuard, OptimizerFactory, ParallelModule
+from nemo_aligner_diffusion.parallel.module import OptimizerFactory, ParallelModule
+from nemo_aligner_diffusion.parallel.non_finite import NonFinitePolicy
 from nemo_aligner_diffusion.parallel.parallelism import Parallelism
 from nemo_aligner_diffusion.reward_training.calibration import PreferenceFigures, preference_figures
 from nemo_aligner_diffusion.reward_training.loss import correct, decided, preference_loss
@@ -92,7 +93,7 @@ class PreferenceCLIP(ParallelModule):
         optimizer_factory: OptimizerFactory,
         *,
         activation_checkpointing: bool = False,
-        guard: NonFiniteGuard | None = None,
+        guard: NonFinitePolicy | None = None,
         parallel: Parallelism | None = None,
     ) -> None:
         super().__init__(optimizer_factory, guard, parallel)

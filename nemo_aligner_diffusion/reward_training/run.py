@@ -13,6 +13,7 @@ from pytorch_lightning.callbacks import EarlyStopping
 from nemo_aligner_diffusion.embedded_assets import embedded_reward_path
 from nemo_aligner_diffusion.parallel.broadcast import load_once, on_every_process
 from nemo_aligner_diffusion.parallel.layout import Layout
+from nemo_aligner_diffusion.parallel.non_finite import NonFinitePolicy
 from nemo_aligner_diffusion.parallel.parallelism import Parallelism
 from nemo_aligner_diffusion.reward_training.best_weights import BestWeights
 from nemo_aligner_diffusion.reward_training.clip_files import (
@@ -27,11 +28,9 @@ from nemo_aligner_diffusion.reward_training.preference_clip import PreferenceCLI
 from nemo_aligner_diffusion.reward_training.preference_data import PreferenceDataModule
 from nemo_aligner_diffusion.rewards.clip.reward import CLIPReward
 from nemo_aligner_diffusion.runtime.messages import log_to_screen
-from nemo_aligner_diffusion.runtime.watch import watched
+from nemo_aligner_diffusion.runtime.signals import Interruption
 from nemo_aligner_diffusion.training.build import optimizer_factory
-from nemo_aligner_diffusion.training.callbacks.interruption import Interruption
 from nemo_aligner_diffusion.training.callbacks.metrics import MetricsCSV
-from nemo_aligner_diffusion.training.callbacks.non_finite import NonFinitePolicy
 from nemo_aligner_diffusion.training.callbacks.progress import TrainingProgress
 from nemo_aligner_diffusion.training.run_frame import RunFrame
 
@@ -71,21 +70,11 @@ def run_reward_training(cfg: Mapping[str, Any], interruption: Interruption | Non
 
     Args:
         cfg: from :func:`~nemo_aligner_diffusion.reward_training.configuration.load_reward_config`.
-        interruption: takes signals already, while the program loads.
-
-    Returns:
-        exit code: 0, or 130/143 after Ctrl-C/SIGTERM (export and report are there all the same); 0 or 75 where the run
-        goes on in another start of its Slurm job (without them).
-
-    Raises:
-        AlignerError: with one clear message; the run directory says ``failed``.
+        interruption, returned code, errors: as of :func:`~nemo_aligner_diffusion.training.run.run_training`.
     """
     log_to_screen()
     settings = RewardTrainingSettings.of(cfg)
-    with (
-        watched(settings.trainer, settings.exp_manager) as watch,
-        RunFrame.open(settings, watch, interruption or Interruption()) as frame,
-    ):
+    with RunFrame.open(settings, interruption or Interruption()) as frame:
         return _run(settings, frame)
 
 
@@ -122,19 +111,16 @@ def _run(settings: RewardTrainingSettings, frame: RunFrame) -> int:
                 check_on_train_epoch_end=False,
             )
         )
-    interval = loop.val_check_interval if validates else 0
     # what early stopping and the best weights learn from a validation is not in the checkpoint that comes before it
-    callbacks += frame.callbacks(loop.save_interval, interval, validate_again=True)
-    trainer = frame.trainer(loop, layout, settings.accumulation, callbacks, validates)
+    trainer = frame.trainer(loop, layout, settings.accumulation, callbacks, validates=validates, validate_again=True)
     if trainer.is_global_zero:
         trained = sum(p.numel() for _, p in module.trainable_parameters())
         log.info("training %s of %s parameters", f"{trained:,}", f"{sum(p.numel() for p in module.parameters()):,}")
-        log.info("run directory: %s", directory.path)
     figures: dict[str, Any] = {}
 
     def train() -> None:
         torch.manual_seed(section.seed)
-        trainer.fit(module, datamodule=data, ckpt_path=str(frame.resume.path) if frame.resume is not None else None)
+        trainer.fit(module, datamodule=data, ckpt_path=frame.checkpoint)
 
     def validate() -> None:
         if validates and module.validated_step != trainer.global_step and not frame.cut_short:
@@ -159,8 +145,8 @@ def _run(settings: RewardTrainingSettings, frame: RunFrame) -> int:
         frame.record(trainer, best_step=best.step, skipped_steps=policy.skipped, non_finite_events=policy.events)
 
     def report() -> None:
-        if settings.report.enable and trainer.is_global_zero:
-            log.info("report: %s", write_reward_report(directory.path, figures))
+        if settings.report.enable:
+            frame.report(trainer, lambda: write_reward_report(directory.path, figures))
 
     return frame.carry_out(trainer, loop.max_steps, train, [validate, export, record, report])
 

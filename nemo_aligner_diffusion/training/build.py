@@ -17,7 +17,8 @@ from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.diffusion.settings import SamplingSettings
 from nemo_aligner_diffusion.embedded_assets import embedded_model_path
 from nemo_aligner_diffusion.parallel.broadcast import load_once
-from nemo_aligner_diffusion.parallel.module import NonFiniteGuard, OptimizerFactory
+from nemo_aligner_diffusion.parallel.module import OptimizerFactory
+from nemo_aligner_diffusion.parallel.non_finite import NonFinitePolicy
 from nemo_aligner_diffusion.parallel.parallelism import Parallelism
 from nemo_aligner_diffusion.parallel.tensor.plans import check_tensor_parallel
 from nemo_aligner_diffusion.rewards.base import Reward
@@ -63,8 +64,7 @@ def build_model(
 def _prepare(section: ModelSettings, model: DiffusionModel) -> None:
     """Mark the trainable part of a loaded model and give its pipeline the solver that is asked for."""
     if section.tensor_model_parallel_size > 1:
-        config = {"_class_name": type(model.denoiser).__name__, **model.denoiser.config}
-        check_tensor_parallel(config, section.tensor_model_parallel_size)
+        check_tensor_parallel(model.denoiser, section.tensor_model_parallel_size)
     model.set_scheduler(section.infer.sampler_type, section.infer.eta)
     if section.peft.is_lora:
         tuning = section.peft.lora_tuning
@@ -98,7 +98,7 @@ def build_module(
     model: DiffusionModel,
     reward: Reward,
     max_steps: int,
-    guard: NonFiniteGuard | None = None,
+    guard: NonFinitePolicy | None = None,
     method: Method | None = None,
 ) -> RewardTuning:
     """The Lightning module, with the rule of ``method``, or of ``model.algorithm``."""

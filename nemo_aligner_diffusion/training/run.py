@@ -23,18 +23,17 @@ from nemo_aligner_diffusion.evaluation.diversity import Embedder
 from nemo_aligner_diffusion.evaluation.metrics.registry import validation_figures
 from nemo_aligner_diffusion.evaluation.report import write_report
 from nemo_aligner_diffusion.parallel.broadcast import load_once, on_every_process
+from nemo_aligner_diffusion.parallel.non_finite import NonFinitePolicy
 from nemo_aligner_diffusion.rewards import build_reward, restore_reward
 from nemo_aligner_diffusion.rewards.base import Reward
 from nemo_aligner_diffusion.rewards.build import import_paths
 from nemo_aligner_diffusion.runtime.files import write_atomic
 from nemo_aligner_diffusion.runtime.messages import log_to_screen
+from nemo_aligner_diffusion.runtime.signals import Interruption
 from nemo_aligner_diffusion.runtime.startup import Startup
-from nemo_aligner_diffusion.runtime.watch import RunWatch, watched
 from nemo_aligner_diffusion.training.build import build_model, build_module
 from nemo_aligner_diffusion.training.callbacks.ema import EMACallback
-from nemo_aligner_diffusion.training.callbacks.interruption import Interruption
 from nemo_aligner_diffusion.training.callbacks.metrics import MetricsCSV
-from nemo_aligner_diffusion.training.callbacks.non_finite import NonFinitePolicy
 from nemo_aligner_diffusion.training.callbacks.progress import TrainingProgress
 from nemo_aligner_diffusion.training.callbacks.reward_normalization import RewardNormalization
 from nemo_aligner_diffusion.training.callbacks.startup import StartupCallback
@@ -115,27 +114,20 @@ def run_training(
         AlignerError: with one clear message; the run directory says ``failed``.
     """
     log_to_screen()
-    settings = RunSettings.of(cfg)
-    with watched(settings.trainer, settings.exp_manager) as watch:
-        return train(settings, watch, interruption or Interruption(), startup=startup).code
+    return train(RunSettings.of(cfg), interruption or Interruption(), startup=startup).code
 
 
 def train(
-    settings: RunSettings,
-    watch: RunWatch,
-    interruption: Interruption,
-    given: Given | None = None,
-    startup: Startup | None = None,
+    settings: RunSettings, interruption: Interruption, given: Given | None = None, startup: Startup | None = None
 ) -> Ended:
     """:func:`run_training` for programs: with objects of theirs, and what was tuned in their hands."""
-    given, startup = given or Given(), startup or Startup()
-    with RunFrame.open(settings, watch, interruption, startup.enter) as frame:
-        return _train(settings, frame, startup, given)
+    startup = startup or Startup()
+    with RunFrame.open(settings, interruption, startup.enter) as frame:
+        return _train(settings, frame, startup, given or Given())
 
 
 def _train(settings: RunSettings, frame: RunFrame, startup: Startup, given: Given) -> Ended:
-    directory, device, resume = frame.directory, frame.device, frame.resume
-    watch, interruption = frame.watch, frame.interruption
+    directory, device, watch = frame.directory, frame.device, frame.watch
     loop, section, layout = settings.loop, settings.model, settings.layout
     # a user's own is imported before anything is loaded
     on_every_process(lambda: (given.method or settings.method()).check(section.infer.inference_steps))
@@ -168,22 +160,20 @@ def _train(settings: RunSettings, frame: RunFrame, startup: Startup, given: Give
     ema = EMACallback(settings.exp_manager.ema) if settings.exp_manager.ema.enable else None
     callbacks: list[pl.Callback] = [
         StartupCallback(startup, directory.path),
-        RewardNormalization(directory.path, resumed=resume is not None),
+        RewardNormalization(directory.path),
         *([ema] if ema is not None else []),
         ValidationFiles(directory.path, settings.report.max_prompts),
         MetricsCSV(directory.path),
         TrainingProgress(silent=given.silent),
-        *frame.callbacks(loop.save_interval if given.keep else None, loop.val_check_interval),
     ]
     startup.enter("trainer")
-    trainer = frame.trainer(loop, layout, settings.accumulation, callbacks, validates=loop.val_check_interval > 0)
-    if trainer.is_global_zero:
-        log.info("run directory: %s", directory.path)
+    validates = loop.val_check_interval > 0
+    trainer = frame.trainer(loop, layout, settings.accumulation, callbacks, validates=validates, saves=given.keep)
 
     def fit() -> None:
         # dropout masks differ between samples, and are the same where processes share a sample
         torch.manual_seed(section.seed + trainer.global_rank // layout.tensor)
-        trainer.fit(module, datamodule=data, ckpt_path=str(resume.path) if resume is not None else None)
+        trainer.fit(module, datamodule=data, ckpt_path=frame.checkpoint)
 
     def validate() -> None:
         due = data.validation_prompts and module.validated_step != trainer.global_step
@@ -191,7 +181,7 @@ def _train(settings: RunSettings, frame: RunFrame, startup: Startup, given: Give
             trainer.validate(module, datamodule=data, verbose=False)
 
     def export() -> None:
-        if interruption.at_once and not module.parallel.holds_whole_weights:
+        if frame.interruption.at_once and not module.parallel.holds_whole_weights:
             log.warning("stopped in the middle of a step, each process at another place: nothing is exported")
             return
         with ema.averaged_weights(module) if ema is not None else contextlib.nullcontext():
@@ -216,8 +206,8 @@ def _train(settings: RunSettings, frame: RunFrame, startup: Startup, given: Give
         )
 
     def report() -> None:
-        if settings.report.enable and trainer.is_global_zero:
-            log.info("report: %s", write_report(directory.path))
+        if settings.report.enable:
+            frame.report(trainer, lambda: write_report(directory.path))
 
     def salvage() -> None:
         if module.parallel.holds_whole_weights:  # else all processes would have to take part

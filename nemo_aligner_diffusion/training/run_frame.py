@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,23 +14,18 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
 
-from nemo_aligner_diffusion.errors import AlignerError
+from nemo_aligner_diffusion.errors import AlignerError, first_line
 from nemo_aligner_diffusion.parallel.broadcast import gather, on_every_process
 from nemo_aligner_diffusion.parallel.layout import Layout
 from nemo_aligner_diffusion.parallel.strategy import LaunchedProcesses, ParallelStrategy
-from nemo_aligner_diffusion.runtime.directory import RunDirectory, resolve_run_directory
+from nemo_aligner_diffusion.runtime.directory import RunDirectory, read_state, resolve_run_directory
 from nemo_aligner_diffusion.runtime.join import AgentNotes, find_device, join
 from nemo_aligner_diffusion.runtime.process import Process, left_over
+from nemo_aligner_diffusion.runtime.signals import Interrupted, Interruption, run_then_close
 from nemo_aligner_diffusion.runtime.slurm import Requeue
-from nemo_aligner_diffusion.runtime.watch import RunWatch, explained
+from nemo_aligner_diffusion.runtime.watch import RunWatch, explained, watched
 from nemo_aligner_diffusion.training.callbacks.health import HealthCallback
-from nemo_aligner_diffusion.training.callbacks.interruption import (
-    Interrupted,
-    Interruption,
-    InterruptionCallback,
-    RunTimer,
-    run_then_close,
-)
+from nemo_aligner_diffusion.training.callbacks.interruption import InterruptionCallback
 from nemo_aligner_diffusion.training.callbacks.metrics import build_loggers
 from nemo_aligner_diffusion.training.callbacks.missed_validation import MissedValidation
 from nemo_aligner_diffusion.training.checkpoints.callback import TrainingCheckpoint
@@ -45,8 +40,6 @@ _BEGUN = "begun"  # a note for the next start by torchrun: this run's directory 
 @dataclass
 class RunFrame:
     """A run that has its processes and its directory: :meth:`open` it, build, :meth:`begin`, :meth:`carry_out`.
-
-    As a context it gives the directory back at the end; a run that has not begun leaves no trace there.
 
     Attributes:
         device: this process's.
@@ -65,57 +58,63 @@ class RunFrame:
     _requeue: Requeue | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        self._timer = RunTimer.from_settings(self.settings.exp_manager)
-
-    def __enter__(self) -> RunFrame:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.directory.release(self.inputs)
+        self._ending = InterruptionCallback(self.interruption, self.settings.exp_manager.max_time_per_run)
 
     @classmethod
+    @contextlib.contextmanager
     def open(
-        cls,
-        settings: ProgramSettings,
-        watch: RunWatch,
-        interruption: Interruption,
-        enter: Callable[[str], None] = lambda phase: None,
-    ) -> RunFrame:
+        cls, settings: ProgramSettings, interruption: Interruption, enter: Callable[[str], None] = lambda phase: None
+    ) -> Iterator[RunFrame]:
         """Join the other processes; find the directory, and what it holds. Comes before anything heavy is loaded.
 
+        On leaving, the directory is given back; a run that has not begun leaves no trace there.
+
         Args:
+            interruption: takes signals already.
             enter: called with the name of what the start has come to.
 
         Raises:
             OutputError, CheckpointError: the directory, or what is in it, cannot be used.
         """
-        enter("process group")
-        watch.phase("joining the process group")
-        process = watch.process
-        device = find_device(process, settings.trainer.lightning_devices, settings.trainer.accelerator)
-        if message := left_over(process):
-            log.warning("%s", message)
-        join(process, device, watch)
-        notes = AgentNotes(process)
-        # one that is named after the time has one name in all processes, also after torchrun has started them again
-        path = Path(notes.get("directory") or gather(str(resolve_run_directory(settings.exp_manager)))[0])
-        if process.is_rank_zero:
-            notes.set("directory", str(path))
-        if _is_restart(process, notes):
-            settings = settings.resuming()
-        enter("run directory")
-        section = settings.exp_manager
-        resumes, anew = section.resume_if_exists, section.resume_ignore_no_checkpoint
-        directory = on_every_process(lambda: RunDirectory.prepare(path, resumes, anew, process.is_rank_zero))
-        try:
-            resume = find_resume_point(directory.checkpoints) if resumes else None
-            if resume is not None and directory.is_writer:
-                for key, (before, now) in directory.changed_keys(OmegaConf.to_yaml(settings.shown)).items():
-                    log.warning("resuming with %s = %s; it was %s", key, now, before)
-        except BaseException:
-            directory.release()
-            raise
-        return cls(settings, watch, interruption, device, directory, resume, notes)
+        with watched(settings.trainer, settings.exp_manager) as watch:
+            enter("process group")
+            watch.phase("joining the process group")
+            process = watch.process
+            device = find_device(process, settings.trainer.lightning_devices, settings.trainer.accelerator)
+            if message := left_over(process):
+                log.warning("%s", message)
+            join(process, device, watch)
+            notes = AgentNotes(process)
+            # one named after the time has one name in all processes, also after torchrun has started them again
+            path = Path(notes.get("directory") or gather(str(resolve_run_directory(settings.exp_manager)))[0])
+            if process.is_rank_zero:
+                notes.set("directory", str(path))
+            if _is_restart(process, notes):
+                settings = settings.resuming()
+            enter("run directory")
+            section = settings.exp_manager
+            resumes, anew = section.resume_if_exists, section.resume_ignore_no_checkpoint
+            directory = on_every_process(lambda: RunDirectory.prepare(path, resumes, anew, process.is_rank_zero))
+            inputs: list[str] = []
+            try:
+                resume = find_resume_point(directory.checkpoints) if resumes else None
+                frame = cls(settings, watch, interruption, device, directory, resume, notes)
+                inputs = frame.inputs
+                if resume is not None and directory.is_writer:
+                    frame._tell_of_changes()
+                yield frame
+            finally:
+                directory.release(inputs)
+
+    def _tell_of_changes(self) -> None:
+        changed = self.directory.changed_keys(OmegaConf.to_yaml(self.settings.shown))
+        for key, (before, now) in changed.items():
+            log.warning("resuming with %s = %s; it was %s", key, now, before)
+        if "model.seed" in changed:
+            log.warning(
+                "model.seed has changed: what is drawn at random and the order of the samples are the new seed's from "
+                "here on; weights and moments go on from the checkpoint"
+            )
 
     def begin(self, module: torch.nn.Module, optimizer: str) -> None:
         """Take the directory into use, now that everything has been built.
@@ -134,48 +133,43 @@ class RunFrame:
         self.watch.directory = self.directory
         if self.directory.is_writer:
             self.notes.set(_BEGUN, "1")
+            log.info("run directory: %s", self.directory.path)
         section = self.settings.exp_manager
         self._requeue = Requeue.for_this_run(section, section, self.directory.is_writer)
         self.interruption.patient = self._requeue is not None
 
-    def callbacks(
-        self, save_interval: int | None, validation_interval: int, validate_again: bool = False
-    ) -> list[pl.Callback]:
-        """What ends, saves, resumes and watches a fit; behind the callbacks of its own.
-
-        Args:
-            save_interval: optimizer steps between checkpoints; 0: only at the end; ``None``: there are none.
-            validation_interval: optimizer steps between validations; 0: there are none.
-            validate_again: see :class:`MissedValidation`.
-        """
-        checkpoint = None
-        if save_interval is not None:
-            checkpoint = TrainingCheckpoint(
-                self.directory.checkpoints,
-                every_n_optimizer_steps=save_interval or None,
-                resume=self.resume,
-                **vars(self.settings.exp_manager.checkpoint_callback_params),
-            )
-        health = [HealthCallback(self.watch)] if self.watch.progress is not None else []
-        return [
-            InterruptionCallback(self.interruption),
-            MissedValidation(self.directory.path, validation_interval, always=validate_again),
-            *([checkpoint] if checkpoint is not None else []),
-            *([self._timer] if self._timer is not None else []),
-            *health,
-        ]
-
     def trainer(
-        self, loop: LoopSettings, layout: Layout, accumulation: int, callbacks: list[pl.Callback], validates: bool
+        self,
+        loop: LoopSettings,
+        layout: Layout,
+        accumulation: int,
+        callbacks: list[pl.Callback],
+        *,
+        validates: bool,
+        saves: bool = True,
+        validate_again: bool = False,
     ) -> pl.Trainer:
-        """Lightning's Trainer as all runs have it.
+        """Lightning's Trainer as all runs have it, with what ends, saves, resumes and watches a fit.
 
         Args:
             loop: the section that holds ``max_steps``, ``val_check_interval`` (optimizer steps) …
             accumulation: micro-batches an optimizer step.
+            callbacks: the run's own; the others come behind them.
+            saves: whether there are checkpoints.
+            validate_again: see :class:`MissedValidation`.
         """
-        machine, experiment = self.settings.trainer, self.settings.exp_manager
-        interval = loop.val_check_interval * accumulation if validates else 0
+        machine, experiment, resume = self.settings.trainer, self.settings.exp_manager, self.resume
+        interval = loop.val_check_interval if validates else 0
+        callbacks = [
+            *callbacks,
+            self._ending,
+            MissedValidation(self.directory.path, interval, always=validate_again),
+        ]
+        if saves:
+            kept = vars(experiment.checkpoint_callback_params)
+            callbacks.append(TrainingCheckpoint(self.directory.checkpoints, loop.save_interval, resume=resume, **kept))
+        if self.watch.progress is not None:
+            callbacks.append(HealthCallback(self.watch))
         return pl.Trainer(
             accelerator=machine.accelerator,
             devices=machine.lightning_devices,
@@ -186,31 +180,47 @@ class RunFrame:
             max_epochs=1,  # one pass of the loader is all passes over the samples
             accumulate_grad_batches=accumulation,
             gradient_clip_val=loop.gradient_clip_val or None,
-            val_check_interval=interval or None,
+            val_check_interval=interval * accumulation or None,
             check_val_every_n_epoch=None,
             limit_val_batches=loop.limit_val_batches if interval else 0,
             num_sanity_val_steps=0,
             log_every_n_steps=machine.log_every_n_steps,
             logger=build_loggers(
-                experiment, self.settings.name, self.directory.path, self.resume.step if self.resume is not None else 0
+                experiment, self.settings.name, self.directory.path, 0 if resume is None else resume.step
             ),
             callbacks=callbacks,
             plugins=[LaunchedProcesses(self.watch.process)],
             use_distributed_sampler=False,
             enable_model_summary=False,
-            enable_checkpointing=any(isinstance(callback, TrainingCheckpoint) for callback in callbacks),
+            enable_checkpointing=saves,
         )
+
+    @property
+    def checkpoint(self) -> str | None:
+        """``ckpt_path`` of ``trainer.fit``."""
+        return None if self.resume is None else str(self.resume.path)
 
     @property
     def cut_short(self) -> bool:
         """Whether training was ended before its time, by a signal or by ``exp_manager.max_time_per_run``."""
-        return self.interruption.stopped_training or (self._timer is not None and self._timer.reached)
+        return self.interruption.stopped_training or self._ending.out_of_time
 
     def record(self, trainer: pl.Trainer, **figures: Any) -> None:
         """How the run ended, for ``run.json``."""
-        out_of_time = self._timer is not None and self._timer.reached and trainer.global_step < trainer.max_steps
+        out_of_time = self._ending.out_of_time and trainer.global_step < trainer.max_steps
         status = "interrupted" if self.interruption.requested or out_of_time else "finished"
         self.directory.finish(status, step=trainer.global_step, **figures)
+
+    def report(self, trainer: pl.Trainer, write: Callable[[], Path]) -> None:
+        """Write the report; without one a run that has ended well has still ended well."""
+        if not trainer.is_global_zero:
+            return
+        try:
+            log.info("report: %s", write())
+        except Exception as error:
+            log.error("everything but the report is complete; it could not be written: %s", first_line(error))
+            ended = read_state(self.directory.path).get("status", "finished")
+            self.directory.finish(ended, report_error=first_line(error))
 
     def carry_out(
         self,
@@ -225,7 +235,7 @@ class RunFrame:
         Args:
             max_steps: a run that has done so many is complete, and not put back into the queue.
             train: calls ``trainer.fit``.
-            closing: what follows it: validation, export, :meth:`record`, report.
+            closing: what follows it: validation, export, :meth:`record`, :meth:`report`.
             salvage: saves what was learnt when an error of the user's, or of the numbers, has ended training.
 
         Raises:

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from nemo_aligner_diffusion.parallel.non_finite import NonFinitePolicy
 from nemo_aligner_diffusion.training.callbacks.metrics import MetricsCSV
 from nemo_aligner_diffusion.training.callbacks.missed_validation import MissedValidation
-from nemo_aligner_diffusion.training.callbacks.non_finite import NonFinitePolicy
-from nemo_aligner_diffusion.training.checkpoints.callback import ResumePoint, TrainingCheckpoint
+from nemo_aligner_diffusion.training.checkpoints.callback import TrainingCheckpoint
+from nemo_aligner_diffusion.training.checkpoints.resume import ResumePoint
 from nemo_aligner_diffusion.training.optimizers import OptimizerSettings, build_optimizer
 from nemo_aligner_diffusion.training.schedules import ScheduleSettings, build_schedule
 

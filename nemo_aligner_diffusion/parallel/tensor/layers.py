@@ -25,7 +25,6 @@ from torch.distributed import ProcessGroup
 
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.parallel.placements import CUTS, GROUP, TensorCut
-from nemo_aligner_diffusion.parallel.private_api import forget_load_hooks
 
 try:
     with warnings.catch_warnings():
@@ -265,7 +264,7 @@ def _linear(kind: Any, module: nn.Module, group: ProcessGroup, **arguments: Any)
             tp_group=group,
             **arguments,
         )
-    forget_load_hooks(layer)  # an entry `_extra_state`
+    layer._load_state_dict_pre_hooks.clear()  # they invent an entry `_extra_state`
     return layer
 
 

@@ -113,17 +113,20 @@ def build_loggers(settings: LoggerSettings, name: str, run_dir: Path, resumed_st
         resumed_step: what TensorBoard holds past this step is hidden (it cannot be deleted there).
 
     Raises:
-        ConfigurationError: the package of a requested logger is not installed, or W&B was given no project or name.
+        ConfigurationError: W&B is not installed, or was given no project or name.
     """
     loggers: list[Logger] = []
     if settings.create_tensorboard_logger:
-        _require("tensorboard", "exp_manager.create_tensorboard_logger")
         from pytorch_lightning.loggers import TensorBoardLogger
 
         purge: dict[str, Any] = {"purge_step": resumed_step + 1} if resumed_step else {}
         loggers.append(TensorBoardLogger(save_dir=str(run_dir), name="", version="tensorboard", **purge))
     if settings.create_wandb_logger:
-        _require("wandb", "exp_manager.create_wandb_logger")
+        if importlib.util.find_spec("wandb") is None:
+            raise ConfigurationError(
+                "exp_manager.create_wandb_logger=True needs the package 'wandb', which is not installed: pip install "
+                "wandb, or set exp_manager.create_wandb_logger=False"
+            )
         from pytorch_lightning.loggers import WandbLogger
 
         loggers.append(WandbLogger(**wandb_arguments(settings, name, run_dir)))
@@ -141,14 +144,6 @@ def wandb_arguments(settings: LoggerSettings, name: str, run_dir: Path) -> dict[
             "exp_manager.create_wandb_logger=True needs exp_manager.wandb_logger_kwargs.project or .name"
         )
     return {"save_dir": str(run_dir), "name": name, **kwargs}
-
-
-def _require(package: str, key: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise ConfigurationError(
-            f"{key}=True needs the package {package!r}, which is not installed: pip install {package}, or set "
-            f"{key}=False"
-        )
 
 
 def _log(trainer: pl.Trainer, prefix: str, figures: Mapping[str, Any], step: int) -> None:

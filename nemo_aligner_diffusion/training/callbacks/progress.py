@@ -11,54 +11,39 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ProgressBar
 from tqdm.auto import tqdm
 
+SECONDS_BETWEEN_LINES = 10.0  # in a log file, at least
+SHORT_RUN = 200  # steps of a run that gets a line for each
+
 
 class TrainingProgress(ProgressBar):
     """Step, reward, KL, images/s and time left.
 
     On a terminal: one line that is redrawn; in a notebook, tqdm's bar. Elsewhere (a file, a pipe, ``nohup``, Slurm):
     whole lines without carriage returns or colours; every step if the run is short, else the first, the last, and one
-    per ``seconds_between_lines``.
-    Results of validations are lines of their own in both.
+    every ten seconds. Results of validations are lines of their own in both.
 
     Reads ``module.last_metrics`` and ``module.last_validation`` as :class:`MetricsCSV` does. Being Lightning's
     ``ProgressBar``, it takes the place of Lightning's own.
 
     Args:
-        seconds_between_lines: least time between two lines in a log file.
-        short_run: runs of up to this many steps get a line for every step.
         stream: where to write; standard output by default.
-        live: redraw one line; by default whether ``stream`` is a terminal, or this a notebook.
         silent: show nothing.
     """
 
-    def __init__(
-        self,
-        seconds_between_lines: float = 10.0,
-        short_run: int = 200,
-        stream: TextIO | None = None,
-        live: bool | None = None,
-        silent: bool = False,
-    ) -> None:
+    def __init__(self, stream: TextIO | None = None, silent: bool = False) -> None:
         super().__init__()
-        self.seconds_between_lines = seconds_between_lines
-        self.short_run = short_run
         self._given_stream = stream
-        self._live = live
         self._enabled = not silent
         self._bar: Any = None
         self._step = 0
         self._first_step = 0
-        self._total: int | None = None
+        self._total = 0
         self._started = 0.0
         self._last_line = float("-inf")
 
     @property
     def stream(self) -> TextIO:
         return self._given_stream if self._given_stream is not None else sys.stdout
-
-    @property
-    def live(self) -> bool:
-        return self.stream.isatty() or _in_notebook() if self._live is None else self._live
 
     def disable(self) -> None:  # Lightning calls this on every rank but 0
         self._enabled = False
@@ -74,21 +59,38 @@ class TrainingProgress(ProgressBar):
         if self._bar is not None:
             self._bar.write(text, file=self.stream)
         else:
-            self.stream.write(text + "\n")
-            self.stream.flush()
+            print(text, file=self.stream, flush=True)
 
     def describe(self, figures: Mapping[str, Any]) -> str:
         """The figures of a training step, as the line shows them."""
-        return _describe(figures)
+        parts = []
+        if "reward" in figures:
+            parts.append(f"reward {float(figures['reward']):.4f}")
+        if "kl_penalty" in figures:
+            parts.append(f"KL {float(figures['kl_penalty']):.3g}")
+        if figures.get("images") and figures.get("seconds"):
+            parts.append(f"{float(figures['images']) / float(figures['seconds']):.2f} images/s")
+        return "  ".join(parts)
 
     def describe_validation(self, figures: Mapping[str, Any]) -> str:
-        return _describe_validation(figures)
+        """The figures of a validation: the reward beside the base model's, then all others."""
+        parts = []
+        if "reward" in figures:
+            parts.append(f"reward {float(figures['reward']):.4f}")
+        if "reward" in figures and "base_reward" in figures:
+            gain = float(figures["reward"]) - float(figures["base_reward"])
+            parts.append(f"base {float(figures['base_reward']):.4f} ({gain:+.4f})")
+        for name, value in figures.items():
+            if name not in ("step", "reward", "base_reward") and isinstance(value, (int, float)):
+                parts.append(f"{name} {float(value):.4g}")
+        return ", ".join(parts)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step = self._first_step = trainer.global_step
-        self._total = total_steps(trainer)
+        self._total = int(trainer.estimated_stepping_batches)
         self._started = time.monotonic()
-        if self._enabled and self.live:
+        in_notebook = any(kind.__module__ == "tqdm.notebook" for kind in tqdm.__mro__)
+        if self._enabled and (in_notebook or self.stream.isatty()):
             self._bar = tqdm(
                 total=self._total,
                 initial=self._step,
@@ -98,8 +100,8 @@ class TrainingProgress(ProgressBar):
                 file=self.stream,
                 bar_format="{desc} {n_fmt}/{total_fmt} |{bar:10}|{postfix} [{elapsed}<{remaining}]",
             )
-        elif self._enabled and self._step:
-            self.print(f"resuming at step {self._step}" + (f" of {self._total}" if self._total else ""))
+        elif self._step:
+            self.print(f"resuming at step {self._step} of {self._total}")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -115,17 +117,16 @@ class TrainingProgress(ProgressBar):
             self._bar.update(self._step - self._bar.n)
             return
         now = time.monotonic()
-        short = self._total is not None and self._total <= self.short_run
         edge = self._step in (self._first_step + 1, self._total) or trainer.should_stop
-        if short or edge or now - self._last_line >= self.seconds_between_lines:
+        if self._total <= SHORT_RUN or edge or now - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = now
-            self.print(f"step {self._count()}  {figures}{self._time_left(now)}")
+            count = f"{self._step:>{len(str(self._total))}}/{self._total}"
+            self.print(f"step {count}  {figures}  {self._time_left(now - self._started)}")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         figures = getattr(pl_module, "last_validation", None)
-        if trainer.sanity_checking or not self._enabled or not figures:
-            return
-        self.print(f"validation at step {trainer.global_step}: {self.describe_validation(figures)}")
+        if figures:
+            self.print(f"validation at step {trainer.global_step}: {self.describe_validation(figures)}")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._close()
@@ -133,70 +134,11 @@ class TrainingProgress(ProgressBar):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._close()
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._close()
-
     def _close(self) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
-    def _count(self) -> str:
-        if self._total is None:
-            return str(self._step)
-        return f"{self._step:>{len(str(self._total))}}/{self._total}"
-
-    def _time_left(self, now: float) -> str:
-        if self._total is None:
-            return ""
-        done = self._step - self._first_step
-        left = (now - self._started) / done * (self._total - self._step)
-        return f"  {clock(left)} left" if left > 0 else f"  took {clock(now - self._started)}"
-
-
-def _in_notebook() -> bool:
-    return any(kind.__module__ == "tqdm.notebook" for kind in tqdm.__mro__)
-
-
-def total_steps(trainer: pl.Trainer) -> int | None:
-    """Optimizer steps of the whole run, or None if neither steps nor data bound it."""
-    bounds = [float(trainer.max_steps)] if trainer.max_steps is not None and trainer.max_steps >= 0 else []
-    if trainer.max_epochs is not None and trainer.max_epochs > 0:
-        batches = trainer.num_training_batches
-        if batches != float("inf"):
-            bounds.append(trainer.max_epochs * -(-batches // trainer.accumulate_grad_batches))
-    return int(min(bounds)) if bounds else None
-
-
-def clock(seconds: float) -> str:
-    """``45 s``, ``2:05``, ``1:02:05``."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    hours, rest = divmod(whole, 3600)
-    minutes, second = divmod(rest, 60)
-    return f"{hours}:{minutes:02d}:{second:02d}" if hours else f"{minutes}:{second:02d}"
-
-
-def _describe(figures: Any) -> str:
-    parts = []
-    if "reward" in figures:
-        parts.append(f"reward {float(figures['reward']):.4f}")
-    if "kl_penalty" in figures:
-        parts.append(f"KL {float(figures['kl_penalty']):.3g}")
-    if figures.get("images") and figures.get("seconds"):
-        parts.append(f"{float(figures['images']) / float(figures['seconds']):.2f} images/s")
-    return "  ".join(parts)
-
-
-def _describe_validation(figures: Any) -> str:
-    text = f"reward {float(figures['reward']):.4f}" if "reward" in figures else ""
-    if "reward" in figures and "base_reward" in figures:
-        gain = float(figures["reward"]) - float(figures["base_reward"])
-        text += f", base {float(figures['base_reward']):.4f} ({gain:+.4f})"
-    others = [
-        f"{name} {float(value):.4g}"
-        for name, value in figures.items()
-        if name not in ("step", "reward", "base_reward") and isinstance(value, (int, float))
-    ]
-    return ", ".join([part for part in (text, *others) if part])
+    def _time_left(self, spent: float) -> str:
+        left = spent / (self._step - self._first_step) * (self._total - self._step)
+        return f"{tqdm.format_interval(left)} left" if left > 0 else f"took {tqdm.format_interval(spent)}"

@@ -18,7 +18,6 @@ from nemo_aligner_diffusion.rewards.support.parted import (
     apply_statistics,
     known_statistics,
     parted_rewards,
-    read_statistics,
     statistics_of,
 )
 from nemo_aligner_diffusion.runtime.files import write_atomic
@@ -34,26 +33,19 @@ class RewardNormalization(pl.Callback):
 
     Args:
         run_dir: gets ``reward_normalization.json``: ``{"rm.parts.<part>": {"mean": …, "std": …}}``.
-        resumed: whether the file in ``run_dir`` is this run's own.
     """
 
-    def __init__(self, run_dir: Path, resumed: bool) -> None:
+    def __init__(self, run_dir: Path) -> None:
         self.run_dir = Path(run_dir)
-        self.statistics: dict[str, dict[str, float]] = read_statistics(self.run_dir) if resumed else {}
+        self.statistics: dict[str, dict[str, float]] = {}
 
     def state_dict(self) -> dict[str, Any]:
         return {"statistics": self.statistics}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.statistics |= state_dict["statistics"]
+        self.statistics = state_dict["statistics"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._settle(trainer, pl_module)
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._settle(trainer, pl_module)
-
-    def _settle(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, RewardTuning)
         apply_statistics(pl_module.reward, self.statistics)
         for parted in parted_rewards(pl_module.reward):
@@ -67,11 +59,12 @@ class RewardNormalization(pl.Callback):
                         parted.place(part),
                         *parted.statistics[part],
                     )
-        known = known_statistics(pl_module.reward)
-        recorded = (self.run_dir / STATISTICS_FILE).is_file() and known == self.statistics
-        if known and not recorded and trainer.is_global_zero:
-            write_atomic(self.run_dir / STATISTICS_FILE, json.dumps(known, indent=1, ensure_ascii=False) + "\n")
-        self.statistics = known
+        self.statistics = known_statistics(pl_module.reward)
+        if self.statistics and trainer.is_global_zero:
+            text = json.dumps(self.statistics, indent=1, ensure_ascii=False)
+            write_atomic(self.run_dir / STATISTICS_FILE, text + "\n")
+
+    on_validation_start = on_train_start  # a run that is resumed at its last step trains no more
 
     def _raw_scores(self, trainer: pl.Trainer, module: RewardTuning, parted: PartedReward, part: str) -> Tensor:
         """``(N,)``: of every (prompt, seed) pair once, in order; ranks share the work."""

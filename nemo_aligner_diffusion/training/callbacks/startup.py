@@ -20,8 +20,8 @@ class StartupCallback(pl.Callback):
     """Times the phases of the first optimizer step, then says and writes down all phases of ``startup``.
 
     ``parallelising`` (the model to its device, cut and sharded; the optimizer), ``resume``, ``first batch`` (of the
-    data loader), ``first rollout``, ``first decoding and reward``, ``first replay`` (backward through the trajectory)
-    and ``first optimizer step``. A GPU is waited for between them, this once.
+    data loader), ``first rollout`` (to the reward), ``first replay`` (backward through the trajectory) and ``first
+    optimizer step``. A GPU is waited for between them, this once.
 
     Args:
         startup: has timed what came before.
@@ -32,25 +32,17 @@ class StartupCallback(pl.Callback):
         self.startup = startup
         self.folder = folder
         self._at_first = -1
-        self._hook: Any = None
         self._done = False
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
-        if self._done or stage != "fit":
-            return
-        self.startup.enter("parallelising")
+        self._enter("parallelising")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._enter("resume")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if self._done:
-            return
         self._enter("first batch")
         self._at_first = trainer.global_step
-        decoder = getattr(pl_module.model.networks.get("vae"), "decoder", None)  # what the rollout ends with
-        if isinstance(decoder, torch.nn.Module):
-            self._hook = decoder.register_forward_pre_hook(lambda *_: self._enter("first decoding and reward"))
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self._enter("first rollout")
@@ -64,9 +56,6 @@ class StartupCallback(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self._done or trainer.global_step == self._at_first:
             return
-        if self._hook is not None:
-            self._hook.remove()
-        self._enter("first optimizer step")
         self.startup.finish()
         self._done = True
         if trainer.is_global_zero:

@@ -3,7 +3,7 @@
 A checkpoint is written at the end of an optimizer step, into the folder ``checkpoints/step_NNNNNN``;
 ``checkpoints/last`` names the newest. It holds the trained parameters, the optimizer's state by parameter name, the
 schedule, Lightning's loops, the callbacks (EMA among them) and the random state of each rank, as whole tensors
-under plain names and a JSON document (:mod:`.checkpoint_io`), so it can be read under any layout. The noise of a step
+under plain names and a JSON document (:mod:`.io`), so it can be read under any layout. The noise of a step
 is keyed by (seed, step, sample), and the data position is ``step * global_batch_size``: neither needs saving.
 """
 
@@ -19,41 +19,23 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Checkpoint
-from pytorch_lightning.strategies.strategy import Strategy
 from torch.optim.lr_scheduler import LambdaLR
 
-from nemo_aligner_diffusion.errors import CheckpointError, ConfigurationError, OutputError
+from nemo_aligner_diffusion.errors import OutputError
+from nemo_aligner_diffusion.parallel.broadcast import gather
 from nemo_aligner_diffusion.parallel.strategy import layout_of
 from nemo_aligner_diffusion.runtime.directory import checkpoint_files
 from nemo_aligner_diffusion.runtime.files import remove_leftovers, write_atomic
 from nemo_aligner_diffusion.training.checkpoints.files import mark_last, remove
 from nemo_aligner_diffusion.training.checkpoints.io import FolderCheckpointIO
-from nemo_aligner_diffusion.training.checkpoints.resume import (
-    RUN_STATE,
-    ResumePoint,
-    check_fits,
-    check_moments,
-    find_resume_point,
-    trained_parameters,
-)
+from nemo_aligner_diffusion.training.checkpoints.resume import RUN_STATE, ResumePoint, trained_parameters
 from nemo_aligner_diffusion.training.checkpoints.tree import WEIGHTS
-
-__all__ = ["ResumePoint", "TrainingCheckpoint", "find_resume_point"]
 
 log = logging.getLogger(__name__)
 
 SCORES_FILE = "scores.json"
 # how long the processes of a failing run wait for a save in the background, of which a dead process may be part
 _PATIENCE_SECONDS = 5.0
-# config.yaml holds the settings; as objects in a checkpoint they would need an unsafe load
-_SETTINGS = (
-    "hyper_parameters",
-    "hparams_name",
-    "hparams_type",
-    "datamodule_hyper_parameters",
-    "datamodule_hparams_name",
-    "datamodule_hparams_type",
-)
 
 
 class TrainingCheckpoint(Checkpoint):
@@ -64,7 +46,7 @@ class TrainingCheckpoint(Checkpoint):
 
     Lightning puts it behind all other callbacks, so metrics are written and averages updated before a step is saved.
     It puts :class:`.FolderCheckpointIO` into the strategy and sets ``strict_loading = False`` on the module, since the
-    frozen base is not in the checkpoint; that every trained parameter *is*, with its shape, is checked in ``setup``.
+    frozen base is not in the checkpoint; that every trained parameter *is*, :func:`.check_fits` says before.
 
     Args:
         folder: ``run_dir/checkpoints``.
@@ -98,19 +80,10 @@ class TrainingCheckpoint(Checkpoint):
         self._random_state: torch.Tensor | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage != "fit":
-            return
-        if trainer.world_size > 1 and type(trainer.strategy).save_checkpoint is Strategy.save_checkpoint:
-            raise ConfigurationError(
-                f"{type(trainer.strategy).__name__} saves on the first process only, which would wait for the others "
-                "for ever; expected nemo_aligner_diffusion.parallel.strategy.ParallelStrategy, or a strategy whose "
-                "save_checkpoint calls checkpoint_io.save_checkpoint on every process"
-            )
-        self._io = FolderCheckpointIO(pl_module, self.async_save)
-        trainer.strategy.checkpoint_io = self._io
-        pl_module.strict_loading = False
-        if self.resume is not None:
-            check_fits(self.resume, pl_module)
+        if stage == "fit":
+            self._io = FolderCheckpointIO(pl_module, self.async_save)
+            trainer.strategy.checkpoint_io = self._io
+            pl_module.strict_loading = False
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # optimizers number their parameters in an order of their own; checkpoints name them
@@ -192,15 +165,12 @@ class TrainingCheckpoint(Checkpoint):
             _named(state, [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]])
             for state, optimizer in zip(checkpoint["optimizer_states"], trainer.optimizers, strict=True)
         ]
-        for key in _SETTINGS:
-            checkpoint.pop(key, None)
         # How many validations Lightning has counted depends on where a run was interrupted; nothing reads it, since
         # MissedValidation sees to those that are due.
         loop = checkpoint["loops"]["fit_loop"]
         checkpoint["loops"]["fit_loop"] = {k: v for k, v in loop.items() if not k.startswith("epoch_loop.val_loop.")}
         mine = self._random_state if self._random_state is not None else _get_random_state(pl_module.device)
-        assert self._io is not None
-        checkpoint[RUN_STATE] = {**_layout(trainer), "random_states": self._io.gather_bytes(mine)}
+        checkpoint[RUN_STATE] = {**_layout(trainer), "random_states": torch.stack(gather(mine))}
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -279,13 +249,6 @@ def _numbered(module: torch.nn.Module, optimizer: torch.optim.Optimizer, state: 
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     groups = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
     saved = {key: value for group in state["param_groups"] for key, value in group.items()}
-    check_moments(saved, "an Adam" if "betas" in optimizer.param_groups[0] else "sgd")
-    known = sorted(str(name) for group in state["param_groups"] for name in group["params"])
-    if sorted(name for group in groups for name in group) != known:
-        raise CheckpointError(
-            "the optimizer's state in the checkpoint is of other parameters: resume with the model.peft settings of "
-            "its config.yaml"
-        )
     number = {name: index for index, name in enumerate(name for group in groups for name in group)}
     return {
         **state,

@@ -1,8 +1,9 @@
-"""A checkpoint as a folder on disk: complete or not there, checked before use, removed in one stroke. Imports no torch.
+"""A checkpoint as a folder on disk: complete or not there, checked before use, removed in one stroke.
 
 ``checkpoints/step_NNNNNN/`` holds ``state.json`` (everything that is not a tensor, and where each tensor is),
 ``tensors-NNNNN.safetensors`` (one file for each process that wrote) and ``manifest.json`` (size and checksum of the
-others). It is written under a hidden name beside its place, flushed to disk, and renamed.
+others). It is written under a hidden name beside its place, flushed to disk, and renamed. No pickle is written, and
+none can be read.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from nemo_aligner_diffusion.formats.files import parse_json, read_bytes
 from nemo_aligner_diffusion.runtime.files import UNFINISHED, sync_directory, write_atomic
@@ -27,41 +31,52 @@ STATE = "state.json"
 LAST_MARKER = "last"
 _BLOCK = 4 * 2**20  # bytes read at a time; zlib works on it without the interpreter's lock
 
-
-@dataclass(frozen=True)
-class FileRecord:
-    """What the manifest says of a file. The checksum is zlib's CRC-32: it finds damage, not malice, at disk speed."""
-
-    bytes: int
-    crc32: int
+Record = dict[str, int]  # what the manifest says of a file
 
 
-def record_of(path: Path) -> FileRecord:
-    """Size and checksum of a file as it is."""
+def record_of(path: Path) -> Record:
+    """Size and checksum of a file as it is. zlib's CRC-32 finds damage, not malice, at disk speed."""
     crc = size = 0
     with open(path, "rb", buffering=0) as file:
         while block := file.read(_BLOCK):
             crc = zlib.crc32(block, crc)
             size += len(block)
-    return FileRecord(size, crc)
+    return {"bytes": size, "crc32": crc}
 
 
-def write_synced(path: Path, data: bytes) -> FileRecord:
-    """Write a file and have it on disk before returning."""
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Record:
+    """Write a safetensors file and have it on disk before returning.
+
+    Args:
+        path: the file.
+        tensors: contiguous, on the CPU, none of them sharing memory with another.
+
+    Raises:
+        OSError, SafetensorError: the disk is full, or something else of the kind.
+    """
+    save_file(dict(tensors), path, metadata={"format": "pt"})
+    with open(path, "rb+") as file:  # some network file systems report a full disk no earlier
         os.fsync(file.fileno())
-    return FileRecord(len(data), zlib.crc32(data))
+    return record_of(path)
 
 
-def write_manifest(folder: Path, records: Mapping[str, FileRecord]) -> None:
-    files = {name: asdict(record) for name, record in sorted(records.items())}
-    content = {"format": FORMAT, "files": files}
-    write_synced(folder / MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
+def table_of(path: Path) -> dict[str, dict[str, Any]]:
+    """What ``state.json`` says of the tensors in a safetensors file: by name its file, dtype and shape."""
+    with safe_open(path, framework="pt") as file:
+        names = file.keys()
+        stored = {name: file.get_slice(name) for name in names}
+        return {
+            name: {"file": path.name, "dtype": value.get_dtype(), "shape": list(value.get_shape())}
+            for name, value in stored.items()
+        }
 
 
-def verify(folder: Path, threads: int = 4) -> int:
+def write_manifest(folder: Path, records: Mapping[str, Record]) -> None:
+    content = {"format": FORMAT, "files": dict(sorted(records.items()))}
+    write_atomic(folder / MANIFEST, json.dumps(content, indent=1) + "\n")
+
+
+def verify(folder: Path) -> int:
     """Compare a checkpoint with its manifest, every byte of it.
 
     Returns:
@@ -72,29 +87,36 @@ def verify(folder: Path, threads: int = 4) -> int:
         OSError: it cannot be read at all.
     """
     records = _manifest(folder)
-    for name, record in records.items():
-        path = folder / name
-        if not path.is_file():
+    for name in records:
+        if not (folder / name).is_file():
             raise ValueError(f"its file {name} is missing")
-        if path.stat().st_size != record.bytes:
-            raise ValueError(f"its file {name} has {path.stat().st_size} bytes instead of {record.bytes}")
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(4) as pool:
         found = dict(zip(records, pool.map(lambda name: record_of(folder / name), records), strict=True))
     for name, record in records.items():
         if found[name] != record:
             raise ValueError(f"its file {name} is damaged: its checksum is not the one in {MANIFEST}")
-    return sum(record.bytes for record in records.values())
+    return sum(record["bytes"] for record in found.values())
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The content of ``state.json``.
+    """``state.json`` of a checkpoint, whose table of tensors has been compared with the files' own headers.
 
     Raises:
-        ValueError: it is no such document.
+        ValueError: it is no such document, or the files hold something else.
+        OSError: a file cannot be read.
     """
     state = parse_json(read_bytes(folder / STATE))
     if not isinstance(state, dict) or not isinstance(state.get("tensors"), dict) or "tree" not in state:
         raise ValueError(f"its {STATE} was not written by this program")
+    entries = state["tensors"]
+    found: dict[str, dict[str, Any]] = {}
+    for file_name in {str(entry["file"]) for entry in entries.values()}:
+        if Path(file_name).name != file_name:
+            raise ValueError(f"its {STATE} looks for tensors in {file_name!r}, outside of the checkpoint")
+        found |= table_of(folder / file_name)
+    for name, entry in entries.items():
+        if found.get(name) != entry:
+            raise ValueError(f"{entry['file']} holds another tensor {name} than {STATE} says, or none")
     return state
 
 
@@ -132,7 +154,7 @@ def hidden_name(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}{UNFINISHED}")
 
 
-def _manifest(folder: Path) -> dict[str, FileRecord]:
+def _manifest(folder: Path) -> dict[str, Any]:
     try:
         content = parse_json(read_bytes(folder / MANIFEST))
     except FileNotFoundError:
@@ -142,13 +164,9 @@ def _manifest(folder: Path) -> dict[str, FileRecord]:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else content
         raise ValueError(f"its format is {found!r}, and this version reads {FORMAT}")
-    try:
-        records = {
-            str(name): FileRecord(int(record["bytes"]), int(record["crc32"]))
-            for name, record in content["files"].items()
-        }
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise ValueError(f"its {MANIFEST} is damaged") from None
-    if STATE not in records or any("/" in name or name.startswith(".") for name in records):
+    records = content.get("files")
+    if not isinstance(records, dict) or STATE not in records:
+        raise ValueError(f"its {MANIFEST} is damaged")
+    if any("/" in name or name.startswith(".") for name in records):
         raise ValueError(f"its {MANIFEST} was not written by this program")
     return records

@@ -6,6 +6,7 @@ process that writes it. Every process maps the files and copies its own piece of
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import json
 import logging
@@ -13,46 +14,37 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning_fabric.plugins import CheckpointIO
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from nemo_aligner_diffusion.errors import CheckpointError, OutputError, first_line
+from nemo_aligner_diffusion.parallel.broadcast import gather, on_every_process, own_group, rank_and_size
 from nemo_aligner_diffusion.parallel.placements import Placement, is_sharded, placements
-from nemo_aligner_diffusion.runtime.join import collective_timeout
+from nemo_aligner_diffusion.runtime.files import write_atomic
 from nemo_aligner_diffusion.training.checkpoints.files import (
     FORMAT,
     STATE,
-    FileRecord,
+    Record,
     hidden_name,
     publish,
+    read_state,
+    record_of,
     remove,
+    table_of,
     write_manifest,
-    write_synced,
-)
-from nemo_aligner_diffusion.training.checkpoints.storage import (
-    read_contents,
-    stored_tensors,
-    table,
     write_tensors,
 )
-from nemo_aligner_diffusion.training.checkpoints.tree import Leaf, put_together, take_apart, tensors_of
+from nemo_aligner_diffusion.training.checkpoints.tree import Leaf, put_together, take_apart
 
 log = logging.getLogger(__name__)
 
 BYTES_A_WRITER = 32 * 2**20  # below this a further file costs more than it saves
-
-
-class _ProcessError(Exception):
-    """What went wrong on process ``rank``."""
-
-    def __init__(self, rank: int, problem: str) -> None:
-        super().__init__(problem)
-        self.rank = rank
 
 
 class FolderCheckpointIO(CheckpointIO):
@@ -68,11 +60,8 @@ class FolderCheckpointIO(CheckpointIO):
         self.module = module
         self.async_save = async_save
         self.bytes_a_writer = bytes_a_writer
-        self.rank, self.size, self.group = 0, 1, None
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            self.rank, self.size = dist.get_rank(), dist.get_world_size()
-            # one of its own, so that a save in the background never meets the training's messages
-            self.group = dist.new_group(backend="gloo", timeout=collective_timeout())
+        self.rank, self.size = rank_and_size()
+        self.group = own_group()  # so that a save in the background never meets the training's messages
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
@@ -131,49 +120,33 @@ class FolderCheckpointIO(CheckpointIO):
         Raises:
             CheckpointError: it cannot be read; every process raises it.
         """
-        path = Path(path)
-        held = dict(self.module.named_parameters(remove_duplicate=False))
-        layout = placements(self.module)
 
-        def read(state: dict[str, Any]) -> Any:
-            likes, entries = tensors_of(state["tree"]), state["tensors"]
-            placed: dict[str, Tensor] = {}
-            for name, whole in stored_tensors(path, {name: entries[name] for name in entries if name in likes}):
-                like = likes[name]
-                placed[name] = whole.clone() if like not in held else _piece(whole, held[like], layout[like])
-            return put_together(state["tree"], placed)
+        def read() -> dict[str, Any]:
+            try:
+                return self._read(Path(path))
+            except Exception as error:  # whatever disks and damage make of files, JSON and headers
+                raise CheckpointError(f"the checkpoint {path} cannot be read{self._by}: {first_line(error)}") from error
 
-        loaded: list[dict[str, Any]] = []
-        try:
-            state = self._everywhere(lambda: read_contents(path) if self.rank == 0 else None)[0]
-            self._everywhere(lambda: loaded.append(read(state)))
-        except _ProcessError as error:
-            raise CheckpointError(f"the checkpoint {path} cannot be read{self._on(error.rank)}: {error}") from error
-        return loaded[0]
+        return on_every_process(read, self.group)
 
     def remove_checkpoint(self, path: Any) -> None:
         remove(Path(path))
 
-    # Saving
-
     def _whole_tensors(
         self, leaves: Mapping[str, Leaf], held: Mapping[str, Tensor], layout: Mapping[str, Placement]
     ) -> Iterator[tuple[str, Tensor]]:
-        """Those that this process writes, on the CPU; every process helps to put each together."""
-        writers = share_out(
-            {name: leaf.value.numel() * leaf.value.element_size() for name, leaf in leaves.items()},
-            self.size,
-            self.bytes_a_writer,
-        )
-        for name, leaf in leaves.items():
-            value = leaf.value.detach()
-            if leaf.like is not None:
-                parameter = held[leaf.like]
-                if not is_sharded(value) and value.device != parameter.device and layout[leaf.like].cut is not None:
+        """Copies of those that this process writes, on the CPU; every process helps to put each together."""
+        sizes = {name: value.numel() * value.element_size() for name, (value, _) in leaves.items()}
+        writers = share_out(sizes, self.size, self.bytes_a_writer)
+        for name, (part, like) in leaves.items():
+            value = part.detach()
+            if like is not None:
+                parameter = held[like]
+                if not is_sharded(value) and value.device != parameter.device and layout[like].cut is not None:
                     value = value.to(parameter.device)  # averages kept in host memory: pieces meet where messages do
-                value = layout[leaf.like].full(value)
+                value = layout[like].full(value)
             if writers[name] == self.rank:
-                yield name, value.to("cpu", copy=self.async_save)
+                yield name, value.to("cpu", copy=True, memory_format=torch.contiguous_format)
 
     def _write(self, path: Path, tree: Any, mine: dict[str, Tensor]) -> None:
         started = time.perf_counter()
@@ -184,30 +157,30 @@ class FolderCheckpointIO(CheckpointIO):
                 shutil.rmtree(temporary, ignore_errors=True)  # of a save that was killed
                 temporary.mkdir(parents=True)
 
-        def write_share() -> tuple[dict[str, Any], dict[str, FileRecord]]:
-            name = f"tensors-{self.rank:05d}.safetensors"
-            return table(name, mine), {name: write_tensors(temporary / name, mine)} if mine else {}
+        def write_share() -> tuple[dict[str, Any], dict[str, Record]]:
+            file = temporary / f"tensors-{self.rank:05d}.safetensors"
+            if not mine:
+                return {}, {}
+            record = write_tensors(file, mine)
+            return table_of(file), {file.name: record}
 
         def finish() -> None:
             if self.rank == 0:
                 tensors = {name: entry for entries, _ in shares for name, entry in entries.items()}
                 records = {name: record for _, files in shares for name, record in files.items()}
                 state = {"format": FORMAT, "tree": tree, "tensors": dict(sorted(tensors.items()))}
-                records[STATE] = write_synced(temporary / STATE, (json.dumps(state) + "\n").encode())
-                write_manifest(temporary, records)
+                write_atomic(temporary / STATE, json.dumps(state) + "\n")
+                write_manifest(temporary, {**records, STATE: record_of(temporary / STATE)})
                 publish(temporary, path)
 
         try:
-            self._everywhere(prepare)
-            shares = self._everywhere(write_share)
-            self._everywhere(finish)
-        except _ProcessError as error:
+            self._together(path, prepare)
+            shares = gather(self._together(path, write_share), self.group)
+            self._together(path, finish)
+        except OutputError:
             if self.rank == 0:  # all processes are through with it
                 shutil.rmtree(temporary, ignore_errors=True)
-            raise OutputError(
-                f"the checkpoint {path} could not be written{self._on(error.rank)}: {error}. Is the disk full? "
-                "Earlier checkpoints are intact; make room and continue with exp_manager.resume_if_exists=True."
-            ) from error
+            raise
         if self.rank == 0:
             log.info("saved %s in %.1f s", path, time.perf_counter() - started)
 
@@ -217,36 +190,37 @@ class FolderCheckpointIO(CheckpointIO):
         except BaseException as error:  # whoever waits raises it
             self._failure = error
 
-    def _everywhere(self, work: Callable[[], Any]) -> list[Any]:
-        """What ``work`` gives on each process, once it has ended on all of them.
+    def _together(self, path: Path, work: Callable[[], Any]) -> Any:
+        """What ``work`` gives here, once it has ended on all processes; a failure on one is raised on all."""
 
-        Raises:
-            _ProcessError: it failed on one; the same on all.
-        """
-        result, failure, cause = None, None, None
-        try:
-            result = work()
-        except Exception as error:  # whatever disks and damage make of files, JSON and headers
-            failure, cause = first_line(error), error
-        answers: list[Any] = [(result, failure)]
-        if self.group is not None:
-            answers = [None] * self.size
-            dist.all_gather_object(answers, (result, failure), group=self.group)
-        for rank, (_, problem) in enumerate(answers):
-            if problem is not None:
-                raise _ProcessError(rank, problem) from cause
-        return [answer for answer, _ in answers]
+        def told() -> Any:
+            try:
+                return work()
+            except Exception as error:
+                raise OutputError(
+                    f"the checkpoint {path} could not be written{self._by}: {first_line(error)}. Is the disk full? "
+                    "Earlier checkpoints are intact; make room and continue with exp_manager.resume_if_exists=True."
+                ) from error
 
-    def gather_bytes(self, value: Tensor) -> Tensor:
-        """``(processes, n)`` from each process's ``(n,)`` bytes on the CPU."""
-        if self.group is None:
-            return value.reshape(1, -1)
-        values = [torch.empty_like(value) for _ in range(self.size)]
-        dist.all_gather(values, value.contiguous(), group=self.group)
-        return torch.stack(values)
+        return on_every_process(told, self.group)
 
-    def _on(self, rank: int) -> str:
-        return f" by process {rank} of {self.size}" if self.size > 1 else ""
+    def _read(self, path: Path) -> dict[str, Any]:
+        held = dict(self.module.named_parameters(remove_duplicate=False))
+        layout = placements(self.module)
+        state = read_state(path)
+        with contextlib.ExitStack() as files:
+            opened = cache(lambda name: files.enter_context(safe_open(path / name, framework="pt")))
+
+            def tensor(name: str, like: str | None) -> Tensor:
+                whole: Tensor = opened(state["tensors"][name]["file"]).get_tensor(name)  # mapped from the file
+                return whole.clone() if like not in held else _piece(whole, held[like], layout[like])
+
+            tree: dict[str, Any] = put_together(state["tree"], tensor)
+        return tree
+
+    @property
+    def _by(self) -> str:
+        return f" by process {self.rank} of {self.size}" if self.size > 1 else ""
 
 
 def share_out(sizes: Mapping[str, int], processes: int, least: int) -> dict[str, int]:
@@ -264,7 +238,7 @@ def share_out(sizes: Mapping[str, int], processes: int, least: int) -> dict[str,
         load, rank = heapq.heappop(loads)
         result[name] = rank
         heapq.heappush(loads, (load + sizes[name], rank))
-    return {name: result[name] for name in sizes}
+    return result
 
 
 def _piece(whole: Tensor, parameter: Tensor, placement: Placement) -> Tensor:

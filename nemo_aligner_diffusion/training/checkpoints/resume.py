@@ -13,8 +13,7 @@ import torch
 from nemo_aligner_diffusion.errors import CheckpointError, first_line
 from nemo_aligner_diffusion.parallel.broadcast import from_first_process
 from nemo_aligner_diffusion.runtime.directory import checkpoint_files
-from nemo_aligner_diffusion.training.checkpoints.files import verify
-from nemo_aligner_diffusion.training.checkpoints.storage import read_contents
+from nemo_aligner_diffusion.training.checkpoints.files import read_state, verify
 from nemo_aligner_diffusion.training.checkpoints.tree import WEIGHTS
 
 log = logging.getLogger(__name__)
@@ -30,14 +29,12 @@ class ResumePoint:
         path: give it to ``trainer.fit(ckpt_path=...)``.
         step: optimizer steps it has behind it; ``step * global_batch_size`` samples are consumed.
         shapes: of the trained parameters, whole, by name.
-        skipped: newer checkpoints that could not be read, with the reason.
         optimizer: names of what the groups of its optimizer are set to; empty: unknown.
     """
 
     path: Path
     step: int
     shapes: Mapping[str, tuple[int, ...]]
-    skipped: tuple[tuple[Path, str], ...] = ()
     optimizer: tuple[str, ...] = ()
 
 
@@ -63,7 +60,7 @@ def _find_resume_point(folder: Path) -> ResumePoint | None:
             continue
         for damaged, reason in skipped:
             log.warning("%s cannot be read (%s); resuming from %s instead", damaged, reason, path.name)
-        return ResumePoint(path, step, shapes, tuple(skipped), optimizer)
+        return ResumePoint(path, step, shapes, optimizer)
     if skipped:
         listed = "; ".join(f"{path.name}: {reason}" for path, reason in skipped)
         raise CheckpointError(
@@ -76,7 +73,7 @@ def _find_resume_point(folder: Path) -> ResumePoint | None:
 def _inspect(path: Path) -> tuple[int, dict[str, tuple[int, ...]], tuple[str, ...]]:
     started = time.perf_counter()
     checked = verify(path)
-    state = read_contents(path)
+    state = read_state(path)
     tree, tensors = state["tree"], state["tensors"]
     if RUN_STATE not in tree:
         raise ValueError("it was not written by this program")

@@ -9,8 +9,7 @@ number.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
 from numbers import Integral, Real
 from typing import Any
 
@@ -21,18 +20,7 @@ from nemo_aligner_diffusion.errors import CheckpointError
 _TENSOR, _TUPLE, _DICT, _LIKE = "$tensor", "$tuple", "$dict", "like"
 WEIGHTS = "state_dict"  # the branch whose tensors are saved under their plain names
 
-
-@dataclass(frozen=True)
-class Leaf:
-    """A tensor of the tree, as this process holds it.
-
-    Attributes:
-        value: the tensor, or this process's piece of it.
-        like: the parameter whose layout it has; ``None``: whole and equal on every process.
-    """
-
-    value: Tensor
-    like: str | None
+Leaf = tuple[Tensor, str | None]  # as this process holds it, and the parameter whose layout it has (None: it is whole)
 
 
 def take_apart(
@@ -62,7 +50,7 @@ def take_apart(
             name = "/".join(path[1:] if path[0] == WEIGHTS and len(path) > 1 else path)
             if name in leaves or value.is_sparse or value.is_quantized:
                 raise CheckpointError(f"the tensor {'/'.join(path)} of the run's state cannot be saved")
-            leaves[name] = Leaf(value, like)
+            leaves[name] = (value, like)
             return {_TENSOR: name} if like is None else {_TENSOR: name, _LIKE: like}
         if value is None or isinstance(value, (bool, str)):
             return value
@@ -90,40 +78,20 @@ def take_apart(
     return walk(tree, (), None), leaves
 
 
-def tensors_of(document: Any) -> dict[str, str | None]:
-    """The tensors that a document refers to: name -> the parameter whose layout it has, or None."""
-    found: dict[str, str | None] = {}
-    todo = [document]
-    while todo:
-        value = todo.pop()
-        if isinstance(value, list):
-            todo += value
-        elif isinstance(value, dict):
-            if _TENSOR in value:
-                like = value.get(_LIKE)
-                found[str(value[_TENSOR])] = None if like is None else str(like)
-            else:
-                todo += value.values()
-    return found
-
-
-def put_together(document: Any, tensors: Mapping[str, Tensor]) -> Any:
+def put_together(document: Any, tensor: Callable[[str, str | None], Tensor]) -> Any:
     """The inverse of :func:`take_apart`.
 
-    Raises:
-        CheckpointError: the document refers to a tensor that is not there.
+    Args:
+        tensor: gives each tensor of its name, and of the parameter whose layout it has, or ``None``.
     """
     if isinstance(document, list):
-        return [put_together(item, tensors) for item in document]
+        return [put_together(item, tensor) for item in document]
     if not isinstance(document, dict):
         return document
     if _TENSOR in document:
-        name = document[_TENSOR]
-        if name not in tensors:
-            raise CheckpointError(f"the checkpoint refers to a tensor {name!r} that it does not hold")
-        return tensors[name]
+        return tensor(document[_TENSOR], document.get(_LIKE))
     if _TUPLE in document:
-        return tuple(put_together(item, tensors) for item in document[_TUPLE])
+        return tuple(put_together(item, tensor) for item in document[_TUPLE])
     if _DICT in document:
-        return {put_together(key, tensors): put_together(item, tensors) for key, item in document[_DICT]}
-    return {key: put_together(item, tensors) for key, item in document.items()}
+        return {put_together(key, tensor): put_together(item, tensor) for key, item in document[_DICT]}
+    return {key: put_together(item, tensor) for key, item in document.items()}

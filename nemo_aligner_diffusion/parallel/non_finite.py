@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nemo_aligner_diffusion.errors import ConfigurationError, NumericalError
+import torch
+
+from nemo_aligner_diffusion.errors import NumericalError
+from nemo_aligner_diffusion.parallel.broadcast import gather
 from nemo_aligner_diffusion.runtime.process import this_process
 
 log = logging.getLogger(__name__)
@@ -26,8 +28,6 @@ class NonFinitePolicy:
     """
 
     def __init__(self, max_consecutive: int = 5) -> None:
-        if max_consecutive < 0:
-            raise ConfigurationError(f"model.nan_policy.max_consecutive={max_consecutive}: expected 0 or more")
         self.max_consecutive = max_consecutive
         self.consecutive = 0
         self.skipped = 0
@@ -45,21 +45,18 @@ class NonFinitePolicy:
         Raises:
             NumericalError: this is number ``max_consecutive + 1`` in a row.
         """
-        numbers = {name: _numbers(value) for name, value in values.items()}
-        bad = {
-            name: [i for i, number in enumerate(some) if not math.isfinite(number)] for name, some in numbers.items()
-        }
-        if not any(bad.values()):
+        bad = {name: ~torch.isfinite(torch.as_tensor(value).detach()) for name, value in values.items()}
+        mine = [name for name, which in bad.items() if which.any()]
+        if not mine:
             self.consecutive = 0
             return False
 
         # a per-prompt reward points closer than the gradient norm, which concerns the whole batch of every rank
-        closer = [
-            bad[name] for name in bad if bad[name] and len(numbers[name]) == len(prompts) and _is_many(values[name])
-        ]
-        mine = [prompts[index] for index in min(closer, key=len, default=[])]
-        ranks = _of_all_ranks(({name for name in bad if bad[name]}, mine, list(prompts)))
-        culprits = list(dict.fromkeys(prompt for _, named, _ in ranks for prompt in named))
+        per_prompt = [bad[name].tolist() for name in mine if bad[name].shape == (len(prompts),)]
+        worst = min(per_prompt, key=sum, default=[False] * len(prompts))
+        named = [prompt for prompt, is_bad in zip(prompts, worst, strict=True) if is_bad]
+        ranks = gather((mine, named, list(prompts)))
+        culprits = list(dict.fromkeys(prompt for _, some, _ in ranks for prompt in some))
         culprits = culprits or list(dict.fromkeys(prompt for *_, whole in ranks for prompt in whole))
         found = [name for name in values if any(name in there for there, *_ in ranks)]
         self.consecutive += 1
@@ -92,25 +89,6 @@ class NonFinitePolicy:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.consecutive, self.skipped = int(state["consecutive"]), int(state["skipped"])
         self.events = [dict(event) for event in state["events"]]
-
-
-def _of_all_ranks(value: Any) -> list[Any]:
-    from nemo_aligner_diffusion.parallel.broadcast import gather  # torch, only where there is something to say
-
-    return gather(value)
-
-
-def _is_many(value: Any) -> bool:
-    """Whether it is meant as one number for each prompt, be it a batch of one."""
-    return value.dim() > 0 if hasattr(value, "dim") else isinstance(value, Iterable)
-
-
-def _numbers(value: Any) -> list[float]:
-    if hasattr(value, "detach"):  # a tensor, without importing torch for it
-        return [float(number) for number in value.detach().float().flatten().tolist()]
-    if isinstance(value, Iterable):
-        return [float(number) for number in value]
-    return [float(value)]
 
 
 def _quote(prompts: Sequence[str], limit: int = 3) -> str:
