@@ -44,6 +44,13 @@ def load_tensors(
             f"has a {name} whose pickle asks for {printable(error)!r}: code, not only tensors; none was run",
             "Only plain state dicts are loaded. Do not trust this archive.",
         ) from error
+    except zipfile.BadZipFile as error:
+        # PyTorch writes checksums and does not compare them: a flipped bit would silently become another reward.
+        raise archive_error(
+            path,
+            f"has a damaged {name}: a checksum or a header is wrong ({printable(error)})",
+            "Download the file again (or save it with torch.serialization.set_crc32_options(True)).",
+        ) from error
     except NotDenseError as error:
         raise archive_error(
             path,
@@ -106,13 +113,6 @@ def _read_records(path: Path, name: str, size_bytes: int, stream: IO[bytes], lim
                 "writes",
                 "Do not trust this archive; get it from another source.",
             )
-        # PyTorch writes checksums and does not compare them: a flipped bit would silently become another reward.
-        if (broken := records.testzip()) is not None:
-            raise archive_error(
-                path,
-                f"has a damaged {name}: the checksum of its record {printable(broken)!r} is wrong",
-                "Download the file again (or save it with torch.serialization.set_crc32_options(True)).",
-            )
         top = pickles[0].filename.removesuffix("data.pkl")
         if f"{top}byteorder" in records.namelist() and records.read(f"{top}byteorder") != b"little":
             raise ValueError("its numbers are stored with the highest byte first")
@@ -125,7 +125,7 @@ def _read_records(path: Path, name: str, size_bytes: int, stream: IO[bytes], lim
         def read(key: str) -> torch.Tensor:
             content = torch.empty(storages[key].file_size, dtype=torch.uint8)
             place, end = content.numpy(), 0
-            with records.open(storages[key]) as record:  # compares the checksum once more, of these very bytes
+            with records.open(storages[key]) as record:  # compares the checksum
                 while block := record.read(BLOCK_BYTES):
                     place[end : end + len(block)] = np.frombuffer(block, np.uint8)
                     end += len(block)
