@@ -47,14 +47,6 @@ _ALLOWED = {*_STORAGES, _ORDERED, _TENSOR, _PARAMETER}
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 
 
-class ForbiddenGlobalError(ValueError):
-    """The pickle names a function or class that no state dict needs; ``args[0]`` is its dotted name."""
-
-
-class NotDenseError(ValueError):
-    """A tensor is sparse, quantised, or claims more elements than are stored; ``args[0]`` says which."""
-
-
 @dataclass(frozen=True)
 class _Global:
     name: str
@@ -78,9 +70,8 @@ def read_state_dict(pickle: bytes, record_bytes: Mapping[str, int], read: Callab
         read: the bytes of a storage, ``(n,)`` uint8, by its key.
 
     Raises:
-        ForbiddenGlobalError: it asks for something to be called that no state dict needs.
-        NotDenseError: a tensor is no plain block of numbers.
-        ValueError: it is malformed, or no pickle of tensors and plain containers.
+        ValueError: it is malformed, asks for a call that no state dict needs, or has a tensor that is no plain block of
+            stored numbers.
     """
     return _Interpreter(record_bytes, read).run(pickle)
 
@@ -111,7 +102,7 @@ class _Interpreter:
         if not isinstance(result, dict):  # before anybody looks into it
             raise ValueError(f"the pickle holds a {type(result).__name__.strip('_')}, not a state dict")
         if self._tensor_bytes > MOST_SHARING * sum(content.nbytes for content in self._stored.values()):
-            raise NotDenseError(f"its tensors would take {self._tensor_bytes} bytes, far more than are stored")
+            raise ValueError(f"its tensors would take {self._tensor_bytes} bytes, far more than are stored")
         return result
 
     def _follow(self, name: str, argument: Any) -> None:
@@ -187,9 +178,11 @@ class _Interpreter:
 
     def _global(self, name: str) -> None:
         if name.startswith(("torch._utils._rebuild_sparse", "torch._utils._rebuild_q", "torch._utils._rebuild_meta")):
-            raise NotDenseError(f"it holds a tensor made by {printable(name, 80)}")
+            raise ValueError(
+                f"it holds a tensor that is not dense, made by {printable(name, 80)}; save it with .to_dense()"
+            )
         if name not in _ALLOWED:
-            raise ForbiddenGlobalError(name)
+            raise ValueError(f"the pickle asks for {printable(name)!r}: code, not only tensors; none was run")
         self._stack.append(_Global(name))
 
     def _storage(self, identity: Any) -> _Storage:
@@ -235,7 +228,9 @@ class _Interpreter:
         # An expanded tensor (stride 0) claims more elements than are stored: copying it could fill the memory.
         stored = storage.content.nbytes // storage.dtype.itemsize
         if elements > stored:
-            raise NotDenseError(f"it holds a tensor of shape {size} in a storage of {stored} elements")
+            raise ValueError(
+                f"it holds a tensor that is not dense, of shape {size} in {stored} elements; save it with .contiguous()"
+            )
         if elements and last >= stored:
             raise ValueError(f"the pickle holds a tensor that reaches to element {last} of {stored}")
         self._tensor_bytes += elements * storage.dtype.itemsize
