@@ -22,7 +22,7 @@ from nemo_aligner_diffusion.cli import train_reward as train_cli
 from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError, OutputError
 from nemo_aligner_diffusion.reward_training.calibration import preference_figures
 from nemo_aligner_diffusion.reward_training.configuration import (
-    KEYS,
+    VOCABULARY,
     RewardTrainingSettings,
     documented_keys,
     load_reward_config,
@@ -357,7 +357,7 @@ def test_configuration_of_ones_own(tmp_path: Path) -> None:
 
 def test_every_key_is_documented_and_known() -> None:
     documented = {key for key, _, _ in documented_keys()}
-    assert set(KEYS) - {"exp_manager.wandb_logger_kwargs.*"} == {
+    assert set(VOCABULARY.kinds) - {"exp_manager.wandb_logger_kwargs.*"} == {
         key for key in documented if not key.startswith("exp_manager.wandb_logger_kwargs.")
     }
     load_reward_config([f"{DATA}=x"])  # every value of the file is one its key accepts

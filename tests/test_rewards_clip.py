@@ -165,7 +165,7 @@ def test_megatron_layout_that_does_not_fit(tmp_path: Path) -> None:
     config, state = megatron_twin(toy_clip(), legacy=True)
     path = tmp_path / "x.nemo"
     save_nemo(path, config, {**state, "model.text_encoder.adapter.weight": torch.zeros(1)}, tokenizer_files())
-    with pytest.raises(ArchiveError, match=r"model\.text_encoder\.adapter\.weight"):
+    with pytest.raises(ArchiveError, match=r"text_encoder\.adapter\.weight .* has no place"):
         restore_reward(path)
     save_nemo(path, {**config, "vision": {**config["vision"], "num_layers": "two"}}, state, tokenizer_files())
     with pytest.raises(ArchiveError, match=r"vision\.num_layers"):
