@@ -242,7 +242,7 @@ def test_missing_path_and_paths_found_in_a_configuration() -> None:
 
 
 def test_nothing_is_imported_because_a_run_directory_names_it(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from nemo_aligner_diffusion.cli.generate import build_parser, read_request
+    from nemo_aligner_diffusion.cli.generate import read_request
     from nemo_aligner_diffusion.evaluation import generation
     from nemo_aligner_diffusion.evaluation.run_files import RunFiles
 
@@ -253,7 +253,7 @@ def test_nothing_is_imported_because_a_run_directory_names_it(here: Path, capsys
     run = RunFiles(here, {"rm": section}, {}, {}, [], {}, [], None, [])
 
     def parse_request(words: list[str]) -> Any:
-        return read_request(build_parser().parse_args(words))
+        return read_request(words)
 
     request = parse_request(["--prompt", "a"])
     assert generation._reward(request, run, torch.device("cpu")) is None

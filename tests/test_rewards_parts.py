@@ -150,13 +150,13 @@ def test_statistics_of_nothing_and_of_damage(tmp_path: Any) -> None:
 
 
 def test_a_run_is_judged_on_the_scale_it_was_trained_on(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    from nemo_aligner_diffusion.cli.generate import build_parser, read_request
+    from nemo_aligner_diffusion.cli.generate import read_request
     from nemo_aligner_diffusion.evaluation import generation
     from nemo_aligner_diffusion.evaluation.run_files import RunFiles
 
     section = {"name": "composite", "parts": {"symmetry": {"normalize": "base"}}}
     run = RunFiles(tmp_path, {"rm": section}, {}, {}, [], {}, [], None, [])
-    request = read_request(build_parser().parse_args(["--prompt", "a"]))
+    request = read_request(["--prompt", "a"])
     (tmp_path / STATISTICS_FILE).write_text('{"rm.parts.symmetry": {"mean": -0.25, "std": 0.5}}', encoding="utf-8")
     reward = generation._reward(request, run, torch.device("cpu"))
     assert reward is not None

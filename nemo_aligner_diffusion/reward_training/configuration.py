@@ -6,9 +6,7 @@ in ``conf/reward_model.yaml`` with its meaning. Imports neither torch nor Lightn
 
 from __future__ import annotations
 
-import json
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from nemo_aligner_diffusion.config.recipes import conf_directory
 from nemo_aligner_diffusion.data.settings import ReadingSettings
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.keys import unflatten
+from nemo_aligner_diffusion.parallel.settings import LayoutSettings
 from nemo_aligner_diffusion.runtime.settings import MachineSettings
 from nemo_aligner_diffusion.settings import (
     BOOL,
@@ -104,6 +103,18 @@ class TextSettings(VisionSettings):
 
 
 @dataclass(frozen=True)
+class TrainedParts(Settings):
+    """What of a CLIP is trained."""
+
+    section = "model"
+
+    projections: bool = setting(True, BOOL, "train the linear maps from both towers into the common space")
+    logit_scale: bool = setting(True, BOOL, "train the scale of the scores; kept at or below 100")
+    vision: VisionSettings = part(VisionSettings)
+    text: TextSettings = part(TextSettings)
+
+
+@dataclass(frozen=True)
 class PairSettings(ReadingSettings):
     """Preference shards."""
 
@@ -124,10 +135,8 @@ class PairSettings(ReadingSettings):
 
 
 @dataclass(frozen=True)
-class RewardModelSettings(Settings):
+class RewardModelSettings(TrainedParts):
     """What is trained, and how."""
-
-    section = "model"
 
     restore_from_path: str | None = setting(None, PATH, "a CLIP reward .nemo to start from; null: the embedded reward")
     from_pretrained: str | None = setting(None, PATH, "instead: a Hugging Face CLIP folder")
@@ -142,11 +151,7 @@ class RewardModelSettings(Settings):
     activation_checkpointing: bool = setting(
         False, BOOL, "recompute transformer layers in the backward pass: less memory, a third more time"
     )
-    projections: bool = setting(True, BOOL, "train the linear maps from both towers into the common space")
-    logit_scale: bool = setting(True, BOOL, "train the scale of the scores; kept at or below 100")
     save_dtype: str = setting("32", choice("32", "16", "bf16"), "precision of the weights in the .nemo: 32, 16 or bf16")
-    vision: VisionSettings = part(VisionSettings)
-    text: TextSettings = part(TextSettings)
     nan_policy: NonFiniteSettings = part(NonFiniteSettings)
     optim: OptimizerSettings = part(OptimizerSettings)
     data: PairSettings = part(PairSettings)
@@ -180,19 +185,9 @@ class RewardTrainingSettings(ProgramSettings):
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches an optimizer step on each process.
-
-        Raises:
-            ConfigurationError: the sizes do not divide; names a size that would fit.
-        """
-        micro, whole, ranks = self.model.micro_batch_size, self.model.global_batch_size, self.trainer.world_size
-        step = micro * ranks
-        if whole % step:
-            raise ConfigurationError(
-                f"model.global_batch_size = {whole} is no multiple of micro_batch_size × processes = "
-                f"{micro} × {ranks} = {step}; {max(whole // step, 1) * step} would fit"
-            )
-        return whole // step
+        """Micro-batches an optimizer step on each process; raises ConfigurationError where the sizes do not divide."""
+        sizes = {name: getattr(self.model, name) for name in ("micro_batch_size", "global_batch_size")}
+        return LayoutSettings(**sizes).accumulation(self.trainer)
 
     def check(self) -> None:
         _ = self.accumulation
@@ -227,21 +222,3 @@ def load_reward_config(
     cfg = OmegaConf.create(unflatten(VOCABULARY.values(tree)))
     RewardTrainingSettings.of(cfg)
     return cfg
-
-
-def documented_keys() -> list[tuple[str, str, str]]:
-    """(dotted key, default, meaning) of each key: in the order of the file, then those that it leaves at a default."""
-    result, sections = [], list[str]()
-    for line in (conf_directory() / f"{CONFIG_NAME}.yaml").read_text(encoding="utf-8").splitlines():
-        match = re.fullmatch(r"(?P<indent> *)(?P<key>\w+):(?P<value>.*?) # (?P<comment>.*)", line)
-        if match:
-            sections[len(match["indent"]) // 2 :] = [match["key"]]
-            if match["value"].strip():
-                result.append((".".join(sections), match["value"].strip(), match["comment"].strip()))
-    there = {key for key, _, _ in result}
-    for section in RewardTrainingSettings.all_sections():
-        defaults, meanings = section.defaults(), section.meanings()
-        for field, key in section.keys().items():
-            if key not in there and not key.startswith("exp_manager.wandb_logger_kwargs"):
-                result.append((key, json.dumps(defaults[field]), meanings[field]))
-    return result
