@@ -438,7 +438,7 @@ def test_long_queries_are_truncated_and_counted(owl: tuple[str, Path], caplog: p
     reward = detector(owl[1])
     score = reward(pictures(1, 32, 32), ["a very long prompt about cats and apples"])
     assert torch.isfinite(score).all()
-    assert reward.truncated.prompts == 1
+    assert reward.truncated_prompts == 1
     assert "truncated" in caplog.text
 
 

@@ -25,7 +25,7 @@ from nemo_aligner_diffusion.rewards.support.parted import (
     read_statistics,
     statistics_of,
 )
-from nemo_aligner_diffusion.rewards.support.sample_keys import SampleKeys, scoring_samples
+from nemo_aligner_diffusion.rewards.support.augmented import SampleKeys, scoring_samples
 
 
 class Brightness(Reward):

@@ -28,7 +28,7 @@ from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError
 from nemo_aligner_diffusion.parallel.module import NonFiniteGuard, OptimizerFactory
 from nemo_aligner_diffusion.parallel.parallelism import Parallelism
 from nemo_aligner_diffusion.rewards.base import Reward
-from nemo_aligner_diffusion.rewards.support.sample_keys import SampleKeys, scoring_samples
+from nemo_aligner_diffusion.rewards.support.augmented import SampleKeys, scoring_samples
 
 log = logging.getLogger(__name__)
 

@@ -33,7 +33,7 @@ from nemo_aligner_diffusion.planner.schedule import active_calls
 from nemo_aligner_diffusion.planner.settings import Case, Settings
 from nemo_aligner_diffusion.planner.shapes import ShapesMode, without_memory
 from nemo_aligner_diffusion.rewards.base import Reward
-from nemo_aligner_diffusion.rewards.support.sample_keys import SampleKeys, scoring_samples
+from nemo_aligner_diffusion.rewards.support.augmented import SampleKeys, scoring_samples
 
 PHASES = ("text", "call", "reference", "decode", "replay", "replay_next", "validation")
 TYPICAL_PROMPT = "a red apple on a wooden table, studio light"

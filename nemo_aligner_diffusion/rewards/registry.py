@@ -16,7 +16,7 @@ from nemo_aligner_diffusion.settings import ANY, Kind, choice
 
 _PACKAGE = "nemo_aligner_diffusion.rewards"
 # Modules of the package that hold no reward; importing them may be slow.
-_OTHERS = {"base", "build", "registry", "settings"}
+_OTHERS = {"base", "build", "convert", "registry", "settings"}
 _AUGMENT = {key.removeprefix("rm."): (field, Augmentation.kinds()[field]) for field, key in Augmentation.keys().items()}
 
 
