@@ -192,9 +192,9 @@ def test_checkpoints_of_other_origin(folder: Path, images: torch.Tensor) -> None
 
 
 def test_heads_of_64_channels_unless_told(folder: Path) -> None:
-    with pytest.raises(CheckpointError, match="24 channels make no 0 attention heads .vision_heads."):
+    with pytest.raises(CheckpointError, match="24 channels make no 0 attention heads"):
         converted(folder, vision_heads=None)
-    with pytest.raises(CheckpointError, match="20 channels make no 3 attention heads .text_heads."):
+    with pytest.raises(CheckpointError, match="20 channels make no 3 attention heads"):
         converted(folder, text_heads=3)
 
 
@@ -245,7 +245,10 @@ def _put(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Callable
         (_drop("blip.visual_encoder.pos_embed"), "lacks the tensor blip.visual_encoder.pos_embed"),
         (_drop("mlp.layers.6.weight"), "lacks the tensor mlp.layers.6.weight"),
         (_drop("mlp.layers.7.bias"), r"mlp.layers.7.bias \(1,\) is missing"),
-        (_drop("blip.text_encoder.encoder.layer.1.crossattention.self.key.weight"), r"key.weight \(20, 24\) is missing"),
+        (
+            _drop("blip.text_encoder.encoder.layer.1.crossattention.self.key.weight"),
+            r"key.weight \(20, 24\) is missing",
+        ),
         (_put("blip.text_encoder.pooler.dense.weight", 20, 20), r"pooler.dense.weight \(20, 20\) has no place"),
         (_put("blip.visual_encoder.pos_embed", 1, 16, 24), "15 patch positions"),
         (_put("blip.visual_encoder.patch_embed.proj.weight", 24, 3), r"has \(24, 3\) for the tensor"),

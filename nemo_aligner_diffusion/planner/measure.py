@@ -290,7 +290,7 @@ def _model(settings: Settings, case: Case) -> DiffusionModel:
 
 def _reward(settings: Settings) -> Reward:
     from nemo_aligner_diffusion.rewards.augmentation import Augmentation
-    from nemo_aligner_diffusion.rewards.build import build_reward
+    from nemo_aligner_diffusion.rewards.registry import build_reward
     from nemo_aligner_diffusion.rewards.settings import PRECISIONS as REWARD_PRECISIONS
     from nemo_aligner_diffusion.rewards.support.augmented import augmented
 

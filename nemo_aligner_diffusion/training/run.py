@@ -25,7 +25,7 @@ from nemo_aligner_diffusion.evaluation.report import write_report
 from nemo_aligner_diffusion.parallel.broadcast import load_once, on_every_process
 from nemo_aligner_diffusion.rewards import build_reward, restore_reward
 from nemo_aligner_diffusion.rewards.base import Reward
-from nemo_aligner_diffusion.rewards.build import import_paths
+from nemo_aligner_diffusion.rewards.registry import import_paths
 from nemo_aligner_diffusion.runtime.files import write_atomic
 from nemo_aligner_diffusion.runtime.messages import log_to_screen
 from nemo_aligner_diffusion.runtime.startup import Startup, take

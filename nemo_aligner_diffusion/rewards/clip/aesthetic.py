@@ -126,7 +126,8 @@ def restore_aesthetic(archive: NemoArchive, *ignored: object) -> AestheticReward
         archive.path,
         stored_name=lambda key: f"head.{key}",
     )
-    preprocessing = read_preprocessing(archive, config, model.config.image_size)
+    image_size: Any = model.config.image_size
+    preprocessing = read_preprocessing(archive, config, image_size)
     return AestheticReward(model, head, activation=activation, preprocessing=preprocessing)
 
 

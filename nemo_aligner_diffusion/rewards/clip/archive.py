@@ -12,8 +12,8 @@
     tokenizer: {vocab_file: nemo:<hash>_vocab.json, merges_file: nemo:<hash>_merges.txt, max_length: 77}
 
 ``model_weights.ckpt`` holds ``CLIPModel.state_dict()`` in any floating dtype. Archives written by NeMo and NeMo-Aligner
-(``…MegatronCLIPModel``, ``…MegatronCLIPRewardModel``) are converted on the fly, see :mod:`~nemo_aligner_diffusion.formats.megatron_clip`. ``target``
-is looked up in a table of names (:mod:`..restore`); nothing is imported because an archive names it.
+(``…MegatronCLIPModel``, ``…MegatronCLIPRewardModel``) are converted on the fly, see
+:mod:`~nemo_aligner_diffusion.formats.megatron_clip`.
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ def restore_clip(
         **{key: clip[key] for key in TOP_KEYS if clip.get(key) is not None},
     }
     model = filled(lambda: CLIPModel(CLIPConfig(**sections)), state, archive.path)
+    vision: Any = model.config.vision_config
     _check_tokenizer(archive, tokens, model)
     score = score or config.get("score", "pickscore")
     if score not in SCORES:
@@ -87,7 +88,7 @@ def restore_clip(
         score=score,
         prompt_prefix=prefix,
         max_length=max_length,
-        preprocessing=read_preprocessing(archive, config, model.config.vision_config.image_size),
+        preprocessing=read_preprocessing(archive, config, vision.image_size),
     )
 
 

@@ -50,7 +50,7 @@ def locate_clip(source: str | Path) -> Path:
 
 
 def read_clip(path: Path, choices: OpenClipChoices) -> tuple[CLIPModel, Preprocessing]:
-    """The CLIP in a Hugging Face folder, an OpenCLIP folder or an OpenCLIP checkpoint, and what its pictures go through.
+    """The CLIP in a Hugging Face folder, an OpenCLIP folder or checkpoint, and what its pictures go through.
 
     Args:
         path: see the module's docstring.

@@ -30,7 +30,8 @@ def load_tokenizer(archive: NemoArchive, folder: str | Path | None = None) -> Pr
         ArchiveError: there is none, or its files are damaged.
     """
     section = mapping(archive, archive.config, "tokenizer", optional=True)
-    references = [section.get("vocab_file"), section.get("merges_file") or section.get("merge_file")]  # NeMo's spelling
+    # merge_file is NeMo's spelling
+    references: list[Any] = [section.get("vocab_file"), section.get("merges_file") or section.get("merge_file")]
     if folder is not None:
         files = read_tokenizer_files(folder)
         return tokenizer_from_bytes(files[VOCAB_FILE], files[MERGES_FILE], str(folder))

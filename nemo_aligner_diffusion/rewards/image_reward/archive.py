@@ -78,8 +78,8 @@ def restore_image_reward(archive: NemoArchive, tokenizer: str | Path | None, *ig
     for key, size in flatten(found).items():
         if stated.get(key) != size:
             raise ArchiveError(
-                f"{archive.path}: its {key} is {str(stated.get(key))[:100]!r}, and its weights are of {size!r}. Weights "
-                "and configuration must come from the same model."
+                f"{archive.path}: its {key} is {str(stated.get(key))[:100]!r}, and its weights are of {size!r}. "
+                "Weights and configuration must come from the same model."
             )
     network = filled(lambda: ImageRewardNetwork(**found), state, archive.path, stored_name=checkpoint_name)
     vocabulary = load_tokenizer(archive, found["text"]["vocab_size"], tokenizer)

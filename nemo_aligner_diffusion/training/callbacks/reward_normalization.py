@@ -30,16 +30,17 @@ class RewardNormalization(pl.Callback):
     """Measures what is not known yet before the first step, and keeps it in the run directory and the checkpoints.
 
     The mean and the standard deviation of each part's raw score are taken over all validation prompts and seeds, by the
-    base model. A resumed run goes on with the figures that it began with.
+    base model. A resumed run goes on with the figures that it began with; of a part whose settings have changed they
+    are measured again.
 
     Args:
-        run_dir: gets ``reward_normalization.json``: ``{"rm.parts.<part>": {"mean": …, "std": …}}``.
+        run_dir: gets ``reward_normalization.json``: ``{"rm.parts.<part>": {"mean": …, "std": …, "of": …}}``.
         resumed: whether the file in ``run_dir`` is this run's own.
     """
 
     def __init__(self, run_dir: Path, resumed: bool) -> None:
         self.run_dir = Path(run_dir)
-        self.statistics: dict[str, dict[str, float]] = read_statistics(self.run_dir) if resumed else {}
+        self.statistics: dict[str, dict[str, Any]] = read_statistics(self.run_dir) if resumed else {}
 
     def state_dict(self) -> dict[str, Any]:
         return {"statistics": self.statistics}
