@@ -140,8 +140,7 @@ def test_layouts_are_searched_with_the_keys_that_were_asked_for(tiny):
 
 def test_tensor_parallel_ranks_hold_what_the_plan_of_the_cut_says(tiny):
     from diffusers import UNet2DConditionModel
-
-    from nemo_aligner_diffusion.parallel.tensor.plans import cut_share
+    from tiny.tensor_parallel import cut_share
 
     cfg = recipe(tiny, "draftp_sd", 2, "peft=none")
     (_, whole), (_, half) = planned(cfg), planned(cfg, Layout(tensor=2))

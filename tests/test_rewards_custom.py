@@ -16,7 +16,7 @@ from torch import nn
 from nemo_aligner_diffusion.config.load import load_config
 from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError, RewardError
 from nemo_aligner_diffusion.rewards import build_reward
-from nemo_aligner_diffusion.rewards.build import import_paths
+from nemo_aligner_diffusion.rewards.registry import import_paths
 from nemo_aligner_diffusion.rewards.support.custom import CustomReward, load_custom
 from nemo_aligner_diffusion.training.run import run_training
 
@@ -233,11 +233,11 @@ def test_missing_path_and_paths_found_in_a_configuration() -> None:
     section = {
         "name": "composite",
         "import_path": None,
-        "parts": {"a": {"import_path": "x:y"}, "b": {"reward": {"import_path": "z:w"}}},
+        "parts": {"a": {"import_path": "x:y"}, "b": {"parts": {"c": {"import_path": "z:w"}}}},
     }
     assert list(import_paths(section)) == [
         ("rm.parts.a.import_path", "x:y"),
-        ("rm.parts.b.reward.import_path", "z:w"),
+        ("rm.parts.b.parts.c.import_path", "z:w"),
     ]
 
 

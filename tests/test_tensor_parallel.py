@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import sys
 from pathlib import Path
@@ -10,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from process_pool import ProcessPool
 from tiny import tensor_parallel as toy
+from transformers import CLIPConfig, CLIPModel
 
 from nemo_aligner_diffusion.errors import ConfigurationError
-from nemo_aligner_diffusion.parallel.tensor.plans import TENSOR_PLANS, check_tensor_parallel, cut_share
+from nemo_aligner_diffusion.parallel.tensor.plans import check_tensor_parallel
 
 
 @pytest.mark.parametrize("mode", ["full", "lora"])
@@ -76,19 +77,19 @@ def test_what_cannot_be_cut_is_refused_untouched(
         assert re.match(message, answer), answer
 
 
-SD15 = {"_class_name": "UNet2DConditionModel", "cross_attention_dim": 768, "attention_head_dim": 8}
+def empty_unet(**change: Any) -> torch.nn.Module:
+    """SD 1.5's, without memory."""
+    with torch.device("meta"):
+        return UNet2DConditionModel(**{"cross_attention_dim": 768, "attention_head_dim": 8, **change})
 
 
 @pytest.mark.parametrize(
     ("change", "size", "message"),
     [
-        ({}, 0, "is 0; expected 1 or more"),
         ({}, 3, r"attention heads: 8 .*feed-forward features: 1280, 2560, 5120 .*groups: 32 .*: 1, 2, 4, 8$"),
         ({}, 16, r"attention heads: 8 \(first in down_blocks.0.*attn1\)\. Sizes that work: 1, 2, 4, 8$"),
         ({"attention_head_dim": [5, 10, 20, 20]}, 2, "attention heads: 5 .*Sizes that work: 1$"),
         ({"norm_num_groups": 5}, 2, "group-norm groups: 5 .*Sizes that work: 1$"),
-        ({"_class_name": "Transformer2DModel"}, 2, "no tensor-parallel plan for Transformer2DModel"),
-        ({"_class_name": None}, 2, "no tensor-parallel plan for a model without _class_name"),
         (
             {
                 "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
@@ -100,37 +101,35 @@ SD15 = {"_class_name": "UNet2DConditionModel", "cross_attention_dim": 768, "atte
         ),
     ],
 )
-def test_sizes_are_checked_from_the_configuration_alone(change: dict[str, Any], size: int, message: str) -> None:
-    config = {k: v for k, v in {**SD15, **change}.items() if v is not None}
+def test_sizes_are_checked_before_anything_is_cut(change: dict[str, Any], size: int, message: str) -> None:
+    unet = empty_unet(**change)
     with pytest.raises(ConfigurationError, match=message) as caught:
-        check_tensor_parallel(config, size)
+        check_tensor_parallel(unet, size)
     assert "model.tensor_model_parallel_size" in str(caught.value)
     with pytest.raises(ConfigurationError, match=r"rm\.tensor"):
-        check_tensor_parallel(config, size, "rm.tensor_model_parallel_size")
+        check_tensor_parallel(unet, size, "rm.tensor_model_parallel_size")
 
 
 def test_sizes_that_work_pass_the_check() -> None:
     for size in (1, 2, 4, 8):
-        check_tensor_parallel(SD15, size)
-    check_tensor_parallel({"_class_name": "AnythingElse"}, 1)
+        check_tensor_parallel(empty_unet(), size)
+    with pytest.raises(ConfigurationError, match="no tensor-parallel plan for Linear"):
+        check_tensor_parallel(torch.nn.Linear(2, 2), 2)
 
 
 def test_a_missing_engine_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "megatron", None)
     monkeypatch.setitem(sys.modules, "megatron.core", None)
-    monkeypatch.delitem(sys.modules, "nemo_aligner_diffusion.parallel.tensor.layers", raising=False)
+    for module in ("layers", "lora"):
+        monkeypatch.delitem(sys.modules, f"nemo_aligner_diffusion.parallel.tensor.{module}", raising=False)
     with pytest.raises(ConfigurationError, match=r"nemo-aligner-diffusion\[megatron\]"):
-        check_tensor_parallel(SD15, 2)
-    with pytest.raises(ConfigurationError, match=r"nemo-aligner-diffusion\[megatron\]"):
-        importlib.import_module("nemo_aligner_diffusion.parallel.tensor.layers")
-    check_tensor_parallel(SD15, 1)
+        check_tensor_parallel(empty_unet(), 2)
 
 
 def test_most_of_a_model_is_cut() -> None:
-    with torch.device("meta"):
-        model = TENSOR_PLANS["UNet2DConditionModel"].build(SD15)
+    model = empty_unet()
     assert sum(p.numel() for p in model.parameters()) == 859_520_964
-    assert cut_share(model) == pytest.approx(0.8803, abs=1e-4)
+    assert toy.cut_share(model) == pytest.approx(0.8803, abs=1e-4)
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -138,7 +137,7 @@ def test_clip_reward_is_exact_down_to_the_picture(processes: ProcessPool, size: 
     for difference in processes.run(size, toy.compare_clip):
         assert difference[0] < 1e-10, difference
     with pytest.raises(ConfigurationError, match=r"rm\.tensor.* is 8, but this CLIPModel .*heads: 4 .*work: 1, 2, 4"):
-        check_tensor_parallel(toy.clip_config(), 8, "rm.tensor_model_parallel_size")
+        check_tensor_parallel(CLIPModel(CLIPConfig(**toy.clip_config())), 8, "rm.tensor_model_parallel_size")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nemo_aligner_diffusion.command_line import Parser, command, whole_number
-from nemo_aligner_diffusion.rewards.convert.kinds import KINDS
+from nemo_aligner_diffusion.rewards.convert import KINDS, Conversion, convert_reward
 
 _EXAMPLES = """examples:
   convert_reward_to_nemo.py --kind pickscore --output pickscore.nemo
@@ -24,16 +24,10 @@ then: train with rm.model.restore_from_path=FILE.nemo"""
 def main(argv: Sequence[str]) -> int:
     """Run the command; return its exit status."""
     arguments = vars(_parser().parse_args(argv))
-    output, overwrite = Path(arguments.pop("output")), arguments.pop("overwrite")
-    from nemo_aligner_diffusion.rewards.convert import Conversion, convert_reward
-
-    written = convert_reward(Conversion(**arguments), output, overwrite=overwrite)
-    score = f", score {written.score}" if written.score else ""
-    print(f"wrote        {written.path} ({written.size_bytes:,} bytes)")
-    print(f"reward       {written.name} ({written.target.rsplit('.', 1)[-1]}{score})")
-    print(f"model        {written.parameters:,} parameters")
-    print(f"restored     in {written.restore_seconds:.1f} s; a grey picture scores {written.grey_score:.4g}")
-    print(f"use it with  rm.model.restore_from_path={written.path}")
+    output, overwrite = Path(arguments.pop("output")).expanduser(), arguments.pop("overwrite")
+    for line in convert_reward(Conversion(**arguments), output, overwrite=overwrite):
+        print(line)
+    print(f"use it with  rm.model.restore_from_path={output}")
     return 0
 
 

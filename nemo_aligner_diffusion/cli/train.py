@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 from nemo_aligner_diffusion.command_line import Parser
 from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError
 from nemo_aligner_diffusion.keys import closest
-from nemo_aligner_diffusion.runtime.ending import EndAtExit, end
-from nemo_aligner_diffusion.runtime.said import is_first_to_say, write_error_file
+from nemo_aligner_diffusion.runtime.ending import EndAtExit, end, is_first_to_say, write_error_file
 from nemo_aligner_diffusion.runtime.startup import Startup
 from nemo_aligner_diffusion.streams import take_screen
 

@@ -262,8 +262,7 @@ def _as_variant(model: DiffusionModel, variant: Variant, request: Request) -> Ab
 
 def _reward(request: Request, run: RunFiles | None, device: torch.device) -> Reward | None:
     """The reward asked for; else the run's own, else the embedded one, as far as they can be had."""
-    from nemo_aligner_diffusion.rewards.build import build_reward, import_paths
-    from nemo_aligner_diffusion.rewards.registry import rewards
+    from nemo_aligner_diffusion.rewards.registry import build_reward, import_paths, rewards
     from nemo_aligner_diffusion.rewards.settings import RewardSettings
     from nemo_aligner_diffusion.rewards.support.parted import apply_statistics, check_measured, read_statistics
 

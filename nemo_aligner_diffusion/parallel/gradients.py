@@ -38,13 +38,8 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def sum_of_squares(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Over what this rank holds of all of them, a float64 scalar (float32 where the device has no float64)."""
-    precise = torch.float32 if device.type == "mps" else torch.float64
-    norms = [
-        torch.linalg.vector_norm(part, dtype=torch.promote_types(part.dtype, torch.float32)).to(precise)
-        for part in map(local_part, tensors)
-    ]
-    return torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=precise, device=device)
+    """Over what this rank holds of all of them, a scalar."""
+    return torch.nn.utils.get_total_norm(map(local_part, tensors)).square().to(device)
 
 
 def scale(tensors: Iterable[Tensor], factor: float) -> None:

@@ -113,36 +113,22 @@ class LayoutSettings(Settings):
         Raises:
             ConfigurationError: the sizes don't divide; the message names numbers that would fit.
         """
-        step = self.micro_batch_size * self.layout(machine).data
-        if self.global_batch_size % step:
-            raise ConfigurationError(self._batch_mismatch(machine))
-        return self.global_batch_size // step
-
-    def _batch_mismatch(self, machine: MachineSettings) -> str:
-        whole, micro, tensor = self.global_batch_size, self.micro_batch_size, self.tensor_model_parallel_size
-        nodes, devices, data = machine.num_nodes, machine.devices_per_node, self.layout(machine).data
+        whole, micro, data = self.global_batch_size, self.micro_batch_size, self.layout(machine).data
         step = micro * data
-        below, above = whole // step * step, (whole // step + 1) * step
-        fits = [f"model.global_batch_size={' or '.join(str(size) for size in (below, above) if size)}"]
+        if whole % step == 0:
+            return whole // step
+        sizes = [size for size in (whole // step * step, (whole // step + 1) * step) if size]
+        fits = [f"model.global_batch_size={_any_of(sizes)}"]
         if whole % data == 0:
-            share = whole // data
-            sizes = [size for size in range(1, share + 1) if share % size == 0]
-            nearest = sorted(sorted(sizes, key=lambda size: abs(size - micro))[:3])
-            fits.append(f"model.micro_batch_size={' or '.join(map(str, nearest))}")
-        elif whole % micro == 0:
-            shares = [
-                size
-                for size in range(1, devices)
-                if (whole // micro * tensor) % (size * nodes) == 0 and size * nodes % tensor == 0
-            ]
-            if shares:
-                fits.append(f"trainer.devices={shares[-1]}")
-        return (
+            shares = [size for size in range(1, micro) if whole // data % size == 0]
+            fits.append(f"model.micro_batch_size={shares[-1]}")
+        tensor = self.tensor_model_parallel_size
+        raise ConfigurationError(
             f"model.global_batch_size = {whole} is no multiple of model.micro_batch_size × data_parallel_size = "
-            f"{micro} × {data} = {step} ({devices} device(s) × {nodes} node(s)"
+            f"{micro} × {data} = {step} ({machine.devices_per_node} device(s) × {machine.num_nodes} node(s)"
             f"{f' / {tensor} tensor-parallel' if tensor > 1 else ''}). These would fit: {'; or '.join(fits)}"
         )
 
 
 def _any_of(sizes: list[int]) -> str:
-    return " or ".join([", ".join(map(str, sizes[:-1])), str(sizes[-1])] if len(sizes) > 1 else map(str, sizes))
+    return " or ".join(map(str, sizes))

@@ -54,10 +54,10 @@ def load_hugging_face_clip(folder: str | Path) -> CLIPReward:
     """
     folder = Path(folder).expanduser()
     try:
-        weights = read_clip(folder, OpenClipChoices())
+        model, preprocessing = read_clip(folder, OpenClipChoices())
         files = read_tokenizer_files(folder)
         tokenizer = tokenizer_from_bytes(files["vocab.json"], files["merges.txt"], str(folder))
-        return CLIPReward(weights.model(), tokenizer, preprocessing=weights.preprocessing).float()
+        return CLIPReward(model, tokenizer, preprocessing=preprocessing).float()
     except (ArchiveError, CheckpointError) as error:
         raise CheckpointError(f"model.from_pretrained (a Hugging Face CLIP folder): {error}") from error
 

@@ -22,7 +22,8 @@ from nemo_aligner_diffusion.reward_training.configuration import TrainedParts
 from nemo_aligner_diffusion.reward_training.evaluate import preference_figures
 from nemo_aligner_diffusion.reward_training.loss import correct, decided, preference_loss
 from nemo_aligner_diffusion.reward_training.preference_data import PreferenceBatch
-from nemo_aligner_diffusion.rewards.clip.reward import CLIPReward, unit_length
+from nemo_aligner_diffusion.rewards.base import unit_length
+from nemo_aligner_diffusion.rewards.clip.reward import CLIPReward
 
 MAX_LOGIT_SCALE = math.log(100.0)  # as in CLIP (Radford et al., 2021, section 2.5): beyond it training is unstable
 

@@ -64,8 +64,7 @@ def build_model(
 def _prepare(section: ModelSettings, model: DiffusionModel) -> None:
     """Mark the trainable part of a loaded model and give its pipeline the solver that is asked for."""
     if section.tensor_model_parallel_size > 1:
-        config = {"_class_name": type(model.denoiser).__name__, **model.denoiser.config}
-        check_tensor_parallel(config, section.tensor_model_parallel_size)
+        check_tensor_parallel(model.denoiser, section.tensor_model_parallel_size)
     model.set_scheduler(section.infer.sampler_type, section.infer.eta)
     if section.peft.is_lora:
         tuning = section.peft.lora_tuning

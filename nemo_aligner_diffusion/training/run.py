@@ -26,7 +26,7 @@ from nemo_aligner_diffusion.parallel.broadcast import load_once, on_every_proces
 from nemo_aligner_diffusion.parallel.non_finite import NonFinitePolicy
 from nemo_aligner_diffusion.rewards import build_reward, restore_reward
 from nemo_aligner_diffusion.rewards.base import Reward
-from nemo_aligner_diffusion.rewards.build import import_paths
+from nemo_aligner_diffusion.rewards.registry import import_paths
 from nemo_aligner_diffusion.runtime.files import write_atomic
 from nemo_aligner_diffusion.runtime.messages import log_to_screen
 from nemo_aligner_diffusion.runtime.signals import Interruption

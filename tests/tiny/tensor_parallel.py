@@ -299,3 +299,16 @@ def compare_clip() -> tuple[float, str]:
         result = {"scores": output.logits_per_image.detach(), "d pixels": pixels.grad}
         found.append(result | {n: where[n].full(p.grad) for n, p in model.named_parameters()})
     return largest_difference(found[1], found[0])
+
+
+def cut_share(model: Any) -> float:
+    """Share of the parameters of ``model``, whole and on any device, that a plan cuts; the rest is on every rank."""
+    from nemo_aligner_diffusion.parallel.tensor.plans import check_tensor_parallel
+
+    cut = 0
+    for block in check_tensor_parallel(model, 1):
+        owner = model.get_submodule(block.path)
+        for name in (*block.columns, *block.norms):
+            cut += sum(p.numel() for p in owner.get_submodule(name).parameters())
+        cut += sum(owner.get_submodule(name).weight.numel() for name in block.rows)
+    return cut / sum(p.numel() for p in model.parameters())
