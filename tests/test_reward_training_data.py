@@ -144,7 +144,7 @@ def test_pictures_are_decoded_whole_only_when_used(tmp_path: Path) -> None:
         str(path), preprocessing=Preprocessing(32), micro_batch_size=1, epochs=1, shuffle_buffer=0, on_bad_sample="skip"
     )
     assert [batch["prompts"] for batch in data] == [["ok"]]
-    assert data.skipped == 1
+    assert data.index.left_out["samples"] == 1
 
 
 def test_huge_pictures_are_refused_by_their_header() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nemo_aligner_diffusion.data.bad_samples import BadSamples, OnBadSample
+from nemo_aligner_diffusion.data.bad_samples import BadSamples, OnBadSample, warn_of
 from nemo_aligner_diffusion.data.paths import PathSpec, expand_paths
 from nemo_aligner_diffusion.evaluation.curves import GRID_LINE, INK, PALETTE, PAPER, QUIET
 from nemo_aligner_diffusion.reward_training.calibration import PreferenceFigures
@@ -67,6 +67,7 @@ def score_pairs(
                 labels.append(torch.tensor([pair.label]))
                 done += 1
                 progress(done)
+        warn_of(bad.summary())
     return (torch.cat(scores), torch.cat(labels)) if scores else (torch.empty(0, 2), torch.empty(0, 2))
 
 

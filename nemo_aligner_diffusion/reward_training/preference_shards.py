@@ -84,11 +84,12 @@ def write_preference_shards(
     if samples_per_shard is None and bytes_per_shard is None:
         samples_per_shard = DEFAULT_PAIRS_PER_SHARD
     return write_sample_shards(
-        _members(pairs), output, "pair", samples_per_shard, bytes_per_shard, gzip, prefix, overwrite
+        pair_members(pairs), output, "pair", samples_per_shard, bytes_per_shard, gzip, prefix, overwrite
     )
 
 
-def _members(pairs: Iterable[PreferencePair]) -> Iterator[Sample]:
+def pair_members(pairs: Iterable[PreferencePair]) -> Iterator[Sample]:
+    """The members of each pair, named by its number."""
     for number, pair in enumerate(pairs):
         try:
             first, second = (picture_format(picture) for picture in pair.pictures)
