@@ -145,7 +145,7 @@ def test_pictures_are_decoded_whole_only_when_used(tmp_path: Path) -> None:
         str(path), preprocessing=Preprocessing(32), micro_batch_size=1, epochs=1, shuffle_buffer=0, on_bad_sample="skip"
     )
     assert [batch["prompts"] for batch in data] == [["ok"]]
-    assert data.skipped == 1
+    assert data.index.left_out["samples"] == 1
 
 
 def test_huge_pictures_are_refused_by_their_header() -> None:
@@ -273,4 +273,4 @@ def test_what_is_passed_over_in_a_sample_is_passed_over_again_when_its_turn_come
         PreferenceDataset(str(path), **options)
     data = PreferenceDataset(str(path), on_bad_sample="skip", **options)
     assert [batch["prompts"] for batch in data] == [["a cat"]]
-    assert data.skipped == 1
+    assert data.index.left_out["samples"] == 1

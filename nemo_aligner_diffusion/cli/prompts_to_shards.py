@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
 
 def bad_rows(skip: bool, option: str) -> BadSamples:
     """What a converter does about an unusable line or row: stop before anything is written, or leave it out."""
-    return BadSamples("skip" if skip else "error", quiet=True, advice=f"or {option}; nothing was written")
+    return BadSamples("skip" if skip else "error", advice=f"or {option}; nothing was written")
 
 
 def print_result(written: WrittenShards, bad: BadSamples, noun: str) -> None:

@@ -91,7 +91,7 @@ class StreamDataModule(pl.LightningDataModule, ABC):
         self._layout = None if rank is None or world_size is None else (rank, world_size)
         self._batches_before = 0  # the trainer's count when the current training loader was made
         self._train_samples: SampleStream | None = None
-        self._contents: dict[str, Any] | None = None  # of the training files; None: not known, or compressed
+        self._contents: dict[str, Any] = {}  # of the training files
         self._contents_before: dict[str, Any] | None = None  # in the checkpoint that was loaded
         self._validation_loader: StreamLoader | None = None
         if validation is None and type(self).val_dataloader is StreamDataModule.val_dataloader:
@@ -152,7 +152,7 @@ class StreamDataModule(pl.LightningDataModule, ABC):
     def state_dict(self) -> dict[str, Any]:
         """Return the position, and what the order of the stream depends on."""
         state = {"samples_consumed": self.samples_consumed, "order": dict(self._order)}
-        return state | ({"contents": dict(self._contents)} if self._contents is not None else {})
+        return state | ({"contents": dict(self._contents)} if self._contents else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a saved position; warn when seed or shuffle buffer differ: then it is a place in another order."""
@@ -186,7 +186,7 @@ class StreamDataModule(pl.LightningDataModule, ABC):
             **self._end,
         )
         index = loader.stream.index
-        self._contents = None if index is None else {"samples": len(index), "digest": index.digest}
+        self._contents = {"samples": len(index), "digest": index.digest}
         return loader
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -209,7 +209,7 @@ class StreamDataModule(pl.LightningDataModule, ABC):
                 "the prompt files are not those of the checkpoint, which had %s samples; now there are %s, or others: "
                 "samples are no longer seen exactly once in the epoch under way",
                 before["samples"],
-                now["samples"] if now is not None else "compressed ones",
+                now["samples"],
             )
         if self.trainer is not None and self.trainer.world_size > 1:
             theirs = self.trainer.strategy.broadcast(now)

@@ -78,10 +78,11 @@ def write_preference_shards(
         OutputError: ``output`` cannot be written, or holds shards of this prefix already and ``overwrite`` is not set.
     """
     each = DEFAULT_PAIRS_PER_SHARD if samples_per_shard is None else samples_per_shard
-    return write_sample_shards(_members(pairs), output, "pair", each, None, False, prefix, overwrite)
+    return write_sample_shards(pair_members(pairs), output, "pair", each, None, False, prefix, overwrite)
 
 
-def _members(pairs: Iterable[PreferencePair]) -> Iterator[Sample]:
+def pair_members(pairs: Iterable[PreferencePair]) -> Iterator[Sample]:
+    """The members of each pair, named by its number."""
     for number, pair in enumerate(pairs):
         try:
             first, second = (picture_format(picture) for picture in pair.pictures)
