@@ -26,7 +26,7 @@ from nemo_aligner_diffusion import DRaFTK, DRTune, tune
 from nemo_aligner_diffusion.config.load import load_config
 from nemo_aligner_diffusion.diffusion.plan import Plan
 from nemo_aligner_diffusion.embedded_assets import embedded_reward_path
-from nemo_aligner_diffusion.errors import AlignerError, ArchiveError, ConfigurationError, DataError, RewardError
+from nemo_aligner_diffusion.errors import ArchiveError, ConfigurationError, DataError, RewardError
 from nemo_aligner_diffusion.rewards import Symmetry
 from nemo_aligner_diffusion.training.run import run_training
 
@@ -286,10 +286,10 @@ def test_a_comparison_shows_the_base_model_above_the_tuned_one(tmp_path):
     assert torch.allclose(redness(shown.tuned, shown.prompts), torch.tensor(shown.tuned_rewards))
     assert torch.equal(shown.base, small(tiny_pipeline()).compare(["a", "b"], seeds=[0, 1]).base)
     assert shown._repr_png_().startswith(b"\x89PNG")
-    with Image.open(shown.save(tmp_path / "new" / "grid.jpg")) as picture:
-        assert picture.format == "JPEG"
-    with pytest.raises(AlignerError, match=r"cannot write .*grid\.nope"):
-        shown.save(tmp_path / "grid.nope")
+    with Image.open(shown.save(tmp_path / "new" / "grid.png")) as picture:
+        assert picture.format == "PNG"
+    with pytest.raises(ConfigurationError, match=r"grid\.jpg'.*expected a name such as before_after\.png"):
+        shown.save(tmp_path / "grid.jpg")
     with pytest.raises(ConfigurationError, match=r"expected a list of prompts"):
         result.compare("a")
 

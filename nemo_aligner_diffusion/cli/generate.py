@@ -15,8 +15,7 @@ from nemo_aligner_diffusion.command_line import command
 from nemo_aligner_diffusion.data.prompt_files import MAX_PROMPT_BYTES, clean_prompt
 from nemo_aligner_diffusion.diffusion.settings import SamplingSettings
 from nemo_aligner_diffusion.errors import ConfigurationError, DataError
-from nemo_aligner_diffusion.evaluation.annealing import annealed_weights
-from nemo_aligner_diffusion.evaluation.request import Adapter, Request
+from nemo_aligner_diffusion.evaluation.request import Adapter, Request, annealed_weights
 from nemo_aligner_diffusion.formats.files import decode_utf8, open_regular, text_lines
 from nemo_aligner_diffusion.settings import integer, number
 

@@ -85,8 +85,8 @@ def judge(rule: str, lora: Path, output: Path, seeds: int = 2) -> dict[str, Any]
         pictures[0][rows],
         pictures[1][rows],
         [names[row] for row in rows],
-        values[0][rows],
-        values[1][rows],
+        values[0][rows].tolist(),
+        values[1][rows].tolist(),
         title=f"{rule}: base above, tuned on the learnt reward below",
     )
     save_image(grid, output / "pictures.png")

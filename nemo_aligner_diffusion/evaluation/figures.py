@@ -15,15 +15,15 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 
-from nemo_aligner_diffusion.evaluation.run_files import parse_shallow_json
+from nemo_aligner_diffusion.errors import first_line
+from nemo_aligner_diffusion.evaluation.run_files import finite
 from nemo_aligner_diffusion.evaluation.text import fit_text, font, format_gain, format_number
 from nemo_aligner_diffusion.runtime.files import write_atomic
 
@@ -39,8 +39,7 @@ _SMALL_SIDE = 160  # px; a picture whose longer side is below this is enlarged b
 _LARGE_SIDE = 512  # px; a larger one is reduced
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """One picture of a grid and the line under it; ``picture=None`` leaves the place empty."""
 
     picture: Image.Image | None
@@ -48,7 +47,7 @@ class Cell:
     note_colour: tuple[int, int, int] = _INK
 
 
-def to_pictures(images: Any) -> list[Image.Image]:
+def to_pictures(images: Iterable[Any]) -> list[Image.Image]:
     """Turn ``(N, 3, H, W)`` floats in ``[0, 1]`` (tensor, array), or a sequence of pictures, into RGB Pillow images.
 
     A sequence may mix Pillow images and ``(3, H, W)`` arrays. Values outside ``[0, 1]`` are clamped, NaN becomes black.
@@ -57,10 +56,6 @@ def to_pictures(images: Any) -> list[Image.Image]:
     Raises:
         ValueError: an array is none of these.
     """
-    if isinstance(images, Image.Image):
-        return [images.convert("RGB")]
-    if hasattr(images, "shape") and len(images.shape) == 3:
-        images = [images]
     return [_to_picture(image) for image in images]
 
 
@@ -81,22 +76,17 @@ def _to_picture(image: Any) -> Image.Image:
     return Image.fromarray(np.rint(array.transpose(1, 2, 0) * 255.0).astype(np.uint8))
 
 
-def enlarge(picture: Image.Image, small_side: int = _SMALL_SIDE, large_side: int = _LARGE_SIDE) -> Image.Image:
+def enlarge(picture: Image.Image) -> Image.Image:
     """Bring a picture to a size one can look at, keeping its proportions.
 
     Small ones grow by a whole factor: up to 32 px pixel by pixel (interpolation would only blur them), above that with
     Lanczos.
     """
     longer = max(picture.size)
-    if longer < small_side:
-        factor = math.ceil(small_side / longer)
-        resampling = Image.Resampling.NEAREST if longer <= 32 else Image.Resampling.LANCZOS
-        return picture.resize((picture.width * factor, picture.height * factor), resampling)
-    if longer > large_side:
-        scale = large_side / longer
-        size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-        return picture.resize(size, Image.Resampling.LANCZOS)
-    return picture
+    if longer > _LARGE_SIDE:
+        return ImageOps.contain(picture, (_LARGE_SIDE, _LARGE_SIDE), Image.Resampling.LANCZOS)
+    resampling = Image.Resampling.NEAREST if longer <= 32 else Image.Resampling.LANCZOS
+    return ImageOps.scale(picture, math.ceil(_SMALL_SIDE / longer), resampling)
 
 
 Rectangle = list[int]  # [left, top, width, height] in pixels
@@ -110,79 +100,60 @@ def _draw_table(
     max_columns: int | None,
 ) -> tuple[Image.Image, list[list[Rectangle | None]]]:
     """The grid, and of each cell where its picture is; too many columns continue in further bands below."""
-    widest = max((cell.picture.width for row in rows for cell in row if cell.picture), default=_SMALL_SIDE)
-    most = max_columns or max(1, min(10, 1700 // (widest + _GAP)))
-    count = len(column_labels)
-    step = math.ceil(count / math.ceil(count / most))  # spread evenly over the bands
-    longest = max((font(16, bold=True).getlength(label) for label in row_labels), default=0.0)
-    label_width = min(170, math.ceil(longest) + _GAP) if any(row_labels) else 0
-    bands = [
-        _band([row[start : start + step] for row in rows], row_labels, column_labels[start : start + step], label_width)
-        for start in range(0, count, step)
-    ]
-    width = max(band.width for band, _ in bands)
-    title_lines, face = fit_text(title, width - 2 * _GAP, 18, max_lines=2, bold=True)
-    top = _GAP + 25 * len(title_lines) if title_lines else 0
-    canvas = Image.new("RGB", (width, top + sum(band.height for band, _ in bands)), _PAPER)
-    draw = ImageDraw.Draw(canvas)
-    for offset, line in enumerate(title_lines):
-        draw.text((_GAP, _GAP + 25 * offset), line, font=face, fill=_INK)
-    rectangles: list[list[Rectangle | None]] = [[] for _ in rows]
-    for index, (band, places) in enumerate(bands):
-        canvas.paste(band, (0, top))
-        if index:
-            draw.line((_GAP, top, width - _GAP, top), fill=(221, 225, 230))
-        for row, found in zip(rectangles, places, strict=True):
-            row += [place and [place[0], place[1] + top, *place[2:]] for place in found]
-        top += band.height
-    return canvas, rectangles
-
-
-def _band(
-    rows: Sequence[Sequence[Cell]], row_labels: Sequence[str], column_labels: Sequence[str], label_width: int
-) -> tuple[Image.Image, list[list[Rectangle | None]]]:
     pictures = [cell.picture for row in rows for cell in row if cell.picture is not None]
-    cell_width = max((p.width for p in pictures), default=_SMALL_SIDE)
-    cell_height = max((p.height for p in pictures), default=_SMALL_SIDE)
-    text_size = 13 if cell_width < 256 else 16
-    line_height = round(text_size * 1.35)
-    captions = [fit_text(label, cell_width, text_size, max_lines=3) for label in column_labels]
-    caption_height = max((len(lines) for lines, _ in captions), default=0) * line_height
-    note_height = line_height + 4 if any(cell.note for row in rows for cell in row) else 0
-    columns = max(len(row) for row in rows)
+    cell_width = max((picture.width for picture in pictures), default=_SMALL_SIDE)
+    cell_height = max((picture.height for picture in pictures), default=_SMALL_SIDE)
+    most = max_columns or max(1, min(10, 1700 // (cell_width + _GAP)))
+    bands = math.ceil(len(column_labels) / most)
+    columns = math.ceil(len(column_labels) / bands)  # spread evenly over the bands
+
+    size = 13 if cell_width < 256 else 16
+    longest = max((font(size, bold=True).getlength(label) for label in row_labels), default=0.0)
+    label_width = min(170, math.ceil(longest) + _GAP) if longest else 0
+    captions = [fit_text(label, cell_width, size, max_lines=3) for label in column_labels]
     width = label_width + columns * (cell_width + _GAP) + _GAP
-    height = _GAP + caption_height + 4 + len(rows) * (cell_height + note_height + 6) + 4
-    canvas = Image.new("RGB", (width, height), _PAPER)
+    heading, heading_font = fit_text(title, width - 2 * _GAP, 18, max_lines=2, bold=True)
+    line = round(1.35 * size)
+    caption_height = line * max(_count_lines(text) for text, _ in captions)
+    row_height = cell_height + 6 + (line + 4 if any(cell.note for row in rows for cell in row) else 0)
+    band_height = _GAP + caption_height + 8 + len(rows) * row_height
+    top = _GAP + 25 * _count_lines(heading) if heading else 0
+
+    canvas = Image.new("RGB", (width, top + bands * band_height), _PAPER)
     draw = ImageDraw.Draw(canvas)
-    lefts = [label_width + _GAP + column * (cell_width + _GAP) for column in range(columns)]
-
-    def centred(line: str, face: ImageFont.FreeTypeFont, left: int, top: float, colour: tuple[int, int, int]) -> None:
-        draw.text((left + (cell_width - face.getlength(line)) / 2, top), line, font=face, fill=colour)
-
-    for left, (lines, face) in zip(lefts, captions, strict=False):
-        for offset, line in enumerate(lines):  # captions stand on the pictures
-            centred(line, face, left, _GAP + caption_height + (offset - len(lines)) * line_height, _INK)
-    rectangles: list[list[Rectangle | None]] = []
-    top = _GAP + caption_height + 4
-    for row, label in zip(rows, row_labels, strict=True):
-        lines, face = fit_text(label, max(1, label_width - _GAP), text_size, max_lines=4, bold=True)
-        for offset, line in enumerate(lines):
-            y = top + cell_height / 2 + (offset - len(lines) / 2) * line_height
-            draw.text((label_width - face.getlength(line), y), line, font=face, fill=_INK)
-        rectangles.append([])
-        for left, cell in zip(lefts, row, strict=False):
+    draw.multiline_text((_GAP, _GAP), heading, _INK, heading_font)
+    rectangles: list[list[Rectangle | None]] = [[None] * len(column_labels) for _ in rows]
+    for column, (caption, caption_font) in enumerate(captions):
+        band, place = divmod(column, columns)
+        left = label_width + _GAP + place * (cell_width + _GAP)
+        middle = left + cell_width / 2
+        y = top + band * band_height + _GAP + caption_height
+        draw.multiline_text((middle, y), caption, _INK, caption_font, anchor="md", align="center")  # on the pictures
+        y += 4
+        for row, cells in enumerate(rows):
+            cell = cells[column]
             if cell.picture is None:
-                draw.rectangle((left, top, left + cell_width - 1, top + cell_height - 1), fill=_EMPTY)
-                rectangles[-1].append(None)
+                draw.rectangle((left, y, left + cell_width - 1, y + cell_height - 1), fill=_EMPTY)
             else:
-                x, y = left + (cell_width - cell.picture.width) // 2, top + (cell_height - cell.picture.height) // 2
-                canvas.paste(cell.picture, (x, y))
-                rectangles[-1].append([x, y, cell.picture.width, cell.picture.height])
-            lines, face = fit_text(cell.note, cell_width, text_size, max_lines=1)
-            for line in lines:
-                centred(line, face, left, top + cell_height + 2, cell.note_colour)
-        top += cell_height + note_height + 6
+                corner = left + (cell_width - cell.picture.width) // 2, y + (cell_height - cell.picture.height) // 2
+                canvas.paste(cell.picture, corner)
+                rectangles[row][column] = [*corner, *cell.picture.size]
+            note, note_font = fit_text(cell.note, cell_width, size, max_lines=1)
+            draw.text((middle, y + cell_height + 2), note, cell.note_colour, note_font, anchor="ma")
+            y += row_height
+    for band in range(bands):
+        y = top + band * band_height
+        if band:
+            draw.line((_GAP, y, width - _GAP, y), fill=(221, 225, 230))
+        y += _GAP + caption_height + 4 + cell_height // 2
+        for row, label in enumerate(row_labels):
+            text, face = fit_text(label, label_width - _GAP, size, max_lines=4, bold=True)
+            draw.multiline_text((label_width, y + row * row_height), text, _INK, face, anchor="rm", align="right")
     return canvas, rectangles
+
+
+def _count_lines(text: str) -> int:
+    return len(text.splitlines())
 
 
 def labelled_grid(
@@ -206,23 +177,17 @@ def labelled_grid(
     Raises:
         ValueError: rows of unequal length, or labels that do not fit the rows and columns.
     """
-    if not images or not len(images[0]):
-        raise ValueError("a grid needs at least one picture, an empty table was given")
-    width = len(images[0])
-    if any(len(row) != width for row in images):
-        raise ValueError(f"rows of unequal length {[len(row) for row in images]}: pad them with None")
-    if len(row_labels) != len(images) or len(column_labels) != width:
+    counts = [len(row) for row in images]
+    if len(row_labels) != len(counts) or {*counts} != {len(column_labels)} or not column_labels:
         raise ValueError(
-            f"{len(row_labels)} row and {len(column_labels)} column labels were given "
-            f"for {len(images)} rows of {width} pictures"
+            f"rows of {counts} pictures were given with {len(row_labels)} row labels and {len(column_labels)} column "
+            "labels; expected a label for each row, and one for each picture of a row (None: an empty place)"
         )
-    cells = [
-        [
-            Cell(None if image is None else enlarge(to_pictures([image])[0]), notes[r][c] if notes else "")
-            for c, image in enumerate(row)
-        ]
-        for r, row in enumerate(images)
-    ]
+    cells = []
+    for row, pictures in enumerate(images):
+        shown = [None if picture is None else enlarge(_to_picture(picture)) for picture in pictures]
+        below = notes[row] if notes else [""] * len(shown)
+        cells.append([Cell(picture, note) for picture, note in zip(shown, below, strict=True)])
     return _draw_table(cells, row_labels, column_labels, title, max_columns)[0]
 
 
@@ -230,8 +195,8 @@ def sample_grid(
     base_images: Any,
     tuned_images: Any,
     prompts: Sequence[str],
-    base_rewards: Any = None,
-    tuned_rewards: Any = None,
+    base_rewards: Sequence[float] | None = None,
+    tuned_rewards: Sequence[float] | None = None,
     *,
     seeds: Sequence[int] | None = None,
     title: str = "",
@@ -242,7 +207,7 @@ def sample_grid(
     Args:
         base_images, tuned_images: ``(N, 3, H, W)`` floats in ``[0, 1]``, or N Pillow images.
         prompts: N captions, wrapped to the pictures' width.
-        base_rewards, tuned_rewards: N numbers each (list, array or tensor), or None. Gains are green, losses red.
+        base_rewards, tuned_rewards: N numbers each, or None. Gains are green, losses red.
         seeds: N seeds, kept in the description of the grid.
         title: a line at the top.
         max_columns: columns before a new band starts below; by default what fits 1,700 px.
@@ -254,13 +219,13 @@ def sample_grid(
         ValueError: the numbers of pictures, prompts, rewards and seeds differ, or there are none.
     """
     base, tuned = [enlarge(p) for p in to_pictures(base_images)], [enlarge(p) for p in to_pictures(tuned_images)]
-    scores = {"base_rewards": _numbers(base_rewards), "tuned_rewards": _numbers(tuned_rewards)}
+    scores = {"base_rewards": base_rewards, "tuned_rewards": tuned_rewards}
     given = {"base_images": base, "tuned_images": tuned, "prompts": prompts, **scores, "seeds": seeds}
     counts = {name: len(values) for name, values in given.items() if values is not None}
     if len(set(counts.values())) != 1 or not base:
         raise ValueError(f"a grid needs equally many of each, and at least one; given were {counts}")
-    empty: list[float | None] = [None] * len(base)
-    before, after = (values or empty for values in scores.values())
+    unknown = [None] * len(base)
+    before, after = base_rewards or unknown, tuned_rewards or unknown
     rows = [
         [_scored(picture, score) for picture, score in zip(base, before, strict=True)],
         [_scored(picture, score, beside) for picture, score, beside in zip(tuned, after, before, strict=True)],
@@ -269,7 +234,7 @@ def sample_grid(
     cells = [
         {
             "prompt": prompts[index],
-            "seed": None if seeds is None else int(seeds[index]),
+            "seed": None if seeds is None else seeds[index],
             "base_reward": before[index],
             "reward": after[index],
             "base": above[index],
@@ -281,12 +246,6 @@ def sample_grid(
     return grid
 
 
-def _numbers(values: Any) -> list[float | None] | None:
-    if values is None:
-        return None
-    return [float(value) for value in (values.tolist() if hasattr(values, "tolist") else values)]
-
-
 def _scored(picture: Image.Image, score: float | None, base: float | None = None) -> Cell:
     if score is None or base is None:
         return Cell(picture, "" if score is None else format_number(score))
@@ -295,23 +254,38 @@ def _scored(picture: Image.Image, score: float | None, base: float | None = None
     return Cell(picture, f"{format_number(score)} ({format_gain(gain, score)})", colour)
 
 
-def read_grid(image: Image.Image) -> list[dict[str, Any]] | None:
+def read_grid(image: Image.Image) -> list[dict[str, Any]]:
     """The cells of a grid: ``prompt, seed, base_reward, reward`` and the rectangles ``base, tuned`` as
-    ``[left, top, width, height]`` in pixels; None where the picture does not describe itself (or wrongly)."""
+    ``[left, top, width, height]`` in pixels.
+
+    Raises:
+        ValueError: the picture does not describe itself, or wrongly.
+    """
     try:
-        cells = parse_shallow_json(str(image.info[GRID_KEY]).encode())["cells"]
-        places = [cell[row] for cell in cells for row in ("base", "tuned")]
-        inside = all(_lies_in(image, *place) for place in places)
-        prompts = [cell["prompt"] for cell in cells]
-    except (KeyError, TypeError, ValueError):
-        return None
-    return cells if cells and inside and all(isinstance(prompt, str) for prompt in prompts) else None
+        found = json.loads(str(image.info[GRID_KEY]))["cells"]
+        cells = [
+            {
+                "prompt": str(cell["prompt"]),
+                "seed": cell["seed"] if isinstance(cell["seed"], int) else None,
+                "base_reward": finite(cell["base_reward"]),
+                "reward": finite(cell["reward"]),
+                "base": _inside(image, *cell["base"]),
+                "tuned": _inside(image, *cell["tuned"]),
+            }
+            for cell in found
+        ]
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"it does not say what it shows: {first_line(error)}") from error
+    return cells
 
 
-def _lies_in(image: Image.Image, left: int, top: int, width: int, height: int) -> bool:
-    if not all(type(number) is int for number in (left, top, width, height)):
-        return False
-    return min(left, top) >= 0 < min(width, height) and left + width <= image.width and top + height <= image.height
+def _inside(image: Image.Image, left: int, top: int, width: int, height: int) -> Rectangle:
+    rectangle = [left, top, width, height]
+    if not all(type(number) is int for number in rectangle):
+        raise ValueError(f"{rectangle} are no pixels")
+    if min(left, top) < 0 or min(width, height) <= 0 or left + width > image.width or top + height > image.height:
+        raise ValueError(f"{rectangle} is not inside of the picture")
+    return rectangle
 
 
 def encode_png(image: Image.Image, metadata: Mapping[str, str] | None = None) -> bytes:

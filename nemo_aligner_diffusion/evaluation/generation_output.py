@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from nemo_aligner_diffusion.errors import OutputError, printable
@@ -64,63 +65,48 @@ def write_grid(
         pairs = pairs[:_MOST_IN_GRID]
     pictures = {label: to_pictures(part[: len(pairs)]) for label, part in images.items()}
     scores = {label: list(part[: len(pairs)]) for label, part in rewards.items()}
-    prompts, seeds = list(dict.fromkeys(p for p, _ in pairs)), list(dict.fromkeys(s for _, s in pairs))
-    captions = [prompt if len(seeds) == 1 else f"{prompt} (seed {seed})" for prompt, seed in pairs]
+    seeds = [seed for _, seed in pairs]
+    different = len(set(seeds))
+    captions = [prompt if different == 1 else f"{prompt} (seed {seed})" for prompt, seed in pairs]
     if list(pictures) == ["base", "tuned"]:
         grid = sample_grid(
-            pictures["base"],
-            pictures["tuned"],
-            captions,
-            scores.get("base"),
-            scores.get("tuned"),
-            seeds=[seed for _, seed in pairs],
-            title=title,
-        )
-    elif len(pictures) == 1 and len(pairs) == len(prompts) * len(seeds) and len(seeds) > 1:
-        (label, row), *_ = pictures.items()
-        notes = [format_number(value) for value in scores[label]] if scores else None
-        grid = labelled_grid(
-            _folded(row, len(seeds)),
-            prompts,
-            [f"seed {seed}" for seed in seeds],
-            notes=_folded(notes, len(seeds)) if notes else None,
-            title=title,
+            *pictures.values(), captions, scores.get("base"), scores.get("tuned"), seeds=seeds, title=title
         )
     else:
-        notes_by_row = [[format_number(value) for value in scores[label]] for label in pictures] if scores else None
-        labels = list(pictures) if len(pictures) > 1 else [""]
-        grid = labelled_grid(list(pictures.values()), labels, captions, notes=notes_by_row, title=title)
+        single = len(pictures) == 1
+        notes = [[format_number(value) for value in scores[label]] for label in pictures] if scores else None
+        grid = labelled_grid(
+            list(pictures.values()),
+            [""] if single else list(pictures),
+            captions,
+            notes=notes,
+            title=title,
+            max_columns=different if single and 1 < different <= 10 else None,
+        )
     return save_image(grid, folder / "grid.png")
 
 
 def print_rewards(rewards: Mapping[str, Sequence[float]], pairs: Pairs, name: str) -> None:
     """A line for each picture (while they are few) and the means; gains over the base model where it is there."""
     base = rewards.get("base")
+
+    def written(label: str, value: float, beside: float) -> str:
+        return format_number(value) + (f" ({format_gain(value - beside, value)})" if base and label != "base" else "")
+
     print(f"reward ({name}):")
     width = min(48, max(len(prompt) for prompt, _ in pairs))
     for index, (prompt, seed) in enumerate(pairs[:_MOST_PRINTED]):
-        cells = [f"{label} {_cell(values, base, label, index)}" for label, values in rewards.items()]
+        beside = base[index] if base else 0.0
+        cells = [f"{label} {written(label, values[index], beside)}" for label, values in rewards.items()]
         print(f"  {printable(prompt, width):<{width}}  seed {seed}: " + ", ".join(cells))
     if len(pairs) > _MOST_PRINTED:
         print(f"  … and {len(pairs) - _MOST_PRINTED} more, in each PNG's metadata")
     for label, values in rewards.items():
-        mean = sum(values) / len(values)
-        line = f"  mean, {label}: {format_number(mean)}"
-        if base is not None and label != "base":
+        print(f"  mean, {label}: {written(label, fmean(values), fmean(base or [0.0]))}", end="")
+        if base and label != "base":
             better = sum(value > other for value, other in zip(values, base, strict=True))
-            line += f" ({format_gain(mean - sum(base) / len(base), mean)}; above base on {better} of {len(values)})"
-        print(line)
-
-
-def _cell(values: Sequence[float], base: Sequence[float] | None, label: str, index: int) -> str:
-    text = format_number(values[index])
-    if base is None or label == "base":
-        return text
-    return f"{text} ({format_gain(values[index] - base[index], values[index])})"
-
-
-def _folded(row: list[Any], width: int) -> list[list[Any]]:
-    return [row[start : start + width] for start in range(0, len(row), width)]
+            print(f", above base on {better} of {len(values)}", end="")
+        print()
 
 
 def _slug(text: str) -> str:

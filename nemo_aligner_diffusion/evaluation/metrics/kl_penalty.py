@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from statistics import fmean
 
 from nemo_aligner_diffusion.evaluation.metrics.base import ENOUGH_ROWS, Finding, Tile, TrainingMetric
 from nemo_aligner_diffusion.evaluation.run_files import RunFiles, column, last
@@ -28,22 +29,16 @@ class KLPenalty(TrainingMetric):
 
     def findings(self, run: RunFiles) -> list[Finding]:
         """KL bought per unit of reward, last third of the run against the first two."""
-        pairs = [
-            (reward, kl)
-            for reward, kl in zip(column(run.metrics, "reward"), self.values(run), strict=False)
-            if math.isfinite(reward) and math.isfinite(kl)
-        ]
-        if len(pairs) < ENOUGH_ROWS or max(kl for _, kl in pairs) <= 0:
+        rows = zip(column(run.metrics, "reward"), self.values(run), strict=False)
+        rows = [row for row in rows if all(map(math.isfinite, row))]
+        if len(rows) < ENOUGH_ROWS or max(kl for _, kl in rows) <= 0:
             return []
-        sixth = max(2, len(pairs) // 6)
-
-        def mean(part: list[tuple[float, float]], which: int) -> float:
-            return sum(pair[which] for pair in part) / len(part)
-
-        middle = len(pairs) * 2 // 3
-        start, knee, end = pairs[:sixth], pairs[middle - sixth // 2 : middle - sixth // 2 + sixth], pairs[-sixth:]
-        gains = mean(knee, 0) - mean(start, 0), mean(end, 0) - mean(knee, 0)
-        costs = mean(knee, 1) - mean(start, 1), mean(end, 1) - mean(knee, 1)
+        sixth = max(2, len(rows) // 6)
+        middle = len(rows) * 2 // 3 - sixth // 2
+        parts = rows[:sixth], rows[middle : middle + sixth], rows[-sixth:]
+        start, knee, end = [[fmean(values) for values in zip(*part, strict=True)] for part in parts]  # reward, KL
+        gains = knee[0] - start[0], end[0] - knee[0]
+        costs = knee[1] - start[1], end[1] - knee[1]
         if costs[1] <= 0 or costs[0] <= 0 or gains[0] <= 0 or costs[1] < 0.3 * costs[0]:
             return []
         if gains[1] > 0:
