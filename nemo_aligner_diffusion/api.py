@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import math
 import os
 import re
 import signal
@@ -174,7 +173,8 @@ def _load(recipe: str, words: list[str], settings: dict[str, tuple[str, Any]], o
     batch_size = settings["batch_size"][1]
     if isinstance(batch_size, int) and batch_size > 0 and not any("micro_batch_size=" in word for word in overrides):
         usual = load_settings(recipe).model.micro_batch_size
-        words.append(f"model.micro_batch_size={math.gcd(usual, batch_size)}")
+        size = next(size for size in range(min(usual, batch_size), 0, -1) if batch_size % size == 0)
+        words.append(f"model.micro_batch_size={size}")
     try:
         run = load_settings(recipe, [*words, *overrides])
     except ConfigurationError as error:

@@ -308,7 +308,7 @@ WRONG = [
     (["--prompt", "a", "--model", "{tmp}"], "no model_index.json"),
     (
         ["--prompt", "a", "--model", "{model}", "--height", "17"],
-        "'height': 17.* divisible by 8 but are 17.*change --height, --width",
+        "--height 17: .* multiples of 4; the nearest is 16",
     ),
     (
         ["--prompt", "a", "--model", "{model}", "--sampler", "ddmi"],

@@ -71,6 +71,7 @@ def curve_plot(
 
     finite = [value for curve in drawn for value in curve.values if math.isfinite(value)]
     figure = Figure(figsize=(6.0, 3.2), dpi=150, facecolor=PAPER, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)  # inches
     axes = figure.add_subplot(facecolor=PAPER)
     for curve in drawn:
         _draw(axes, curve)

@@ -7,8 +7,8 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -90,8 +90,8 @@ def run_generation(request: Request) -> Result:
     device = _device(request.device)
     quiet_libraries()
     model = load_model(settings.model, settings.unet, settings.vae, _DTYPES[request.precision], **settings.pipeline)
-    with _options_named():
-        model.set_scheduler(settings.sampler, settings.sampling.eta)
+    _set_sampler(model, settings)
+    _check_size(model, settings.sampling)
     _load_tuned(model, request)
     model.to(device)
     reward = _reward(request, run, device)
@@ -99,8 +99,7 @@ def run_generation(request: Request) -> Result:
     pairs = [(prompt, seed) for prompt in request.prompts for seed in request.seeds]
     prompts, seeds = [prompt for prompt, _ in pairs], [seed for _, seed in pairs]
     variants = plan_variants(request)
-    with _options_named():
-        check_repeatable(model, model.inputs(prompts[:1], **vars(settings.sampling)))  # before there is a folder
+    check_repeatable(model, model.inputs(prompts[:1], **vars(settings.sampling)))  # before there is a folder
     result = Result(claim_folder(request.output, request.overwrite))
     for variant in variants:
         started = time.perf_counter()
@@ -203,16 +202,26 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-@contextmanager
-def _options_named() -> Iterator[None]:
-    """Errors written for the training configuration: here the same things are options."""
+def _set_sampler(model: DiffusionModel, settings: Settings) -> None:
     try:
-        yield
-    except ConfigurationError as error:
+        model.set_scheduler(settings.sampler, settings.sampling.eta)
+    except ConfigurationError as error:  # written for the training configuration; here the same things are options
         text = str(error)
         for key, option in (("sampler_type", "--sampler"), ("eta", "--eta")):
             text = text.replace(f"model.infer.{key}", option)
-        raise ConfigurationError(text.replace("change model.infer", "change --height, --width")) from error
+        raise ConfigurationError(text) from error
+
+
+def _check_size(model: DiffusionModel, sampling: Sampling) -> None:
+    """Some pipelines make the next smaller size instead."""
+    multiple = getattr(model.pipe, "vae_scale_factor", 1)
+    for option, value in (("--height", sampling.height), ("--width", sampling.width)):
+        if value is not None and value % multiple:
+            near = max(1, round(value / multiple)) * multiple
+            raise ConfigurationError(
+                f"{option} {value}: this model makes pictures whose sides are multiples of {multiple}; "
+                f"the nearest is {near}"
+            )
 
 
 def _load_tuned(model: DiffusionModel, request: Request) -> None:
