@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import re
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -24,10 +27,11 @@ from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.diffusion.settings import PipelineSettings, SamplingSettings
 from nemo_aligner_diffusion.diffusion.trajectory import check_repeatable
 from nemo_aligner_diffusion.embedded_assets import embedded_model_path
-from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError, printable
-from nemo_aligner_diffusion.evaluation.generation_output import claim_folder, print_rewards, write_grid, write_pictures
+from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError, OutputError, printable
+from nemo_aligner_diffusion.evaluation.figures import labelled_grid, sample_grid, save_image, to_pictures
 from nemo_aligner_diffusion.evaluation.request import Request, annealed_weights
 from nemo_aligner_diffusion.evaluation.run_files import RunFiles, read_config
+from nemo_aligner_diffusion.evaluation.text import format_gain, format_number
 from nemo_aligner_diffusion.formats.checkpoints import load_component
 from nemo_aligner_diffusion.rewards.base import Reward, scores_of
 from nemo_aligner_diffusion.rewards.build import build_reward, import_paths
@@ -37,7 +41,10 @@ from nemo_aligner_diffusion.rewards.support.parted import apply_statistics, chec
 from nemo_aligner_diffusion.runtime.messages import quiet_libraries
 
 _DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
+_MOST_IN_GRID = 240  # columns; the single pictures are written in any case
 _IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+
+Pairs = Sequence[tuple[str, int]]  # (prompt, seed)
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,7 @@ def run_generation(request: Request) -> Result:
     prompts, seeds = [prompt for prompt, _ in pairs], [seed for _, seed in pairs]
     variants = plan_variants(request)
     check_repeatable(model, model.inputs(prompts[:1], **vars(settings.sampling)))  # before there is a folder
-    result = Result(claim_folder(request.output, request.overwrite))
+    result = Result(_claim_folder(request.output, request.overwrite))
     for variant in variants:
         started = time.perf_counter()
         annealing = None if variant.annealing is None else partial(annealed_weights, variant.annealing)
@@ -113,10 +120,10 @@ def run_generation(request: Request) -> Result:
         facts = {**_facts(request, settings), "row": variant.label}
         name = variant.label if len(variants) > 1 else ""
         scores = result.rewards.get(variant.label)
-        result.files += write_pictures(result.output, images, pairs, name, facts, scores)
-    result.files.append(write_grid(result.output, result.images, result.rewards, pairs, _describe(settings)))
+        result.files += _write_pictures(result.output, images, pairs, name, facts, scores)
+    result.files.append(_write_grid(result.output, result.images, result.rewards, pairs, _describe(settings)))
     if reward is not None:
-        print_rewards(result.rewards, pairs, reward.name)
+        _print_rewards(result.rewards, reward.name)
     print(f"written to {result.output}: {len(result.files) - 1} picture(s) and {result.files[-1].name}")
     return result
 
@@ -321,3 +328,86 @@ def _describe(settings: Settings) -> str:
     sampler = "the pipeline's own sampler" if settings.sampler is None else settings.sampler.lower()
     guidance = "the pipeline's own guidance" if scale is None else f"guidance {scale:g}"
     return f"{steps} steps, {guidance}, {sampler}{f', eta {eta:g}' if eta else ''}"
+
+
+def _claim_folder(wanted: Path, overwrite: bool) -> Path:
+    """Make ``wanted``; where it holds files already take ``wanted-2``, ``wanted-3``, … unless ``overwrite``.
+
+    Raises:
+        OutputError: it is a file, or cannot be written to.
+    """
+    wanted = wanted.expanduser()
+    numbered = (wanted.with_name(f"{wanted.name}-{number}") for number in itertools.count(2))
+    try:
+        for folder in itertools.chain([wanted], numbered):
+            folder.mkdir(parents=True, exist_ok=True)
+            if overwrite or not any(folder.iterdir()):
+                break
+        return folder
+    except OSError as error:
+        raise OutputError(
+            f"--output {wanted}: {error.strerror or error}; expected a folder that can be made and written to"
+        ) from error
+
+
+def _write_pictures(
+    folder: Path, images: Any, pairs: Pairs, row: str, facts: Mapping[str, Any], rewards: Sequence[float] | None
+) -> list[Path]:
+    """One PNG a picture, named by number, prompt, seed and row; its text chunks: ``prompt``, ``settings`` (JSON)."""
+    # "scale -1" and "scale 1" must not become one name
+    suffix = f"_{_slug(re.sub(r'-(?=[0-9.])', 'minus ', row))}" if row else ""
+    paths = []
+    for index, (picture, (prompt, seed)) in enumerate(zip(to_pictures(images), pairs, strict=True)):
+        made = {"prompt": prompt, "seed": seed, **facts, "height": picture.height, "width": picture.width}
+        if rewards is not None:
+            made["reward"] = rewards[index]
+        metadata = {"prompt": prompt, "settings": json.dumps(made, ensure_ascii=False)}
+        paths.append(save_image(picture, folder / f"{index:04d}_{_slug(prompt)}_seed{seed}{suffix}.png", metadata))
+    return paths
+
+
+def _write_grid(
+    folder: Path, images: Mapping[str, Any], rewards: Mapping[str, Sequence[float]], pairs: Pairs, title: str
+) -> Path:
+    """``grid.png``: base above tuned where these are the rows, else rows by label; a single row as prompts by seeds."""
+    if len(pairs) > _MOST_IN_GRID:
+        title += f"; the first {_MOST_IN_GRID} of {len(pairs)}"
+        pairs = pairs[:_MOST_IN_GRID]
+    pictures = {label: to_pictures(part[: len(pairs)]) for label, part in images.items()}
+    scores = {label: list(part[: len(pairs)]) for label, part in rewards.items()}
+    seeds = [seed for _, seed in pairs]
+    different = len(set(seeds))
+    captions = [prompt if different == 1 else f"{prompt} (seed {seed})" for prompt, seed in pairs]
+    if list(pictures) == ["base", "tuned"]:
+        grid = sample_grid(
+            *pictures.values(), captions, scores.get("base"), scores.get("tuned"), seeds=seeds, title=title
+        )
+    else:
+        single = len(pictures) == 1
+        notes = [[format_number(value) for value in scores[label]] for label in pictures] if scores else None
+        grid = labelled_grid(
+            list(pictures.values()),
+            [""] if single else list(pictures),
+            captions,
+            notes=notes,
+            title=title,
+            max_columns=different if single and 1 < different <= 10 else None,
+        )
+    return save_image(grid, folder / "grid.png")
+
+
+def _print_rewards(rewards: Mapping[str, Sequence[float]], name: str) -> None:
+    """The means, and gains over the base model where it is there; each picture's stands in the grid and in its file."""
+    base = rewards.get("base")
+    for label, values in rewards.items():
+        mean = fmean(values)
+        line = f"mean reward ({name}), {label}: {format_number(mean)}"
+        if base and label != "base":
+            better = sum(value > other for value, other in zip(values, base, strict=True))
+            line += f" ({format_gain(mean - fmean(base), mean)}; above base on {better} of {len(values)})"
+        print(line)
+
+
+def _slug(text: str) -> str:
+    """Letters and digits of any script, at most 40 of them: safe in a file name everywhere."""
+    return re.sub(r"[^\w.]+", "-", text.lower()).strip("-.")[:40].rstrip("-.") or "picture"
