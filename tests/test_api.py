@@ -151,18 +151,22 @@ def trained(result):
         ("symetry", "no such reward; did you mean symmetry"),
     ],
 )  # fmt: skip
-def test_a_reward_that_cannot_be_trained_on_is_refused_before_a_trajectory_and_can_be_mended(reward, words, tmp_path):
+def test_a_reward_that_cannot_be_trained_on_is_refused_before_a_trajectory(reward, words, tmp_path):
     pipe = tiny_pipeline()
     calls = []
     pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))
     with pytest.raises(RewardError, match=words):
-        small(pipe, reward=reward)
+        small(pipe, reward=reward, output=tmp_path / "run")
     assert len(calls) <= 1  # guided, one step
-    directory = tmp_path / "run"
-    with pytest.raises(RewardError):
-        small(reward=reward, output=directory)
-    assert not directory.exists()
-    assert small(pipe, output=directory).history[0]["grad_norm"] > 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_was_refused_can_be_mended(tmp_path):
+    pipe = tiny_pipeline()
+    for output in (None, tmp_path / "run"):
+        with pytest.raises(RewardError):
+            small(pipe, reward=lambda images, prompts: images.mean(), output=output)
+    assert small(pipe, output=tmp_path / "run").history[0]["grad_norm"] > 0
 
 
 def test_an_error_inside_the_users_function_is_the_users_own():

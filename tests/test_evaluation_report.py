@@ -20,10 +20,13 @@ from PIL import Image
 
 from nemo_aligner_diffusion.errors import OutputError
 from nemo_aligner_diffusion.evaluation.figures import sample_grid, save_image
+from nemo_aligner_diffusion.evaluation.metrics.kl_penalty import KLPenalty
 from nemo_aligner_diffusion.evaluation.metrics.seed_diversity import SeedDiversity
 from nemo_aligner_diffusion.evaluation.report import main, write_report
+from nemo_aligner_diffusion.evaluation.report.pictures import before_after, over_training
+from nemo_aligner_diffusion.evaluation.report.usage import usage
 from nemo_aligner_diffusion.evaluation.report.view import build_view, duration, findings
-from nemo_aligner_diffusion.evaluation.run_files import read_run, read_table
+from nemo_aligner_diffusion.evaluation.run_files import RunFiles, read_run, read_table
 
 HOSTILE = "<script>alert(1)</script> & \"quotes\" 'single'"
 CONFIG = """
@@ -142,7 +145,7 @@ def test_a_finished_run_has_everything(tmp_path: Path) -> None:
     assert not re.search(r"https?://(?!www\.w3\.org/)", text)  # namespaces of SVG are names, not requests
 
 
-def test_several_seeds_a_prompt(tmp_path: Path) -> None:
+def test_every_prompt_is_shown_over_training_before_a_second_seed_of_one(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     names = [f"prompt {i}" for i in range(5)]
     pairs = [(name, seed) for name in names for seed in range(3)]
@@ -150,9 +153,9 @@ def test_several_seeds_a_prompt(tmp_path: Path) -> None:
     for step in (10, 20):
         grid = sample_grid(grey, grey, [name for name, _ in pairs], seeds=[seed for _, seed in pairs])
         save_image(grid, run / "samples" / f"step_{step:06d}.png")
-    text, _ = read(write_report(run))
-    rows = re.findall(r'<th scope="row">(prompt \d)</th>', text)
-    assert rows[:5] == names  # every prompt is shown over training before a second seed of one
+    shown = over_training(read_run(run))
+    assert shown is not None
+    assert [prompt for prompt, _ in shown["rows"]][:5] == names
 
 
 def test_text_of_others_stays_text(tmp_path: Path) -> None:
@@ -176,21 +179,9 @@ def test_the_report_is_the_same_for_the_same_run(tmp_path: Path) -> None:
     assert write_report(run).read_bytes() == first
 
 
-def test_a_full_fine_tune_says_how_to_use_its_unet(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run")
-    (run / "config.yaml").write_text(CONFIG.replace("sdlora", "none") + "")
-    (run / "export" / "unet").mkdir(parents=True)
-    (run / "export" / "unet" / "config.json").write_text("{}")
-    text, _ = read(write_report(run))
-    assert "unet = AutoModel.from_pretrained" in text
-    assert "load_lora_weights" not in text
-    assert "all denoiser weights of the embedded model" in text
-
-
 def shown_code(run: Path) -> str:
     """The code of "With plain diffusers", as a reader of the page copies it."""
-    text, _ = read(write_report(run))
-    return unescape(text.split("<h3>With plain diffusers</h3><pre>")[1].split("</pre>")[0])
+    return unescape(usage(read_run(run))["code"])
 
 
 @pytest.mark.parametrize(
@@ -302,13 +293,13 @@ def png_of(chunk: bytes, data: bytes) -> bytes:
     ],
     ids=["empty", "web page", "profile", "bomb", "no transparency", "no size"],
 )
-def test_a_damaged_grid_is_named_and_the_page_goes_on(tmp_path: Path, content: bytes) -> None:
+def test_a_damaged_grid_is_named_and_an_older_one_is_shown(tmp_path: Path, content: bytes) -> None:
     run = make_run(tmp_path / "run")
     (run / "samples" / "step_000020.png").write_bytes(content)
-    text, _ = read(write_report(run))
-    assert "Training reward" in text
-    assert "samples/step_000020.png cannot be read" in text
-    assert "Step 10. Left the base model" in text
+    files = read_run(run)
+    assert before_after(files)["step"] == 10
+    (problem,) = files.problems
+    assert "samples/step_000020.png cannot be read" in problem
 
 
 @pytest.mark.parametrize("place", ["[0, 0, 8, 0]", "[0, 0, 0, 8]", "[0, 0, 8.5, 8]", "[-1, 0, 8, 8]", "[0, 0, 8]"])
@@ -318,17 +309,17 @@ def test_a_rectangle_that_is_none_is_not_cut_out(tmp_path: Path, place: str) -> 
     cell = '"prompt": "a", "seed": 0, "base_reward": 1.0, "reward": 2.0, "tuned": [0, 0, 8, 8]'
     image.info["grid"] = f'{{"cells": [{{{cell}, "base": {place}}}]}}'
     save_image(image, run / "samples" / "step_000020.png")
-    text, _ = read(write_report(run))
-    assert "samples/step_000020.png cannot be read (ValueError: it does not say what it shows" in text
-    assert "Step 10. Left the base model" in text
+    files = read_run(run)
+    assert before_after(files)["step"] == 10
+    (problem,) = files.problems
+    assert "step_000020.png cannot be read (ValueError: it does not say what it shows" in problem
 
 
 def test_a_run_is_called_as_its_user_called_it(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "my_third_run")
-    (run / "config.yaml").write_text(CONFIG.replace("draft+", "drtune"))
-    assert "<h1>my_third_run " in read(write_report(run))[0]  # not draftp_sd, as the recipe is called
-    (run / "run.json").write_text(json.dumps({"command": ["train.py", "name=draftp_sd"]}))
-    assert "<h1>draftp_sd " in read(write_report(run))[0]
+    run = RunFiles(tmp_path / "my_third_run", config={"name": "draftp_sd"})
+    assert build_view(run)["name"] == "my_third_run"  # not as the recipe is called
+    chosen = RunFiles(tmp_path / "my_third_run", config=run.config, run={"command": ["train.py", "name=draftp_sd"]})
+    assert build_view(chosen)["name"] == "draftp_sd"
 
 
 HUB = "model: {from_pretrained: some/model}"
@@ -356,21 +347,22 @@ HUB = "model: {from_pretrained: some/model}"
 )
 def test_the_lead_says_what_was_rewarded(tmp_path: Path, rm: str, words: str) -> None:
     (tmp_path / "config.yaml").write_text(f"rm: {rm}\n")
-    assert f"towards {words}." in build_view(read_run(tmp_path))["lead"]
+    lead = build_view(read_run(tmp_path))["lead"]
+    assert f"tuned all denoiser weights of the embedded model, towards {words}." in lead
 
 
 def test_the_kl_penalty_names_its_space(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run")
-    assert "measured in epsilon (velocity, where the model is a flow)" in read(write_report(run))[0]
-    (run / "config.yaml").write_text(CONFIG.replace("kl_coeff: 0.2", "kl_coeff: 0.2\n  kl_space: prediction"))
-    assert "measured in prediction, before its coefficient (0.2)" in read(write_report(run))[0]
+    described = KLPenalty().describe(RunFiles(tmp_path, config={"model": {"kl_coeff": 0.2}}))
+    assert "measured in epsilon (velocity, where the model is a flow), before its coefficient (0.2)" in described
+    described = KLPenalty().describe(RunFiles(tmp_path, config={"model": {"kl_space": "prediction"}}))
+    assert "measured in prediction" in described
 
 
 def test_a_configuration_of_aliases_is_not_expanded(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run")
     levels = [f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]" for i in range(1, 12)]
-    (run / "config.yaml").write_text("\n".join(["l0: &l0 [0, 0]", *levels]))
-    assert "config.yaml cannot be read (ValueError: " in unescape(read(write_report(run))[0])
+    (tmp_path / "config.yaml").write_text("\n".join(["l0: &l0 [0, 0]", *levels]))
+    (problem,) = read_run(tmp_path).problems
+    assert "config.yaml cannot be read (ValueError: " in problem
 
 
 def test_rows_that_are_damaged_are_counted(tmp_path: Path) -> None:
@@ -378,8 +370,9 @@ def test_rows_that_are_damaged_are_counted(tmp_path: Path) -> None:
     lines = (run / "metrics.csv").read_bytes().splitlines(keepends=True)
     lines[5] = lines[5].replace(b"-20", b"-2\xff")
     (run / "metrics.csv").write_bytes(b"".join([*lines[:8], b"8,20.8\n", *lines[9:], b"21,2"]))
-    assert "metrics.csv: 2 of 20 rows are damaged and left out" in read(write_report(run))[0]
-    assert len(read_run(run).metrics["step"]) == 18
+    files = read_run(run)
+    assert files.problems == ["metrics.csv: 2 of 20 rows are damaged and left out"]
+    assert len(files.metrics["step"]) == 18
 
 
 def test_what_a_folder_says_does_not_become_code(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ class KLPenalty(TrainingMetric):
         before, after = ((format_number(r), format_number(kl)) for r, kl in ((gain, cost), (late_gain, late_cost)))
         text = (
             f"There the reward rose by {after[0]} for a distance from the base model (KL) of {after[1]}; before, by "
-            f"{before[0]} for {before[1]}. Look at the pictures: the model may be leaving what the reward measures well. "
-            "An earlier checkpoint or a larger model.kl_coeff may serve you better."
+            f"{before[0]} for {before[1]}. Look at the pictures: the model may be leaving what the reward measures "
+            "well. An earlier checkpoint or a larger model.kl_coeff may serve you better."
         )
         return [Finding("warning", "The last third of the run is bought dearly", text)]
