@@ -15,7 +15,7 @@ from PIL import Image
 
 from nemo_aligner_diffusion.diffusion.generate import generate
 from nemo_aligner_diffusion.errors import ConfigurationError, OutputError
-from nemo_aligner_diffusion.evaluation.figures import encode_png, sample_grid, save_image
+from nemo_aligner_diffusion.evaluation.figures import encode_png, picture_grid, save_image
 from nemo_aligner_diffusion.runtime.csv_table import read_rows
 from nemo_aligner_diffusion.runtime.signals import Interrupted
 from nemo_aligner_diffusion.training.export import export_weights
@@ -109,8 +109,9 @@ class Comparison:
     def image(self) -> Image.Image:
         """Base above tuned, prompt and reward with each."""
         title = f"after {self.step} step{'s' if self.step != 1 else ''}"
-        rewards = self.base_rewards, self.tuned_rewards
-        return sample_grid(self.base, self.tuned, self.prompts, *rewards, seeds=self.seeds, title=title)
+        rewards = {"base": self.base_rewards, "tuned": self.tuned_rewards}
+        pictures = {"base": self.base, "tuned": self.tuned}
+        return picture_grid(pictures, self.prompts, rewards=rewards, seeds=self.seeds, title=title)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """As PNG; :attr:`image` has a ``save`` for other kinds of file."""

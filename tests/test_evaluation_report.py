@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from nemo_aligner_diffusion.errors import OutputError
-from nemo_aligner_diffusion.evaluation.figures import sample_grid, save_image
+from nemo_aligner_diffusion.evaluation.figures import picture_grid, save_image
 from nemo_aligner_diffusion.evaluation.metrics.kl_penalty import KLPenalty
 from nemo_aligner_diffusion.evaluation.metrics.seed_diversity import SeedDiversity
 from nemo_aligner_diffusion.evaluation.report import main, write_report
@@ -89,12 +89,10 @@ def make_run(folder: Path, steps: int = 20, **validation: str) -> Path:
     rows = [f"{s},{20 + s / 10},20{values}" for s in range(0, steps + 1, 10)]
     (folder / "validation.csv").write_text("\n".join([f"step,reward,base_reward{extra}", *rows]) + "\n")
     for step in range(0, steps + 1, 10):
-        grid = sample_grid(
-            torch.zeros(2, 3, 16, 16),
-            torch.full((2, 3, 16, 16), step / 20),
+        grid = picture_grid(
+            {"base": torch.zeros(2, 3, 16, 16), "tuned": torch.full((2, 3, 16, 16), step / 20)},
             ["red apple", HOSTILE],
-            [20.0, 21.0],
-            [20.0 + step, 20.5],
+            rewards={"base": [20.0, 21.0], "tuned": [20.0 + step, 20.5]},
             seeds=[0, 1],
         )
         save_image(grid, folder / "samples" / f"step_{step:06d}.png")
@@ -151,7 +149,8 @@ def test_every_prompt_is_shown_over_training_before_a_second_seed_of_one(tmp_pat
     pairs = [(name, seed) for name in names for seed in range(3)]
     grey = torch.full((15, 3, 16, 16), 0.5)
     for step in (10, 20):
-        grid = sample_grid(grey, grey, [name for name, _ in pairs], seeds=[seed for _, seed in pairs])
+        rows = {"base": grey, "tuned": grey}
+        grid = picture_grid(rows, [name for name, _ in pairs], seeds=[seed for _, seed in pairs])
         save_image(grid, run / "samples" / f"step_{step:06d}.png")
     shown = over_training(read_run(run))
     assert shown is not None

@@ -49,7 +49,7 @@ def judge(rule: str, lora: Path, output: Path, seeds: int = 2) -> dict[str, Any]
     from nemo_aligner_diffusion.diffusion.settings import SamplingSettings
     from nemo_aligner_diffusion.embedded_assets import embedded_model_path, embedded_prompts_path, embedded_reward_path
     from nemo_aligner_diffusion.evaluation.diversity import recognisability
-    from nemo_aligner_diffusion.evaluation.figures import sample_grid, save_image
+    from nemo_aligner_diffusion.evaluation.figures import picture_grid, save_image
     from nemo_aligner_diffusion.reward_training.rules import RULES
     from nemo_aligner_diffusion.rewards import restore_reward
     from nemo_aligner_diffusion.runtime.files import write_atomic
@@ -81,12 +81,10 @@ def judge(rule: str, lora: Path, output: Path, seeds: int = 2) -> dict[str, Any]
     figures["moved"] = float((values[1] > values[0]).double().mean())
     figures["pictures"] = len(names)
     rows = list(range(0, len(names), seeds))[:SHOWN]
-    grid = sample_grid(
-        pictures[0][rows],
-        pictures[1][rows],
+    grid = picture_grid(
+        {"base": pictures[0][rows], "tuned": pictures[1][rows]},
         [names[row] for row in rows],
-        values[0][rows].tolist(),
-        values[1][rows].tolist(),
+        rewards={"base": values[0][rows].tolist(), "tuned": values[1][rows].tolist()},
         title=f"{rule}: base above, tuned on the learnt reward below",
     )
     save_image(grid, output / "pictures.png")

@@ -1,12 +1,13 @@
 """Labelled picture grids. Curves are in :mod:`nemo_aligner_diffusion.evaluation.curves`.
 
 Pictures come as float arrays or tensors ``(N, 3, H, W)`` in ``[0, 1]``, or as Pillow images; torch is not imported.
-A grid made by :func:`sample_grid` describes itself: its ``info["grid"]`` (kept in the PNG by :func:`save_image`) says
+A grid of a base and a tuned model describes itself: its ``info["grid"]`` (kept in the PNG by :func:`save_image`) says
 which rectangle shows which prompt, seed and reward, so that the report can cut single pictures out of it again.
 
 Example::
 
-    grid = sample_grid(base, tuned, ["red apple", "animal"], base_rewards=[20.1, 19.3], tuned_rewards=[21.4, 19.9])
+    rewards = {"base": [20.1, 19.3], "tuned": [21.4, 19.9]}
+    grid = picture_grid({"base": base, "tuned": tuned}, ["red apple", "animal"], rewards=rewards, seeds=[0, 0])
     save_image(grid, "samples/step_000050.png")
 """
 
@@ -17,7 +18,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
@@ -33,18 +34,11 @@ _INK = (28, 32, 38)
 _QUIET = (107, 114, 128)
 _BETTER = (21, 128, 61)
 _WORSE = (185, 28, 28)
-_EMPTY = (238, 240, 243)
 _GAP = 10  # px between pictures
 _SMALL_SIDE = 160  # px; a picture whose longer side is below this is enlarged by a whole factor
 _LARGE_SIDE = 512  # px; a larger one is reduced
 
-
-class Cell(NamedTuple):
-    """One picture of a grid and the line under it; ``picture=None`` leaves the place empty."""
-
-    picture: Image.Image | None
-    note: str = ""
-    note_colour: tuple[int, int, int] = _INK
+Rectangle = list[int]  # [left, top, width, height] in pixels
 
 
 def to_pictures(images: Iterable[Any]) -> list[Image.Image]:
@@ -89,40 +83,62 @@ def enlarge(picture: Image.Image) -> Image.Image:
     return ImageOps.scale(picture, math.ceil(_SMALL_SIDE / longer), resampling)
 
 
-Rectangle = list[int]  # [left, top, width, height] in pixels
+def picture_grid(
+    rows: Mapping[str, Iterable[Any]],
+    prompts: Sequence[str],
+    *,
+    rewards: Mapping[str, Sequence[float]] | None = None,
+    seeds: Sequence[int] | None = None,
+    title: str = "",
+    max_columns: int | None = None,
+) -> Image.Image:
+    """A row of pictures for each model, the same prompt and seed in a column, the reward under each picture.
 
+    Args:
+        rows: label -> N pictures, ``(N, 3, H, W)`` in ``[0, 1]`` or Pillow's. Sizes may differ.
+        prompts: N captions, wrapped to the pictures' width.
+        rewards: label -> N numbers. Those of a row ``base`` are what the others gain (green) or lose (red) against.
+        seeds: N seeds, kept in the description of the grid.
+        title: a line at the top.
+        max_columns: columns before a new band starts below; by default what fits 1,700 px.
 
-def _draw_table(
-    rows: Sequence[Sequence[Cell]],
-    row_labels: Sequence[str],
-    column_labels: Sequence[str],
-    title: str,
-    max_columns: int | None,
-) -> tuple[Image.Image, list[list[Rectangle | None]]]:
-    """The grid, and of each cell where its picture is; too many columns continue in further bands below."""
-    pictures = [cell.picture for row in rows for cell in row if cell.picture is not None]
-    cell_width = max((picture.width for picture in pictures), default=_SMALL_SIDE)
-    cell_height = max((picture.height for picture in pictures), default=_SMALL_SIDE)
+    Returns:
+        RGB picture; where the rows are ``base`` and ``tuned``, ``info["grid"]`` describes its cells as JSON (see
+        :func:`read_grid`).
+
+    Raises:
+        ValueError: the numbers of pictures, prompts, rewards and seeds differ, or there are none.
+    """
+    pictures = {label: [enlarge(picture) for picture in to_pictures(row)] for label, row in rows.items()}
+    scores = rewards or {}
+    counts = {label: len(row) for label, row in pictures.items()} | {"prompts": len(prompts)}
+    counts |= {f"rewards of {label}": len(values) for label, values in scores.items()}
+    counts |= {} if seeds is None else {"seeds": len(seeds)}
+    if len(set(counts.values())) != 1 or not prompts:
+        raise ValueError(f"a grid needs equally many of each, and at least one; given were {counts}")
+
+    cell_width = max(picture.width for row in pictures.values() for picture in row)
+    cell_height = max(picture.height for row in pictures.values() for picture in row)
     most = max_columns or max(1, min(10, 1700 // (cell_width + _GAP)))
-    bands = math.ceil(len(column_labels) / most)
-    columns = math.ceil(len(column_labels) / bands)  # spread evenly over the bands
+    bands = math.ceil(len(prompts) / most)
+    columns = math.ceil(len(prompts) / bands)  # spread evenly over the bands
 
     size = 13 if cell_width < 256 else 16
-    longest = max((font(size, bold=True).getlength(label) for label in row_labels), default=0.0)
+    line = round(1.35 * size)
+    longest = max(font(size, bold=True).getlength(label) for label in pictures)
     label_width = min(170, math.ceil(longest) + _GAP) if longest else 0
-    captions = [fit_text(label, cell_width, size, max_lines=3) for label in column_labels]
     width = label_width + columns * (cell_width + _GAP) + _GAP
     heading, heading_font = fit_text(title, width - 2 * _GAP, 18, max_lines=2, bold=True)
-    line = round(1.35 * size)
+    captions = [fit_text(prompt, cell_width, size, max_lines=3) for prompt in prompts]
     caption_height = line * max(_count_lines(text) for text, _ in captions)
-    row_height = cell_height + 6 + (line + 4 if any(cell.note for row in rows for cell in row) else 0)
-    band_height = _GAP + caption_height + 8 + len(rows) * row_height
+    row_height = cell_height + 6 + (line + 4 if scores else 0)
+    band_height = _GAP + caption_height + 8 + len(pictures) * row_height
     top = _GAP + 25 * _count_lines(heading) if heading else 0
 
     canvas = Image.new("RGB", (width, top + bands * band_height), _PAPER)
     draw = ImageDraw.Draw(canvas)
     draw.multiline_text((_GAP, _GAP), heading, _INK, heading_font)
-    rectangles: list[list[Rectangle | None]] = [[None] * len(column_labels) for _ in rows]
+    cells = []
     for column, (caption, caption_font) in enumerate(captions):
         band, place = divmod(column, columns)
         left = label_width + _GAP + place * (cell_width + _GAP)
@@ -130,128 +146,43 @@ def _draw_table(
         y = top + band * band_height + _GAP + caption_height
         draw.multiline_text((middle, y), caption, _INK, caption_font, anchor="md", align="center")  # on the pictures
         y += 4
-        for row, cells in enumerate(rows):
-            cell = cells[column]
-            if cell.picture is None:
-                draw.rectangle((left, y, left + cell_width - 1, y + cell_height - 1), fill=_EMPTY)
-            else:
-                corner = left + (cell_width - cell.picture.width) // 2, y + (cell_height - cell.picture.height) // 2
-                canvas.paste(cell.picture, corner)
-                rectangles[row][column] = [*corner, *cell.picture.size]
-            note, note_font = fit_text(cell.note, cell_width, size, max_lines=1)
-            draw.text((middle, y + cell_height + 2), note, cell.note_colour, note_font, anchor="ma")
+        places: dict[str, Rectangle] = {}
+        for label, row in pictures.items():
+            picture = row[column]
+            corner = left + (cell_width - picture.width) // 2, y + (cell_height - picture.height) // 2
+            canvas.paste(picture, corner)
+            places[label] = [*corner, *picture.size]
+            if label in scores:
+                base = scores["base"][column] if "base" in scores and label != "base" else None
+                note, colour = _note(scores[label][column], base)
+                draw.text((middle, y + cell_height + 2), note, colour, font(size), anchor="ma")
             y += row_height
+        found = {name: values[column] for name, values in scores.items()}
+        cell = {"prompt": prompts[column], "seed": None if seeds is None else seeds[column], **places}
+        cells.append({**cell, "base_reward": found.get("base"), "reward": found.get("tuned")})
     for band in range(bands):
         y = top + band * band_height
         if band:
             draw.line((_GAP, y, width - _GAP, y), fill=(221, 225, 230))
         y += _GAP + caption_height + 4 + cell_height // 2
-        for row, label in enumerate(row_labels):
+        for row, label in enumerate(pictures):
             text, face = fit_text(label, label_width - _GAP, size, max_lines=4, bold=True)
             draw.multiline_text((label_width, y + row * row_height), text, _INK, face, anchor="rm", align="right")
-    return canvas, rectangles
+    if set(pictures) == {"base", "tuned"}:
+        canvas.info[GRID_KEY] = json.dumps({"version": 1, "cells": cells})
+    return canvas
 
 
 def _count_lines(text: str) -> int:
     return len(text.splitlines())
 
 
-def labelled_grid(
-    images: Sequence[Sequence[Any]],
-    row_labels: Sequence[str],
-    column_labels: Sequence[str],
-    *,
-    notes: Sequence[Sequence[str]] | None = None,
-    title: str = "",
-    max_columns: int | None = None,
-) -> Image.Image:
-    """A table of pictures, ``images[row][column]``, with a label at every row and column; ``None`` is an empty place.
-
-    Too many columns for one band continue in further bands below (``max_columns`` a band).
-
-    Args:
-        images: rows of pictures, each ``(3, H, W)`` in ``[0, 1]`` or a Pillow image. Sizes may differ.
-        row_labels: one for each row; column_labels: one for each column.
-        notes: optional line under each picture, same layout as ``images``.
-
-    Raises:
-        ValueError: rows of unequal length, or labels that do not fit the rows and columns.
-    """
-    counts = [len(row) for row in images]
-    if len(row_labels) != len(counts) or {*counts} != {len(column_labels)} or not column_labels:
-        raise ValueError(
-            f"rows of {counts} pictures were given with {len(row_labels)} row labels and {len(column_labels)} column "
-            "labels; expected a label for each row, and one for each picture of a row (None: an empty place)"
-        )
-    cells = []
-    for row, pictures in enumerate(images):
-        shown = [None if picture is None else enlarge(_to_picture(picture)) for picture in pictures]
-        below = notes[row] if notes else [""] * len(shown)
-        cells.append([Cell(picture, note) for picture, note in zip(shown, below, strict=True)])
-    return _draw_table(cells, row_labels, column_labels, title, max_columns)[0]
-
-
-def sample_grid(
-    base_images: Any,
-    tuned_images: Any,
-    prompts: Sequence[str],
-    base_rewards: Sequence[float] | None = None,
-    tuned_rewards: Sequence[float] | None = None,
-    *,
-    seeds: Sequence[int] | None = None,
-    title: str = "",
-    max_columns: int | None = None,
-) -> Image.Image:
-    """Base above tuned, same prompt and seed in a column, the prompt as caption, the reward under each picture.
-
-    Args:
-        base_images, tuned_images: ``(N, 3, H, W)`` floats in ``[0, 1]``, or N Pillow images.
-        prompts: N captions, wrapped to the pictures' width.
-        base_rewards, tuned_rewards: N numbers each, or None. Gains are green, losses red.
-        seeds: N seeds, kept in the description of the grid.
-        title: a line at the top.
-        max_columns: columns before a new band starts below; by default what fits 1,700 px.
-
-    Returns:
-        RGB picture; ``info["grid"]`` describes its cells as JSON (see :func:`read_grid`).
-
-    Raises:
-        ValueError: the numbers of pictures, prompts, rewards and seeds differ, or there are none.
-    """
-    base, tuned = [enlarge(p) for p in to_pictures(base_images)], [enlarge(p) for p in to_pictures(tuned_images)]
-    scores = {"base_rewards": base_rewards, "tuned_rewards": tuned_rewards}
-    given = {"base_images": base, "tuned_images": tuned, "prompts": prompts, **scores, "seeds": seeds}
-    counts = {name: len(values) for name, values in given.items() if values is not None}
-    if len(set(counts.values())) != 1 or not base:
-        raise ValueError(f"a grid needs equally many of each, and at least one; given were {counts}")
-    unknown = [None] * len(base)
-    before, after = base_rewards or unknown, tuned_rewards or unknown
-    rows = [
-        [_scored(picture, score) for picture, score in zip(base, before, strict=True)],
-        [_scored(picture, score, beside) for picture, score, beside in zip(tuned, after, before, strict=True)],
-    ]
-    grid, (above, below) = _draw_table(rows, ["base", "tuned"], prompts, title, max_columns)
-    cells = [
-        {
-            "prompt": prompts[index],
-            "seed": None if seeds is None else seeds[index],
-            "base_reward": before[index],
-            "reward": after[index],
-            "base": above[index],
-            "tuned": below[index],
-        }
-        for index in range(len(base))
-    ]
-    grid.info[GRID_KEY] = json.dumps({"version": 1, "cells": cells})
-    return grid
-
-
-def _scored(picture: Image.Image, score: float | None, base: float | None = None) -> Cell:
-    if score is None or base is None:
-        return Cell(picture, "" if score is None else format_number(score))
-    gain = score - base
+def _note(reward: float, base: float | None) -> tuple[str, tuple[int, int, int]]:
+    if base is None:
+        return format_number(reward), _INK
+    gain = reward - base
     colour = _BETTER if gain > 0 else _WORSE if gain < 0 else _QUIET
-    return Cell(picture, f"{format_number(score)} ({format_gain(gain, score)})", colour)
+    return f"{format_number(reward)} ({format_gain(gain, reward)})", colour
 
 
 def read_grid(image: Image.Image) -> list[dict[str, Any]]:

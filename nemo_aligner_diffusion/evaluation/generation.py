@@ -28,7 +28,7 @@ from nemo_aligner_diffusion.diffusion.settings import PipelineSettings, Sampling
 from nemo_aligner_diffusion.diffusion.trajectory import check_repeatable
 from nemo_aligner_diffusion.embedded_assets import embedded_model_path
 from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError, OutputError, printable
-from nemo_aligner_diffusion.evaluation.figures import labelled_grid, sample_grid, save_image, to_pictures
+from nemo_aligner_diffusion.evaluation.figures import picture_grid, save_image, to_pictures
 from nemo_aligner_diffusion.evaluation.request import Request, annealed_weights
 from nemo_aligner_diffusion.evaluation.run_files import RunFiles, read_config
 from nemo_aligner_diffusion.evaluation.text import format_gain, format_number
@@ -369,30 +369,21 @@ def _write_pictures(
 def _write_grid(
     folder: Path, images: Mapping[str, Any], rewards: Mapping[str, Sequence[float]], pairs: Pairs, title: str
 ) -> Path:
-    """``grid.png``: base above tuned where these are the rows, else rows by label; a single row as prompts by seeds."""
+    """``grid.png``: a row for each variant; a single one as prompts by seeds."""
     if len(pairs) > _MOST_IN_GRID:
         title += f"; the first {_MOST_IN_GRID} of {len(pairs)}"
         pairs = pairs[:_MOST_IN_GRID]
-    pictures = {label: to_pictures(part[: len(pairs)]) for label, part in images.items()}
-    scores = {label: list(part[: len(pairs)]) for label, part in rewards.items()}
     seeds = [seed for _, seed in pairs]
     different = len(set(seeds))
-    captions = [prompt if different == 1 else f"{prompt} (seed {seed})" for prompt, seed in pairs]
-    if list(pictures) == ["base", "tuned"]:
-        grid = sample_grid(
-            *pictures.values(), captions, scores.get("base"), scores.get("tuned"), seeds=seeds, title=title
-        )
-    else:
-        single = len(pictures) == 1
-        notes = [[format_number(value) for value in scores[label]] for label in pictures] if scores else None
-        grid = labelled_grid(
-            list(pictures.values()),
-            [""] if single else list(pictures),
-            captions,
-            notes=notes,
-            title=title,
-            max_columns=different if single and 1 < different <= 10 else None,
-        )
+    single = len(images) == 1
+    grid = picture_grid(
+        {"" if single else label: part[: len(pairs)] for label, part in images.items()},
+        [prompt if different == 1 else f"{prompt} (seed {seed})" for prompt, seed in pairs],
+        rewards={"" if single else label: part[: len(pairs)] for label, part in rewards.items()},
+        seeds=seeds,
+        title=title,
+        max_columns=different if single and 1 < different <= 10 else None,
+    )
     return save_image(grid, folder / "grid.png")
 
 
