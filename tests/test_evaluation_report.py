@@ -25,7 +25,7 @@ from nemo_aligner_diffusion.evaluation.metrics.seed_diversity import SeedDiversi
 from nemo_aligner_diffusion.evaluation.report import main, write_report
 from nemo_aligner_diffusion.evaluation.report.pictures import before_after, over_training
 from nemo_aligner_diffusion.evaluation.report.usage import usage
-from nemo_aligner_diffusion.evaluation.report.view import build_view, duration, findings
+from nemo_aligner_diffusion.evaluation.report.view import build_view, findings
 from nemo_aligner_diffusion.evaluation.run_files import RunFiles, read_run, read_table
 
 HOSTILE = "<script>alert(1)</script> & \"quotes\" 'single'"
@@ -132,7 +132,7 @@ def test_a_finished_run_has_everything(tmp_path: Path) -> None:
         "load_lora_weights",
         "--scales 0,0.5,1,1.5",
         "unconditional_guidance_scale",
-        "of 20 · 30 s",
+        "of 20 · 0:00:30",
     ):
         assert words in text, words
     assert 'class="chosen">model.kl_coeff' in text
@@ -301,7 +301,7 @@ def test_a_damaged_grid_is_named_and_an_older_one_is_shown(tmp_path: Path, conte
     assert "samples/step_000020.png cannot be read" in problem
 
 
-@pytest.mark.parametrize("place", ["[0, 0, 8, 0]", "[0, 0, 0, 8]", "[0, 0, 8.5, 8]", "[-1, 0, 8, 8]", "[0, 0, 8]"])
+@pytest.mark.parametrize("place", ["[0, 0, 8, 0]", "[0, 0, 0, 8]", "[-1, 0, 8, 8]", "[0, 0, 8]"])
 def test_a_rectangle_that_is_none_is_not_cut_out(tmp_path: Path, place: str) -> None:
     run = make_run(tmp_path / "run")
     image = Image.new("RGB", (16, 16))
@@ -492,10 +492,3 @@ def test_a_resumed_table_keeps_the_last_row_of_a_step(tmp_path: Path) -> None:
     assert math.isnan(table["reward"][2])
     path.write_text("")
     assert read_table(path) == {}
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(3.25, "3.2 s"), (42, "42 s"), (252.4, "4 min 12 s"), (11100, "3 h 05 min")]
-)
-def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text

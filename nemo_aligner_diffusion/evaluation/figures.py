@@ -211,12 +211,9 @@ def read_grid(image: Image.Image) -> list[dict[str, Any]]:
 
 
 def _inside(image: Image.Image, left: int, top: int, width: int, height: int) -> Rectangle:
-    rectangle = [left, top, width, height]
-    if not all(type(number) is int for number in rectangle):
-        raise ValueError(f"{rectangle} are no pixels")
-    if min(left, top) < 0 or min(width, height) <= 0 or left + width > image.width or top + height > image.height:
-        raise ValueError(f"{rectangle} is not inside of the picture")
-    return rectangle
+    if not (0 <= left < left + width <= image.width and 0 <= top < top + height <= image.height):
+        raise ValueError(f"{[left, top, width, height]} is not inside of the picture")
+    return [left, top, width, height]
 
 
 def encode_png(image: Image.Image, metadata: Mapping[str, str] | None = None) -> bytes:

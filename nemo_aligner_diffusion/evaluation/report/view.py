@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +22,20 @@ _MOST_ROWS = 1000  # of a table
 
 def build_view(run: RunFiles) -> dict[str, Any]:
     """The values of the template: ``sections`` are (anchor, title, what is shown there; nothing where it is empty)."""
-    shown_charts = charts(run)
     sections = [
         ("before-after", "Before and after", before_after(run)),
         ("prompts", "Prompt by prompt", _prompts(run)),
-        ("curves", "Curves", shown_charts),
+        ("curves", "Curves", charts(run)),
         ("over-training", "How the pictures changed", over_training(run)),
         ("use", "Using the result", usage(run)),
         ("settings", "Settings", _settings(run)),
         ("environment", "Environment", _environment(run)),
     ]
+    algorithm = title_of(str(run.setting("model.algorithm", "Reward tuning")))
     return {
         "name": _name(run),
-        "algorithm": _algorithm(run),
-        "lead": _lead(run),
+        "algorithm": algorithm,
+        "lead": f"{algorithm} {_lead(run)}",
         "tiles": _tiles(run),
         "findings": findings(run),  # last: a picture that could not be read is one
         "sections": sections,
@@ -53,10 +54,6 @@ def _name(run: RunFiles) -> str:
     return str(run.setting("name", "")) if given else run.folder.resolve().name
 
 
-def _algorithm(run: RunFiles) -> str:
-    return title_of(str(run.setting("model.algorithm", "Reward tuning")))
-
-
 def _reward_name(run: RunFiles) -> str:
     try:
         return read_reward(run.setting("rm"))[0].describe()
@@ -71,29 +68,21 @@ def _lead(run: RunFiles) -> str:
     trained = f"a LoRA of rank {rank} of" if rank else "a LoRA of"
     if run.setting("model.peft.peft_scheme", "none") == "none":
         trained = "all denoiser weights of"
-    sentence = f"{_algorithm(run)} tuned {trained} {model}, towards {_reward_name(run)}."
+    sentence = f"tuned {trained} {model}, towards {_reward_name(run)}."
     seconds, pictures = run.total("seconds"), run.total("images")
     if run.steps:
         made = f" and {pictures:,.0f} generated pictures" if pictures else ""
-        sentence += f" {run.steps:,.0f} optimizer steps{made}{f' in {duration(seconds)}' if seconds else ''}."
+        sentence += (
+            f" {run.steps:,.0f} optimizer steps{made}{f' in {timedelta(seconds=round(seconds))}' if seconds else ''}."
+        )
     return sentence
-
-
-def duration(seconds: float) -> str:
-    """``42 s``, ``4 min 12 s``, ``3 h 05 min``."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s" if whole >= 10 else f"{seconds:.1f} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 def _tiles(run: RunFiles) -> list[Tile]:
     tiles = [tile for metric in metrics() if (tile := metric.tile(run)) is not None]
     if run.steps:
         planned, seconds = _planned_steps(run), run.total("seconds")
-        under = [f"of {planned}"] * bool(planned) + [duration(seconds)] * bool(seconds)
+        under = [f"of {planned}"] * bool(planned) + [str(timedelta(seconds=round(seconds)))] * bool(seconds)
         tiles.append(Tile("Optimizer steps", f"{run.steps:,.0f}", " · ".join(under)))
     return tiles
 
