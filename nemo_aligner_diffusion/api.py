@@ -220,7 +220,8 @@ def _read_method(method: Method | str) -> tuple[str, Method | None, list[str]]:
     if isinstance(method, str) and ":" in method:
         words = [f"model.algorithm={quoted(method)}"]
     elif isinstance(method, str):
-        named = [one for one in known.values() if method.lower() in (one.name, one.option)]
+        spelt = method.lower().replace("-", "_")
+        named = [one for one in known.values() if spelt in (one.name, one.option)]
         if not named:
             raise ConfigurationError(
                 f"method={method!r}: no such method{closest(method, known)}; there are {', '.join(known)}"

@@ -67,11 +67,12 @@ def curve_plot(
         raise ValueError(f"no finite value in any of the curves {[curve.label for curve in curves]}")
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
     finite = [value for curve in drawn for value in curve.values if math.isfinite(value)]
-    figure = Figure(figsize=(6.0, 3.2), dpi=150, facecolor=PAPER, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)  # inches
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)  # inches
+    figure = Figure(figsize=(6.0, 3.2), dpi=150, facecolor=PAPER, layout=layout)
     axes = figure.add_subplot(facecolor=PAPER)
     for curve in drawn:
         _draw(axes, curve)

@@ -165,9 +165,10 @@ def picture_grid(
         if band:
             draw.line((_GAP, y, width - _GAP, y), fill=(221, 225, 230))
         y += _GAP + caption_height + 4 + cell_height // 2
-        for row, label in enumerate(pictures):
+        for label in pictures:
             text, face = fit_text(label, label_width - _GAP, size, max_lines=4, bold=True)
-            draw.multiline_text((label_width, y + row * row_height), text, _INK, face, anchor="rm", align="right")
+            draw.multiline_text((label_width, y), text, _INK, face, anchor="rm", align="right")
+            y += row_height
     if set(pictures) == {"base", "tuned"}:
         canvas.info[GRID_KEY] = json.dumps({"version": 1, "cells": cells})
     return canvas

@@ -29,8 +29,8 @@ class KLPenalty(TrainingMetric):
 
     def findings(self, run: RunFiles) -> list[Finding]:
         """Reward bought by KL in the last third of the run, against the first two."""
-        rows = zip(column(run.metrics, "reward"), self.values(run), strict=False)
-        rows = [row for row in rows if all(map(math.isfinite, row))]
+        every = zip(column(run.metrics, "reward"), self.values(run), strict=False)
+        rows = [row for row in every if all(map(math.isfinite, row))]
         if len(rows) < ENOUGH_ROWS or max(kl for _, kl in rows) <= 0:
             return []
         sixth = max(2, len(rows) // 6)
