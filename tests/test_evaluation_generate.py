@@ -169,7 +169,6 @@ def test_files_say_what_they_show(pipeline_folder: Path, adapter: Path, tmp_path
     assert settings["reward"] == pytest.approx(float(expected), abs=1e-5)
     assert settings["reward"] == pytest.approx(result.rewards["tuned"][3])
     cells = read_grid(Image.open(result.output / "grid.png"))
-    assert cells is not None
     assert [cell["seed"] for cell in cells] == [0, 1, 0, 1]
     assert cells[3]["reward"] == pytest.approx(settings["reward"])
 
@@ -311,7 +310,10 @@ WRONG = [
     (["--prompt", "a", "--guidance", "nan"], "--guidance: 'nan' is no finite number"),
     (["--prompt", "a", "--steps", "0"], "--steps: '0': expected a whole number of at least 1"),
     (["--prompt", "a", "--model", "{tmp}"], "no model_index.json"),
-    (["--prompt", "a", "--model", "{model}", "--height", "17"], "--height 17: .* multiples of 4; the nearest is 16"),
+    (
+        ["--prompt", "a", "--model", "{model}", "--height", "17"],
+        "--height 17: .* multiples of 4; the nearest is 16",
+    ),
     (
         ["--prompt", "a", "--model", "{model}", "--sampler", "ddmi"],
         "--sampler='ddmi' is not .*did you mean DDIM",

@@ -250,7 +250,7 @@ def test_nothing_is_imported_because_a_run_directory_names_it(here: Path, capsys
         here, f"open({str(here / 'ran')!r}, 'w').close()\ndef score(images, prompts): return images.mean((1, 2, 3))\n"
     )
     section = {"name": "composite", "parts": {"a": {"name": "custom", "import_path": "mine_of_test:score"}}}
-    run = RunFiles(here, {"rm": section}, {}, {}, [], {}, [], None, [])
+    run = RunFiles(here, {"rm": section})
 
     def parse_request(words: list[str]) -> Any:
         return read_request(words)

@@ -176,7 +176,7 @@ def test_a_run_is_judged_on_the_scale_it_was_trained_on(tmp_path: Any, capsys: p
     from nemo_aligner_diffusion.evaluation.run_files import RunFiles
 
     section = {"name": "composite", "parts": {"symmetry": {"normalize": "base"}}}
-    run = RunFiles(tmp_path, {"rm": section}, {}, {}, [], {}, [], None, [])
+    run = RunFiles(tmp_path, {"rm": section})
     request = read_request(["--prompt", "a"])
     (tmp_path / STATISTICS_FILE).write_text('{"rm.parts.symmetry": {"mean": -0.25, "std": 0.5}}', encoding="utf-8")
     reward = generation._reward(request, run, torch.device("cpu"))

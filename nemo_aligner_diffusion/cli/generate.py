@@ -14,8 +14,7 @@ from nemo_aligner_diffusion.command_line import Parser, command, finite_number, 
 from nemo_aligner_diffusion.data.prompt_files import read_lines
 from nemo_aligner_diffusion.diffusion.settings import SamplingSettings
 from nemo_aligner_diffusion.errors import ConfigurationError, DataError
-from nemo_aligner_diffusion.evaluation.annealing import annealed_weights
-from nemo_aligner_diffusion.evaluation.request import Adapter, Request
+from nemo_aligner_diffusion.evaluation.request import Adapter, Request, annealed_weights
 
 EXAMPLES = """\
 examples:

@@ -19,8 +19,7 @@ from nemo_aligner_diffusion.algorithms.reward_tuning import RewardTuning
 from nemo_aligner_diffusion.data.datamodule import PromptDataModule
 from nemo_aligner_diffusion.data.prompts import read_prompts
 from nemo_aligner_diffusion.embedded_assets import embedded_prompts_path, embedded_reward_path
-from nemo_aligner_diffusion.evaluation.diversity import Embedder
-from nemo_aligner_diffusion.evaluation.metrics.registry import validation_figures
+from nemo_aligner_diffusion.evaluation.metrics.base import validation_figures
 from nemo_aligner_diffusion.evaluation.report import write_report
 from nemo_aligner_diffusion.parallel.broadcast import load_once, on_every_process
 from nemo_aligner_diffusion.parallel.non_finite import NonFinitePolicy
@@ -260,11 +259,11 @@ def _build_data(settings: RunSettings) -> RunData:
     )
 
 
-def _embedder(section: ModelSettings, reward: Reward) -> Embedder | None:
+def _embedder(section: ModelSettings, reward: Reward) -> Reward | None:
     """What measures diversity: the reward itself where it embeds pictures, else the CLIP of the embedded model."""
     for module in reward.modules():
         if hasattr(module, "embed_images"):
             return module  # type: ignore[return-value]
     if section.from_pretrained is None:
-        return restore_reward(embedded_reward_path())  # type: ignore[return-value]
+        return restore_reward(embedded_reward_path())
     return None
