@@ -10,10 +10,11 @@ import sys
 from collections.abc import Sequence
 
 from nemo_aligner_diffusion.cli.train import parse_arguments
-from nemo_aligner_diffusion.command_line import Parser, command, whole_number
+from nemo_aligner_diffusion.command_line import Parser, whole_number
 from nemo_aligner_diffusion.planner.gpus import GPUS, gpu_named
 from nemo_aligner_diffusion.planner.options import Options
 from nemo_aligner_diffusion.planner.presets import MODELS, REWARDS, model_spec
+from nemo_aligner_diffusion.runtime.ending import command
 
 DESCRIPTION = """\
 What a training run will need, before it runs: memory by part and phase, operations, bytes sent, seconds a step on a
