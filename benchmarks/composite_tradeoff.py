@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from benchmarks.judge import Job, Judge, run_jobs, table
-from nemo_aligner_diffusion.evaluation.figures import labelled_grid, save_image, to_pictures
+from nemo_aligner_diffusion.evaluation.figures import picture_grid, save_image, to_pictures
 from nemo_aligner_diffusion.rewards import Compressibility
 
 COLUMNS = ["w", "CLIP reward", "compressibility", "JPEG bytes a picture", "CLIP top-1", "KL", "diversity of the base's"]
@@ -75,11 +75,8 @@ def main() -> None:
     (arguments.docs / "composite_table.md").write_text(table(COLUMNS, rows), encoding="utf-8")
     draw(points, arguments.docs / "images" / "composite_tradeoff.png")
     shown = range(0, min(20, len(base.images)), 2)  # the first seed of ten prompts
-    grid = labelled_grid(
-        [[to_pictures(images[i : i + 1])[0] for i in shown] for images in strips],
-        [point[0] for point in points],
-        [judge.prompts[i // 2] for i in shown],
-    )
+    rows = {point[0]: [images[i] for i in shown] for point, images in zip(points, strips, strict=True)}
+    grid = picture_grid(rows, [judge.prompts[i // 2] for i in shown])
     # 256 colours: a quarter of the bytes
     save_image(grid.quantize(256), arguments.docs / "images" / "composite_pictures.png")
 

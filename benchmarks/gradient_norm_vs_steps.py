@@ -21,8 +21,9 @@ from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.diffusion.noise import sample_generator
 from nemo_aligner_diffusion.diffusion.trajectory import rollout
 from nemo_aligner_diffusion.embedded_assets import embedded_model_path
-from nemo_aligner_diffusion.evaluation.curves import Curve, save_curve_plot
+from nemo_aligner_diffusion.evaluation.curves import Curve, curve_plot
 from nemo_aligner_diffusion.rewards.symmetry import Symmetry
+from nemo_aligner_diffusion.runtime.files import write_atomic
 
 
 def gradient_norm(model: DiffusionModel, steps: int, method: Method, guidance_scale: float) -> float:
@@ -65,10 +66,11 @@ def main() -> None:
         Curve("full DRaFT", arguments.steps, [row[1] for row in rows], colour="base", markers=True),
         Curve("DRTune", arguments.steps, [row[2] for row in rows], colour="tuned", markers=True),
     ]
-    save_curve_plot(
-        arguments.docs / "images" / "gradient_norm_vs_steps.png", curves, title="Gradient norm of mean symmetry",
-        y_label="L2 norm of the LoRA gradient", x_label="sampling steps, all supervised", log=True,
+    picture, _ = curve_plot(
+        curves, title="Gradient norm of mean symmetry", y_label="L2 norm of the LoRA gradient",
+        x_label="sampling steps, all supervised", log=True,
     )  # fmt: skip
+    write_atomic(arguments.docs / "images" / "gradient_norm_vs_steps.png", picture)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from nemo_aligner_diffusion.diffusion.lora import load_lora_weights
 from nemo_aligner_diffusion.diffusion.noise import sample_generator
 from nemo_aligner_diffusion.diffusion.trajectory import rollout
 from nemo_aligner_diffusion.embedded_assets import embedded_model_path, embedded_prompts_path, embedded_reward_path
-from nemo_aligner_diffusion.evaluation.diversity import recognisability, seed_diversity
+from nemo_aligner_diffusion.evaluation.diversity import diversity, embed_images, recognisability
 from nemo_aligner_diffusion.rewards import build_reward, restore_reward
 from nemo_aligner_diffusion.training.build import build_sampling
 from nemo_aligner_diffusion.training.run import run_training
@@ -90,7 +90,7 @@ class Judge:
             reward=float(self.reward(images, names).mean()),
             top1=found.top1,
             mean_reciprocal_rank=found.mean_reciprocal_rank,
-            diversity=seed_diversity(self.clip, broad, broad_names).mean,
+            diversity=diversity(embed_images(self.clip, broad), broad_names),
             divergence=divergence,
             images=images,
         )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.judge import Job, Judge, Judgement, run_jobs, table
-from nemo_aligner_diffusion.evaluation.figures import labelled_grid, save_image, to_pictures
+from nemo_aligner_diffusion.evaluation.figures import picture_grid, save_image
 
 METHODS = {
     "DRaFT-1": ("draft_k_sd", "trainer.draft_k_sd", ["model.truncation_steps=1"]),
@@ -75,12 +75,9 @@ def main() -> None:
     (arguments.docs / "symmetry_table.md").write_text(table(columns, rows), encoding="utf-8")
     drawn = [*best, *(setting for setting in done if setting.kl)]
     shown = range(0, min(20, len(base.images)), 2)  # the first seed of ten prompts
-    grid = labelled_grid(
-        [[to_pictures(images[i : i + 1])[0] for i in shown] for images in
-         (base.images, *(done[setting].images for setting in drawn))],
-        ["base", *(setting.label for setting in drawn)],
-        [judge.prompts[i // 2] for i in shown],
-    )  # fmt: skip
+    strips = {"base": base.images, **{setting.label: done[setting].images for setting in drawn}}
+    rows = {label: [images[i] for i in shown] for label, images in strips.items()}
+    grid = picture_grid(rows, [judge.prompts[i // 2] for i in shown])
     # 256 colours: a quarter of the bytes
     save_image(grid.quantize(256), arguments.docs / "images" / "symmetry_drtune_vs_draft1.png")
 

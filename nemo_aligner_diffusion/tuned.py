@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import weakref
 from collections.abc import Callable, Sequence
@@ -16,7 +15,8 @@ from PIL import Image
 
 from nemo_aligner_diffusion.diffusion.generate import generate
 from nemo_aligner_diffusion.errors import ConfigurationError, OutputError
-from nemo_aligner_diffusion.evaluation.figures import encode_png, sample_grid, save_image
+from nemo_aligner_diffusion.evaluation.figures import encode_png, picture_grid, save_image
+from nemo_aligner_diffusion.runtime.csv_table import read_rows
 from nemo_aligner_diffusion.runtime.signals import Interrupted
 from nemo_aligner_diffusion.training.export import export_weights
 
@@ -92,13 +92,6 @@ class Tuned:
         except Interrupted:
             raise KeyboardInterrupt from None
 
-    def __repr__(self) -> str:
-        said = f"{type(self.pipeline).__name__} tuned for {self._step} optimizer step{'s' if self._step != 1 else ''}"
-        said += ", interrupted" if self.interrupted else ""
-        if self.history:
-            said += f": reward {self.history[0]['reward']:.4g} → {self.history[-1]['reward']:.4g}"
-        return f"<{said}>"
-
 
 @dataclass(frozen=True)
 class Comparison:
@@ -115,23 +108,17 @@ class Comparison:
     @cached_property
     def image(self) -> Image.Image:
         """Base above tuned, prompt and reward with each."""
-        base, tuned = (pictures if pictures.ndim == 4 else pictures[:, 0] for pictures in (self.base, self.tuned))
         title = f"after {self.step} step{'s' if self.step != 1 else ''}"
-        return sample_grid(
-            base, tuned, self.prompts, self.base_rewards, self.tuned_rewards, seeds=self.seeds, title=title
-        )
+        rewards = {"base": self.base_rewards, "tuned": self.tuned_rewards}
+        pictures = {"base": self.base, "tuned": self.tuned}
+        return picture_grid(pictures, self.prompts, rewards=rewards, seeds=self.seeds, title=title)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """As PNG, or what else the name ends in."""
+        """As PNG; :attr:`image` has a ``save`` for other kinds of file."""
         path = Path(path).expanduser()
-        if path.suffix.lower() == ".png":
-            return save_image(self.image, path)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.image.save(path)
-        except (OSError, ValueError) as error:
-            raise OutputError(f"cannot write {path}: {error}; expected a name such as before_after.png") from error
-        return path
+        if path.suffix.lower() != ".png":
+            raise ConfigurationError(f"save({str(path)!r}): expected a name such as before_after.png")
+        return save_image(self.image, path)
 
     def _repr_png_(self) -> bytes:
         return encode_png(self.image)
@@ -139,10 +126,7 @@ class Comparison:
 
 def _rows(file: Path) -> list[dict[str, Any]]:
     """A table's rows as numbers; what is missing is ``None``."""
-    if not file.is_file():
-        return []
-    with file.open(encoding="utf-8", newline="") as stream:
-        rows = list(csv.DictReader(stream))
+    rows = read_rows(file)[0] if file.is_file() else []
     return [
         {name: int(text) if name == "step" else float(text) if text else None for name, text in row.items()}
         for row in rows

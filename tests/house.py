@@ -30,7 +30,7 @@ ROOMS = {
     "cli": "commands",
     "api": "tune()",
 }
-_TOP = {"api": "api", "tuned": "api", "tune_arguments": "api", "__init__": "api"}  # modules that stand in no folder
+_TOP = {"api": "api", "tuned": "api", "__init__": "api"}  # modules that stand in no folder
 
 
 def room_of(module: str) -> str:

@@ -26,7 +26,7 @@ from nemo_aligner_diffusion import DRaFTK, DRTune, tune
 from nemo_aligner_diffusion.config.load import load_config
 from nemo_aligner_diffusion.diffusion.plan import Plan
 from nemo_aligner_diffusion.embedded_assets import embedded_reward_path
-from nemo_aligner_diffusion.errors import AlignerError, ArchiveError, ConfigurationError, DataError, RewardError
+from nemo_aligner_diffusion.errors import ArchiveError, ConfigurationError, DataError, RewardError
 from nemo_aligner_diffusion.rewards import Symmetry
 from nemo_aligner_diffusion.training.run import run_training
 
@@ -151,18 +151,22 @@ def trained(result):
         ("symetry", "no such reward; did you mean symmetry"),
     ],
 )  # fmt: skip
-def test_a_reward_that_cannot_be_trained_on_is_refused_before_a_trajectory_and_can_be_mended(reward, words, tmp_path):
+def test_a_reward_that_cannot_be_trained_on_is_refused_before_a_trajectory(reward, words, tmp_path):
     pipe = tiny_pipeline()
     calls = []
     pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))
     with pytest.raises(RewardError, match=words):
-        small(pipe, reward=reward)
+        small(pipe, reward=reward, output=tmp_path / "run")
     assert len(calls) <= 1  # guided, one step
-    directory = tmp_path / "run"
-    with pytest.raises(RewardError):
-        small(reward=reward, output=directory)
-    assert not directory.exists()
-    assert small(pipe, output=directory).history[0]["grad_norm"] > 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_was_refused_can_be_mended(tmp_path):
+    pipe = tiny_pipeline()
+    for output in (None, tmp_path / "run"):
+        with pytest.raises(RewardError):
+            small(pipe, reward=lambda images, prompts: images.mean(), output=output)
+    assert small(pipe, output=tmp_path / "run").history[0]["grad_norm"] > 0
 
 
 def test_an_error_inside_the_users_function_is_the_users_own():
@@ -286,10 +290,10 @@ def test_a_comparison_shows_the_base_model_above_the_tuned_one(tmp_path):
     assert torch.allclose(redness(shown.tuned, shown.prompts), torch.tensor(shown.tuned_rewards))
     assert torch.equal(shown.base, small(tiny_pipeline()).compare(["a", "b"], seeds=[0, 1]).base)
     assert shown._repr_png_().startswith(b"\x89PNG")
-    with Image.open(shown.save(tmp_path / "new" / "grid.jpg")) as picture:
-        assert picture.format == "JPEG"
-    with pytest.raises(AlignerError, match=r"cannot write .*grid\.nope"):
-        shown.save(tmp_path / "grid.nope")
+    with Image.open(shown.save(tmp_path / "new" / "grid.png")) as picture:
+        assert picture.format == "PNG"
+    with pytest.raises(ConfigurationError, match=r"grid\.jpg'.*expected a name such as before_after\.png"):
+        shown.save(tmp_path / "grid.jpg")
     with pytest.raises(ConfigurationError, match=r"expected a list of prompts"):
         result.compare("a")
 

@@ -7,9 +7,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_aligner_diffusion.config import schema
 from nemo_aligner_diffusion.config.load import load_config, load_settings
 from nemo_aligner_diffusion.config.recipes import conf_directory, groups, recipes
+from nemo_aligner_diffusion.config.schema import KEYS
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.keys import flatten
 
@@ -160,10 +160,10 @@ def test_an_unknown_key_is_an_error_that_names_the_nearest(wrong: str, right: st
 @given(st.text(alphabet="abcdefghijklmnopqrstuvwxyz_", min_size=1, max_size=12))
 def test_no_invented_key_of_the_model_passes(name: str) -> None:
     key = f"model.{name}"
-    accepted = {pattern.split(".")[1] for pattern in schema.KEYS if pattern.startswith("model.")}
-    from nemo_aligner_diffusion.config.nemo_names import ALIASES, NOT_YET, reason_without_effect
+    accepted = {pattern.split(".")[1] for pattern in KEYS if pattern.startswith("model.")}
+    from nemo_aligner_diffusion.config.nemo_names import ALIASES, NOT_YET, WITHOUT_EFFECT, pattern_of
 
-    if name in accepted or key in ALIASES or key in NOT_YET or reason_without_effect(key):
+    if name in accepted or key in ALIASES or key in NOT_YET or pattern_of(key, WITHOUT_EFFECT):
         return
     assert f"unknown key '{key}'" in message(f"{key}=1")
 

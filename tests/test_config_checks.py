@@ -123,7 +123,6 @@ def test_only_what_the_reward_reads_remains(caplog: pytest.LogCaptureFixture) ->
         ("{custom:{}}", "needs rm.parts.custom.import_path"),
         ("{a:{name:ensemble,parts:{clip:{},symmetry:{weight:1}}}}", "count alike"),
         ("{clip:{trainer:{precision:16}}}", "set rm.trainer.precision"),
-        ("{a:{weight:1,reward:{name:clip},model:{}}}", "expected only weight and reward"),
         ("{a:{name:composite}}", "needs rm.parts.a.parts"),
         ("{a:{name:composite,parts:{b:{}}}}", "rm.parts.a.parts.b.name = 'b'"),
     ],
@@ -133,10 +132,10 @@ def test_parts_of_a_composite_are_checked_before_anything_is_loaded(parts: str, 
 
 
 def test_parts_that_fit() -> None:
-    parts = "{clip:{weight:1,model:{restore_from_path:/r.nemo,score:hps}},a:{weight:-2,reward:{name:symmetry}}}"
+    parts = "{clip:{weight:1,model:{restore_from_path:/r.nemo,score:hps}},a:{weight:-2,name:symmetry}}"
     cfg = load_config("draftp_sd", ["rm=composite", f"rm.parts={parts}"])
     assert set(cfg.rm.parts) == {"clip", "a", "symmetry"}, "added to the parts that rm=composite brings"
-    assert cfg.rm.parts.a == {"weight": -2, "reward": {"name": "symmetry"}}
+    assert cfg.rm.parts.a == {"weight": -2, "name": "symmetry"}
     nested = "{all:{name:composite,parts:{symmetry:{},compressibility:{quality:50}}}}"
     load_config("draftp_sd", ["rm=composite", f"rm.parts={nested}"])
 

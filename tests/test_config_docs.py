@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from nemo_aligner_diffusion.config import schema
-from nemo_aligner_diffusion.config.docs import LINE, _file_keys, documented_keys, tables
+from nemo_aligner_diffusion.config.docs import documented_keys, tables
 from nemo_aligner_diffusion.config.load import load_config, load_settings
 from nemo_aligner_diffusion.config.recipes import conf_directory, recipes
+from nemo_aligner_diffusion.config.schema import KEYS, vocabulary
 from nemo_aligner_diffusion.keys import flatten
 from nemo_aligner_diffusion.rewards.augmentation import Augmentation
 from nemo_aligner_diffusion.rewards.registry import rewards
@@ -21,6 +22,7 @@ from nemo_aligner_diffusion.settings import LOOP
 from nemo_aligner_diffusion.training.settings import RunSettings
 
 ROOT = Path(__file__).resolve().parents[1]
+LINE = re.compile(r"(?P<indent> *)(?P<key>[\w+]+):(?P<value>.*?) # (?P<comment>.*)")
 FILES = sorted(conf_directory().rglob("*.yaml"))
 
 
@@ -58,21 +60,24 @@ FREE = {"exp_manager.wandb_logger_kwargs.*", "rm.parts.*", "rm.kwargs.*", "model
         "model.pipeline.arguments.*"}  # fmt: skip
 
 
+def lines_of(path: Path) -> list[tuple[str, Any, str]]:
+    """(dotted key, value, comment) of each line of a file of ``conf/``."""
+    found, lines = [], path.read_text(encoding="utf-8").splitlines()
+    group = path.parent.name if path.parent != ROOT / "conf" else ""
+    header = re.match(r"# @package (\S+)", lines[0])
+    sections = [header.group(1) if header else f"trainer.{LOOP}" if group == "loop" else group]
+    for line, following in zip(lines, [*lines[1:], ""], strict=True):
+        match = LINE.fullmatch(line)
+        if match:
+            sections[len(match["indent"]) // 2 + 1 :] = [match["key"]]
+            value = match["value"].strip() or (following if following.strip().startswith("[") else "")
+            found.append((".".join(filter(None, sections)), yaml.safe_load(value), match["comment"].strip()))
+    return found
+
+
 def lines_of_conf() -> set[tuple[str, str, str]]:
     """(dotted key, value as JSON, comment) of every line."""
-    found = set()
-    for path in FILES:
-        group = path.parent.name if path.parent != ROOT / "conf" else ""
-        text = path.read_text(encoding="utf-8")
-        header = re.match(r"# @package (\S+)", text)
-        sections = [header.group(1) if header else f"trainer.{LOOP}" if group == "loop" else group]
-        for line in text.splitlines():
-            match = LINE.fullmatch(line)
-            if match:
-                sections[len(match["indent"]) // 2 + 1 :] = [match["key"]]
-                value = json.dumps(yaml.safe_load(match["value"]))
-                found.add((".".join(filter(None, sections)), value, match["comment"].strip()))
-    return found
+    return {(key, json.dumps(value), comment) for path in FILES for key, value, comment in lines_of(path)}
 
 
 def test_every_setting_has_its_line_in_conf() -> None:
@@ -93,7 +98,7 @@ def test_every_setting_has_its_line_in_conf() -> None:
 
 def test_every_key_of_the_schema_is_documented() -> None:
     documented = {key for table in documented_keys().values() for key in table}
-    missing = set(schema.known_keys(LOOP)) - documented
+    missing = set(KEYS) - documented
     assert missing == FREE - {"rm.parts.*"} | {"rm.parts.*"}
     assert {key for key, _, _ in lines_of_conf()} >= documented - UNSET
 
@@ -131,7 +136,7 @@ def test_every_key_that_composes_is_in_the_schema(recipe: str) -> None:
     container = OmegaConf.to_container(load_config(recipe, ["rm=clip"]))
     assert isinstance(container, dict)
     for key in flatten({str(name): value for name, value in container.items()}):
-        assert schema.kind_of(key, recipe) is not None, key
+        assert vocabulary(recipe).kind_of(key) is not None, key
 
 
 def test_the_documentations_tables_are_current() -> None:
@@ -144,13 +149,16 @@ def test_the_documentations_tables_are_current() -> None:
 def test_a_rewards_conf_file_shows_its_settings(name: str) -> None:
     """``conf/rm/<name>.yaml`` has exactly the reward's own settings, with their defaults and meanings."""
     kind = rewards()[name]
-    shown = {**_file_keys(f"rm/{name}.yaml"), **_file_keys("rm/base.yaml")}
-    shown = {key: value for key, value in shown.items() if key.split(".")[1] not in ("name", *kind.free)}
-    assert shown.keys() == {*kind.keys().values(), *Augmentation.keys().values()}
+    lines = [*lines_of(ROOT / f"conf/rm/{name}.yaml"), *lines_of(ROOT / "conf/rm/base.yaml")]
+    keys = {*kind.keys().values(), *Augmentation.keys().values()}
+    shown = {key: (value, meaning) for key, value, meaning in lines if key in keys}
+    assert shown.keys() == keys
+    known = vocabulary("draftp_sd")
+    others = {key for key, _, _ in lines if known.kind_of(key) is not None and f"{key}.*" not in known.kinds} - keys
+    assert {key for key in others if key.split(".")[1] not in ("name", *kind.free)} == set()
     for settings in (kind, Augmentation):
         defaults, meanings = settings.defaults(), settings.meanings()
         for field, key in settings.keys().items():
-            default, meaning = shown[key]
+            given, meaning = shown[key]
             assert meaning == meanings[field], key
-            given = yaml.safe_load(default)
             assert given == ("???" if field in kind.needs else defaults[field]) or str(given) == defaults[field]

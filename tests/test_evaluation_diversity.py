@@ -12,13 +12,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from nemo_aligner_diffusion.errors import ConfigurationError
-from nemo_aligner_diffusion.evaluation.annealing import annealed_weights
 from nemo_aligner_diffusion.evaluation.diversity import (
+    diversity,
     diversity_ratio,
+    embed_images,
     mean_pairwise_distance,
     recognisability,
-    seed_diversity,
 )
+from nemo_aligner_diffusion.evaluation.request import annealed_weights
 
 
 class Plain:
@@ -49,33 +50,28 @@ def test_pairwise_distance_is_its_definition() -> None:
 
 def test_diversity_compares_seeds_of_one_prompt_only() -> None:
     red, green, blue = Plain.COLOURS.values()
+    prompts = ["a", "b", "a", "b", "once"]
     images = flat(red, blue, green, green, red)
-    result = seed_diversity(Plain(), images, ["a", "b", "a", "b", "once"], batch_size=2)
-    assert result.by_prompt == pytest.approx({"a": 1.0, "b": 1.0})  # orthogonal colours
-    assert result.mean == pytest.approx(1.0)
+    assert diversity(embed_images(Plain(), images), prompts) == pytest.approx(1.0)  # orthogonal colours
     same = flat(red, blue, red, blue, red)
-    assert seed_diversity(Plain(), same, ["a", "b", "a", "b", "once"]).mean == pytest.approx(0.0, abs=1e-6)
+    assert diversity(embed_images(Plain(), same), prompts) == pytest.approx(0.0, abs=1e-6)
     half = flat(red, blue, red, green, red)
-    assert diversity_ratio(Plain(), images, half, ["a", "b", "a", "b", "once"]) == pytest.approx(0.5, abs=1e-6)
-    assert math.isnan(diversity_ratio(Plain(), same, images, ["a", "b", "a", "b", "once"]))
+    assert diversity_ratio(Plain(), images, half, prompts) == pytest.approx(0.5, abs=1e-6)
+    assert math.isnan(diversity_ratio(Plain(), same, images, prompts))
     with pytest.raises(ValueError, match="at least two pictures"):
-        seed_diversity(Plain(), images[:2], ["a", "b"])
-    with pytest.raises(ValueError, match="5 pictures and 1 prompts"):
-        seed_diversity(Plain(), images, ["a"])
+        diversity(embed_images(Plain(), images[:2]), ["a", "b"])
 
 
 def test_a_video_is_the_mean_of_its_frames() -> None:
     red, green = flat((1.0, 0.0, 0.0)), flat((0.0, 1.0, 0.0))
-    video = torch.stack([red, green], 1)
-    diversity = seed_diversity(Plain(), torch.cat([video, torch.stack([red, red], 1)]), ["red", "red"])
-    assert diversity.mean == pytest.approx(1 - math.sqrt(0.5))
+    videos = torch.cat([torch.stack([red, green], 1), torch.stack([red, red], 1)])
+    assert diversity(embed_images(Plain(), videos), ["red", "red"]) == pytest.approx(1 - math.sqrt(0.5))
 
 
 def test_recognisability_ranks_the_own_prompt() -> None:
     images = flat((1.0, 0.1, 0.0), (0.6, 0.5, 0.4), (0.0, 0.2, 0.9))
-    result = recognisability(Plain(), images, ["red", "blue", "blue"], ["red", "green", "blue", "green"], batch_size=2)
+    result = recognisability(Plain(), images, ["red", "blue", "blue"], ["red", "green", "blue", "green"])
     assert result.ranks == [1, 3, 1]
-    assert result.nearest == ["red", "red", "blue"]
     assert result.top1 == pytest.approx(2 / 3)
     assert result.mean_reciprocal_rank == pytest.approx((1 + 1 / 3 + 1) / 3)
     assert recognisability(Plain(), images[:1], ["red"]).ranks == [1]
@@ -91,9 +87,9 @@ def test_a_clip_reward_is_an_embedder() -> None:
     reward = CLIPReward(toy_clip(), tokenizer_from_bytes(files["vocab.json"], files["merges.txt"], "the test"))
     torch.manual_seed(0)
     images = torch.rand(4, 3, 40, 40)
-    result = seed_diversity(reward, images, ["red", "red", "cat", "cat"], batch_size=3)
     unit = reward.embed_images(images).double()
-    assert result.by_prompt["red"] == pytest.approx(1 - float(unit[0] @ unit[1]), abs=1e-6)
+    spread = diversity(embed_images(reward, images[:2]), ["red", "red"])
+    assert spread == pytest.approx(1 - float(unit[0] @ unit[1]), abs=1e-6)
     scores = reward.score_matrix(images, ["red", "cat", "apple"])
     own = [0, 0, 1, 1]
     expected = [1 + int((row > row[index]).sum()) for row, index in zip(scores, own, strict=True)]

@@ -19,12 +19,14 @@ import torch
 from PIL import Image
 
 from nemo_aligner_diffusion.errors import OutputError
-from nemo_aligner_diffusion.evaluation.figures import sample_grid, save_image
+from nemo_aligner_diffusion.evaluation.figures import picture_grid, save_image
+from nemo_aligner_diffusion.evaluation.metrics.kl_penalty import KLPenalty
 from nemo_aligner_diffusion.evaluation.metrics.seed_diversity import SeedDiversity
 from nemo_aligner_diffusion.evaluation.report import main, write_report
-from nemo_aligner_diffusion.evaluation.report.findings import findings
-from nemo_aligner_diffusion.evaluation.report.view import build_view, duration
-from nemo_aligner_diffusion.evaluation.run_files import read_run, read_table
+from nemo_aligner_diffusion.evaluation.report.pictures import before_after, over_training
+from nemo_aligner_diffusion.evaluation.report.usage import usage
+from nemo_aligner_diffusion.evaluation.report.view import build_view, findings
+from nemo_aligner_diffusion.evaluation.run_files import RunFiles, read_run, read_table
 
 HOSTILE = "<script>alert(1)</script> & \"quotes\" 'single'"
 CONFIG = """
@@ -77,7 +79,7 @@ class Page(HTMLParser):
             assert self.open.pop() == tag
 
 
-def make_run(folder: Path, steps: int = 20, described: bool = True, **validation: str) -> Path:
+def make_run(folder: Path, steps: int = 20, **validation: str) -> Path:
     (folder / "samples").mkdir(parents=True)
     (folder / "config.yaml").write_text(CONFIG)
     lines = ["step,reward,kl_penalty,loss,grad_norm,lr,images_per_second,peak_memory_bytes,images,seconds,reward/clip"]
@@ -87,16 +89,12 @@ def make_run(folder: Path, steps: int = 20, described: bool = True, **validation
     rows = [f"{s},{20 + s / 10},20{values}" for s in range(0, steps + 1, 10)]
     (folder / "validation.csv").write_text("\n".join([f"step,reward,base_reward{extra}", *rows]) + "\n")
     for step in range(0, steps + 1, 10):
-        grid = sample_grid(
-            torch.zeros(2, 3, 16, 16),
-            torch.full((2, 3, 16, 16), step / 20),
+        grid = picture_grid(
+            {"base": torch.zeros(2, 3, 16, 16), "tuned": torch.full((2, 3, 16, 16), step / 20)},
             ["red apple", HOSTILE],
-            [20.0, 21.0],
-            [20.0 + step, 20.5],
+            rewards={"base": [20.0, 21.0], "tuned": [20.0 + step, 20.5]},
             seeds=[0, 1],
         )
-        if not described:
-            grid.info.clear()
         save_image(grid, folder / "samples" / f"step_{step:06d}.png")
     scores = [
         {"prompt": "red apple", "seed": 0, "base_reward": 20.0, "reward": 22.0},
@@ -114,7 +112,7 @@ def read(path: Path) -> tuple[str, Page]:
 
 
 def test_a_finished_run_has_everything(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run")
+    run = make_run(tmp_path / "run", share_improved="0.5")
     (run / "export").mkdir()
     (run / "export" / "pytorch_lora_weights.safetensors").write_bytes(b"")
     text, page = read(write_report(run))
@@ -123,7 +121,8 @@ def test_a_finished_run_has_everything(tmp_path: Path) -> None:
         "a LoRA of rank 8",
         "the embedded CLIP reward",
         "20.00 → 22.00",
-        "1 of 2 validation pictures",
+        "50%</b>",
+        "1 of 2 pictures score higher",
         "Validation reward",
         "KL penalty",
         "Gradient norm",
@@ -133,7 +132,7 @@ def test_a_finished_run_has_everything(tmp_path: Path) -> None:
         "load_lora_weights",
         "--scales 0,0.5,1,1.5",
         "unconditional_guidance_scale",
-        "of 20 · 30 s",
+        "of 20 · 0:00:30",
     ):
         assert words in text, words
     assert 'class="chosen">model.kl_coeff' in text
@@ -144,23 +143,18 @@ def test_a_finished_run_has_everything(tmp_path: Path) -> None:
     assert not re.search(r"https?://(?!www\.w3\.org/)", text)  # namespaces of SVG are names, not requests
 
 
-def test_several_seeds_a_prompt(tmp_path: Path) -> None:
+def test_every_prompt_is_shown_over_training_before_a_second_seed_of_one(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     names = [f"prompt {i}" for i in range(5)]
     pairs = [(name, seed) for name in names for seed in range(3)]
     grey = torch.full((15, 3, 16, 16), 0.5)
     for step in (10, 20):
-        grid = sample_grid(grey, grey, [name for name, _ in pairs], seeds=[seed for _, seed in pairs])
+        rows = {"base": grey, "tuned": grey}
+        grid = picture_grid(rows, [name for name, _ in pairs], seeds=[seed for _, seed in pairs])
         save_image(grid, run / "samples" / f"step_{step:06d}.png")
-    # seeds 0 and 1 of each prompt lose a little, seed 2 gains much
-    scores = [
-        {"prompt": name, "seed": seed, "base_reward": 1.0, "reward": 3.0 if seed == 2 else 0.9} for name, seed in pairs
-    ]
-    (run / "validation_samples.json").write_text(json.dumps({"step": 20, "prompts": scores}))
-    text, _ = read(write_report(run))
-    assert "5 of 15 validation pictures; 5 of 5 prompts on average" in text
-    rows = re.findall(r'<th scope="row">(prompt \d)</th>', text)
-    assert rows[:5] == names  # every prompt is shown over training before a second seed of one
+    shown = over_training(read_run(run))
+    assert shown is not None
+    assert [prompt for prompt, _ in shown["rows"]][:5] == names
 
 
 def test_text_of_others_stays_text(tmp_path: Path) -> None:
@@ -184,21 +178,9 @@ def test_the_report_is_the_same_for_the_same_run(tmp_path: Path) -> None:
     assert write_report(run).read_bytes() == first
 
 
-def test_a_full_fine_tune_says_how_to_use_its_unet(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run")
-    (run / "config.yaml").write_text(CONFIG.replace("sdlora", "none") + "")
-    (run / "export" / "unet").mkdir(parents=True)
-    (run / "export" / "unet" / "config.json").write_text("{}")
-    text, _ = read(write_report(run))
-    assert "unet = AutoModel.from_pretrained" in text
-    assert "load_lora_weights" not in text
-    assert "all denoiser weights of the embedded model" in text
-
-
 def shown_code(run: Path) -> str:
     """The code of "With plain diffusers", as a reader of the page copies it."""
-    text, _ = read(write_report(run))
-    return unescape(text.split("<h3>With plain diffusers</h3><pre>")[1].split("</pre>")[0])
+    return unescape(usage(read_run(run))["code"])
 
 
 @pytest.mark.parametrize(
@@ -310,31 +292,33 @@ def png_of(chunk: bytes, data: bytes) -> bytes:
     ],
     ids=["empty", "web page", "profile", "bomb", "no transparency", "no size"],
 )
-def test_a_damaged_grid_is_named_and_the_page_goes_on(tmp_path: Path, content: bytes) -> None:
+def test_a_damaged_grid_is_named_and_an_older_one_is_shown(tmp_path: Path, content: bytes) -> None:
     run = make_run(tmp_path / "run")
     (run / "samples" / "step_000020.png").write_bytes(content)
-    text, _ = read(write_report(run))
-    assert "Training reward" in text
-    named = "samples/step_000020.png cannot be read" in text
-    assert named == ("Step 10. Left the base model" in text)
-    assert named or "Step 20: base above tuned" in text  # Pillow got over it
+    files = read_run(run)
+    assert before_after(files)["step"] == 10
+    (problem,) = files.problems
+    assert "samples/step_000020.png cannot be read" in problem
 
 
-@pytest.mark.parametrize("place", ["[0, 0, 8, 0]", "[0, 0, 0, 8]", "[0, 0, 8.5, 8]", "[-1, 0, 8, 8]", "[0, 0, 8]"])
+@pytest.mark.parametrize("place", ["[0, 0, 8, 0]", "[0, 0, 0, 8]", "[-1, 0, 8, 8]", "[0, 0, 8]"])
 def test_a_rectangle_that_is_none_is_not_cut_out(tmp_path: Path, place: str) -> None:
     run = make_run(tmp_path / "run")
     image = Image.new("RGB", (16, 16))
-    image.info["grid"] = f'{{"cells": [{{"prompt": "a", "base": {place}, "tuned": [0, 0, 8, 8]}}]}}'
+    cell = '"prompt": "a", "seed": 0, "base_reward": 1.0, "reward": 2.0, "tuned": [0, 0, 8, 8]'
+    image.info["grid"] = f'{{"cells": [{{{cell}, "base": {place}}}]}}'
     save_image(image, run / "samples" / "step_000020.png")
-    assert "Step 20: base above tuned" in read(write_report(run))[0]
+    files = read_run(run)
+    assert before_after(files)["step"] == 10
+    (problem,) = files.problems
+    assert "step_000020.png cannot be read (ValueError: it does not say what it shows" in problem
 
 
 def test_a_run_is_called_as_its_user_called_it(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "my_third_run")
-    (run / "config.yaml").write_text(CONFIG.replace("draft+", "drtune"))
-    assert "<h1>my_third_run " in read(write_report(run))[0]  # not draftp_sd, as the recipe is called
-    (run / "run.json").write_text(json.dumps({"command": ["train.py", "name=draftp_sd"]}))
-    assert "<h1>draftp_sd " in read(write_report(run))[0]
+    run = RunFiles(tmp_path / "my_third_run", config={"name": "draftp_sd"})
+    assert build_view(run)["name"] == "my_third_run"  # not as the recipe is called
+    chosen = RunFiles(tmp_path / "my_third_run", config=run.config, run={"command": ["train.py", "name=draftp_sd"]})
+    assert build_view(chosen)["name"] == "draftp_sd"
 
 
 HUB = "model: {from_pretrained: some/model}"
@@ -362,21 +346,22 @@ HUB = "model: {from_pretrained: some/model}"
 )
 def test_the_lead_says_what_was_rewarded(tmp_path: Path, rm: str, words: str) -> None:
     (tmp_path / "config.yaml").write_text(f"rm: {rm}\n")
-    assert f"towards {words}." in build_view(read_run(tmp_path))["lead"]
+    lead = build_view(read_run(tmp_path))["lead"]
+    assert f"tuned all denoiser weights of the embedded model, towards {words}." in lead
 
 
 def test_the_kl_penalty_names_its_space(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run")
-    assert "measured in epsilon (velocity, where the model is a flow)" in read(write_report(run))[0]
-    (run / "config.yaml").write_text(CONFIG.replace("kl_coeff: 0.2", "kl_coeff: 0.2\n  kl_space: prediction"))
-    assert "measured in prediction, before its coefficient (0.2)" in read(write_report(run))[0]
+    described = KLPenalty().describe(RunFiles(tmp_path, config={"model": {"kl_coeff": 0.2}}))
+    assert "measured in epsilon (velocity, where the model is a flow), before its coefficient (0.2)" in described
+    described = KLPenalty().describe(RunFiles(tmp_path, config={"model": {"kl_space": "prediction"}}))
+    assert "measured in prediction" in described
 
 
 def test_a_configuration_of_aliases_is_not_expanded(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run")
     levels = [f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]" for i in range(1, 12)]
-    (run / "config.yaml").write_text("\n".join(["l0: &l0 [0, 0]", *levels]))
-    assert "config.yaml cannot be read (ValueError: " in unescape(read(write_report(run))[0])
+    (tmp_path / "config.yaml").write_text("\n".join(["l0: &l0 [0, 0]", *levels]))
+    (problem,) = read_run(tmp_path).problems
+    assert "config.yaml cannot be read (ValueError: " in problem
 
 
 def test_rows_that_are_damaged_are_counted(tmp_path: Path) -> None:
@@ -384,8 +369,9 @@ def test_rows_that_are_damaged_are_counted(tmp_path: Path) -> None:
     lines = (run / "metrics.csv").read_bytes().splitlines(keepends=True)
     lines[5] = lines[5].replace(b"-20", b"-2\xff")
     (run / "metrics.csv").write_bytes(b"".join([*lines[:8], b"8,20.8\n", *lines[9:], b"21,2"]))
-    assert "metrics.csv: 2 of 21 rows are damaged and left out" in read(write_report(run))[0]
-    assert len(read_run(run).metrics["step"]) == 18
+    files = read_run(run)
+    assert files.problems == ["metrics.csv: 2 of 20 rows are damaged and left out"]
+    assert len(files.metrics["step"]) == 18
 
 
 def test_what_a_folder_says_does_not_become_code(tmp_path: Path) -> None:
@@ -417,12 +403,6 @@ def test_text_that_no_page_can_hold_is_escaped_and_bounded(tmp_path: Path) -> No
     assert "\x1b" not in text
     assert "\\ud800\\x00\\x1b[2Jaaa" in text
     assert "a" * 3000 not in text
-
-
-def test_grids_of_another_writer_are_shown_whole(tmp_path: Path) -> None:
-    text, _ = read(write_report(make_run(tmp_path / "run", described=False)))
-    assert text.count('class="whole"') == 1 + 2
-    assert 'class="pair"' not in text
 
 
 def test_a_report_is_written_without_torch(tmp_path: Path) -> None:
@@ -497,12 +477,10 @@ def test_a_reward_that_collapses_is_a_warning(tmp_path: Path) -> None:
 
 
 def test_a_mean_that_few_pictures_carry_is_a_warning(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run")
-    scores = [{"prompt": f"p{i}", "seed": 0, "base_reward": 20.0, "reward": 24.0 if i == 0 else 19.9} for i in range(4)]
-    (run / "validation_samples.json").write_text(json.dumps({"step": 20, "prompts": scores}))
+    run = make_run(tmp_path / "run", share_improved="0.25")
     assert "Only 25% of the validation pictures improved" in titles(run)
-    (run / "validation.csv").write_text("step,reward,base_reward\n0,20,20\n20,19,20\n")  # it fell: no gain of anybody
-    assert not any("pictures improved" in title for title in titles(run))
+    (run / "validation.csv").write_text("step,reward,base_reward,share_improved\n0,20,20,0\n20,19,20,0.25\n")
+    assert not any("pictures improved" in title for title in titles(run))  # it fell: no gain of anybody
 
 
 def test_a_resumed_table_keeps_the_last_row_of_a_step(tmp_path: Path) -> None:
@@ -514,10 +492,3 @@ def test_a_resumed_table_keeps_the_last_row_of_a_step(tmp_path: Path) -> None:
     assert math.isnan(table["reward"][2])
     path.write_text("")
     assert read_table(path) == {}
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(3.25, "3.2 s"), (42, "42 s"), (252.4, "4 min 12 s"), (11100, "3 h 05 min")]
-)
-def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text

@@ -119,16 +119,6 @@ def test_system_tar_reads_what_we_write(tmp_path: Path) -> None:
     assert "./model_weights.ckpt" in listed.splitlines()
 
 
-def test_extract_only_when_asked_and_never_over_a_file(tmp_path: Path) -> None:
-    archive = load_nemo(save_nemo(tmp_path / "x.nemo", CONFIG, STATE, {"vocab.json": VOCAB}))
-    archive.state_dict()
-    assert os.listdir(tmp_path) == ["x.nemo"]
-    written = archive.extract(tmp_path / "out")
-    assert {path.name for path in written} == set(archive.members)
-    with pytest.raises(ArchiveError, match="cannot be extracted"):
-        archive.extract(tmp_path / "out")
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -383,7 +373,7 @@ def test_constructors_that_would_take_memory_are_not_called(tmp_path: Path, valu
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "x.nemo")
-    with pytest.raises(ArchiveError, match="pipe"):
+    with pytest.raises(ArchiveError, match="no regular file"):
         load_nemo(tmp_path / "x.nemo")
 
 

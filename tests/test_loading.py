@@ -96,6 +96,12 @@ def test_a_missing_part_is_named(folder: Path, part: str) -> None:
     assert f"names {part}, but there is no such folder" in refusal(folder)
 
 
+def test_parts_that_the_index_should_name_are_named(folder: Path) -> None:
+    """Stable Diffusion's parts under SDXL's name load, and fail in the first call with a word about ``None``."""
+    rewrite(folder, _class_name="StableDiffusionXLPipeline")
+    assert "StableDiffusionXLPipeline, but names no text_encoder_2, tokenizer_2" in refusal(folder)
+
+
 def test_a_tokenizer_without_its_vocabulary_is_refused(folder: Path) -> None:
     """transformers makes one that knows its special tokens alone, and every prompt the same."""
     (folder / "tokenizer" / "tokenizer.json").unlink()

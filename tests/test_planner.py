@@ -18,7 +18,7 @@ from tiny_pipelines import named
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from benchmarks.planner_check import load, measured, planned
-from nemo_aligner_diffusion.cli.plan import main, take_options
+from nemo_aligner_diffusion.cli.plan import main
 from nemo_aligner_diffusion.config.load import load_settings
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.parallel.layout import Layout
@@ -396,12 +396,6 @@ def test_mistakes_are_one_line(words, said, capsys):
     captured = capsys.readouterr()
     assert said in captured.err
     assert captured.out == ""
-
-
-def test_options_are_taken_and_overrides_left():
-    options, rest = take_options(["peft=none", "--gpu=h200", "--config-name", "drtune_sd", "--tensor-sizes", "1,4"])
-    assert rest == ["peft=none", "--config-name", "drtune_sd"]
-    assert (options.gpu, options.tensor_sizes, options.layouts) == ("h200", (1, 4), False)
 
 
 def test_help_needs_no_torch():

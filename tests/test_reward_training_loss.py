@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from nemo_aligner_diffusion.errors import DataError
-from nemo_aligner_diffusion.reward_training.calibration import preference_figures
+from nemo_aligner_diffusion.reward_training.evaluate import preference_figures
 from nemo_aligner_diffusion.reward_training.loss import correct, decided, preference_loss
-from nemo_aligner_diffusion.reward_training.rules import colourfulness, label, symmetry
+from nemo_aligner_diffusion.reward_training.rule_preferences import colourfulness
 
 
 def oracle(first: float, second: float, share: float) -> float:
@@ -101,10 +101,10 @@ def test_figures_of_a_set_worked_out_by_hand() -> None:
     assert figures.mean_confidence == pytest.approx((3 * 0.95 + 2 * 0.65) / 5)
     # 3/5·|2/3 − 0.95| + 2/5·|1/2 − 0.65|
     assert figures.calibration_error == pytest.approx(0.6 * (0.95 - 2 / 3) + 0.4 * 0.15)
-    assert figures.tie_gap == pytest.approx(0.2)
-    assert [part.pairs for part in figures.bins] == [0, 2, 0, 0, 3]
-    assert figures.bins[1].accuracy == pytest.approx(0.5)
-    assert figures.bins[4].confidence == pytest.approx(0.95)
+    assert [part["pairs"] for part in figures.bins] == [0, 2, 0, 0, 3]
+    assert figures.bins[1]["accuracy"] == pytest.approx(0.5)
+    assert figures.bins[4]["confidence"] == pytest.approx(0.95)
+    assert [part["low"] for part in figures.bins] == pytest.approx([0.5, 0.6, 0.7, 0.8, 0.9])
     expected = [-math.log(0.95), -math.log(0.95), -math.log(0.05), -math.log(0.65), -math.log(0.35)]
     tie = -0.5 * math.log(0.7) - 0.5 * math.log(0.3) - math.log(2)
     assert figures.loss == pytest.approx((sum(expected) + tie) / 6)
@@ -113,25 +113,20 @@ def test_figures_of_a_set_worked_out_by_hand() -> None:
 
 def test_extremes() -> None:
     certain = preference_figures(torch.tensor([[1e4, 0.0]] * 3), torch.tensor([[1.0, 0.0]] * 3))
-    assert (certain.accuracy, certain.calibration_error, certain.bins[-1].pairs) == (1.0, 0.0, 3)
+    assert (certain.accuracy, certain.calibration_error, certain.bins[-1]["pairs"]) == (1.0, 0.0, 3)
     ties = preference_figures(torch.zeros(2, 2), torch.full((2, 2), 0.5))
     assert math.isnan(ties.accuracy)
     assert math.isnan(ties.calibration_error)
-    assert (ties.loss, ties.tie_gap) == (pytest.approx(0.0), 0.0)
+    assert ties.loss == pytest.approx(0.0)
     with pytest.raises(DataError, match="no pair"):
         preference_figures(torch.empty(0, 2), torch.empty(0, 2))
     with pytest.raises(DataError, match="1 of 2 pairs"):
         preference_figures(torch.tensor([[0.0, 1.0], [float("nan"), 0.0]]), torch.tensor([[1.0, 0.0]] * 2))
 
 
-def test_rules() -> None:
+def test_colourfulness() -> None:
     grey, red = torch.full((1, 3, 4, 4), 0.5), torch.zeros(1, 3, 4, 4)
     red[:, 0] = 1.0
     assert colourfulness(grey).item() == 0
     # rg = 255, yb = 127.5 everywhere: no spread, 0.3·√(255² + 127.5²)
     assert colourfulness(red).item() == pytest.approx(0.3 * math.hypot(255, 127.5))
-    half = grey.clone()
-    half[..., :2] = 0.0
-    assert symmetry(grey).item() == 0
-    assert symmetry(half).item() == pytest.approx(-50)
-    assert [label(1, 0, 0.5), label(0, 1, 0.5), label(0.2, 0, 0.5)] == [(1.0, 0.0), (0.0, 1.0), (0.5, 0.5)]

@@ -18,11 +18,11 @@ from nemo_aligner_diffusion.reward_training.clip_files import (
     save_clip_reward,
     tokenizer_files,
 )
+from nemo_aligner_diffusion.reward_training.configuration import TextSettings, TrainedParts, VisionSettings
 from nemo_aligner_diffusion.reward_training.loss import preference_loss
 from nemo_aligner_diffusion.reward_training.preference_clip import (
     MAX_LOGIT_SCALE,
     PreferenceCLIP,
-    TrainedParts,
     choose_trained_parts,
 )
 from nemo_aligner_diffusion.reward_training.preference_data import PreferenceDataset, pictures
@@ -31,7 +31,16 @@ from nemo_aligner_diffusion.rewards.clip.reward import CLIPReward
 from nemo_aligner_diffusion.rewards.clip.tokenizer import tokenizer_from_bytes
 
 PROMPTS = ["a red apple", "cat", "a cat, an apple and a very long sentence that is cut", "red"]
-EVERYTHING = TrainedParts(text_layers=None)
+
+
+def trained(
+    vision: int | None = None, text: int | None = 0, projections: bool = True, logit_scale: bool = True
+) -> TrainedParts:
+    towers = VisionSettings(trainable_layers=vision), TextSettings(trainable_layers=text)
+    return TrainedParts(projections, logit_scale, *towers)
+
+
+EVERYTHING = trained(text=None)
 
 
 @pytest.fixture
@@ -47,7 +56,7 @@ def images(seed: int = 0) -> torch.Tensor:
     return torch.rand(4, 2, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("parts", [TrainedParts(), EVERYTHING, TrainedParts(0, 0, False, True)])
+@pytest.mark.parametrize("parts", [trained(), EVERYTHING, trained(0, 0, projections=False)])
 def test_scores_are_the_rewards(reward: CLIPReward, parts: TrainedParts) -> None:
     frozen = CLIPReward(toy_clip(), reward.tokenizer)
     pairs = images()
@@ -94,13 +103,13 @@ def test_everything_moves(reward: CLIPReward) -> None:
 
 
 def test_frozen_text_and_no_scale(reward: CLIPReward) -> None:
-    names = moved(reward, TrainedParts(projections=False, logit_scale=False))
+    names = moved(reward, trained(projections=False, logit_scale=False))
     assert names
     assert names == starts(names, "vision_model.")
 
 
 def test_the_last_layer_of_each_tower(reward: CLIPReward) -> None:
-    names = moved(reward, TrainedParts(vision_layers=1, text_layers=1))
+    names = moved(reward, trained(1, 1))
     assert {"logit_scale", "visual_projection.weight", "text_projection.weight"} <= names
     rest = names - starts(names, "logit_scale", "visual_projection", "text_projection")
     allowed = ("vision_model.encoder.layers.1.", "vision_model.post_layernorm.", "text_model.encoder.layers.1.")
@@ -110,14 +119,14 @@ def test_the_last_layer_of_each_tower(reward: CLIPReward) -> None:
 
 
 def test_projections_alone(reward: CLIPReward) -> None:
-    assert moved(reward, TrainedParts(0, 0, True, False)) == {"visual_projection.weight", "text_projection.weight"}
+    assert moved(reward, trained(0, 0, logit_scale=False)) == {"visual_projection.weight", "text_projection.weight"}
 
 
 def test_impossible_choices(reward: CLIPReward) -> None:
     with pytest.raises(ConfigurationError, match="nothing to train"):
-        choose_trained_parts(reward.model, TrainedParts(0, 0, False, False))
+        choose_trained_parts(reward.model, trained(0, 0, projections=False, logit_scale=False))
     with pytest.raises(ConfigurationError, match=r"model.text.trainable_layers = 3: the text tower has 2 layers"):
-        choose_trained_parts(reward.model, TrainedParts(text_layers=3))
+        choose_trained_parts(reward.model, trained(text=3))
 
 
 def test_activation_checkpointing_changes_no_gradient(tmp_path: Path) -> None:
@@ -140,7 +149,7 @@ def test_the_scale_is_kept_below_a_hundred(tmp_path: Path, reward: CLIPReward) -
     with torch.no_grad():
         reward.model.logit_scale.fill_(4.6)
     learner = PreferenceCLIP(
-        reward, TrainedParts(0, 0, False, True), lambda named: (torch.optim.SGD([p for _, p in named], 1e3), None)
+        reward, trained(0, 0, projections=False), lambda named: (torch.optim.SGD([p for _, p in named], 1e3), None)
     )
     data = PreferenceDataset(
         str(blue_shards(tmp_path / "s", 16)), preprocessing=Preprocessing(32), micro_batch_size=4, epochs=1
@@ -209,7 +218,7 @@ def test_a_reward_comes_back_as_it_was_and_is_trained_as_it_scores(tmp_path: Pat
     )
     batch = next(iter(data))
     torch.testing.assert_close(score_pairs(loaded, str(tmp_path / "s"))[0], expected, rtol=1e-5, atol=1e-5)
-    for parts in (EVERYTHING, TrainedParts(0, 0, projections=False, logit_scale=True)):  # text trained, and frozen
+    for parts in (EVERYTHING, trained(0, 0, projections=False)):  # text trained, and frozen
         mine = module(load_nemo_clip(start), parts)(batch["images"], batch["prompts"])
         torch.testing.assert_close(mine.detach(), expected, rtol=1e-5, atol=1e-5)
     again: Any = restore_reward(save_clip_reward(loaded, tmp_path / "again.nemo"))
@@ -231,7 +240,7 @@ def test_from_a_hugging_face_folder(tmp_path: Path, reward: CLIPReward) -> None:
     expected = CLIPReward(toy_clip(), reward.tokenizer, preprocessing=prepared)
     pictures = torch.rand(4, 3, 50, 40)
     assert torch.allclose(loaded(pictures, PROMPTS), expected(pictures, PROMPTS), rtol=1e-5)
-    with pytest.raises(CheckpointError, match=r"there is no config\.json"):
+    with pytest.raises(CheckpointError, match=r"from_pretrained.*expected config\.json"):
         load_hugging_face_clip(tmp_path)
     (folder / "model.safetensors").write_bytes(b"broken")
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):

@@ -172,8 +172,8 @@ def test_ways_to_a_square(resize: str, height: int, width: int) -> None:
 
 def test_centre_crop_and_statistics() -> None:
     picture = torch.arange(7 * 4).reshape(1, 1, 4, 7).expand(1, 3, 4, 7).double()
-    assert torch.equal(centre_crop(picture, 4), picture[..., 2:6])  # 1.5 rounds to the even 2 …
-    assert torch.equal(centre_crop(picture, 4, down=True), picture[..., 1:5])
+    assert torch.equal(centre_crop(picture, (4, 4)), picture[..., 2:6])  # 1.5 rounds to the even 2 …
+    assert torch.equal(centre_crop(picture, (4, 4), down=True), picture[..., 1:5])
     grey = Preprocessing(8, mean=(0.5, 0.25, 0.0), std=(1.0, 0.5, 0.25))(torch.full((1, 3, 10, 12), 0.5))
     assert torch.allclose(grey[0, :, 3, 3], torch.tensor([0.0, 0.5, 2.0]), atol=1e-5)
     assert Preprocessing(8)(torch.zeros(1, 3, 8, 8, dtype=torch.float16)).dtype == torch.float32
@@ -301,7 +301,7 @@ def test_build_from_configuration(tmp_path: Path) -> None:
             "name": "composite",
             "model": None,
             "parts": {
-                "fit": {"weight": 0.5, "reward": {"name": "clip", "model": {"restore_from_path": str(path)}}},
+                "fit": {"weight": 0.5, "name": "clip", "model": {"restore_from_path": str(path)}},
                 "symmetry": {"weight": 3},
                 "small": {"name": "compressibility", "quality": 40, "reduction": "mean"},
             },

@@ -318,7 +318,7 @@ def test_what_is_refused_and_how(tmp_path: Path, tokenizer: Path, capsys: pytest
     assert "quick_gelu" in message
     options = ("--activation", "gelu", "--tokenizer", tokenizer)
     message = refused(capsys, *start, checkpoint, *options, "--vision-heads", "5")
-    assert "no CLIP can be built" in message
+    assert "no network can be built" in message
     assert "--vision-heads" in message
     torch.save({**state, "visual.attn_pool.query": torch.zeros(3)}, checkpoint)
     assert "visual.attn_pool.query (3,) has no place" in refused(capsys, *start, checkpoint, *options)
@@ -456,8 +456,8 @@ def test_repositories_in_the_cache_need_no_network(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"layers.2.bias": torch.zeros(3)}, r"layer 2 is .*expected a weight \(out, 24\)"),
-        ({"layers.7.weight": torch.zeros(2, 4), "layers.7.bias": torch.zeros(2)}, "ends in 2 numbers"),
+        ({"layers.2.bias": torch.zeros(3)}, r"head.1.bias is \(3,\) and should be \(12,\)"),
+        ({"layers.7.weight": torch.zeros(2, 4), "layers.7.bias": torch.zeros(2)}, "its head goes from 20 to 2 numbers"),
         ({"classifier.weight": torch.zeros(2)}, "classifier.weight .* has no place"),
         ({"layers.8.weight": torch.zeros(1, 1), "layers.8.bias": torch.zeros(1)}, "--head-activation"),
     ],

@@ -16,7 +16,7 @@ from torch import nn
 from nemo_aligner_diffusion.config.load import load_config
 from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError, RewardError
 from nemo_aligner_diffusion.rewards import build_reward
-from nemo_aligner_diffusion.rewards.build import import_paths
+from nemo_aligner_diffusion.rewards.registry import import_paths
 from nemo_aligner_diffusion.rewards.support.custom import CustomReward, load_custom
 from nemo_aligner_diffusion.training.run import run_training
 
@@ -233,16 +233,16 @@ def test_missing_path_and_paths_found_in_a_configuration() -> None:
     section = {
         "name": "composite",
         "import_path": None,
-        "parts": {"a": {"import_path": "x:y"}, "b": {"reward": {"import_path": "z:w"}}},
+        "parts": {"a": {"import_path": "x:y"}, "b": {"parts": {"c": {"import_path": "z:w"}}}},
     }
     assert list(import_paths(section)) == [
         ("rm.parts.a.import_path", "x:y"),
-        ("rm.parts.b.reward.import_path", "z:w"),
+        ("rm.parts.b.parts.c.import_path", "z:w"),
     ]
 
 
 def test_nothing_is_imported_because_a_run_directory_names_it(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from nemo_aligner_diffusion.cli.generate import build_parser, read_request
+    from nemo_aligner_diffusion.cli.generate import read_request
     from nemo_aligner_diffusion.evaluation import generation
     from nemo_aligner_diffusion.evaluation.run_files import RunFiles
 
@@ -250,10 +250,10 @@ def test_nothing_is_imported_because_a_run_directory_names_it(here: Path, capsys
         here, f"open({str(here / 'ran')!r}, 'w').close()\ndef score(images, prompts): return images.mean((1, 2, 3))\n"
     )
     section = {"name": "composite", "parts": {"a": {"name": "custom", "import_path": "mine_of_test:score"}}}
-    run = RunFiles(here, {"rm": section}, {}, {}, [], {}, [], None, [])
+    run = RunFiles(here, {"rm": section})
 
     def parse_request(words: list[str]) -> Any:
-        return read_request(build_parser().parse_args(words))
+        return read_request(words)
 
     request = parse_request(["--prompt", "a"])
     assert generation._reward(request, run, torch.device("cpu")) is None

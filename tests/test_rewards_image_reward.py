@@ -28,7 +28,6 @@ from nemo_aligner_diffusion.cli import convert_reward as convert_cli
 from nemo_aligner_diffusion.errors import AlignerError, ArchiveError, CheckpointError, RewardError
 from nemo_aligner_diffusion.formats.nemo import load_nemo, save_nemo
 from nemo_aligner_diffusion.rewards import build_reward, restore_reward
-from nemo_aligner_diffusion.rewards.clip.network import on_meta
 from nemo_aligner_diffusion.rewards.image_reward.archive import (
     architecture,
     checkpoint_name,
@@ -169,13 +168,13 @@ def test_long_prompts_are_truncated_and_counted(archive_path: Path, caplog: pyte
     ids, mask = reward.tokenize(["cat " * 40, "cat"])
     assert ids[0].tolist() == [CLS, *[WORDS.index("cat")] * (MAX_LENGTH - 2), SEP]
     assert mask[0].all()
-    assert reward.truncated.prompts == 1
+    assert reward.truncated_prompts == 1
     assert f"{MAX_LENGTH} tokens" in caplog.text
     reward.tokenize(["cat " * (MAX_LENGTH - 2)])  # exactly fills the limit
-    assert reward.truncated.prompts == 1
-    reward.token_cache_size = 1
+    assert reward.truncated_prompts == 1
+    reward.text_rows.size = 1
     reward.tokenize(PROMPTS)
-    assert len(reward._token_cache) == 1
+    assert len(reward.text_rows) == 1
 
 
 def test_checkpoints_of_other_origin(folder: Path, images: torch.Tensor) -> None:
@@ -193,9 +192,9 @@ def test_checkpoints_of_other_origin(folder: Path, images: torch.Tensor) -> None
 
 
 def test_heads_of_64_channels_unless_told(folder: Path) -> None:
-    with pytest.raises(CheckpointError, match="24 channels make no 0 attention heads; give vision_heads"):
+    with pytest.raises(CheckpointError, match="24 channels make no 0 attention heads"):
         converted(folder, vision_heads=None)
-    with pytest.raises(CheckpointError, match="20 channels make no 3 attention heads; give text_heads"):
+    with pytest.raises(CheckpointError, match="20 channels make no 3 attention heads"):
         converted(folder, text_heads=3)
 
 
@@ -220,15 +219,16 @@ def test_the_published_sizes_are_read_off_the_shapes() -> None:
     vision |= {"image_size": 224, "patch_size": 16}
     text = {"vocab_size": 30524, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
     text |= {"num_attention_heads": 12, "max_position_embeddings": 512}
-    network = on_meta(lambda: ImageRewardNetwork(vision, text, [1024, 128, 64, 16]))
+    with torch.device("meta"):
+        network = ImageRewardNetwork(vision, text, [1024, 128, 64, 16])
     shapes = {checkpoint_name(key): tensor for key, tensor in network.state_dict().items()}
-    assert architecture(Path("ImageReward.pt"), shapes) == (vision, text, [1024, 128, 64, 16])
+    assert architecture("ImageReward.pt", shapes) == {"vision": vision, "text": text, "head": [1024, 128, 64, 16]}
 
 
 def test_built_from_a_configuration(archive_path: Path, images: torch.Tensor, caplog: pytest.LogCaptureFixture) -> None:
     section = {"name": "clip", "model": {"restore_from_path": str(archive_path), "score": "hps"}}
     assert torch.equal(build_reward(section)(images, PROMPTS), restored(archive_path)(images, PROMPTS))
-    assert "rm.model.score='hps' has no effect" in caplog.text
+    assert "rm.model.score has no effect" in caplog.text
 
 
 def _drop(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
@@ -244,14 +244,17 @@ def _put(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Callable
     [
         (_drop("blip.visual_encoder.pos_embed"), "lacks the tensor blip.visual_encoder.pos_embed"),
         (_drop("mlp.layers.6.weight"), "lacks the tensor mlp.layers.6.weight"),
-        (_drop("mlp.layers.7.bias"), "mlp.layers.7.bias is missing"),
-        (_drop("blip.text_encoder.encoder.layer.1.crossattention.self.key.weight"), "key.weight is missing"),
-        (_put("blip.text_encoder.pooler.dense.weight", 20, 20), "pooler.dense.weight has no place"),
+        (_drop("mlp.layers.7.bias"), r"mlp.layers.7.bias \(1,\) is missing"),
+        (
+            _drop("blip.text_encoder.encoder.layer.1.crossattention.self.key.weight"),
+            r"key.weight \(20, 24\) is missing",
+        ),
+        (_put("blip.text_encoder.pooler.dense.weight", 20, 20), r"pooler.dense.weight \(20, 20\) has no place"),
         (_put("blip.visual_encoder.pos_embed", 1, 16, 24), "15 patch positions"),
         (_put("blip.visual_encoder.patch_embed.proj.weight", 24, 3), r"has \(24, 3\) for the tensor"),
         (_put("mlp.layers.2.weight", 12, 17), r"mlp.layers.2.weight is \(12, 17\)"),
-        (_put("mlp.layers.2.weight", 12, 18, dtype=torch.int8), "int8, expected floating point"),
-        (_put("blip.text_encoder.embeddings.word_embeddings.weight", 9, 20), "14 entries for a text model"),
+        (_put("mlp.layers.2.weight", 12, 18, dtype=torch.int8), "holds torch.int8, not floating-point"),
+        (_put("blip.text_encoder.embeddings.word_embeddings.weight", 9, 20), "ids up to 15, its text model has 9"),
     ],
 )
 def test_checkpoints_that_do_not_fit(
@@ -284,31 +287,22 @@ def _set(path: str, value: Any) -> Callable[..., None]:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("target", "nemo_aligner_diffusion.rewards.image_reward.ImageRewards", "Nearest is .*ImageReward"),
+        ("target", "nemo_aligner_diffusion.rewards.image_reward.ImageRewards", "did you mean .*ImageReward"),
         ("vision", [1], "expected a mapping"),
         ("text", None, "expected a mapping"),
-        ("vision.hidden_size", 27, r"should be \(.*27"),
-        ("vision.hidden_size", "wide", r"vision\.hidden_size is 'wide'"),
-        ("vision.hidden_size", True, r"vision\.hidden_size"),
-        ("vision.num_hidden_layers", 10**9, r"vision\.num_hidden_layers"),
-        ("vision.num_hidden_layers", 1, "has no place"),
-        ("vision.num_attention_heads", 5, "a divisor of hidden_size 24"),
-        ("vision.num_attention_heads", 0, "a whole number from 1"),
-        ("vision.patch_size", 10**12, r"vision\.patch_size"),
-        ("vision.image_size", 33, "a multiple of 8"),
-        ("vision.image_size", 1 << 20, "pos_embed"),
-        ("text.num_hidden_layers", 4, "is missing"),
-        ("text.vocab_size", 1 << 20, "word_embeddings"),
-        ("text.max_position_embeddings", 1 << 20, "position_embeddings"),
-        ("text.intermediate_size", -1, r"text\.intermediate_size"),
-        ("head", [18, 12, 10], "head is"),
-        ("head", [18, 12, 10, 1 << 21], "head is"),
-        ("head", [18, 12, 10, 7], r"mlp\.layers\.7"),
-        ("head", "1234", "head is '1234'"),
+        ("vision.hidden_size", 27, "vision.hidden_size is '27', and its weights are of 24"),
+        ("vision.hidden_size", "wide", "vision.hidden_size is 'wide'"),
+        ("vision.num_hidden_layers", 10**9, "vision.num_hidden_layers is"),
+        ("vision.num_attention_heads", 5, r"24 channels make no 5 attention heads \(vision_heads\)"),
+        ("vision.num_attention_heads", 0, "make no 0 attention heads"),
+        ("vision.patch_size", 10**12, "vision.patch_size is"),
+        ("text.max_position_embeddings", 1 << 20, "text.max_position_embeddings is"),
+        ("head", [18, 12, 10], "its head is"),
+        ("head", "1234", "its head is '1234', and its weights are of .18, 12, 10, 6."),
         ("score", 3, "expected a mapping"),
         ("score.mean", float("nan"), r"score\.mean"),
         ("score.mean", 10**400, r"score\.mean"),
-        ("score.std", 0, r"score\.std is 0; expected a number above 0"),
+        ("score.std", 0, r"score\.std 0\.0; expected a number, and one above 0"),
         ("tokenizer.max_length", 1, r"tokenizer\.max_length"),
         ("tokenizer.max_length", MAX_LENGTH + 5, r"tokenizer\.max_length"),
         ("tokenizer", 5, "expected a mapping"),
@@ -340,8 +334,6 @@ def test_tokenizer_from_a_folder(archive_path: Path, folder: Path, tmp_path: Pat
         (b"[PAD]\n[PAD]\n", "twice"),
         (VOCABULARY.replace(b"[SEP]", b"sep"), r"lacks \[SEP\]"),
         (VOCABULARY + b"zebra\n", "ids up to 16"),
-        (VOCABULARY + b"x\n" * 1000, "entries for a text model"),
-        (VOCABULARY + b"x" * (2 << 20), "bytes; expected at most"),
     ],
 )
 def test_damaged_vocabularies(vocabulary: bytes, message: str) -> None:
@@ -353,8 +345,6 @@ def test_damaged_vocabularies(vocabulary: bytes, message: str) -> None:
 
 def test_impossible_settings(archive_path: Path) -> None:
     reward = restored(archive_path)
-    for settings in ({"std": 0.0}, {"max_length": 1}, {"max_length": 99}, {"micro_batch_size": 0}):
+    for settings in ({"std": 0.0}, {"mean": float("nan")}, {"max_length": 1}, {"max_length": 99}):
         with pytest.raises(RewardError):
-            ImageReward(reward.network, reward.tokenizer, **{"max_length": MAX_LENGTH, **settings})(
-                torch.rand(1, 3, 32, 32), ["cat"]
-            )
+            ImageReward(reward.model, reward.tokenizer, **{"max_length": MAX_LENGTH, **settings})

@@ -10,7 +10,7 @@ import pytest
 
 from nemo_aligner_diffusion.config.load import load_config
 from nemo_aligner_diffusion.config.recipes import groups
-from nemo_aligner_diffusion.config.reward_keys import REWARDS
+from nemo_aligner_diffusion.config.schema import REWARDS
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "rewards.md").read_text(encoding="utf-8")
 COMMANDS = [" ".join(code.split()) for code in re.findall(r"`(rm[=.][^`<]*=[^`<]*|rm=[^`<]+)`", PAGE)]

@@ -16,7 +16,7 @@ from nemo_aligner_diffusion.errors import AlignerError, CheckpointError, RewardE
 from nemo_aligner_diffusion.rewards import Composite, Compressibility, Ensemble, Part, Shaping, Symmetry, build_reward
 from nemo_aligner_diffusion.rewards.augmentation import Augmentation
 from nemo_aligner_diffusion.rewards.base import FunctionReward, Reward
-from nemo_aligner_diffusion.rewards.support.augmented import AugmentedReward
+from nemo_aligner_diffusion.rewards.support.augmented import AugmentedReward, SampleKeys, scoring_samples
 from nemo_aligner_diffusion.rewards.support.parted import (
     STATISTICS_FILE,
     apply_statistics,
@@ -25,7 +25,6 @@ from nemo_aligner_diffusion.rewards.support.parted import (
     read_statistics,
     statistics_of,
 )
-from nemo_aligner_diffusion.rewards.support.sample_keys import SampleKeys, scoring_samples
 
 
 class Brightness(Reward):
@@ -110,10 +109,8 @@ def test_base_statistics_inner_parts_first_and_back_again() -> None:
         "parts": {
             "both": {
                 "normalize": "base",
-                "reward": {
-                    "name": "composite",
-                    "parts": {"symmetry": {"normalize": "base"}, "compressibility": {"weight": 0.1}},
-                },
+                "name": "composite",
+                "parts": {"symmetry": {"normalize": "base"}, "compressibility": {"weight": 0.1}},
             },
             "plain": {"name": "symmetry", "normalize": {"mean": 0, "std": 2}},
         },
@@ -138,6 +135,30 @@ def test_base_statistics_inner_parts_first_and_back_again() -> None:
     assert set(known_statistics(again)) == set(places), "fixed numbers are the configuration's own"
 
 
+def test_figures_of_another_reward_are_not_taken(caplog: pytest.LogCaptureFixture) -> None:
+    def section(**changed: Any) -> dict[str, Any]:
+        return {"name": "composite", "parts": {"size": {"name": "compressibility", "normalize": "base", **changed}}}
+
+    first = build_reward(section())
+    (parted,) = parted_rewards(first)
+    parted.statistics["size"] = (-3.0, 2.0)
+    figures = known_statistics(first)
+    for changed, taken in (
+        ({}, True),
+        ({"weight": 3.0, "augment": {"noise_std": 0.1}}, True),
+        ({"quality": 80}, False),
+        ({"name": "incompressibility"}, False),
+    ):
+        again = build_reward(section(**changed))
+        caplog.clear()
+        apply_statistics(again, figures)
+        assert bool(known_statistics(again)) == taken
+        assert ("rm.parts.size: its scale was measured of a reward with other settings" in caplog.text) == (not taken)
+    older = build_reward(section(quality=80))
+    apply_statistics(older, {"rm.parts.size": {"mean": -3.0, "std": 2.0}})
+    assert known_statistics(older)["rm.parts.size"]["mean"] == -3, "a file of before it was recorded is believed"
+
+
 def test_statistics_of_nothing_and_of_damage(tmp_path: Any) -> None:
     for scores in (torch.tensor([1.0]), torch.tensor([2.0, 2.0]), torch.tensor([1.0, float("nan")])):
         with pytest.raises(RewardError, match=r"rm\.parts\.a\.normalize is base, but the . scores"):
@@ -150,13 +171,13 @@ def test_statistics_of_nothing_and_of_damage(tmp_path: Any) -> None:
 
 
 def test_a_run_is_judged_on_the_scale_it_was_trained_on(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    from nemo_aligner_diffusion.cli.generate import build_parser, read_request
+    from nemo_aligner_diffusion.cli.generate import read_request
     from nemo_aligner_diffusion.evaluation import generation
     from nemo_aligner_diffusion.evaluation.run_files import RunFiles
 
     section = {"name": "composite", "parts": {"symmetry": {"normalize": "base"}}}
-    run = RunFiles(tmp_path, {"rm": section}, {}, {}, [], {}, [], None, [])
-    request = read_request(build_parser().parse_args(["--prompt", "a"]))
+    run = RunFiles(tmp_path, {"rm": section})
+    request = read_request(["--prompt", "a"])
     (tmp_path / STATISTICS_FILE).write_text('{"rm.parts.symmetry": {"mean": -0.25, "std": 0.5}}', encoding="utf-8")
     reward = generation._reward(request, run, torch.device("cpu"))
     assert reward is not None

@@ -273,7 +273,7 @@ def test_a_clock_that_jumps_by_days_changes_nothing(tmp_path: Path) -> None:
 TIME_OF_DAY_IS_A_RECORD = {
     "runtime/directory.py": 2,  # the name of a run's folder; started and finished in run.json
     "training/run_frame.py": 1,  # the same name, agreed on by all ranks
-    "runtime/said.py": 1,  # torchrun's own file format
+    "runtime/ending.py": 1,  # torchrun's own file format
 }
 
 

@@ -43,7 +43,7 @@ if word == "polite":
 if word == "deaf" and rank == 0:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 if word == "same":
-    from nemo_aligner_diffusion.runtime.said import is_first_to_say
+    from nemo_aligner_diffusion.runtime.ending import is_first_to_say
     for text in ("no such device", "no such file"):
         if is_first_to_say(text): os.write(2, (text + "\\n").encode())
 note("here", {{**{{name: os.environ[name] for name in names}}, "pid": os.getpid(), "argv": sys.argv[1:]}})

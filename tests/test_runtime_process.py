@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from nemo_aligner_diffusion.errors import ConfigurationError
+from nemo_aligner_diffusion.runtime.ending import is_first_to_say, write_error_file
 from nemo_aligner_diffusion.runtime.process import Process, check_agrees, is_interactive, left_over, this_process
-from nemo_aligner_diffusion.runtime.said import is_first_to_say, write_error_file
 
 ROOT = Path(__file__).parent.parent
 PATIENCE = 120.0

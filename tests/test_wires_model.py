@@ -234,9 +234,9 @@ def test_the_pictures_and_the_report_are_as_configured(pipeline: Path, tmp_path:
     # and tuned pictures of three prompts, two seeds each
     assert len(decoded) == 2 + 2 * 2 + 2 * 6
     (sample,) = read_run(tmp_path / "run").samples
-    grid = load_grid(*sample)
+    grid = load_grid(*sample, [])
     assert grid is not None
-    assert [cell["prompt"] for cell in grid.cells or []] == ["cat", "cat", "dog", "dog"]
+    assert [cell["prompt"] for cell in grid.cells] == ["cat", "cat", "dog", "dog"]
     assert not (tmp_path / "run" / "report.html").exists()
 
 

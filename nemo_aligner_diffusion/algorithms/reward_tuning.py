@@ -29,7 +29,7 @@ from nemo_aligner_diffusion.parallel.module import OptimizerFactory
 from nemo_aligner_diffusion.parallel.non_finite import NonFinitePolicy
 from nemo_aligner_diffusion.parallel.parallelism import Parallelism
 from nemo_aligner_diffusion.rewards.base import Reward
-from nemo_aligner_diffusion.rewards.support.sample_keys import SampleKeys, scoring_samples
+from nemo_aligner_diffusion.rewards.support.augmented import SampleKeys, scoring_samples
 
 log = logging.getLogger(__name__)
 

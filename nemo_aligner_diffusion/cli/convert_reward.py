@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from nemo_aligner_diffusion.command_line import command
-from nemo_aligner_diffusion.rewards.convert.kinds import KINDS
+from nemo_aligner_diffusion.command_line import Parser, command, whole_number
+from nemo_aligner_diffusion.rewards.convert import KINDS, Conversion, convert_reward
 
 _EXAMPLES = """examples:
   convert_reward_to_nemo.py --kind pickscore --output pickscore.nemo
@@ -24,28 +24,21 @@ then: train with rm.model.restore_from_path=FILE.nemo"""
 def main(argv: Sequence[str]) -> int:
     """Run the command; return its exit status."""
     arguments = vars(_parser().parse_args(argv))
-    output, overwrite = Path(arguments.pop("output")), arguments.pop("overwrite")
-    from nemo_aligner_diffusion.rewards.convert import Conversion, convert_reward
-
-    written = convert_reward(Conversion(**arguments), output, overwrite=overwrite)
-    score = f", score {written.score}" if written.score else ""
-    print(f"wrote        {written.path} ({written.size_bytes:,} bytes)")
-    print(f"reward       {written.name} ({written.target.rsplit('.', 1)[-1]}{score})")
-    print(f"model        {written.parameters:,} parameters")
-    print(f"restored     in {written.restore_seconds:.1f} s; a grey picture scores {written.grey_score:.4g}")
-    print(f"use it with  rm.model.restore_from_path={written.path}")
+    output, overwrite = Path(arguments.pop("output")).expanduser(), arguments.pop("overwrite")
+    for line in convert_reward(Conversion(**arguments), output, overwrite=overwrite):
+        print(line)
+    print(f"use it with  rm.model.restore_from_path={output}")
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    kinds = "\n".join(f"  {name:<13} {kind.help}{_usual(kind.source)}" for name, kind in KINDS.items())
-    parser = argparse.ArgumentParser(
-        prog="convert_reward_to_nemo.py",
-        description="Turn the weights of a published reward into a .nemo file, restore it and print what it is.\n"
+    usual = {name: f"  [{kind.source}]" if kind.source else "" for name, kind in KINDS.items()}
+    kinds = "\n".join(f"  {name:<13} {kind.help}{usual[name]}" for name, kind in KINDS.items())
+    parser = Parser(
+        "Turn the weights of a published reward into a .nemo file, restore it and print what it is.\n"
         "Paths are local files and folders; owner/name is a Hugging Face repository, fetched where it isn't cached.\n"
         f"No code in a checkpoint is run.\n\nkinds (and where --source usually lies):\n{kinds}",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        _EXAMPLES,
     )
     parser.add_argument("--kind", required=True, choices=list(KINDS), metavar="KIND", help="what the weights are")
     parser.add_argument("--source", help="file, folder or owner/name of the weights (default: see the list above)")
@@ -68,23 +61,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     open_clip = parser.add_argument_group("OpenCLIP checkpoints: what their tensors don't say")
     open_clip.add_argument("--activation", choices=("gelu", "quick_gelu"), help="gelu: LAION's; quick_gelu: OpenAI's")
-    open_clip.add_argument("--vision-heads", type=_positive, metavar="N", help="attention heads of the vision tower")
-    open_clip.add_argument("--text-heads", type=_positive, metavar="N", help="attention heads of the text tower")
+    open_clip.add_argument("--vision-heads", type=whole_number, metavar="N", help="attention heads of the vision tower")
+    open_clip.add_argument("--text-heads", type=whole_number, metavar="N", help="attention heads of the text tower")
     parser.add_argument(
         "--head-activation", choices=("identity", "relu"), help="aesthetic: between the head's layers, if unusual"
     )
     parser.add_argument("--gzip", action="store_true", help="compress; weights hardly shrink")
     return parser
-
-
-def _usual(source: str | None) -> str:
-    return f"  [{source}]" if source else ""
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from nemo_aligner_diffusion.command_line import command
+from nemo_aligner_diffusion.command_line import Parser, command, whole_number
 from nemo_aligner_diffusion.errors import ConfigurationError
 
 
@@ -18,45 +18,25 @@ def main(argv: Sequence[str]) -> int:
     arguments = build_parser().parse_args(argv)
     if not arguments.reward.is_file():
         raise ConfigurationError(f"{arguments.reward} does not exist; expected a reward .nemo")
-    return _run(arguments)
-
-
-def _run(arguments: argparse.Namespace) -> int:
     import torch
 
-    from nemo_aligner_diffusion.reward_training.calibration import preference_figures
-    from nemo_aligner_diffusion.reward_training.evaluate import reliability_plot, score_pairs
+    from nemo_aligner_diffusion.reward_training.evaluate import preference_figures, reliability_plot, score_pairs
     from nemo_aligner_diffusion.rewards import restore_reward
     from nemo_aligner_diffusion.runtime.files import write_atomic
 
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    started = last = time.perf_counter()
-
-    def progress(done: int) -> None:
-        nonlocal last
-        if time.perf_counter() - last >= 10:
-            last = time.perf_counter()
-            print(f"{done:,} pairs", flush=True)
-
+    started = time.perf_counter()
     reward = restore_reward(arguments.reward, device=device, tokenizer=arguments.tokenizer)
     scores, labels = score_pairs(
-        reward,
-        arguments.shards,
-        batch_size=arguments.batch_size,
-        num_workers=arguments.num_workers,
-        on_bad_sample=arguments.on_bad_sample,
-        device=device,
-        progress=progress,
+        reward, arguments.shards, batch_size=arguments.batch_size, on_bad_sample=arguments.on_bad_sample, device=device
     )
     figures = preference_figures(scores, labels, arguments.bins)
-    seconds = time.perf_counter() - started
-    print(f"pairs                       {figures.pairs:,} in {seconds:.1f} s")
+    print(f"pairs                       {figures.pairs:,} in {time.perf_counter() - started:.1f} s")
     print(f"ties                        {figures.ties:,}, left out of what follows but the loss")
     print(f"accuracy                    {figures.accuracy:.4f}")
     print(f"mean confidence             {figures.mean_confidence:.4f}")
     print(f"expected calibration error  {figures.calibration_error:.4f} ({arguments.bins} bins)")
     print(f"divergence from the labels  {figures.loss:.4f}")
-    print(f"|p - 0.5| on ties           {figures.tie_gap:.4f}")
     if arguments.output is not None:
         summary = {"reward": str(arguments.reward), "shards": list(arguments.shards), **figures.as_dict()}
         write_atomic(arguments.output / "figures.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
@@ -68,28 +48,17 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="test_reward_model.py",
-        description="How well a reward predicts preferences: accuracy, ties, calibration.",
-        epilog="example: test_reward_model.py results/reward/export/reward.nemo preferences/validation --output test",
+    parser = Parser(
+        "How well a reward predicts preferences: accuracy, ties, calibration.",
+        "example: test_reward_model.py results/reward/export/reward.nemo preferences/validation --output test",
     )
-    parser.add_argument("reward", type=Path, help="a reward .nemo of any kind")
-    parser.add_argument("shards", nargs="+", help="preference shards, folders of them, globs or brace ranges")
-    parser.add_argument("--output", type=Path, help="folder for figures.json and reliability.png")
-    parser.add_argument(
-        "--bins", type=_positive, default=10, metavar="N", help="of the calibration; default: %(default)s"
-    )
-    parser.add_argument(
-        "--batch-size", type=_positive, default=32, metavar="N", help="pairs at once; default: %(default)s"
-    )
-    parser.add_argument("--num-workers", type=int, default=0, metavar="N", help="processes that decode pictures")
-    parser.add_argument("--device", help="such as cpu or cuda; default: a GPU where there is one")
-    parser.add_argument("--tokenizer", help="folder with vocab.json and merges.txt, where the .nemo only names its own")
-    parser.add_argument("--on-bad-sample", choices=("error", "skip"), default="error", help="default: %(default)s")
+    add = parser.add_argument
+    add("reward", type=Path, help="a reward .nemo of any kind")
+    add("shards", nargs="+", help="preference shards, folders of them, globs or brace ranges")
+    add("--output", type=Path, help="folder for figures.json and reliability.png")
+    add("--bins", type=whole_number, default=10, metavar="N", help="of the calibration; default: %(default)s")
+    add("--batch-size", type=whole_number, default=32, metavar="N", help="pairs at once; default: %(default)s")
+    add("--device", help="such as cpu or cuda; default: a GPU where there is one")
+    add("--tokenizer", help="folder with vocab.json and merges.txt, where the .nemo only names its own")
+    add("--on-bad-sample", choices=("error", "skip"), default="error", help="default: %(default)s")
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
-    return int(text)

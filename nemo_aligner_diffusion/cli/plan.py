@@ -5,16 +5,12 @@ Imports nothing heavy before the configuration has been read: ``--help`` and a m
 
 from __future__ import annotations
 
-import argparse
 import json
-import re
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
-from nemo_aligner_diffusion.command_line import command
-from nemo_aligner_diffusion.errors import ConfigurationError
-from nemo_aligner_diffusion.keys import closest
+from nemo_aligner_diffusion.cli.train import parse_arguments
+from nemo_aligner_diffusion.command_line import Parser, command, whole_number
 from nemo_aligner_diffusion.planner.gpus import GPUS, gpu_named
 from nemo_aligner_diffusion.planner.options import Options
 from nemo_aligner_diffusion.planner.presets import MODELS, REWARDS, model_spec
@@ -35,38 +31,19 @@ examples:
 Assumptions and what was checked: docs/planner.md"""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigurationError(f"{message}; nad-plan --help lists all options")
-
-
-def _number(text: str) -> int:
-    if not text.strip().isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
-    return int(text)
-
-
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(map(_number, text.split(",")))
+    return tuple(map(whole_number, text.split(",")))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        "nad-plan",
-        usage="nad-plan [--config-name RECIPE] [key=value …] [options]",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,  # the defaults are those of Options
-    )
+def _parser() -> Parser:
+    parser = Parser(DESCRIPTION, EPILOG, add_help=False)
     add = parser.add_argument
     add("--model", metavar="NAME", help=f"{', '.join(MODELS)}, or a diffusers folder; default: the recipe's, which is "
         "the embedded model")  # fmt: skip
     add("--reward", choices=(*REWARDS, "recipe"), help="the size of PickScore and HPSv2 is clip-h; recipe: what its rm "
         "section builds; default: clip-h for a named model whose recipe names no reward file")  # fmt: skip
     add("--gpu", metavar="NAME", help=f"{', '.join(GPUS)}; default {Options.gpu}")
-    add("--gpus-per-node", metavar="N", type=_number, help="GPUs in a server; default: trainer.devices")
+    add("--gpus-per-node", metavar="N", type=whole_number, help="GPUs in a server; default: trainer.devices")
     add("--layouts", action="store_true", help="also search every layout of trainer.devices × trainer.num_nodes GPUs "
         "for model.global_batch_size")  # fmt: skip
     add("--tensor-sizes", metavar="N,N", type=_numbers, help="tensor-parallel sizes to search; default 1, 2, 4, 8, up "
@@ -76,36 +53,22 @@ def _parser() -> argparse.ArgumentParser:
         "--attention", choices=("auto", "math"), help="auto: FlashAttention or memory-efficient; math: holds the scores"
     )
     add("--json", action="store_true", help="print JSON")
+    parser.set_defaults(**vars(Options()))
     return parser
-
-
-def take_options(argv: Sequence[str]) -> tuple[Options, list[str]]:
-    """The planner's own options, and the words that are left for the configuration.
-
-    Raises:
-        ConfigurationError: an option without its value, with an impossible one, or misspelt.
-    """
-    parser = _parser()
-    options, rest = parser.parse_known_args(argv, Options())
-    gpu_named(options.gpu)
-    known = set(re.findall(r"--[a-z-]+", parser.format_help()))
-    for word in rest:
-        if word not in known and word.startswith("-") and (hint := closest(word, known, least=0.75)):
-            raise ConfigurationError(f"unknown option {word!r}{hint} nad-plan --help lists all")
-    return options, rest
 
 
 @command(interrupted="interrupted; a plan writes nothing")
 def main(argv: Sequence[str]) -> int:
     """Console command ``nad-plan``."""
-    if any(word in ("--help", "-h") for word in argv):
-        _parser().print_help()
+    parser = _parser()
+    arguments = parse_arguments("draftp_sd", argv, parser)
+    if arguments.show_help:
+        parser.print_help()
         return 0
-    options, words = take_options(argv)
-    from nemo_aligner_diffusion.cli.train import parse_arguments
+    options = Options(**{name: getattr(arguments, name) for name in vars(Options())})
+    gpu_named(options.gpu)
     from nemo_aligner_diffusion.config.load import load_settings
 
-    arguments = parse_arguments("draftp_sd", words)
     run = load_settings(arguments.config_name, arguments.overrides, config_dir=arguments.config_path)
     from nemo_aligner_diffusion.embedded_assets import embedded_model_path
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import os
+import argparse
+import functools
+import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from nemo_aligner_diffusion.command_line import Parser
 from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError
-from nemo_aligner_diffusion.runtime.ending import EndAtExit, end
-from nemo_aligner_diffusion.runtime.said import is_first_to_say, write_error_file
+from nemo_aligner_diffusion.keys import closest
+from nemo_aligner_diffusion.runtime.ending import EndAtExit, end, is_first_to_say, write_error_file
 from nemo_aligner_diffusion.runtime.startup import Startup
 from nemo_aligner_diffusion.streams import take_screen
 
@@ -43,65 +45,42 @@ USED_MOST = """\
   exp_manager.resume_if_exists=true           go on where the run directory stands"""
 
 
-@dataclass
-class Arguments:
-    """What the command line says. ``config_path`` is relative to the current folder."""
+def parse_arguments(
+    config_name: str, argv: Sequence[str], parser: argparse.ArgumentParser | None = None
+) -> argparse.Namespace:
+    """Hydra's options and, in any order among them, dotted ``overrides``.
 
-    config_name: str
-    config_path: str | None = None
-    show_help: bool = False
-    show_config: bool = False
-    overrides: list[str] = field(default_factory=list)
-
-
-def parse_arguments(config_name: str, argv: Sequence[str]) -> Arguments:
-    """Hydra's options (``--config-name``, ``--config-path``, ``--cfg``) and dotted overrides, in any order.
+    Args:
+        config_name: where the command line names none.
+        parser: with options of a program's own; one without any by default.
 
     Raises:
         ConfigurationError: an option that does not exist or lacks its value.
     """
-    result = Arguments(config_name)
-    words = list(argv)
-    while words:
-        word = words.pop(0)
-        option, separator, value = word.partition("=")
-        if option in ("--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd"):
-            if not separator:
-                if not words:
-                    raise ConfigurationError(f"{option} needs a value")
-                value = words.pop(0)
-            if option in ("--config-name", "-cn"):
-                result.config_name = value
-            else:
-                result.config_path = value
-        elif option in ("--cfg", "-c"):
-            if not separator and words and words[0] in ("job", "all", "hydra"):
-                words.pop(0)
-            result.show_config = True
-        elif word in ("--help", "-h"):
-            result.show_help = True
-        elif word == "--resolve":
-            pass  # the configuration is always shown resolved
-        elif word.startswith("-"):
-            raise ConfigurationError(
-                f"unknown option {word!r}: expected key=value, --config-name NAME, --config-path FOLDER, --cfg, "
-                "or --help"
-            )
-        else:
-            result.overrides.append(word)
-    return result
+    parser = parser or Parser(add_help=False)
+    parser.usage = "%(prog)s [key=value …] [options]"
+    parser.add_argument("--config-name", "-cn", metavar="NAME", default=config_name, help=f"default: {config_name}")
+    parser.add_argument("--config-path", "-cp", "--config-dir", "-cd", metavar="FOLDER", help="of your own YAML")
+    parser.add_argument("--cfg", "-c", action="store_true", dest="show_config", help="show the configuration and exit")
+    parser.add_argument("--help", "-h", action="store_true", dest="show_help", help="show this text and exit")
+    parser.add_argument("--resolve", action="store_true", help=argparse.SUPPRESS)  # it is always shown resolved
+    arguments, words = parser.parse_known_args(["--cfg" if word.startswith("--cfg=") else word for word in argv])
+    if arguments.show_config:
+        words = [word for word in words if word not in ("job", "all", "hydra")]  # Hydra's --cfg job
+    options = set(re.findall(r"--[a-z-]+", parser.format_help()))
+    for word in words:
+        if word.startswith("-"):
+            hint = closest(word, options) or ": expected key=value or an option;"
+            raise ConfigurationError(f"unknown option {word!r}{hint} {parser.prog} --help lists all")
+    arguments.overrides = words
+    return arguments
 
 
-def help_text(program: str, config_name: str) -> str:
-    """Usage, recipes, groups and the keys used most."""
+def _recipes_and_keys() -> str:
     from nemo_aligner_diffusion.config.recipes import groups, recipes
 
     lines = [
-        f"usage: {program} [key=value …] [group=option …] [--config-name NAME] [--config-path FOLDER] [--cfg] [--help]",
-        "",
-        "Trains a text-to-image model on a reward. Without any argument: the embedded model, reward and prompts.",
-        "",
-        f"recipes (--config-name; here {config_name}):",
+        "recipes (--config-name):",
         *(f"  {name:<14} {text}" for name, text in recipes().items()),
         "",
         "groups (group=option):",
@@ -110,9 +89,7 @@ def help_text(program: str, config_name: str) -> str:
         "keys used most, with example values:",
         USED_MOST,
         "",
-        "--config-name NAME --config-path FOLDER  your own YAML; NeMo-Aligner's keys are understood",
-        "--cfg                                    show the whole resolved configuration and exit",
-        "All keys with their meaning: docs/configuration.md, and the comments in conf/.",
+        "All keys with their meaning: docs/configuration.md, and the comments in conf/. NeMo-Aligner's are understood.",
     ]
     return "\n".join(lines)
 
@@ -134,9 +111,14 @@ def main(config_name: str, argv: Sequence[str] | None = None) -> int:
 
 
 def _main(config_name: str, argv: Sequence[str], startup: Startup) -> int:
-    arguments = parse_arguments(config_name, argv)
+    parser = Parser(
+        "Trains a text-to-image model on a reward. Without any argument: the embedded model, reward and prompts.",
+        add_help=False,
+    )
+    arguments = parse_arguments(config_name, argv, parser)
     if arguments.show_help:
-        print(help_text(os.path.basename(sys.argv[0]) or "train", arguments.config_name))
+        parser.epilog = _recipes_and_keys()
+        parser.print_help()
         return 0
     from nemo_aligner_diffusion.config.load import load_config
     from nemo_aligner_diffusion.training.settings import RunSettings
@@ -227,16 +209,6 @@ def launch(settings: ProgramSettings, run: Callable[[Interruption], int]) -> int
             return requeue.exit_code(interruption.exit_code)
 
 
-def train() -> int:
-    """Console command ``nad-train``: any recipe by ``--config-name``."""
-    return main("draftp_sd")
-
-
-def train_draftp() -> int:
-    """Console command ``nad-train-draftp``."""
-    return main("draftp_sd")
-
-
-def train_drtune() -> int:
-    """Console command ``nad-train-drtune``."""
-    return main("drtune_sd")
+# Console commands
+train = train_draftp = functools.partial(main, "draftp_sd")
+train_drtune = functools.partial(main, "drtune_sd")

@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from nemo_aligner_diffusion.cli.train import exit_status, launch, parse_arguments, show
+from nemo_aligner_diffusion.command_line import Parser
+from nemo_aligner_diffusion.config.recipes import conf_directory
 
 if TYPE_CHECKING:
     from nemo_aligner_diffusion.runtime.signals import Interruption
 
+EXAMPLE = """\
+example: %(prog)s model.data.train.webdataset.local_root_path=preferences/train \\
+             model.data.validation.webdataset.local_root_path=preferences/validation \\
+             exp_manager.explicit_log_dir=results/reward
 
-def help_text(program: str) -> str:
-    """Usage, and every key with its default and meaning."""
-    from nemo_aligner_diffusion.reward_training.configuration import documented_keys
+keys, with their defaults (model.optim.lr=1e-4 sets lr of optim of model):
 
-    lines = [
-        f"usage: {program} [key=value …] [--config-name NAME --config-path FOLDER] [--cfg] [--help]",
-        "",
-        "Trains a CLIP on preferences between pictures; export/reward.nemo is a reward for the diffusion trainers.",
-        "",
-        f"example: {program} model.data.train.webdataset.local_root_path=preferences/train \\",
-        "             model.data.validation.webdataset.local_root_path=preferences/validation \\",
-        "             exp_manager.explicit_log_dir=results/reward",
-        "",
-        "keys, with their defaults:",
-        *(f"  {f'{key}={value}':<58} {comment}" for key, value, comment in documented_keys()),
-        "",
-        "--config-name NAME --config-path FOLDER  a YAML of your own over these",
-        "--cfg                                    show the whole configuration and exit",
-    ]
-    return "\n".join(lines)
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,16 +30,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> int:
-    from nemo_aligner_diffusion.reward_training.configuration import (
-        CONFIG_NAME,
-        RewardTrainingSettings,
-        load_reward_config,
+    parser = Parser(
+        "Trains a CLIP on preferences between pictures; export/reward.nemo is a reward for the diffusion trainers.",
+        add_help=False,
     )
-
-    arguments = parse_arguments(CONFIG_NAME, argv)
+    arguments = parse_arguments("reward_model", argv, parser)
     if arguments.show_help:
-        print(help_text(os.path.basename(sys.argv[0]) or "train_reward_model.py"))
+        keys = (conf_directory() / "reward_model.yaml").read_text(encoding="utf-8")
+        parser.epilog = EXAMPLE + keys.replace("%", "%%")
+        parser.print_help()
         return 0
+    from nemo_aligner_diffusion.reward_training.configuration import RewardTrainingSettings, load_reward_config
+
     cfg = load_reward_config(arguments.overrides, arguments.config_name, arguments.config_path)
     if arguments.show_config:
         show(cfg)

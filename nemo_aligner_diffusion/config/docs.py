@@ -12,14 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from nemo_aligner_diffusion.algorithms.registry import methods
-from nemo_aligner_diffusion.config.recipes import conf_directory
-from nemo_aligner_diffusion.config.schema import kind_of
+from nemo_aligner_diffusion.rewards.augmentation import Augmentation
 from nemo_aligner_diffusion.rewards.registry import rewards
 from nemo_aligner_diffusion.settings import LOOP, Settings
 from nemo_aligner_diffusion.training.settings import RunSettings
 
+_OF_NO_CLASS = {
+    "rm.name": ("clip", f"which reward: {', '.join(rewards())}; the other files of conf/rm are presets of clip"),
+    "rm.parts": ("{}", "parts of a composite or ensemble, by name: each has the keys of its own reward, and what "
+                 "becomes of its score: weight, normalize, clip, clip_mode ([rewards.md](rewards.md))"),
+    "rm.kwargs": ("{}", "keyword arguments of a custom reward; any names"),
+}  # fmt: skip
 BEGIN, END = "<!-- keys: begin -->\n", "<!-- keys: end -->"
-LINE = re.compile(r"(?P<indent> *)(?P<key>[\w+]+):(?P<value>.*?) # (?P<comment>.*)")
 
 
 def documented_keys() -> dict[str, dict[str, tuple[str, str]]]:
@@ -29,9 +33,9 @@ def documented_keys() -> dict[str, dict[str, tuple[str, str]]]:
     methods_own = tables.setdefault("Method", {})
     for method in methods().values():
         methods_own |= {key: entry for key, entry in _entries(method).items() if key not in methods_own}
-    rewards_own = tables.setdefault("Reward", {})
-    for name in ("clip", "base", *rewards()):
-        rewards_own |= {key: entry for key, entry in _file_keys(f"rm/{name}.yaml").items() if key not in rewards_own}
+    rewards_own = tables.setdefault("Reward", dict(_OF_NO_CLASS))
+    for reward in (rewards()["clip"], Augmentation, *rewards().values()):
+        rewards_own |= {key: entry for key, entry in _entries(reward).items() if key not in rewards_own}
     return tables
 
 
@@ -44,6 +48,7 @@ def _add(section: type[Settings], title: str, tables: dict[str, dict[str, tuple[
 
 def _entries(section: type[Settings]) -> dict[str, tuple[str, str]]:
     defaults, meanings = section.defaults(), section.meanings()
+    defaults |= dict.fromkeys(getattr(section, "needs", ()), "???")
     return {key: (_written(defaults[field]), meanings[field]) for field, key in section.keys().items()}
 
 
@@ -52,25 +57,6 @@ def _written(value: Any) -> str:
     if isinstance(value, str):
         return value
     return json.dumps(list(value) if isinstance(value, tuple) else value)
-
-
-def _file_keys(file: str) -> dict[str, tuple[str, str]]:
-    """Of a file in ``conf/rm``."""
-    result: dict[str, tuple[str, str]] = {}
-    sections: list[str] = []
-    lines = (conf_directory() / file).read_text(encoding="utf-8").splitlines()
-    for line, following in zip(lines, [*lines[1:], ""], strict=True):
-        match = LINE.fullmatch(line)
-        if not match:
-            continue
-        sections[len(match["indent"]) // 2 :] = [match["key"]]
-        key = ".".join(["rm", *sections])
-        if kind_of(key, LOOP) is not None:
-            value = match["value"].strip()
-            if not value and following.strip().startswith("["):  # a list too long for its line stands on the next
-                value = following.strip()
-            result[key] = (value, match["comment"].strip())
-    return result
 
 
 def tables() -> str:

@@ -1,26 +1,26 @@
-"""Layers of dotted keys: reading overrides, translating aliases, refusing keys that nobody knows."""
+"""Layers of dotted keys: reading overrides and files, translating other spellings, refusing keys that nobody knows."""
 
 from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-from nemo_aligner_diffusion.config import schema
-from nemo_aligner_diffusion.config.nemo_names import (
-    ALIASES,
-    NOT_YET,
-    pattern_without_effect,
-    reason_without_effect,
-)
-from nemo_aligner_diffusion.config.words import quoted, settled, split, with_words
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_aligner_diffusion.config.nemo_names import NOT_YET, WITHOUT_EFFECT, Alias, pattern_of
+from nemo_aligner_diffusion.config.words import is_secret, of_the_environment, quoted, settled, split, with_words
 from nemo_aligner_diffusion.errors import ConfigurationError
-from nemo_aligner_diffusion.keys import closest
+from nemo_aligner_diffusion.formats.yaml_reader import read_yaml
+from nemo_aligner_diffusion.keys import closest, flatten, unflatten
 from nemo_aligner_diffusion.settings import ANY, LOOP, Kind
 from nemo_aligner_diffusion.training.schedules import EITHER_OR
 
+COMMAND_LINE = "command line"
 _PART = re.compile(r"^rm\.(parts\.[^.]+\.(reward\.)?)+")  # of a composite reward
 KEY = re.compile(r"[A-Za-z_][\w@/+-]*(\.[\w@/+-]+)*")
 
@@ -36,18 +36,11 @@ class Override:
 
 @dataclass
 class Layer:
-    """Settings of one source. ``origin`` names it in messages."""
+    """Settings of one source, by dotted key. ``origin`` names it in messages."""
 
     leaves: dict[str, Any]
     origin: str
     deletions: list[str] = field(default_factory=list)
-
-
-class Note(NamedTuple):
-    """A key that was accepted and does nothing."""
-
-    key: str
-    reason: str
 
 
 def parse_override(text: str) -> Override:
@@ -99,120 +92,194 @@ def _how_to_quote(key: str, raw: str) -> str:
     return f": text with other than letters, digits and spaces needs quotes: {in_quotes}"
 
 
-def add_layer(
-    tree: Mapping[str, Any], layer: Layer, loop: str, recipes: Collection[str], notes: list[Note]
-) -> dict[str, Any]:
-    """``layer`` over ``tree``, its aliases translated, every key known.
+def command_line(overrides: Iterable[Override]) -> Layer:
+    """The command line as a layer; the last of several values of one key counts."""
+    layer = Layer({}, COMMAND_LINE)
+    for item in overrides:
+        if item.delete:
+            layer.deletions.append(item.key)
+        else:
+            layer.leaves.update(flatten({item.key: item.value}, dotted=True))
+    return layer
 
-    Args:
-        loop: name of the loop's section in ``tree``.
-        recipes: names that a loop's section may have; all mean the one of ``tree``.
-        notes: gets a line for every key that is accepted and does nothing.
+
+def read_sections(file: Path) -> dict[str, Any]:
+    """What a YAML file of the user's says; numbers know the words that they were written with.
 
     Raises:
-        ConfigurationError: an unknown key, or two spellings of one key that disagree.
+        ConfigurationError: it cannot be read, is no YAML, or holds no keys.
     """
-    given: dict[str, Any] = {}
-    leaves = {key: settled(value, _kind_in_the_end(key, loop, recipes)) for key, value in layer.leaves.items()}
-    layer = replace(layer, leaves=leaves)
-    for key, value in layer.leaves.items():
-        own = _own_loop(key, loop, recipes)
-        if own != key and own in layer.leaves:
-            notes.append(Note(key, f"{own} is given too"))
-            continue
-        given[own] = value
-    for key, value in list(given.items()):
-        _check_known(key, value, loop, layer.origin)
-        alias = ALIASES.get(key)
-        if alias is not None:
-            target = alias.target.replace(LOOP, loop)
-            converted = alias.convert(value) if alias.convert else value
-            if alias.weak and target in layer.leaves:
-                notes.append(Note(key, f"{target} is given too"))
-            elif target in layer.leaves and layer.leaves[target] != value:
-                raise ConfigurationError(
-                    f"{key} = {value!r} and {target} = {layer.leaves[target]!r} are two spellings of one setting that "
-                    f"disagree ({layer.origin}): keep one"
-                )
-            elif converted is not None or not (alias.weak or alias.convert):
-                given[target] = converted
-        elif schema.kind_of(key, loop) is None and value is not None:
-            reason = reason_without_effect(key)
-            if reason is not None:
-                notes.append(Note(key, reason))
-    for key, other in EITHER_OR.items():
-        if given.get(key) is not None and other not in given and other in tree:
-            given[other] = None
-    result = dict(tree)
-    for key in layer.deletions:
-        _delete(result, key, loop)
-    for key, value in given.items():
-        if schema.is_section(key, loop) and not schema.is_free_section(key):
-            continue  # an empty section in YAML says nothing
-        _set(result, key, value)
-    return result
+    try:
+        container = read_yaml(file, keep_words=True)
+    except OSError as error:
+        raise ConfigurationError(f"{file} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ConfigurationError(f"{file} {error}") from error
+    if not isinstance(container, dict):
+        raise ConfigurationError(f"{file}: expected keys and values, found {type(container).__name__}")
+    return {str(key): value for key, value in container.items()}
 
 
-def _kind_in_the_end(key: str, loop: str, recipes: Collection[str]) -> Kind | None:
-    """The kind of a key or of the one that it is another spelling of; in a part of a reward, of the reward's own."""
-    key = _own_loop(key, loop, recipes)
-    if key in ALIASES:
-        if ALIASES[key].kind is not None:
-            return ALIASES[key].kind
-        key = ALIASES[key].target.replace(LOOP, loop)
-    return schema.kind_of(_PART.sub("rm.", key), loop) or schema.kind_of(key, loop)
+def file_layer(file: Path) -> Layer:
+    """:func:`read_sections` as a layer."""
+    return Layer(flatten(read_sections(file)), str(file))
 
 
-def _own_loop(key: str, loop: str, recipes: Collection[str]) -> str:
-    parts = key.split(".")
-    known = {*recipes, "draftp_sdxl"}
-    if len(parts) > 2 and parts[0] == "trainer" and parts[1] in known:
-        return ".".join(["trainer", loop, *parts[2:]])
-    return key
+class Vocabulary:
+    """The keys that a program takes, and what becomes of those that users of NeMo bring.
 
+    Args:
+        kinds: dotted key -> type and range; a key that ends in ``.*`` stands for anything below.
+        aliases: other spellings.
+        loop: name of the training loop's section, which is written ``<loop>`` in ``kinds`` and ``aliases``.
+        loops: names that users may give to that section.
+        nemos: whether the keys that have no effect here, or none yet, are known as such.
+    """
 
-def _check_known(key: str, value: Any, loop: str, origin: str) -> None:
-    if key in NOT_YET:
-        neutral, advice = NOT_YET[key]
-        if value not in neutral:
-            raise ConfigurationError(f"{key} = {value!r} is not available here: {advice}")
-        return
-    if schema.kind_of(key, loop) is not None or key in ALIASES:
-        return
-    if schema.is_section(key, loop):
-        if value is None or value == {}:
+    def __init__(
+        self,
+        kinds: Mapping[str, Kind],
+        aliases: Mapping[str, Alias],
+        loop: str = LOOP,
+        loops: Collection[str] = (),
+        nemos: bool = False,
+    ) -> None:
+        self.kinds = {key.replace(LOOP, loop): kind for key, kind in kinds.items()}
+        self.aliases = aliases
+        self._loop, self._loops = loop, loops
+        self._without_effect, self._not_yet = (WITHOUT_EFFECT, NOT_YET) if nemos else ({}, {})
+
+    def kind_of(self, key: str) -> Kind | None:
+        """The kind of a dotted key, None for one that is not known."""
+        if key in self.kinds:
+            return self.kinds[key]
+        for pattern, kind in self.kinds.items():
+            if pattern.endswith(".*") and (key.startswith(pattern[:-1]) or key == pattern[:-2]):
+                return kind
+        return None
+
+    def over(self, tree: Mapping[str, Any], layer: Layer, notes: dict[str, str] | None = None) -> dict[str, Any]:
+        """``layer`` over ``tree``, other spellings translated, every key known.
+
+        Args:
+            tree: dotted key -> value.
+            notes: gets each key that is accepted and does nothing, with the reason.
+
+        Raises:
+            ConfigurationError: an unknown key, or two spellings of one key that disagree.
+        """
+        notes = {} if notes is None else notes
+        leaves = {key: settled(value, self._kind_in_the_end(key)) for key, value in layer.leaves.items()}
+        given: dict[str, Any] = {}
+        for key, value in leaves.items():
+            own = self._own_loop(key)
+            if own != key and own in leaves:
+                notes[key] = f"{own} is given too"
+            else:
+                given[own] = value
+        for key, value in list(given.items()):
+            self._check_known(key, value, layer.origin)
+            alias = self.aliases.get(key)
+            if alias is not None:
+                target = alias.target.replace(LOOP, self._loop)
+                converted = alias.convert(value) if alias.convert else value
+                if alias.weak and target in leaves:
+                    notes[key] = f"{target} is given too"
+                elif target in leaves and leaves[target] != value:
+                    raise ConfigurationError(
+                        f"{key} = {value!r} and {target} = {leaves[target]!r} are two spellings of one setting that "
+                        f"disagree ({layer.origin}): keep one"
+                    )
+                elif converted is not None or not (alias.weak or alias.convert):
+                    given[target] = converted
+            elif self.kind_of(key) is None and value is not None:
+                pattern = pattern_of(key, self._without_effect)
+                if pattern is not None:
+                    notes[key] = self._without_effect[pattern]
+        for key, other in EITHER_OR.items():
+            if given.get(key) is not None and other not in given and other in tree:
+                given[other] = None
+        result = dict(tree)
+        for key in layer.deletions:
+            self._delete(result, key)
+        for key, value in given.items():
+            if self._is_section(key) and f"{key}.*" not in self.kinds:
+                continue  # an empty section in YAML says nothing
+            _set(result, key, value)
+        return result
+
+    def values(self, tree: Mapping[str, Any]) -> dict[str, Any]:
+        """The known keys of ``tree`` with their references resolved, each as its kind.
+
+        Texts of the environment (``${oc.env:TOKEN}``) alone stay references, so that nobody reads them in a file.
+
+        Raises:
+            ConfigurationError: a value that has to be given is not, a reference leads nowhere, or a value is not what
+                its key accepts.
+        """
+        environment = of_the_environment(tree)
+        result: dict[str, Any] = {}
+        for key, value in resolve(tree).items():
+            kind = self.kind_of(key)
+            if kind is not None:
+                read = kind.read(key, value)
+                result[key] = environment[key] if key in environment and is_secret(kind) else read
+        return result
+
+    def _kind_in_the_end(self, key: str) -> Kind | None:
+        """Of a key, or the one that it is another spelling of; in a part of a reward the kind of the reward's own."""
+        key = self._own_loop(key)
+        if key in self.aliases:
+            kind = self.aliases[key].kind
+            if kind is not None:
+                return kind
+            key = self.aliases[key].target.replace(LOOP, self._loop)
+        return self.kind_of(_PART.sub("rm.", key)) or self.kind_of(key)
+
+    def _own_loop(self, key: str) -> str:
+        parts = key.split(".")
+        if len(parts) > 2 and parts[0] == "trainer" and parts[1] in self._loops:
+            return ".".join(["trainer", self._loop, *parts[2:]])
+        return key
+
+    def _is_section(self, key: str) -> bool:
+        return any(known.startswith(f"{key}.") for known in self.kinds)
+
+    def _check_known(self, key: str, value: Any, origin: str) -> None:
+        if key in self._not_yet:
+            neutral, advice = self._not_yet[key]
+            if value not in neutral:
+                raise ConfigurationError(f"{key} = {value!r} is not available here: {advice}")
             return
-        inside = [known for known in schema.known_keys(loop) if known.startswith(f"{key}.")]
-        raise ConfigurationError(f"{key} = {value!r}: {key} is a section; its keys are {', '.join(inside)}")
-    # A pattern that lets a whole section through must not swallow a misspelt key of ours in it.
-    pattern = pattern_without_effect(key)
-    if pattern is not None and not (pattern.endswith("*") and _nearly_known(key, loop)):
-        return
-    source = "" if origin == "command line" else f" in {origin}"
-    suggestions = closest(key, [*schema.known_keys(loop), *ALIASES])
-    raise ConfigurationError(f"unknown key {key!r}{source}{suggestions or '; --help lists the keys'}")
+        if self.kind_of(key) is not None or key in self.aliases:
+            return
+        if self._is_section(key):
+            if value is None or value == {}:
+                return
+            inside = [known for known in self.kinds if known.startswith(f"{key}.")]
+            raise ConfigurationError(f"{key} = {value!r}: {key} is a section; its keys are {', '.join(inside)}")
+        # A pattern that lets a whole section through must not swallow a misspelt key of ours in it.
+        pattern = pattern_of(key, self._without_effect)
+        if pattern is not None and not (pattern.endswith("*") and self._nearly_known(key)):
+            return
+        source = "" if origin == COMMAND_LINE else f" in {origin}"
+        suggestions = closest(key, [*self.kinds, *self.aliases])
+        raise ConfigurationError(f"unknown key {key!r}{source}{suggestions or '; --help lists the keys'}")
 
+    def _nearly_known(self, key: str) -> bool:
+        section, _, last = key.rpartition(".")
+        known = [other.rpartition(".") for other in (*self.kinds, *self.aliases)]
+        return bool(closest(last, [name for place, _, name in known if place == section], least=0.85))
 
-def _nearly_known(key: str, loop: str) -> bool:
-    section, _, last = key.rpartition(".")
-    siblings = [
-        known.rpartition(".")[2]
-        for known in (*schema.known_keys(loop), *ALIASES)
-        if known.rpartition(".")[0] == section
-    ]
-    return bool(closest(last, siblings, least=0.85))
-
-
-def _delete(tree: dict[str, Any], key: str, loop: str) -> None:
-    """``~key``: only what is free content may go; a setting of the schema goes back by naming its value."""
-    kind = schema.kind_of(key, loop)
-    if kind is not ANY:
-        raise ConfigurationError(f"~{key}: a setting cannot be deleted; set it, for example {key}=null")
-    found = [leaf for leaf in tree if leaf == key or leaf.startswith(f"{key}.")]
-    if not found:
-        raise ConfigurationError(f"~{key}: there is no such key{closest(key, tree)}")
-    for leaf in found:
-        del tree[leaf]
+    def _delete(self, tree: dict[str, Any], key: str) -> None:
+        """``~key``: only what is free content may go; a setting of the schema goes back by naming its value."""
+        if self.kind_of(key) is not ANY:
+            raise ConfigurationError(f"~{key}: a setting cannot be deleted; set it, for example {key}=null")
+        found = [leaf for leaf in tree if leaf == key or leaf.startswith(f"{key}.")]
+        if not found:
+            raise ConfigurationError(f"~{key}: there is no such key{closest(key, tree)}")
+        for leaf in found:
+            del tree[leaf]
 
 
 def _set(tree: dict[str, Any], key: str, value: Any) -> None:
@@ -222,3 +289,32 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
     for depth in range(1, len(parts)):
         tree.pop(".".join(parts[:depth]), None)  # an empty mapping that now gets content
     tree[key] = value
+
+
+def resolve(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """``tree`` with references such as ``${name}`` resolved.
+
+    Raises:
+        ConfigurationError: one of them leads nowhere, or a value that has to be given is not.
+    """
+    missing = [key for key, value in tree.items() if value == "???"]
+    if missing:
+        page = "rewards.md" if missing[0].startswith("rm.") else "configuration.md"
+        raise ConfigurationError(
+            f"{' and '.join(missing)} must be given, as {' '.join(f'{key}=…' for key in missing)}: there is no default "
+            f"(docs/{page} explains)"
+        )
+    cfg = OmegaConf.create(unflatten(tree))
+    for key, value in tree.items():
+        if isinstance(value, str) and "${" in value:
+            try:
+                OmegaConf.select(cfg, key, throw_on_resolution_failure=True)
+            except OmegaConfBaseException as error:
+                reason = str(error).splitlines()[0]
+                raise ConfigurationError(f"{key} = {value!r} cannot be resolved: {reason}") from error
+    try:
+        container = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigurationError(f"the configuration cannot be resolved: {str(error).splitlines()[0]}") from error
+    assert isinstance(container, dict)
+    return flatten({str(key): value for key, value in container.items()})

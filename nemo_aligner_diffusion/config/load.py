@@ -24,23 +24,22 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_aligner_diffusion.algorithms.registry import defaults, reads
-from nemo_aligner_diffusion.config import schema
 from nemo_aligner_diffusion.config.layers import (
     Layer,
-    Note,
     Override,
-    add_layer,
+    command_line,
+    file_layer,
     parse_override,
+    read_sections,
 )
 from nemo_aligner_diffusion.config.recipes import conf_directory, groups, recipes
-from nemo_aligner_diffusion.config.reward_checks import check_reward
-from nemo_aligner_diffusion.config.reward_keys import REWARDS
-from nemo_aligner_diffusion.config.words import is_secret, of_the_environment, with_yaml_words
+from nemo_aligner_diffusion.config.schema import REWARDS, vocabulary
+from nemo_aligner_diffusion.config.words import settled
 from nemo_aligner_diffusion.errors import ConfigurationError
-from nemo_aligner_diffusion.formats.yaml_reader import read_yaml
 from nemo_aligner_diffusion.keys import closest, flatten, unflatten
+from nemo_aligner_diffusion.rewards.parts import PartedSettings
+from nemo_aligner_diffusion.rewards.registry import read_reward
 from nemo_aligner_diffusion.runtime.process import this_process
-from nemo_aligner_diffusion.settings import ANY
 from nemo_aligner_diffusion.training.settings import RunSettings
 
 logger = logging.getLogger(__name__)
@@ -81,33 +80,17 @@ def load_config(
     values = [item for item in parsed if item not in selections]
 
     tree = flatten(_compose(conf_directory(), base, [_selection(item, base) for item in selections], own_folder))
-    loop = base
-    notes: list[Note] = []
+    keys = vocabulary(base)
+    notes: dict[str, str] = {}
     if own_folder is not None:
-        user = _read_user_file(own_folder, name, selections)
-        tree = add_layer(tree, Layer(flatten(user), origin=str(own_folder / f"{name}.yaml")), loop, recipes(), notes)
+        tree = keys.over(tree, _user_layer(own_folder, name, selections), notes)
         for item in selections:  # the command line counts more than the file
-            tree = add_layer(tree, _selected_layer(item, base, own_folder), loop, recipes(), notes)
-    command_line = Layer({}, origin="command line")
-    for item in values:
-        if item.delete:
-            command_line.deletions.append(item.key)
-        else:
-            command_line.leaves.update(flatten({item.key: item.value}, dotted=True))
-    tree = add_layer(tree, command_line, loop, recipes(), notes)
-
-    leaves = resolve(tree)
-    leaves = {key: value for key, value in leaves.items() if schema.kind_of(key, loop) is not None}
-    used = _methods_own(schema.read_values(leaves, loop))
-    used |= {
-        key: text
-        for key, text in of_the_environment(tree).items()
-        if key in used and is_secret(schema.kind_of(key, loop) or ANY)
-    }
-    cfg = OmegaConf.create(unflatten(used))
+            tree = keys.over(tree, _selected_layer(item, base, own_folder), notes)
+    words = command_line(values)
+    cfg = OmegaConf.create(unflatten(_methods_own(keys.values(keys.over(tree, words, notes)))))
     settings = RunSettings.of(cfg)
-    check_reward(cfg)
-    notes.extend(_unread(command_line.leaves, settings))
+    _check_reward(settings)
+    notes |= _unread(words.leaves, settings)
     for section in [entry for entry in cfg.rm if entry not in ("name", *REWARDS[cfg.rm.name])]:
         del cfg.rm[section]  # left by the recipe when only rm.name is changed
     _warn(notes)
@@ -185,85 +168,36 @@ def _one_line(error: Exception, overrides: Sequence[str]) -> str:
     return "the configuration cannot be composed: " + " ".join(kept[:3]) + given
 
 
-def read_sections(file: Path) -> tuple[dict[str, Any], str]:
-    """What a YAML file of the user's says, and its text, for the words as they were typed.
-
-    Raises:
-        ConfigurationError: it cannot be read, is no YAML, or holds no keys.
-    """
-    try:
-        container = read_yaml(file)
-        text = file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigurationError(f"{file} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise ConfigurationError(f"{file} {error}") from error
-    if not isinstance(container, dict):
-        raise ConfigurationError(f"{file}: expected keys and values, found {type(container).__name__}")
-    return container, text
-
-
-def _read_user_file(folder: Path, name: str, selections: list[Override]) -> dict[str, Any]:
+def _user_layer(folder: Path, name: str, selections: list[Override]) -> Layer:
     file = next((path for path in (folder / f"{name}.yaml", folder / f"{name}.yml") if path.is_file()), None)
     if file is None:
         there = sorted(path.stem for path in folder.glob("*.y*ml"))
         holds = f"it holds {', '.join(there)}" if there else "it holds no YAML file"
         raise ConfigurationError(f"--config-name {name!r}: there is no {name}.yaml in {folder}; {holds}")
-    container, text = read_sections(file)
-    if "defaults" not in container:
-        return {str(key): value for key, value in with_yaml_words(container, text).items()}
-    # Groups that the file itself composes are picked in it; others only in the recipe below it.
-    inside = [item for item in selections if re.search(rf"(^|/|\s){item.key}\b", str(container["defaults"]))]
-    composed = _compose(folder, name, [f"{item.key}={item.value}" for item in inside], conf_directory())
-    return with_yaml_words(composed, text)
+    layer = file_layer(file)
+    defaults = layer.leaves.pop("defaults", None)
+    if defaults is not None:
+        # Groups that the file itself composes are picked in it; others only in the recipe below it.
+        inside = [item for item in selections if re.search(rf"(^|/|\s){item.key}\b", str(defaults))]
+        composed = flatten(_compose(folder, name, [f"{item.key}={item.value}" for item in inside], conf_directory()))
+        own = {key: value for key, value in layer.leaves.items() if settled(value) == composed.get(key)}
+        layer.leaves = {**composed, **own}  # the same values, with the words that they were written with
+    return layer
 
 
 def _selected_layer(item: Override, base: str, own_folder: Path) -> Layer:
     """What a picked group file says itself, as a layer."""
     leaves: dict[str, Any] = {}
-    option = str(item.value)
-    for stem in ("base", option):
-        for folder in (own_folder, conf_directory()):
-            file = folder / item.key / f"{stem}.yaml"
-            if file.is_file():
-                text = file.read_text(encoding="utf-8")
-                header = re.match(r"#\s*@package\s+(\S+)", text)
-                package = header.group(1) if header else f"trainer.{base}" if item.key == "loop" else item.key
-                content = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
-                assert isinstance(content, dict)
-                content.pop("defaults", None)
-                leaves.update(flatten({package: with_yaml_words(content, text)}, dotted=True))
-                break
-    return Layer(leaves, origin=f"{item.key}={option}")
-
-
-def resolve(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """``tree`` with references such as ``${name}`` resolved.
-
-    Raises:
-        ConfigurationError: one of them leads nowhere, or a value that has to be given is not.
-    """
-    cfg = OmegaConf.create(unflatten(tree))
-    missing = [key for key, value in tree.items() if value == "???"]
-    if missing:
-        page = "rewards.md" if missing[0].startswith("rm.") else "configuration.md"
-        raise ConfigurationError(
-            f"{' and '.join(missing)} must be given, as {' '.join(f'{key}=…' for key in missing)}: there is no default "
-            f"(docs/{page} explains)"
-        )
-    for key, value in tree.items():
-        if isinstance(value, str) and "${" in value:
-            try:
-                OmegaConf.select(cfg, key, throw_on_resolution_failure=True)
-            except OmegaConfBaseException as error:
-                reason = str(error).splitlines()[0]
-                raise ConfigurationError(f"{key} = {value!r} cannot be resolved: {reason}") from error
-    try:
-        container = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise ConfigurationError(f"the configuration cannot be resolved: {str(error).splitlines()[0]}") from error
-    assert isinstance(container, dict)
-    return flatten({str(key): value for key, value in container.items()})
+    for stem in ("base", str(item.value)):
+        files = [folder / item.key / f"{stem}.yaml" for folder in (own_folder, conf_directory())]
+        file = next((file for file in files if file.is_file()), None)
+        if file is not None:
+            content = read_sections(file)
+            content.pop("defaults", None)
+            header = re.match(r"#\s*@package\s+(\S+)", file.read_text(encoding="utf-8"))
+            package = header.group(1) if header else f"trainer.{base}" if item.key == "loop" else item.key
+            leaves.update(flatten({package: content}, dotted=True))
+    return Layer(leaves, origin=f"{item.key}={item.value}")
 
 
 def _methods_own(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -275,30 +209,39 @@ def _methods_own(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _unread(given: Mapping[str, Any], settings: RunSettings) -> list[Note]:
-    """Settings of the command line that nothing reads beside the others."""
+def _check_reward(settings: RunSettings) -> None:
+    """Raises :class:`ConfigurationError` for a reward that lacks a key, or has one that cannot act."""
+    reward, _ = read_reward(settings.rm)
+    measured = list(reward.measured()) if isinstance(reward, PartedSettings) else []
+    if measured and settings.loop.val_check_interval == 0:
+        raise ConfigurationError(
+            f"{measured[0]}.normalize = base measures the base model's validation pictures, but val_check_interval = 0 "
+            "says that there are none: expected val_check_interval >= 1, or numbers such as "
+            f"{measured[0]}.normalize={{mean:20,std:1.5}}"
+        )
+
+
+def _unread(given: Mapping[str, Any], settings: RunSettings) -> dict[str, str]:
+    """Settings of the command line that nothing reads beside the others, and why."""
     algorithm, reward, unread = settings.model.algorithm, settings.rm["name"], settings.unread_keys()
-    notes = []
+    notes = {}
     for key in given:
         if not reads(algorithm, key):
-            notes.append(Note(key, f"model.algorithm={algorithm} does not read it"))
+            notes[key] = f"model.algorithm={algorithm} does not read it"
         elif key.startswith("rm.") and key.split(".")[1] not in ("name", *REWARDS[reward]):
-            notes.append(Note(key, f"rm.name={reward} does not read it"))
+            notes[key] = f"rm.name={reward} does not read it"
         elif key in unread and given[key] is not None:
-            notes.append(Note(key, unread[key]))
+            notes[key] = unread[key]
     return notes
 
 
-def _warn(notes: Sequence[Note]) -> None:
+def _warn(notes: Mapping[str, str]) -> None:
     """One warning for all, keys with the same reason together, from the first process only."""
     if not notes or not this_process().is_rank_zero:
         return
-    by_reason: dict[str, list[str]] = {}
-    for note in dict.fromkeys(notes):
-        by_reason.setdefault(note.reason, []).append(note.key)
     lines = [
-        textwrap.fill(f"{', '.join(keys)}: {reason}", 120, initial_indent="  ", subsequent_indent="    ",
-                      break_long_words=False, break_on_hyphens=False)
-        for reason, keys in by_reason.items()
+        textwrap.fill(f"{', '.join(key for key in notes if notes[key] == reason)}: {reason}", 120,
+                      initial_indent="  ", subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+        for reason in dict.fromkeys(notes.values())
     ]  # fmt: skip
     logger.warning("these keys have no effect here:\n%s", "\n".join(lines))

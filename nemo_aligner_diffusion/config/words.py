@@ -4,24 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
+from nemo_aligner_diffusion.formats.yaml_reader import Typed
 from nemo_aligner_diffusion.settings import Kind
 
 _TEXTUAL = ("text", "path", "paths", "texts", "duration")
 _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 _PLAIN = re.compile(r"[\w.:+-]+")
-
-
-@dataclass(frozen=True)
-class Typed:
-    """A number, true or false, and how it was written: ``2024_01_15``, ``1e5``, ``3.10``, ``TRUE``."""
-
-    value: int | float | bool
-    words: str
 
 
 def with_words(value: Any, text: str) -> Any:
@@ -38,27 +28,7 @@ def with_words(value: Any, text: str) -> Any:
     return value
 
 
-def with_yaml_words(content: Any, text: str) -> Any:
-    """``content`` of a YAML document (perhaps with more in it), its numbers as :class:`Typed`."""
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError:
-        return content  # whoever read it knows more than YAML
-    return _along(content, node)
-
-
-def _along(content: Any, node: Any) -> Any:
-    if isinstance(content, bool | int | float) and isinstance(node, yaml.ScalarNode) and node.style is None:
-        return Typed(content, node.value)
-    if isinstance(content, Mapping) and isinstance(node, yaml.MappingNode):
-        nodes = {key.value: below for key, below in node.value if isinstance(key, yaml.ScalarNode)}
-        return {key: _along(entry, nodes.get(str(key))) for key, entry in content.items()}
-    if isinstance(content, list) and isinstance(node, yaml.SequenceNode) and len(content) == len(node.value):
-        return [_along(entry, below) for entry, below in zip(content, node.value, strict=True)]
-    return content
-
-
-def settled(value: Any, kind: Kind | None) -> Any:
+def settled(value: Any, kind: Kind | None = None) -> Any:
     """``value`` without :class:`Typed`: the words where ``kind`` is text or a path, else the number."""
     if isinstance(value, Typed):
         return value.words if kind is not None and kind.name in _TEXTUAL else value.value

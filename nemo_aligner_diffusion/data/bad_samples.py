@@ -25,6 +25,7 @@ class BadSamples:
         policy: ``"error"`` or ``"skip"``.
         quiet: count without warnings (all processes read the same files; one of them should speak).
         shard_policy: the same for files that are unreadable or damaged; None: as ``policy``.
+        advice: what an error says of the way to pass over such samples.
 
     Attributes:
         count: unusable samples and files so far.
@@ -33,7 +34,11 @@ class BadSamples:
     """
 
     def __init__(
-        self, policy: OnBadSample = "error", quiet: bool = False, shard_policy: OnBadSample | None = None
+        self,
+        policy: OnBadSample = "error",
+        quiet: bool = False,
+        shard_policy: OnBadSample | None = None,
+        advice: str = "on_bad_sample=skip passes over such samples",
     ) -> None:
         for name, value in (("on_bad_sample", policy), ("on_bad_shard", shard_policy or policy)):
             if value not in ("error", "skip"):
@@ -41,6 +46,7 @@ class BadSamples:
         self.policy = policy
         self.shard_policy: OnBadSample = shard_policy or policy
         self.quiet = quiet
+        self.advice = advice
         self.count = 0
         self.shards = 0
         self.messages: list[str] = []
@@ -53,7 +59,7 @@ class BadSamples:
             BadSampleError: under ``policy="error"``.
         """
         if self.policy == "error":
-            raise BadSampleError(f"{message} (on_bad_sample=skip passes over such samples)")
+            raise BadSampleError(f"{message} ({self.advice})")
         self._note(message)
 
     def shard(self, error: DataError) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,29 +83,42 @@ def clean_prompt(text: str) -> str:
     return text
 
 
-def _read_text(path: Path, bad: BadSamples) -> Iterator[LocatedPrompt]:
-    """One prompt a line; empty lines at the end of the file are nothing, elsewhere they are empty prompts."""
-    pending = 0  # empty lines just before this one
+def read_lines(path: Path, bad: Callable[[str], None]) -> Iterator[tuple[int, LocatedPrompt]]:
+    """(number from 1, prompt) of each line of a text file; of an empty line the prompt is empty.
+
+    Args:
+        bad: called with what is wrong with a line that holds something else.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
     try:
         with open_regular(path) as stream:
             for number, (start, line) in enumerate(text_lines(stream, MAX_PROMPT_BYTES + 3), start=1):
-                if not line.strip():
-                    pending += 1
-                    continue
-                for empty in range(number - pending, number):
-                    bad(f"{path}: line {empty} is an empty prompt; expected one prompt a line")
-                pending = 0
                 if len(line) > MAX_PROMPT_BYTES + 3:  # with a byte order mark
                     bad(f"{path}: line {number} has more than {MAX_PROMPT_BYTES:,} bytes; expected one prompt a line")
                     continue
                 try:
-                    prompt = clean_prompt(decode_utf8(line))
+                    prompt = clean_prompt(decode_utf8(line)) if line.strip() else ""
                 except ValueError as error:
                     bad(f"{path}: line {number} {error}")
                     continue
-                yield LocatedPrompt(prompt, start, line, TEXT)
+                yield number, LocatedPrompt(prompt, start, line, TEXT)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _read_text(path: Path, bad: BadSamples) -> Iterator[LocatedPrompt]:
+    """Empty lines at the end of the file are nothing, elsewhere they are empty prompts."""
+    pending: list[int] = []  # empty lines just before this one
+    for number, located in read_lines(path, bad):
+        if not located.prompt:
+            pending.append(number)
+            continue
+        for empty in pending:
+            bad(f"{path}: line {empty} is an empty prompt; expected one prompt a line")
+        pending = []
+        yield located
 
 
 def _read_shard(path: Path, bad: BadSamples, keys: Sequence[str]) -> Iterator[LocatedPrompt]:

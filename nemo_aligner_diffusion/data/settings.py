@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from nemo_aligner_diffusion.settings import (
     PATH,
@@ -61,6 +61,11 @@ class ReadingSettings(Settings):
         "a path, folder, list, glob or brace range such as prompts-{0000..0127}.tar; null: the embedded prompts",
         key="model.data.train.webdataset.local_root_path",
     )
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """Arguments of :class:`~.datamodule.StreamDataModule`."""
+        return {name: getattr(self, name) for name in ReadingSettings.kinds() if name != "train_path"}
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def split_name(name: str) -> tuple[str, str]:
 def shard_samples(
     path: Path, walk: Iterator[Member], most_bytes: Mapping[str, int], bad: BadSamples
 ) -> Iterator[tuple[str, dict[str, Member]]]:
-    """(key, extension -> member) of each sample in ``walk``, whose data was read where it is of acceptable size.
+    """(key, extension -> member) of each sample in ``walk``, which has read the data of acceptable members or none.
 
     Args:
         path: of the shard, for messages.
@@ -65,7 +65,7 @@ def shard_samples(
             bad.pass_over(MET_AGAIN, f"{member.name!r} in {path}")
         elif member.kind != "file":
             bad(f"{name} is a {member.kind}, not a file; expected the content itself (no link is followed)")
-        elif member.data is None:
+        elif member.size > most_bytes[extension]:
             bad(f"{name} has {member.size:,} bytes; expected at most {most_bytes[extension]:,}")
         else:
             members[extension] = member

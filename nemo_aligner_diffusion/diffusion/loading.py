@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -70,7 +71,7 @@ def load_model(
             config = component_config(path, name) or component_config(folder / name, name)
             parts[name] = empty_module(partial(part_class.from_config, config), dtype)
             load_component(parts[name], name, path)
-        _check_folders(folder, index, parts)
+        _check_parts(folder, index, parts, pipeline_class)
         with _no_progress_bar():
             parts |= _networks(folder, index, parts, dtype)
         _give_size(folder, parts.get("unet"))
@@ -164,8 +165,21 @@ def _read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def _check_folders(folder: Path, index: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Every part that the index names has a folder: transformers makes an empty tokenizer of a missing one."""
+def _check_parts(folder: Path, index: Mapping[str, Any], given: Mapping[str, Any], pipeline_class: Any) -> None:
+    """The index names every part that the pipeline cannot do without (without a second text encoder it would load all
+    the same and fail in its first call), and each has a folder: transformers makes an empty tokenizer of a missing one.
+    """
+    parameters = list(inspect.signature(pipeline_class.__init__).parameters.values())[1:]
+    # SDXL's second text encoder counts as optional, as the refiner has no first one
+    spared = [
+        name for name in pipeline_class._optional_components if not name.startswith(("text_encoder", "tokenizer"))
+    ]
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if lacking := [name for name in needed if name not in index and name not in given and name not in spared]:
+        raise CheckpointError(
+            f"{folder}: model_index.json says {pipeline_class.__name__}, but names no {', '.join(lacking)}, which that "
+            f"pipeline needs; copy the whole folder, or correct _class_name"
+        )
     pairs = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2}
     named = [name for name, value in pairs.items() if value != [None, None]]
     missing = [name for name in named if name not in given and not (folder / name).is_dir()]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import re
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,19 +26,24 @@ from nemo_aligner_diffusion.diffusion.lora import load_lora_weights, mix
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.diffusion.settings import PipelineSettings, SamplingSettings
 from nemo_aligner_diffusion.diffusion.trajectory import check_repeatable
-from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError, printable
-from nemo_aligner_diffusion.evaluation.annealing import annealed_weights
-from nemo_aligner_diffusion.evaluation.generation_output import claim_folder, print_rewards, write_grid, write_pictures
-from nemo_aligner_diffusion.evaluation.request import Request
+from nemo_aligner_diffusion.embedded_assets import embedded_model_path
+from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError, OutputError, printable
+from nemo_aligner_diffusion.evaluation.figures import picture_grid, save_image, to_pictures
+from nemo_aligner_diffusion.evaluation.request import Request, annealed_weights
 from nemo_aligner_diffusion.evaluation.run_files import RunFiles, read_config
+from nemo_aligner_diffusion.evaluation.text import format_gain, format_number
 from nemo_aligner_diffusion.formats.checkpoints import load_component
+from nemo_aligner_diffusion.rewards.base import Reward, scores_of
+from nemo_aligner_diffusion.rewards.registry import build_reward, import_paths, rewards
+from nemo_aligner_diffusion.rewards.settings import RewardSettings
+from nemo_aligner_diffusion.rewards.support.parted import apply_statistics, check_measured, read_statistics
 from nemo_aligner_diffusion.runtime.messages import quiet_libraries
 
-if TYPE_CHECKING:
-    from nemo_aligner_diffusion.rewards.base import Reward
-
 _DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
+_MOST_IN_GRID = 240  # columns; the single pictures are written in any case
 _IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+
+Pairs = Sequence[tuple[str, int]]  # (prompt, seed)
 
 
 @dataclass(frozen=True)
@@ -47,13 +55,7 @@ class Settings:
     vae: Path | None
     sampling: Sampling
     sampler: str | None  # None: the pipeline's own
-    pipeline: Mapping[str, Any] = field(default_factory=dict)  # model.pipeline: trained, stateless, arguments
-
-    def describe(self) -> str:
-        steps, scale, eta = self.sampling.steps, self.sampling.guidance_scale, self.sampling.eta
-        sampler = "the pipeline's own sampler" if self.sampler is None else self.sampler.lower()
-        guidance = "the pipeline's own guidance" if scale is None else f"guidance {scale:g}"
-        return f"{steps} steps, {guidance}, {sampler}{f', eta {eta:g}' if eta else ''}"
+    pipeline: Mapping[str, Any]  # model.pipeline: trained, stateless, arguments
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Variant:
     """One row: the base model, or the tuned one with ``scale`` on its adapters and perhaps annealed guidance."""
 
     label: str
-    tuned: bool
+    tuned: bool = True
     scale: float = 1.0
     annealing: str | None = None
 
@@ -95,7 +97,7 @@ def run_generation(request: Request) -> Result:
     quiet_libraries()
     model = load_model(settings.model, settings.unet, settings.vae, _DTYPES[request.precision], **settings.pipeline)
     _set_sampler(model, settings)
-    _check_size(model, settings)
+    _check_size(model, settings.sampling)
     _load_tuned(model, request)
     model.to(device)
     reward = _reward(request, run, device)
@@ -104,19 +106,12 @@ def run_generation(request: Request) -> Result:
     prompts, seeds = [prompt for prompt, _ in pairs], [seed for _, seed in pairs]
     variants = plan_variants(request)
     check_repeatable(model, model.inputs(prompts[:1], **vars(settings.sampling)))  # before there is a folder
-    result = Result(claim_folder(request.output, request.overwrite))
+    result = Result(_claim_folder(request.output, request.overwrite))
     for variant in variants:
         started = time.perf_counter()
         annealing = None if variant.annealing is None else partial(annealed_weights, variant.annealing)
         with _as_variant(model, variant, request):
-            images = generate(
-                model,
-                prompts,
-                seeds,
-                settings.sampling,
-                request.batch_size,
-                tuned_weights=annealing,
-            )
+            images = generate(model, prompts, seeds, settings.sampling, request.batch_size, tuned_weights=annealing)
         print(f"{variant.label}: {len(pairs)} picture(s) in {time.perf_counter() - started:.1f} s", flush=True)
         result.images[variant.label] = images
         if reward is not None:
@@ -124,10 +119,10 @@ def run_generation(request: Request) -> Result:
         facts = {**_facts(request, settings), "row": variant.label}
         name = variant.label if len(variants) > 1 else ""
         scores = result.rewards.get(variant.label)
-        result.files += write_pictures(result.output, images, pairs, name, facts, scores)
-    result.files.append(write_grid(result.output, result.images, result.rewards, pairs, settings.describe()))
+        result.files += _write_pictures(result.output, images, pairs, name, facts, scores)
+    result.files.append(_write_grid(result.output, result.images, result.rewards, pairs, _describe(settings)))
     if reward is not None:
-        print_rewards(result.rewards, pairs, reward.name)
+        _print_rewards(result.rewards, reward.name)
     print(f"written to {result.output}: {len(result.files) - 1} picture(s) and {result.files[-1].name}")
     return result
 
@@ -137,11 +132,11 @@ def plan_variants(request: Request) -> list[Variant]:
     tuned = bool(request.adapters or request.unet)
     rows = [Variant("base", tuned=False)] if request.compare or not tuned else []
     if request.scales:
-        rows += [Variant(f"scale {scale:g}", tuned=True, scale=scale) for scale in request.scales]
+        rows += [Variant(f"scale {scale:g}", scale=scale) for scale in request.scales]
     elif request.weights:
-        rows += [Variant(f"weight {kind}", tuned=True, annealing=kind) for kind in request.weights]
+        rows += [Variant(f"weight {kind}", annealing=kind) for kind in request.weights]
     elif tuned:
-        rows.append(Variant("tuned", tuned=True))
+        rows.append(Variant("tuned"))
     return list({row.label: row for row in rows}.values())
 
 
@@ -173,13 +168,8 @@ def resolve_settings(request: Request, run: RunFiles | None) -> Settings:
     def first(given: Any, otherwise: Any) -> Any:
         return otherwise if given is None else given
 
-    model = request.model or base_path("model.from_pretrained")
-    if model is None:
-        from nemo_aligner_diffusion.embedded_assets import embedded_model_path
-
-        model = embedded_model_path()
     return Settings(
-        model=model,
+        model=request.model or base_path("model.from_pretrained") or embedded_model_path(),
         unet=base_path("model.unet_config.from_pretrained"),
         vae=request.vae or base_path("model.first_stage_config.from_pretrained"),
         sampling=Sampling(
@@ -228,9 +218,10 @@ def _set_sampler(model: DiffusionModel, settings: Settings) -> None:
         raise ConfigurationError(text) from error
 
 
-def _check_size(model: DiffusionModel, settings: Settings) -> None:
+def _check_size(model: DiffusionModel, sampling: Sampling) -> None:
+    """Some pipelines make the next smaller size instead."""
     multiple = getattr(model.pipe, "vae_scale_factor", 1)
-    for option, value in (("--height", settings.sampling.height), ("--width", settings.sampling.width)):
+    for option, value in (("--height", sampling.height), ("--width", sampling.width)):
         if value is not None and value % multiple:
             near = max(1, round(value / multiple)) * multiple
             raise ConfigurationError(
@@ -262,27 +253,9 @@ def _as_variant(model: DiffusionModel, variant: Variant, request: Request) -> Ab
 
 def _reward(request: Request, run: RunFiles | None, device: torch.device) -> Reward | None:
     """The reward asked for; else the run's own, else the embedded one, as far as they can be had."""
-    from nemo_aligner_diffusion.rewards.build import build_reward, import_paths
-    from nemo_aligner_diffusion.rewards.registry import rewards
-    from nemo_aligner_diffusion.rewards.settings import RewardSettings
-    from nemo_aligner_diffusion.rewards.support.parted import apply_statistics, check_measured, read_statistics
-
-    asked = request.reward
-    if asked is not None:
-        # those that need neither a network nor a setting
-        analytic = [name for name, kind in rewards().items() if kind.make is RewardSettings.make]
-        if asked.lower() == "none":
-            return None
-        if asked.lower() in analytic:
-            return build_reward({"name": asked.lower()}, device=device)
-        if Path(asked).expanduser().exists():
-            return build_reward({"name": "clip", "model": {"restore_from_path": asked}}, device=device)
-        if _IMPORT_PATH.fullmatch(asked):
-            return build_reward({"name": "custom", "import_path": asked}, device=device)
-        raise ConfigurationError(
-            f"--reward {asked}: neither a file nor one of {', '.join(analytic)}, none; "
-            "expected one of these, a .nemo file, or your own package.module:name"
-        )
+    if request.reward is not None:
+        asked = _asked_reward(request.reward)
+        return None if asked is None else build_reward(asked, device)
     section = run.setting("rm", {"name": "clip"}) if run else {"name": "clip"}
     section = section if isinstance(section, dict) else {"name": section}
     for key, value in import_paths(section):  # code that a folder names, which may be somebody else's
@@ -293,7 +266,7 @@ def _reward(request: Request, run: RunFiles | None, device: torch.device) -> Rew
         )
         return None
     try:
-        reward = build_reward(section, device=device)
+        reward = build_reward(section, device)
         if run is not None:
             apply_statistics(reward, read_statistics(run.folder))
         check_measured(reward)
@@ -303,10 +276,26 @@ def _reward(request: Request, run: RunFiles | None, device: torch.device) -> Rew
         return None
 
 
+def _asked_reward(asked: str) -> dict[str, Any] | None:
+    """The ``rm`` section that ``--reward`` stands for; ``None`` for none."""
+    # those that need neither a network nor a setting
+    analytic = [name for name, kind in rewards().items() if kind.make is RewardSettings.make]
+    if asked.lower() == "none":
+        return None
+    if asked.lower() in analytic:
+        return {"name": asked.lower()}
+    if Path(asked).expanduser().exists():
+        return {"name": "clip", "model": {"restore_from_path": asked}}
+    if _IMPORT_PATH.fullmatch(asked):
+        return {"name": "custom", "import_path": asked}
+    raise ConfigurationError(
+        f"--reward {asked}: neither a file nor one of {', '.join(analytic)}, none; "
+        "expected one of these, a .nemo file, or your own package.module:name"
+    )
+
+
 @torch.no_grad()
 def _scores(reward: Reward, images: Tensor, prompts: list[str], batch_size: int) -> list[float]:
-    from nemo_aligner_diffusion.rewards.base import scores_of
-
     parts = [
         scores_of(reward, images[start : start + batch_size], prompts[start : start + batch_size])[0]
         for start in range(0, len(prompts), batch_size)
@@ -315,12 +304,9 @@ def _scores(reward: Reward, images: Tensor, prompts: list[str], batch_size: int)
 
 
 def _warn_of_truncation(model: DiffusionModel, prompts: list[str]) -> None:
-    cut = model.count_truncated(prompts)
-    if cut:
-        limit = model.prompt_limit
-        print(
-            f"warning: {cut} prompt(s) are longer than {limit} tokens; what lies beyond has no effect", file=sys.stderr
-        )
+    if cut := model.count_truncated(prompts):
+        longer = f"{cut} prompt(s) are longer than {model.prompt_limit} tokens"
+        print(f"warning: {longer}; what lies beyond has no effect", file=sys.stderr)
 
 
 def _facts(request: Request, settings: Settings) -> dict[str, Any]:
@@ -334,3 +320,84 @@ def _facts(request: Request, settings: Settings) -> dict[str, Any]:
         "sampler": settings.sampler,
         "eta": settings.sampling.eta,
     }
+
+
+def _describe(settings: Settings) -> str:
+    steps, scale, eta = settings.sampling.steps, settings.sampling.guidance_scale, settings.sampling.eta
+    sampler = "the pipeline's own sampler" if settings.sampler is None else settings.sampler.lower()
+    guidance = "the pipeline's own guidance" if scale is None else f"guidance {scale:g}"
+    return f"{steps} steps, {guidance}, {sampler}{f', eta {eta:g}' if eta else ''}"
+
+
+def _claim_folder(wanted: Path, overwrite: bool) -> Path:
+    """Make ``wanted``; where it holds files already take ``wanted-2``, ``wanted-3``, … unless ``overwrite``.
+
+    Raises:
+        OutputError: it is a file, or cannot be written to.
+    """
+    wanted = wanted.expanduser()
+    numbered = (wanted.with_name(f"{wanted.name}-{number}") for number in itertools.count(2))
+    try:
+        for folder in itertools.chain([wanted], numbered):
+            folder.mkdir(parents=True, exist_ok=True)
+            if overwrite or not any(folder.iterdir()):
+                break
+        return folder
+    except OSError as error:
+        raise OutputError(
+            f"--output {wanted}: {error.strerror or error}; expected a folder that can be made and written to"
+        ) from error
+
+
+def _write_pictures(
+    folder: Path, images: Any, pairs: Pairs, row: str, facts: Mapping[str, Any], rewards: Sequence[float] | None
+) -> list[Path]:
+    """One PNG a picture, named by number, prompt, seed and row; its text chunks: ``prompt``, ``settings`` (JSON)."""
+    # "scale -1" and "scale 1" must not become one name
+    suffix = f"_{_slug(re.sub(r'-(?=[0-9.])', 'minus ', row))}" if row else ""
+    paths = []
+    for index, (picture, (prompt, seed)) in enumerate(zip(to_pictures(images), pairs, strict=True)):
+        made = {"prompt": prompt, "seed": seed, **facts, "height": picture.height, "width": picture.width}
+        if rewards is not None:
+            made["reward"] = rewards[index]
+        metadata = {"prompt": prompt, "settings": json.dumps(made, ensure_ascii=False)}
+        paths.append(save_image(picture, folder / f"{index:04d}_{_slug(prompt)}_seed{seed}{suffix}.png", metadata))
+    return paths
+
+
+def _write_grid(
+    folder: Path, images: Mapping[str, Any], rewards: Mapping[str, Sequence[float]], pairs: Pairs, title: str
+) -> Path:
+    """``grid.png``: a row for each variant; a single one as prompts by seeds."""
+    if len(pairs) > _MOST_IN_GRID:
+        title += f"; the first {_MOST_IN_GRID} of {len(pairs)}"
+        pairs = pairs[:_MOST_IN_GRID]
+    seeds = [seed for _, seed in pairs]
+    different = len(set(seeds))
+    single = len(images) == 1
+    grid = picture_grid(
+        {"" if single else label: part[: len(pairs)] for label, part in images.items()},
+        [prompt if different == 1 else f"{prompt} (seed {seed})" for prompt, seed in pairs],
+        rewards={"" if single else label: part[: len(pairs)] for label, part in rewards.items()},
+        seeds=seeds,
+        title=title,
+        max_columns=different if single and 1 < different <= 10 else None,
+    )
+    return save_image(grid, folder / "grid.png")
+
+
+def _print_rewards(rewards: Mapping[str, Sequence[float]], name: str) -> None:
+    """The means, and gains over the base model where it is there; each picture's stands in the grid and in its file."""
+    base = rewards.get("base")
+    for label, values in rewards.items():
+        mean = fmean(values)
+        line = f"mean reward ({name}), {label}: {format_number(mean)}"
+        if base and label != "base":
+            better = sum(value > other for value, other in zip(values, base, strict=True))
+            line += f" ({format_gain(mean - fmean(base), mean)}; above base on {better} of {len(values)})"
+        print(line)
+
+
+def _slug(text: str) -> str:
+    """Letters and digits of any script, at most 40 of them: safe in a file name everywhere."""
+    return re.sub(r"[^\w.]+", "-", text.lower()).strip("-.")[:40].rstrip("-.") or "picture"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
+
+from nemo_aligner_diffusion.errors import ConfigurationError
 
 
 @dataclass(frozen=True)
@@ -39,3 +42,32 @@ class Request:
     reward: str | None
     output: Path
     overwrite: bool
+
+
+def annealed_weights(kind: str, steps: int) -> list[float]:
+    """Annealed importance guidance (design notes 3.4): ``w_0 … w_{T−1}`` of ``w_i·e^tuned + (1−w_i)·e^base``.
+
+    Args:
+        kind: ``base`` (0), ``draft`` (1), ``linear`` (``i/T``), ``power_p`` (``(i/T)^p``, p > 0), or a number.
+        steps: ``T``, the number of network calls.
+
+    Raises:
+        ConfigurationError: any other ``kind``.
+
+    Example::
+
+        annealed_weights("power_2", 4)  # [0.0, 0.0625, 0.25, 0.5625]
+    """
+    name = kind.strip().lower()
+    name = {"base": "0", "draft": "1", "linear": "power_1"}.get(name, name)
+    is_power = name.startswith("power_")
+    try:
+        value = float(name.removeprefix("power_"))
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or (is_power and value <= 0):
+        raise ConfigurationError(
+            f"the guidance weight {kind!r} is unknown; expected base, draft, linear, power_P (a positive P, as in "
+            "power_2) or a number"
+        )
+    return [(i / steps) ** value if is_power else value for i in range(steps)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import re
 from collections.abc import Callable
@@ -13,10 +12,10 @@ from typing import Any
 from nemo_aligner_diffusion.errors import first_line
 from nemo_aligner_diffusion.formats.files import parse_json, read_bytes
 from nemo_aligner_diffusion.formats.yaml_reader import read_yaml
+from nemo_aligner_diffusion.runtime.csv_table import read_rows
 
 Table = dict[str, list[float]]
 _DEEPEST = 50  # levels of a JSON document
-_MOST_COLUMNS = 200  # of a table
 
 
 @dataclass(frozen=True)
@@ -29,22 +28,11 @@ class RunFiles:
     validation: Table = field(default_factory=dict)
     samples: list[tuple[int, Path]] = field(default_factory=list)  # (optimizer step, grid), ascending
     run: dict[str, Any] = field(default_factory=dict)
+    startup: dict[str, Any] = field(default_factory=dict)  # startup.json: seconds to the first step, by phase
     # of the last validation: prompt, seed, base_reward, reward
     prompt_rewards: list[dict[str, Any]] = field(default_factory=list)
     prompt_rewards_step: int | None = None
     problems: list[str] = field(default_factory=list)
-    startup: dict[str, Any] = field(default_factory=dict)  # startup.json: seconds to the first step, by phase
-
-    @property
-    def lora_export(self) -> Path | None:
-        path = self.folder / "export" / "pytorch_lora_weights.safetensors"
-        return path if path.is_file() else None
-
-    @property
-    def denoiser_export(self) -> Path | None:
-        """A fully fine-tuned denoiser: ``export/unet``, ``export/transformer`` or whatever component was trained."""
-        found = sorted((self.folder / "export").glob("[!.]*/config.json"))
-        return next((path.parent for path in found if path.parent.name.isidentifier()), None)
 
     def setting(self, dotted: str, default: Any = None) -> Any:
         """A value of the configuration by its dotted key; ``default`` where it is absent or null."""
@@ -55,12 +43,14 @@ class RunFiles:
             value = value[part]
         return default if value is None else value
 
+    @property
+    def steps(self) -> float:
+        """Optimizer steps done."""
+        return last(self.metrics.get("step", [])) or 0.0
+
     def total(self, name: str) -> float:
-        """A counter of ``run.json``, else the sum of the column of ``metrics.csv``."""
-        value = finite(self.run.get(name))
-        return (
-            value if value is not None else sum(value for value in self.metrics.get(name, []) if math.isfinite(value))
-        )
+        """The sum of a column of ``metrics.csv``."""
+        return sum(value for value in self.metrics.get(name, []) if math.isfinite(value))
 
 
 def finite(value: Any) -> float | None:
@@ -73,28 +63,17 @@ def finite(value: Any) -> float | None:
 
 
 def read_table(path: Path, problems: list[str] | None = None) -> Table:
-    """A CSV of numbers as columns of equal length; what is no number is NaN, an incomplete last line is dropped.
+    """A CSV of numbers, a row a ``step``, as columns of equal length; what is no number is NaN.
 
-    After a resume some steps may be written twice: of rows with the same ``step`` the last one counts. Rows of another
-    length, or with bytes that are no UTF-8, are left out and counted in ``problems``.
+    After a resume some steps may be written twice: the last row counts. Damaged rows are left out and counted in
+    ``problems``, but for the last, which a run that is killed may leave incomplete.
     """
-    lines = path.read_text(encoding="utf-8", errors="replace").replace("\0", "\ufffd").splitlines()
-    header, *rows = list(csv.reader(lines[:1])) + list(csv.reader(lines[1:])) or [[]]
-
-    def is_whole(row: list[str]) -> bool:
-        return len(row) == len(header) and not any("\ufffd" in cell for cell in row)
-
-    whole = [row for row in rows if is_whole(row)]
-    damaged = len(rows) - len(whole) - (1 if rows and not is_whole(rows[-1]) else 0)  # the last one is cut at times
-    if problems is not None and damaged:
-        problems.append(f"{path.name}: {damaged} of {len(rows)} rows are damaged and left out")
-    names = [name.strip() for name in header[:_MOST_COLUMNS]]
-    table = {name: [_number(row[i]) for row in whole] for i, name in enumerate(names) if name}
-    if "step" not in table:
-        return table
-    last = {step: index for index, step in enumerate(table["step"]) if math.isfinite(step)}
-    order = [last[step] for step in sorted(last)]
-    return {name: [values[index] for index in order] for name, values in table.items()}
+    rows, _, damaged = read_rows(path)
+    if damaged and problems is not None:
+        problems.append(f"{path.name}: {damaged} of {damaged + len(rows)} rows are damaged and left out")
+    by_step = {float(row["step"]): row for row in rows}
+    ordered = [by_step[step] for step in sorted(by_step) if math.isfinite(step)]
+    return {name: [_number(row[name]) for row in ordered] for name in (ordered[0] if ordered else ())}
 
 
 def _number(text: str) -> float:
@@ -114,38 +93,36 @@ def read_run(folder: str | Path) -> RunFiles:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder; give the run directory (exp_manager.explicit_log_dir)")
     problems: list[str] = []
-
-    def attempt(name: str, read: Any, empty: Any) -> Any:
-        return _attempt(folder / name, read, empty, problems)
-
-    scores = attempt("validation_samples.json", _read_prompt_rewards, (None, []))
+    step, prompt_rewards = _attempt(folder / "validation_samples.json", _read_prompt_rewards, problems) or (None, [])
+    samples = [(re.fullmatch(r"step_(\d+)\.png", path.name), path) for path in folder.glob("samples/step_*.png")]
     return RunFiles(
         folder=folder,
         config=read_config(folder, problems),
-        metrics=attempt("metrics.csv", lambda path: read_table(path, problems), {}),
-        validation=attempt("validation.csv", lambda path: read_table(path, problems), {}),
-        samples=_samples(folder / "samples"),
-        run=attempt("run.json", _read_object, {}),
-        prompt_rewards=scores[1],
-        prompt_rewards_step=scores[0],
+        metrics=_attempt(folder / "metrics.csv", lambda path: read_table(path, problems), problems) or {},
+        validation=_attempt(folder / "validation.csv", lambda path: read_table(path, problems), problems) or {},
+        samples=sorted((int(match.group(1)), path) for match, path in samples if match),
+        run=_attempt(folder / "run.json", _read_object, problems) or {},
+        startup=_attempt(folder / "startup.json", _read_object, problems) or {},
+        prompt_rewards=prompt_rewards,
+        prompt_rewards_step=step,
         problems=problems,
-        startup=attempt("startup.json", _read_object, {}),
     )
-
-
-def _attempt(path: Path, read: Callable[[Path], Any], empty: Any, problems: list[str]) -> Any:
-    if not path.is_file():
-        return empty
-    try:
-        return read(path)
-    except Exception as error:  # a damaged file must not take the report of the others with it
-        problems.append(f"{path.name} cannot be read ({type(error).__name__}: {first_line(error)})")
-        return empty
 
 
 def read_config(folder: Path, problems: list[str]) -> dict[str, Any]:
     """``config.yaml`` of a run directory; empty where there is none, or where it is damaged, which is a problem."""
-    return _attempt(folder / "config.yaml", _read_config, {}, problems)
+    return _attempt(folder / "config.yaml", _read_config, problems) or {}
+
+
+def _attempt(path: Path, read: Callable[[Path], Any], problems: list[str]) -> Any:
+    """What is read; ``None`` where there is no such file, or where it is damaged, which is a problem."""
+    if not path.is_file():
+        return None
+    try:
+        return read(path)
+    except Exception as error:  # a damaged file must not take the report of the others with it
+        problems.append(f"{path.name} cannot be read ({type(error).__name__}: {first_line(error)})")
+        return None
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -155,30 +132,26 @@ def _read_config(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in config.items()}
 
 
-def parse_shallow_json(data: bytes) -> Any:
-    """A JSON document that can be walked through: deeper nesting than any of ours is a ``ValueError``."""
-    value = parse_json(data)
-    level, depth = [value], 0
-    while level:
-        if depth > _DEEPEST:
-            raise ValueError(f"is nested more than {_DEEPEST} deep")
-        inner = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, (dict, list))]
-        level, depth = [value for values in inner for value in values], depth + 1
-    return value
-
-
 def _read_object(path: Path) -> dict[str, Any]:
-    value = parse_shallow_json(read_bytes(path))
+    value = parse_json(read_bytes(path))
     if not isinstance(value, dict):
         raise ValueError("expected a JSON object")
+    _check_depth(value, _DEEPEST)
     return value
+
+
+def _check_depth(value: Any, most: int) -> None:
+    """Refuse what is nested deeper than any of ours: walking through it would end in a ``RecursionError``."""
+    if most < 0:
+        raise ValueError(f"is nested more than {_DEEPEST} deep")
+    if isinstance(value, (dict, list)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            _check_depth(inner, most - 1)
 
 
 def _read_prompt_rewards(path: Path) -> tuple[int | None, list[dict[str, Any]]]:
-    """``{"step": n, "prompts": [{prompt, seed, base_reward, reward}, …]}``, or a list of such (the last one counts)."""
-    value = parse_json(read_bytes(path))
-    if isinstance(value, list):
-        value = value[-1]
+    """``{"step": n, "prompts": [{prompt, seed, base_reward, reward}, …]}``."""
+    value = _read_object(path)
     rows = [
         {
             "prompt": str(row["prompt"]),
@@ -193,17 +166,10 @@ def _read_prompt_rewards(path: Path) -> tuple[int | None, list[dict[str, Any]]]:
     ]
 
 
-def _samples(folder: Path) -> list[tuple[int, Path]]:
-    found = [(re.fullmatch(r"step_(\d+)\.png", path.name), path) for path in folder.glob("step_*.png")]
-    return sorted((int(match.group(1)), path) for match, path in found if match)
-
-
-def column(table: Table, *names: str) -> list[float]:
-    """The first of these columns that has a finite value; an empty list where none has."""
-    for name in names:
-        if any(map(math.isfinite, table.get(name, []))):
-            return table[name]
-    return []
+def column(table: Table, name: str) -> list[float]:
+    """The values of a column that has a finite one; an empty list where there is none."""
+    values = table.get(name, [])
+    return values if any(map(math.isfinite, values)) else []
 
 
 def last(values: list[float]) -> float | None:

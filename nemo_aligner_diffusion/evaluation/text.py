@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import bisect
 import functools
 import logging
 import math
+import textwrap
 from pathlib import Path
 
 from PIL import ImageFont
@@ -50,8 +50,8 @@ def _own_font(bold: bool) -> str:
 
 def fit_text(
     text: str, width: int, size: int, max_lines: int, bold: bool = False
-) -> tuple[list[str], ImageFont.FreeTypeFont]:
-    """Lines of at most ``width`` pixels, and the font that has their characters.
+) -> tuple[str, ImageFont.FreeTypeFont]:
+    """``text`` in lines of at most ``width`` pixels, and the font that has its characters.
 
     That is DejaVu Sans, or for scripts that it lacks (Japanese, say) the system's font that has most of them. What no
     font has is written as an escape, ``\\u732b``: it can be looked up, a box cannot.
@@ -61,7 +61,7 @@ def fit_text(
     known = _characters(path)
     legible = "".join(c if ord(c) in known and c.isprintable() else ascii(c)[1:-1] for c in text)
     face = font(size, bold, path)
-    return wrap_text(legible, width, face, max_lines), face
+    return "\n".join(wrap_text(legible, width, face, max_lines)), face
 
 
 @functools.lru_cache(maxsize=256)
@@ -95,26 +95,8 @@ def _characters(path: str) -> frozenset[int]:
 
 def wrap_text(text: str, width: int, face: ImageFont.FreeTypeFont, max_lines: int) -> list[str]:
     """Break ``text`` into at most ``max_lines`` lines of ``width`` pixels; a rest that does not fit ends in ``…``."""
-    lines: list[str] = []
-    line = ""
-    for word in " ".join(text.split()).split(" "):
-        candidate = f"{line} {word}".strip()
-        if face.getlength(candidate) <= width:
-            line = candidate
-            continue
-        if line:
-            lines.append(line)
-        while len(word) > 1 and len(lines) <= max_lines and face.getlength(word) > width:  # longer than a line
-            longest = bisect.bisect_right(range(1, len(word)), width, key=lambda n: math.ceil(face.getlength(word[:n])))
-            lines.append(word[: max(1, longest)])
-            word = word[max(1, longest) :]
-        line = word
-        if len(lines) > max_lines:
-            break
-    lines.append(line)
-    if len(lines) > max_lines:
-        last = lines[max_lines - 1]
-        while last and face.getlength(last + "…") > width:
-            last = last[:-1]
-        lines = [*lines[: max_lines - 1], last.rstrip() + "…"]
-    return [line for line in lines if line]
+    for characters in range(int(4 * width / face.size), 0, -1):  # an "i" is a little wider than a quarter of the size
+        lines = textwrap.wrap(text, characters, max_lines=max_lines, placeholder="…")
+        if all(face.getlength(line) <= width for line in lines):
+            return lines
+    return []

@@ -1,17 +1,8 @@
 """CLIP models as NeMo and NeMo-Aligner save them (Megatron layout), turned into Hugging Face's layout.
 
-==============================================  =======================================================================
-Hugging Face                                    NeMo, after the prefix ``model.``
-==============================================  =======================================================================
-``text_model.encoder.layers.N``                 ``text_encoder.language_model.encoder.layers.N``
-``vision_model.encoder.layers.N``               ``vision_encoder.backbone.transformer.layers.N``
-``self_attn.{q,k,v}_proj``                      ``self_attention.query_key_value``: q, k, v stacked on dim 0
-``text_model.embeddings.token_embedding``       ``….embedding.word_embeddings``, rows padded to a multiple of 128
-``vision_model.embeddings.class_embedding``     ``vision_encoder.backbone.cls_token (1, 1, hidden)``
-==============================================  =======================================================================
-
-and the plain renamings below. In a tower whose configuration says ``megatron_legacy: false`` the rows of
-``query_key_value`` are ordered by head first (head, q/k/v, channel).
+Beyond the names below: ``query_key_value`` holds q, k and v stacked on dim 0 (ordered by head first, then q/k/v, in a
+tower whose configuration says ``megatron_legacy: false``); the word embeddings' rows are padded to a multiple of 128;
+``cls_token`` is ``(1, 1, hidden)``.
 """
 
 from __future__ import annotations
@@ -27,7 +18,7 @@ from nemo_aligner_diffusion.formats.nemo import NemoArchive
 
 _TEXT = "text_encoder.language_model."
 _VISION = "vision_encoder.backbone."
-_RENAMED = {
+_RENAMED = {  # wherever they stand in a name, after its "model."
     f"{_TEXT}encoder.layers.": "text_model.encoder.layers.",
     f"{_VISION}transformer.layers.": "vision_model.encoder.layers.",
     f"{_TEXT}embedding.word_embeddings.": "text_model.embeddings.token_embedding.",
@@ -37,19 +28,16 @@ _RENAMED = {
     f"{_VISION}conv1.": "vision_model.embeddings.patch_embedding.",
     "text_encoder.head.": "text_projection.",
     "vision_encoder.head.": "visual_projection.",
-}
-_WITHIN_LAYER = {
-    "input_layernorm": "layer_norm1",
-    "post_attention_layernorm": "layer_norm2",
-    "self_attention.dense": "self_attn.out_proj",
-    "mlp.dense_h_to_4h": "mlp.fc1",
-    "mlp.dense_4h_to_h": "mlp.fc2",
+    ".input_layernorm.": ".layer_norm1.",
+    ".post_attention_layernorm.": ".layer_norm2.",
+    ".self_attention.dense.": ".self_attn.out_proj.",
+    ".mlp.dense_h_to_4h.": ".mlp.fc1.",
+    ".mlp.dense_4h_to_h.": ".mlp.fc2.",
 }
 _WHOLE = {  # parameters in some NeMo versions, embeddings (with ".weight") in others
     f"{_TEXT}embedding.position_embeddings": "text_model.embeddings.position_embedding.weight",
     f"{_VISION}position_embeddings": "vision_model.embeddings.position_embedding.weight",
     f"{_VISION}cls_token": "vision_model.embeddings.class_embedding",
-    "logit_scale": "logit_scale",
 }
 
 
@@ -70,7 +58,7 @@ def hf_layout(
         eos_token_id: the id at which the text is pooled.
 
     Raises:
-        ArchiveError: a field that fixes the architecture is missing or unusable, or a tensor has no counterpart.
+        ArchiveError: a field that fixes the architecture is missing or unusable.
     """
     text, vision = (_section(archive, config, name) for name in ("text", "vision"))
     _check_supported(archive, text, vision)
@@ -80,28 +68,22 @@ def hf_layout(
         tower["projection_dim"] = output_dim
 
     converted: dict[str, Tensor] = {}
-    unknown: list[str] = []
     for full_name, tensor in state.items():
         name = full_name
         while name.startswith(("model.", "module.")):  # "model.module." under half-precision O2
             name = name.split(".", 1)[1]
         if name.endswith(("position_ids", "rotary_pos_emb.inv_freq")):
             continue
-        renamed = _rename(name)
-        if renamed is None:
-            unknown.append(full_name)
-        elif ".self_attention.query_key_value." in renamed:
-            interleaved = not (text if renamed.startswith("text_model") else vision).get("megatron_legacy", True)
-            heads = towers[renamed.split(".")[0]]["num_attention_heads"]
-            converted.update(_split_qkv(archive, renamed, tensor, heads, interleaved))
+        name = _WHOLE.get(name.removesuffix(".weight"), name)
+        for old, new in _RENAMED.items():
+            name = name.replace(old, new)
+        tower = name.split(".")[0]
+        if tower in towers and ".self_attention.query_key_value." in name:
+            interleaved = not (text if tower == "text_model" else vision).get("megatron_legacy", True)
+            heads = towers[tower]["num_attention_heads"]
+            converted.update(_split_qkv(archive, name, tensor, heads, interleaved))
         else:
-            converted[renamed] = tensor
-    if unknown:
-        shown = ", ".join(printable(name, 120) for name in unknown[:8])
-        raise ArchiveError(
-            f"{archive.path}: {len(unknown)} tensors have no counterpart in a CLIP model: {shown}"
-            f"{', …' if len(unknown) > 8 else ''}. Expected the layout of NeMo's MegatronCLIPModel."
-        )
+            converted[name] = tensor  # unknown: named as misfitting by whoever compares with the model
     for name, shape in (
         ("vision_model.embeddings.class_embedding", (-1,)),
         ("vision_model.embeddings.position_embedding.weight", (-1, towers["vision_model"]["hidden_size"])),
@@ -142,24 +124,6 @@ def hf_layout(
         "std": vision.get("image_std") or vision.get("img_std"),
     }
     return {"clip": clip, "score": "pickscore", "preprocessing": preprocessing, "tokenizer": {}}, converted
-
-
-def _rename(name: str) -> str | None:
-    """The Hugging Face name, with ``query_key_value`` still in one piece; ``None`` if there is none."""
-    for old, new in _WHOLE.items():
-        if name in (old, f"{old}.weight"):
-            return new
-    for old, new in _RENAMED.items():
-        if name.startswith(old):
-            rest = name.removeprefix(old)
-            if not new.endswith("layers."):
-                return new + rest
-            number, _, inner = rest.partition(".")
-            module, _, kind = inner.rpartition(".")
-            if module == "self_attention.query_key_value":
-                return f"{new}{number}.{inner}"
-            return f"{new}{number}.{_WITHIN_LAYER[module]}.{kind}" if module in _WITHIN_LAYER else None
-    return None
 
 
 def _split_qkv(archive: NemoArchive, name: str, tensor: Tensor, heads: int, interleaved: bool) -> dict[str, Tensor]:

@@ -1,14 +1,6 @@
 """CLIP checkpoints as ``open_clip`` writes them (HPSv2, LAION's and many others), turned into Hugging Face's layout.
 
-==================================================  ===================================================================
-OpenCLIP                                            Hugging Face
-==================================================  ===================================================================
-``transformer.resblocks.N``                         ``text_model.encoder.layers.N``
-``visual.transformer.resblocks.N``                  ``vision_model.encoder.layers.N``
-``….attn.in_proj_{weight,bias}``                    ``….self_attn.{q,k,v}_proj``: the three stacked on dim 0
-``….attn.out_proj``, ``….mlp.{c_fc,c_proj}``        ``….self_attn.out_proj``, ``….mlp.{fc1,fc2}``
-``text_projection``, ``visual.proj``                ``text_projection.weight``, ``visual_projection.weight``, transposed
-==================================================  ===================================================================
+In OpenCLIP's ``in_proj`` q, k and v are stacked on dim 0; its projections are transposed.
 
 The architecture is read off the tensors' shapes. Two things are not in them. **Heads**: OpenCLIP's models have 64
 channels a head, but for the vision towers of ViT-H (1280 channels), -g, -bigG and -e, see :data:`VISION_HEAD_WIDTHS`.

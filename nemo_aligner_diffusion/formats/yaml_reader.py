@@ -12,6 +12,7 @@ import copy
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from nemo_aligner_diffusion.errors import printable
@@ -42,17 +43,25 @@ _INFINITE = re.compile(r"([-+]?)\.(?:inf|Inf|INF)")
 _NOT_A_NUMBER = (".nan", ".NaN", ".NAN")
 
 
-def read_yaml(path: str | os.PathLike[str]) -> Any:
-    """The value of a YAML file.
+@dataclass(frozen=True)
+class Typed:
+    """A number, true or false, and how it was written: ``2024_01_15``, ``1e5``, ``3.10``, ``TRUE``."""
+
+    value: int | float | bool
+    words: str
+
+
+def read_yaml(path: str | os.PathLike[str], keep_words: bool = False) -> Any:
+    """The value of a YAML file; with ``keep_words`` its numbers and booleans are :class:`Typed`.
 
     Raises:
         ValueError: no UTF-8, no YAML, or YAML that a configuration never needs; the message goes on after its name.
         OSError: it cannot be read, or has more than :data:`MAX_BYTES`.
     """
-    return parse_yaml(read_bytes(path, MAX_BYTES))
+    return parse_yaml(read_bytes(path, MAX_BYTES), keep_words=keep_words)
 
 
-def parse_yaml(content: bytes, aliases: bool = True) -> Any:
+def parse_yaml(content: bytes, aliases: bool = True, keep_words: bool = False) -> Any:
     """:func:`read_yaml` of a file's bytes.
 
     Args:
@@ -62,7 +71,7 @@ def parse_yaml(content: bytes, aliases: bool = True) -> Any:
 
     text = decode_utf8(content)
     try:
-        return _Builder(aliases).build(_checked_events(text, aliases))
+        return _Builder(aliases, keep_words).build(_checked_events(text, aliases))
     except RecursionError:
         raise ValueError("is nested too deeply") from None
     except yaml.YAMLError as error:
@@ -96,8 +105,8 @@ def _checked_events(text: str, aliases: bool) -> Iterator[Any]:
 class _Builder:
     """The document's value; no more recursion than ``MAX_DEPTH``."""
 
-    def __init__(self, aliases: bool) -> None:
-        self._aliases = aliases
+    def __init__(self, aliases: bool, keep_words: bool) -> None:
+        self._aliases, self._keep_words = aliases, keep_words
         self._nodes = 0  # those that aliases stand for included
         self._anchored: dict[str, tuple[Any, int]] = {}  # anchor -> value, nodes in it
 
@@ -127,6 +136,8 @@ class _Builder:
         self._count(1, line)
         if isinstance(event, yaml.ScalarEvent):
             value = _scalar(event.value) if event.implicit[0] else event.value
+            if self._keep_words and isinstance(value, bool | int | float):
+                value = Typed(value, event.value)
         elif isinstance(event, yaml.SequenceStartEvent):
             value = []
             while not isinstance(following := next(events), yaml.SequenceEndEvent):
@@ -145,6 +156,7 @@ class _Builder:
         while not isinstance(following := next(events), yaml.MappingEndEvent):
             line = following.start_mark.line + 1
             key = self._value(following, events)
+            key = key.value if isinstance(key, Typed) else key
             # Numbers are keys in id-to-label tables; large ones could be chosen to share a hash, which takes for ever.
             whole = isinstance(key, int) and not isinstance(key, bool) and abs(key) < 2**31
             if not whole and not (isinstance(key, str) and len(key) <= MAX_KEY_CHARACTERS):

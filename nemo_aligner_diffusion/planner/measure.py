@@ -33,7 +33,7 @@ from nemo_aligner_diffusion.planner.schedule import active_calls
 from nemo_aligner_diffusion.planner.settings import Case, Settings
 from nemo_aligner_diffusion.planner.shapes import ShapesMode, without_memory
 from nemo_aligner_diffusion.rewards.base import Reward
-from nemo_aligner_diffusion.rewards.support.sample_keys import SampleKeys, scoring_samples
+from nemo_aligner_diffusion.rewards.support.augmented import SampleKeys, scoring_samples
 
 PHASES = ("text", "call", "reference", "decode", "replay", "replay_next", "validation")
 TYPICAL_PROMPT = "a red apple on a wooden table, studio light"
@@ -290,7 +290,7 @@ def _model(settings: Settings, case: Case) -> DiffusionModel:
 
 def _reward(settings: Settings) -> Reward:
     from nemo_aligner_diffusion.rewards.augmentation import Augmentation
-    from nemo_aligner_diffusion.rewards.build import build_reward
+    from nemo_aligner_diffusion.rewards.registry import build_reward
     from nemo_aligner_diffusion.rewards.settings import PRECISIONS as REWARD_PRECISIONS
     from nemo_aligner_diffusion.rewards.support.augmented import augmented
 

@@ -27,11 +27,9 @@ class BestWeights(pl.Callback):
         self._weights: dict[str, torch.Tensor] = {}
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        value = getattr(pl_module, "last_validation", {}).get(self.metric)
-        if trainer.sanity_checking or value is None or math.isnan(value):
-            return
+        value: float = pl_module.last_validation[self.metric]  # type: ignore[union-attr, assignment, index]
         better = value < self.value if self.metric == "loss" else value > self.value
-        if self.step < 0 or better:
+        if better or (self.step < 0 and not math.isnan(value)):
             self.step, self.value = trainer.global_step, value
             self._weights = {
                 name: parameter.detach().to("cpu", copy=True)

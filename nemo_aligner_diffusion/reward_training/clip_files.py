@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from nemo_aligner_diffusion.embedded_assets import embedded_reward_path
 from nemo_aligner_diffusion.errors import ArchiveError, CheckpointError, ConfigurationError
 from nemo_aligner_diffusion.formats.open_clip import OpenClipChoices
+from nemo_aligner_diffusion.reward_training.configuration import RewardModelSettings
 from nemo_aligner_diffusion.rewards.clip.archive import convert_hf_clip_to_nemo
 from nemo_aligner_diffusion.rewards.clip.reward import CLIPReward
 from nemo_aligner_diffusion.rewards.clip.sources import read_clip
@@ -18,6 +20,13 @@ from nemo_aligner_diffusion.rewards.clip.tokenizer import pair_of_files, read_to
 from nemo_aligner_diffusion.rewards.restore import restore_reward
 
 SAVE_DTYPES = {"32": torch.float32, "16": torch.float16, "bf16": torch.bfloat16}
+
+
+def load_start(section: RewardModelSettings) -> CLIPReward:
+    """The CLIP that the training starts from."""
+    if section.from_pretrained is not None:
+        return load_hugging_face_clip(section.from_pretrained)
+    return load_nemo_clip(section.restore_from_path or embedded_reward_path(), section.tokenizer)
 
 
 def load_nemo_clip(path: str | Path, tokenizer: str | Path | None = None) -> CLIPReward:
@@ -44,18 +53,13 @@ def load_hugging_face_clip(folder: str | Path) -> CLIPReward:
         CheckpointError: the folder is missing, or does not hold these.
     """
     folder = Path(folder).expanduser()
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"model.from_pretrained = {str(folder)!r}: there is no config.json; expected a Hugging Face CLIP folder, "
-            "or give a .nemo with model.restore_from_path"
-        )
     try:
-        weights = read_clip(folder, OpenClipChoices())
+        model, preprocessing = read_clip(folder, OpenClipChoices())
         files = read_tokenizer_files(folder)
         tokenizer = tokenizer_from_bytes(files["vocab.json"], files["merges.txt"], str(folder))
-        return CLIPReward(weights.model(), tokenizer, preprocessing=weights.preprocessing).float()
+        return CLIPReward(model, tokenizer, preprocessing=preprocessing).float()
     except (ArchiveError, CheckpointError) as error:
-        raise CheckpointError(f"model.from_pretrained = {str(folder)!r}: {error}") from error
+        raise CheckpointError(f"model.from_pretrained (a Hugging Face CLIP folder): {error}") from error
 
 
 def save_clip_reward(

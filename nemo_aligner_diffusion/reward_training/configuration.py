@@ -6,26 +6,22 @@ in ``conf/reward_model.yaml`` with its meaning. Imports neither torch nor Lightn
 
 from __future__ import annotations
 
-import json
 import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_aligner_diffusion.config.layers import parse_override
-from nemo_aligner_diffusion.config.load import read_sections, resolve
+from nemo_aligner_diffusion.config.layers import Vocabulary, command_line, file_layer, parse_override
+from nemo_aligner_diffusion.config.nemo_names import Alias
 from nemo_aligner_diffusion.config.recipes import conf_directory
-from nemo_aligner_diffusion.config.words import is_secret, of_the_environment, settled, with_yaml_words
 from nemo_aligner_diffusion.data.settings import ReadingSettings
 from nemo_aligner_diffusion.errors import ConfigurationError
-from nemo_aligner_diffusion.keys import closest, flatten, unflatten
+from nemo_aligner_diffusion.keys import unflatten
+from nemo_aligner_diffusion.parallel.settings import LayoutSettings
 from nemo_aligner_diffusion.runtime.settings import MachineSettings
 from nemo_aligner_diffusion.settings import (
-    ANY,
     BOOL,
     PATH,
     PATHS,
@@ -39,15 +35,14 @@ from nemo_aligner_diffusion.settings import (
 )
 from nemo_aligner_diffusion.training.callbacks.settings import NonFiniteSettings
 from nemo_aligner_diffusion.training.optimizers import OptimizerSettings
-from nemo_aligner_diffusion.training.schedules import EITHER_OR
 from nemo_aligner_diffusion.training.settings import LoopSettings, ProgramSettings
 
 CONFIG_NAME = "reward_model"
 # Other spellings: NeMo-Aligner's examples/mm/clip, and the shorter ones.
 ALIASES = {
-    "restore_from_path": "model.restore_from_path",
-    "model.data.data_path": "model.data.train.webdataset.local_root_path",
-    "model.data.webdataset.local_root_path": "model.data.train.webdataset.local_root_path",
+    "restore_from_path": Alias("model.restore_from_path"),
+    "model.data.data_path": Alias("model.data.train.webdataset.local_root_path"),
+    "model.data.webdataset.local_root_path": Alias("model.data.train.webdataset.local_root_path"),
 }
 
 
@@ -108,6 +103,18 @@ class TextSettings(VisionSettings):
 
 
 @dataclass(frozen=True)
+class TrainedParts(Settings):
+    """What of a CLIP is trained."""
+
+    section = "model"
+
+    projections: bool = setting(True, BOOL, "train the linear maps from both towers into the common space")
+    logit_scale: bool = setting(True, BOOL, "train the scale of the scores; kept at or below 100")
+    vision: VisionSettings = part(VisionSettings)
+    text: TextSettings = part(TextSettings)
+
+
+@dataclass(frozen=True)
 class PairSettings(ReadingSettings):
     """Preference shards."""
 
@@ -128,10 +135,8 @@ class PairSettings(ReadingSettings):
 
 
 @dataclass(frozen=True)
-class RewardModelSettings(Settings):
+class RewardModelSettings(TrainedParts):
     """What is trained, and how."""
-
-    section = "model"
 
     restore_from_path: str | None = setting(None, PATH, "a CLIP reward .nemo to start from; null: the embedded reward")
     from_pretrained: str | None = setting(None, PATH, "instead: a Hugging Face CLIP folder")
@@ -146,11 +151,7 @@ class RewardModelSettings(Settings):
     activation_checkpointing: bool = setting(
         False, BOOL, "recompute transformer layers in the backward pass: less memory, a third more time"
     )
-    projections: bool = setting(True, BOOL, "train the linear maps from both towers into the common space")
-    logit_scale: bool = setting(True, BOOL, "train the scale of the scores; kept at or below 100")
     save_dtype: str = setting("32", choice("32", "16", "bf16"), "precision of the weights in the .nemo: 32, 16 or bf16")
-    vision: VisionSettings = part(VisionSettings)
-    text: TextSettings = part(TextSettings)
     nan_policy: NonFiniteSettings = part(NonFiniteSettings)
     optim: OptimizerSettings = part(OptimizerSettings)
     data: PairSettings = part(PairSettings)
@@ -184,26 +185,16 @@ class RewardTrainingSettings(ProgramSettings):
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches an optimizer step on each process.
-
-        Raises:
-            ConfigurationError: the sizes do not divide; names a size that would fit.
-        """
-        micro, whole, ranks = self.model.micro_batch_size, self.model.global_batch_size, self.trainer.world_size
-        step = micro * ranks
-        if whole % step:
-            raise ConfigurationError(
-                f"model.global_batch_size = {whole} is no multiple of micro_batch_size × processes = "
-                f"{micro} × {ranks} = {step}; {max(whole // step, 1) * step} would fit"
-            )
-        return whole // step
+        """Micro-batches an optimizer step on each process; raises ConfigurationError where the sizes do not divide."""
+        sizes = {name: getattr(self.model, name) for name in ("micro_batch_size", "global_batch_size")}
+        return LayoutSettings(**sizes).accumulation(self.trainer)
 
     def check(self) -> None:
         _ = self.accumulation
         self.model.optim.sched.factor(self.loop.max_steps)
 
 
-KEYS: dict[str, Kind] = RewardTrainingSettings.schema()
+VOCABULARY = Vocabulary(RewardTrainingSettings.schema(), ALIASES)
 
 
 def load_reward_config(
@@ -218,92 +209,16 @@ def load_reward_config(
     Raises:
         ConfigurationError: an unknown key or an impossible value; one clear message, with the nearest key.
     """
-    leaves = _over({}, _read(conf_directory() / f"{CONFIG_NAME}.yaml"), CONFIG_NAME)
+    tree = VOCABULARY.over({}, file_layer(conf_directory() / f"{CONFIG_NAME}.yaml"))
     name = config_name.removesuffix(".yaml").removesuffix(".yml")
     if config_dir is not None:
-        file = Path(config_dir).expanduser() / f"{name}.yaml"
-        leaves = _over(leaves, _read(file), str(file))
+        tree = VOCABULARY.over(tree, file_layer(Path(config_dir).expanduser() / f"{name}.yaml"))
     elif name != CONFIG_NAME:
         raise ConfigurationError(
             f"--config-name {name!r}: reward training has one configuration, {CONFIG_NAME}; for a YAML of your own add "
             "--config-path <its folder>"
         )
-    given: dict[str, Any] = {}
-    for text in overrides:
-        item = parse_override(text)
-        if item.delete:
-            raise ConfigurationError(f"~{item.key}: a setting cannot be deleted; set it, for example {item.key}=null")
-        given.update(flatten({item.key: item.value}, dotted=True))
-    leaves = _over(leaves, given, "command line")
-    values = {key: _kind(key).read(key, value) for key, value in resolve(leaves).items()}
-    values |= {key: text for key, text in of_the_environment(leaves).items() if is_secret(_kind(key))}
-    cfg = OmegaConf.create(unflatten(values))
+    tree = VOCABULARY.over(tree, command_line(map(parse_override, overrides)))
+    cfg = OmegaConf.create(unflatten(VOCABULARY.values(tree)))
     RewardTrainingSettings.of(cfg)
     return cfg
-
-
-def documented_keys() -> list[tuple[str, str, str]]:
-    """(dotted key, default, meaning) of each key: in the order of the file, then those that it leaves at a default."""
-    result, sections = [], list[str]()
-    for line in (conf_directory() / f"{CONFIG_NAME}.yaml").read_text(encoding="utf-8").splitlines():
-        match = re.fullmatch(r"(?P<indent> *)(?P<key>\w+):(?P<value>.*?) # (?P<comment>.*)", line)
-        if match:
-            sections[len(match["indent"]) // 2 :] = [match["key"]]
-            if match["value"].strip():
-                result.append((".".join(sections), match["value"].strip(), match["comment"].strip()))
-    there = {key for key, _, _ in result}
-    for section in RewardTrainingSettings.all_sections():
-        defaults, meanings = section.defaults(), section.meanings()
-        for field, key in section.keys().items():
-            if key not in there and not key.startswith("exp_manager.wandb_logger_kwargs"):
-                result.append((key, json.dumps(defaults[field]), meanings[field]))
-    return result
-
-
-def _read(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise ConfigurationError(
-            f"{file} does not exist; expected a YAML file with the keys of conf/{CONFIG_NAME}.yaml"
-        )
-    container, text = read_sections(file)
-    worded = with_yaml_words(container, text)
-    return flatten({str(key): value for key, value in worded.items()})
-
-
-def _over(leaves: Mapping[str, Any], given: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    result = dict(leaves)
-    given = {key: settled(value, _find_kind(ALIASES.get(key, key))) for key, value in given.items()}
-    for key, value in given.items():
-        target = ALIASES.get(key, key)
-        if target != key and given.get(target, value) != value:
-            raise ConfigurationError(
-                f"{key} = {value!r} and {target} = {given[target]!r} are two spellings of one setting that disagree "
-                f"({origin}): keep one"
-            )
-        if _find_kind(target) is None:
-            inside = [known for known in KEYS if known.startswith(f"{target}.")]
-            if inside and value in (None, {}):
-                continue
-            if inside:
-                raise ConfigurationError(f"{key} = {value!r}: {key} is a section; its keys are {', '.join(inside)}")
-            source = "" if origin == "command line" else f" in {origin}"
-            raise ConfigurationError(
-                f"unknown key {key!r}{source}{closest(key, [*KEYS, *ALIASES]) or '; --help lists the keys'}"
-            )
-        other = EITHER_OR.get(target)
-        if value is not None and other in result and other not in given:
-            result[other] = None
-        result[target] = value
-    return result
-
-
-def _find_kind(key: str) -> Kind | None:
-    if key in KEYS:
-        return KEYS[key]
-    return ANY if key.startswith("exp_manager.wandb_logger_kwargs.") else None
-
-
-def _kind(key: str) -> Kind:
-    kind = _find_kind(key)
-    assert kind is not None, key
-    return kind

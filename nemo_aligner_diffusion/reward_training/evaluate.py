@@ -1,23 +1,96 @@
-"""Scoring preference shards with a finished reward, and the reliability plot."""
+"""How well scores predict preferences: accuracy, ties, calibration.
+
+The predicted probability that the first picture is preferred is ``softmax(scores)[0]``. Its *confidence* is that of the
+picture it prefers, in ``[0.5, 1]``. Scores are calibrated where of all pairs judged with confidence 0.8, 80 % are right
+(Guo et al., 2017, arXiv 1706.04599, equation 3: expected calibration error over bins of equal width).
+"""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable
+import json
+from dataclasses import asdict, dataclass
+from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from nemo_aligner_diffusion.data.bad_samples import BadSamples, OnBadSample
 from nemo_aligner_diffusion.data.paths import PathSpec, expand_paths
-from nemo_aligner_diffusion.evaluation.curves import GRID_LINE, INK, PALETTE, PAPER, QUIET
-from nemo_aligner_diffusion.reward_training.calibration import PreferenceFigures
-from nemo_aligner_diffusion.reward_training.preference_data import PreferenceDataset, pictures
+from nemo_aligner_diffusion.errors import DataError
+from nemo_aligner_diffusion.evaluation.curves import Curve, curve_plot
+from nemo_aligner_diffusion.reward_training.loss import correct, decided, preference_loss
+from nemo_aligner_diffusion.reward_training.preference_data import pictures
 from nemo_aligner_diffusion.reward_training.preference_shards import read_preference_file
 from nemo_aligner_diffusion.rewards.base import Reward
 from nemo_aligner_diffusion.rewards.clip.reward import CLIPReward
 from nemo_aligner_diffusion.runtime.files import write_atomic
+
+
+@dataclass(frozen=True)
+class PreferenceFigures:
+    """Figures of one set of pairs.
+
+    Attributes:
+        pairs, ties: counts; ``pairs`` includes the ties.
+        accuracy: share of the other pairs whose preferred picture scores higher (equal scores count half); NaN where
+            all are ties.
+        loss: mean :func:`.preference_loss`, ties included.
+        calibration_error: expected calibration error of the pairs that are no ties, 0…0.5; NaN without any.
+        mean_confidence: of these pairs.
+        bins: of these pairs by confidence: ``low`` and ``high`` end of the bin, ``pairs`` in it, their mean
+            ``confidence`` and ``accuracy`` (NaN without any).
+    """
+
+    pairs: int
+    ties: int
+    accuracy: float
+    loss: float
+    calibration_error: float
+    mean_confidence: float
+    bins: tuple[dict[str, float], ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: NaN as None."""
+        return json.loads(json.dumps(asdict(self)), parse_constant=lambda _: None)
+
+
+def preference_figures(scores: Tensor, labels: Tensor, bins: int = 10) -> PreferenceFigures:
+    """Figures of scores and labels ``(N, 2)``, in float64.
+
+    Raises:
+        DataError: there is no pair, or a score is not finite.
+    """
+    scores, labels = scores.double(), labels.double()
+    if not len(scores):
+        raise DataError("there is no pair to judge; expected at least one")
+    if not torch.isfinite(scores).all():
+        bad = int((~torch.isfinite(scores)).any(1).sum())
+        raise DataError(
+            f"{bad} of {len(scores)} pairs have a score that is NaN or infinite: the model is damaged, or overflows in "
+            "its precision (try 32)"
+        )
+    sure = decided(labels)
+    right = correct(scores, labels)[sure]
+    confidence = scores.softmax(dim=1).max(dim=1).values[sure]
+    index = ((confidence - 0.5) * 2 * bins).long().clamp(0, bins - 1)
+    counts = index.bincount(minlength=bins)
+    mean_confidence, accuracy = (index.bincount(values, minlength=bins) / counts for values in (confidence, right))
+    gap = ((accuracy - mean_confidence).abs() * counts).nansum() / len(right)
+    edges = torch.linspace(0.5, 1, bins + 1, dtype=torch.float64).tolist()
+    columns = (edges[:-1], edges[1:], counts.tolist(), mean_confidence.tolist(), accuracy.tolist())
+    names = ("low", "high", "pairs", "confidence", "accuracy")
+    return PreferenceFigures(
+        pairs=len(scores),
+        ties=int((~sure).sum()),
+        accuracy=float(right.mean()),
+        loss=float(preference_loss(scores, labels).mean()),
+        calibration_error=float(gap),
+        mean_confidence=float(confidence.mean()),
+        bins=tuple(dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)),
+    )
 
 
 @torch.no_grad()
@@ -26,78 +99,38 @@ def score_pairs(
     paths: PathSpec,
     *,
     batch_size: int = 32,
-    num_workers: int = 0,
     on_bad_sample: OnBadSample = "error",
     device: str | torch.device = "cpu",
-    progress: Callable[[int], None] = lambda done: None,
 ) -> tuple[Tensor, Tensor]:
     """Scores and labels ``(N, 2)`` of all pairs, in file order, on the CPU.
 
-    A CLIP takes batches of pictures resized as it wants them; any other reward one picture at a time as it is.
-
-    Args:
-        progress: called with the number of pairs done.
+    A CLIP takes batches of pictures prepared as it wants them; any other reward one picture at a time as it is.
     """
-    scores: list[Tensor] = []
-    labels: list[Tensor] = []
-    done = 0
-    if isinstance(reward, CLIPReward):
-        dataset = PreferenceDataset(
-            paths,
-            preprocessing=reward.preprocessing,
-            micro_batch_size=batch_size,
-            shuffle_buffer=0,
-            epochs=1,
-            incomplete="wrap",
-            on_bad_sample=on_bad_sample,
-        )
-        for batch in torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=num_workers):
-            prompts = [prompt for prompt in batch["prompts"] for _ in (0, 1)]
-            counts = batch["counts"]
-            scores.append(reward(batch["images"].flatten(0, 1).to(device), prompts).view(-1, 2).cpu()[counts])
-            labels.append(batch["labels"][counts])
-            done += int(counts.sum())
-            progress(done)
-    else:
-        bad = BadSamples(on_bad_sample)
-        for file in expand_paths(paths):
-            for pair in read_preference_file(file, bad, decode=on_bad_sample == "skip"):
-                both = [reward(picture[None].to(device), [pair.prompt]).cpu() for picture in pictures(pair)]
-                scores.append(torch.stack(both, dim=1))
-                labels.append(torch.tensor([pair.label]))
-                done += 1
-                progress(done)
-    return (torch.cat(scores), torch.cat(labels)) if scores else (torch.empty(0, 2), torch.empty(0, 2))
+    bad = BadSamples(on_bad_sample)
+    files = expand_paths(paths)
+    read = chain.from_iterable(read_preference_file(file, bad, decode=on_bad_sample == "skip") for file in files)
+    pairs = iter(tqdm(read, unit=" pairs", disable=None))  # None: shown on a terminal only
+    scores, labels = [torch.empty(0, 2)], [torch.empty(0, 2)]
+    while batch := list(islice(pairs, batch_size)):
+        both = [picture[None].to(device) for pair in batch for picture in pictures(pair)]
+        prompts = [pair.prompt for pair in batch for _ in (0, 1)]
+        if isinstance(reward, CLIPReward):
+            values = reward(torch.cat([reward.preprocessing.square(picture) for picture in both]), prompts)
+        else:
+            values = torch.cat([reward(picture, [prompt]) for picture, prompt in zip(both, prompts, strict=True)])
+        scores.append(values.view(-1, 2).float().cpu())
+        labels.append(torch.tensor([pair.label for pair in batch]))
+    return torch.cat(scores), torch.cat(labels)
 
 
 def reliability_plot(path: str | Path, figures: PreferenceFigures, title: str = "Reliability") -> Path:
-    """Accuracy over confidence, a bar a bin, with the diagonal of perfect calibration and the number of pairs below."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.4, 4.6), dpi=150, facecolor=PAPER, layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [4, 1]})
-    filled = [part for part in figures.bins if part.pairs]
-    centres = [(part.low + part.high) / 2 for part in filled]
-    width = 0.9 * (figures.bins[0].high - figures.bins[0].low)
-    upper.plot([0.5, 1], [0.5, 1], color=PALETTE["base"], linewidth=1.2, linestyle="--", label="perfectly calibrated")
-    upper.bar(centres, [part.accuracy for part in filled], width, color=PALETTE["tuned"], alpha=0.55)
-    means = [part.confidence for part in filled]
-    upper.plot(means, [part.accuracy for part in filled], "o", color=PALETTE["tuned"], markersize=4)
-    upper.set_ylim(0, 1.02)
-    upper.set_ylabel("accuracy", color=QUIET, fontsize=9)
-    upper.set_title(title, color=INK, fontsize=11, loc="left", fontweight="bold", parse_math=False)
-    upper.legend(frameon=False, fontsize=8, loc="lower right")
-    lower.bar(centres, [part.pairs for part in filled], width, color=PALETTE["base"])
-    lower.set_xlim(0.49, 1.01)
-    lower.set_ylabel("pairs", color=QUIET, fontsize=9)
-    lower.set_xlabel("confidence: predicted probability of the preferred picture", color=QUIET, fontsize=9)
-    for axes in (upper, lower):
-        axes.grid(True, axis="y", color=GRID_LINE, linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.tick_params(colors=QUIET, labelsize=8.5, length=0)
-        for spine in axes.spines.values():
-            spine.set_visible(False)
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_figure(buffer, format="png", metadata={"Software": None})
-    return write_atomic(path, buffer.getvalue())
+    """Accuracy over confidence, a point a bin, with the diagonal of perfect calibration."""
+    filled = [part for part in figures.bins if part["pairs"]]
+    confidence, accuracy = ([100 * part[name] for part in filled] for name in ("confidence", "accuracy"))
+    curves = [
+        Curve("perfectly calibrated", [50, 100], [50, 100], "base"),
+        Curve("this reward", confidence, accuracy, markers=True),
+    ]
+    x_label = "confidence: predicted probability of the preferred picture, %"
+    data, _ = curve_plot(curves, title=title, x_label=x_label, y_label="accuracy, %")
+    return write_atomic(path, data)

@@ -11,8 +11,7 @@ def preference_loss(scores: Tensor, labels: Tensor) -> Tensor:
 
     Kirstain et al., 2023 (PickScore, arXiv 2305.01569), section 3, where a tie is the label ``(0.5, 0.5)``. The entropy
     does not depend on the model; subtracting it makes 0 the minimum for every label, a tie's too, so that curves of
-    sets with different shares of ties compare. NeMo-Aligner subtracts it as well, of labels smoothed by 1e-4 (which
-    keeps its logarithm finite and moves its minimum by about 1e-3); here ``0·log 0 = 0`` exactly.
+    sets with different shares of ties compare.
 
     Args:
         scores: ``(B, 2)``, ``exp(logit_scale)·cos`` of each picture with the prompt.
@@ -21,9 +20,7 @@ def preference_loss(scores: Tensor, labels: Tensor) -> Tensor:
     Returns:
         ``(B,)``, at least 0 (to rounding), in the scores' dtype.
     """
-    labels = labels.to(scores.dtype)
-    entropy = -torch.special.xlogy(labels, labels).sum(dim=1)
-    return -(labels * scores.log_softmax(dim=1)).sum(dim=1) - entropy
+    return torch.nn.functional.kl_div(scores.log_softmax(dim=1), labels.to(scores.dtype), reduction="none").sum(dim=1)
 
 
 def decided(labels: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,29 +18,14 @@ from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.parallel.module import OptimizerFactory, ParallelModule
 from nemo_aligner_diffusion.parallel.non_finite import NonFinitePolicy
 from nemo_aligner_diffusion.parallel.parallelism import Parallelism
-from nemo_aligner_diffusion.reward_training.calibration import PreferenceFigures, preference_figures
+from nemo_aligner_diffusion.reward_training.configuration import TrainedParts
+from nemo_aligner_diffusion.reward_training.evaluate import preference_figures
 from nemo_aligner_diffusion.reward_training.loss import correct, decided, preference_loss
 from nemo_aligner_diffusion.reward_training.preference_data import PreferenceBatch
-from nemo_aligner_diffusion.rewards.clip.reward import CLIPReward, unit_length
+from nemo_aligner_diffusion.rewards.base import unit_length
+from nemo_aligner_diffusion.rewards.clip.reward import CLIPReward
 
 MAX_LOGIT_SCALE = math.log(100.0)  # as in CLIP (Radford et al., 2021, section 2.5): beyond it training is unstable
-
-
-@dataclass(frozen=True)
-class TrainedParts:
-    """What of a CLIP is trained.
-
-    Attributes:
-        vision_layers, text_layers: the last so many transformer layers of the tower and what follows them (its last
-            norm); 0: none of the tower; None: all of it, embeddings too.
-        projections: the two linear maps into the common space.
-        logit_scale: the scale of the scores.
-    """
-
-    vision_layers: int | None = None
-    text_layers: int | None = 0
-    projections: bool = True
-    logit_scale: bool = True
 
 
 def choose_trained_parts(model: Any, parts: TrainedParts) -> None:
@@ -52,8 +36,8 @@ def choose_trained_parts(model: Any, parts: TrainedParts) -> None:
     """
     model.requires_grad_(False)
     towers = (
-        ("vision", model.vision_model, model.vision_model.post_layernorm, parts.vision_layers),
-        ("text", model.text_model, model.text_model.final_layer_norm, parts.text_layers),
+        ("vision", model.vision_model, model.vision_model.post_layernorm, parts.vision.trained_layers),
+        ("text", model.text_model, model.text_model.final_layer_norm, parts.text.trained_layers),
     )
     for name, tower, norm, layers in towers:
         if layers is None:
@@ -111,7 +95,7 @@ class PreferenceCLIP(ParallelModule):
             clip.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.last_metrics: dict[str, float] = {}
         self.last_validation: dict[str, float] = {}
-        self._micro_batches: list[dict[str, Tensor]] = []  # figures of the running optimizer step
+        self._sums = torch.zeros(4)  # over the running optimizer step: loss, correct, decided, pairs
         self._step_started = 0.0
         self._validated: list[tuple[Tensor, Tensor, Tensor]] = []
 
@@ -142,20 +126,14 @@ class PreferenceCLIP(ParallelModule):
         return unit_length(clip.text_projection(pooled))
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
-        if not self._micro_batches:
-            self._step_started = time.perf_counter()
         labels = batch["labels"]
+        if not self._prompts:
+            self._step_started, self._sums = time.perf_counter(), torch.zeros(4, device=labels.device)
         scores = self(batch["images"], batch["prompts"])
         loss = preference_loss(scores.float(), labels)
         sure = decided(labels)
-        self._micro_batches.append(
-            {
-                "loss": loss.detach().sum(),
-                "correct": (correct(scores.detach(), labels) * sure).sum(),
-                "decided": sure.sum(),
-                "pairs": torch.tensor(float(len(loss)), device=loss.device),
-            }
-        )
+        right = correct(scores.detach(), labels) * sure
+        self._sums += torch.stack([loss.detach().sum(), right.sum(), sure.sum(), torch.ones_like(loss).sum()])
         self._prompts += batch["prompts"]
         return loss.mean() * torch.where(torch.isfinite(loss).all(), 1.0, float("nan"))  # as ParallelModule wants it
 
@@ -163,7 +141,7 @@ class PreferenceCLIP(ParallelModule):
         return [(name, p) for name, p in self.reward.model.named_parameters() if p.requires_grad]
 
     def step_values(self) -> dict[str, Any]:
-        return {"loss": torch.stack([figures["loss"] for figures in self._micro_batches]).sum()}
+        return {"loss": self._sums[0]}
 
     def configure_model(self) -> None:
         if self.device_mesh is not None:
@@ -177,41 +155,27 @@ class PreferenceCLIP(ParallelModule):
         self._finish_step()
 
     def _finish_step(self) -> None:
-        names = list(self._micro_batches[0])
-        figures = torch.stack([torch.stack([micro[name].float() for name in names]) for micro in self._micro_batches])
-        sums = dict(zip(names, self.trainer.strategy.reduce(figures.sum(0), reduce_op="sum").tolist(), strict=True))
-        pairs, sure = sums["pairs"], sums["decided"]
+        loss, right, sure, pairs = self.trainer.strategy.reduce(self._sums, reduce_op="sum").tolist()
         self.last_metrics = {
-            "loss": sums["loss"] / pairs,
-            "accuracy": sums["correct"] / sure if sure else float("nan"),
+            "loss": loss / pairs,
+            "accuracy": right / sure if sure else float("nan"),
             "ties": pairs - sure,
             "grad_norm": self._grad_norm,
             "logit_scale": float(self.reward.model.logit_scale.detach().exp()),
             "images": 2 * pairs,
             "seconds": time.perf_counter() - self._step_started,
         }
-        self._micro_batches, self._prompts = [], []
-
-    def _gathered(self, value: Tensor) -> Tensor:
-        """``(ranks, …)``, the same on every rank."""
-        gathered = self.all_gather(value)
-        assert isinstance(gathered, Tensor)
-        return gathered
+        self._prompts = []
 
     def on_train_epoch_end(self) -> None:
-        self._micro_batches, self._prompts = [], []  # micro-batches that no optimizer step followed
+        self._prompts = []  # micro-batches that no optimizer step followed
 
     def on_train_start(self) -> None:
-        self.train()
+        # recomputation asks for training mode; otherwise a CLIP has no dropout worth having on a few pairs
+        self.reward.model.train(self.activation_checkpointing)
 
     def on_train_end(self) -> None:
         self.reward.text_rows.clear()  # what it holds may be the embeddings of untrained weights
-
-    def train(self, mode: bool = True) -> PreferenceCLIP:
-        """Training mode only where recomputation asks for it: a CLIP has no dropout worth having on a few pairs."""
-        super().train(mode)
-        self.reward.model.train(mode and self.activation_checkpointing)
-        return self
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         scores = self(batch["images"], batch["prompts"]).float()
@@ -220,14 +184,10 @@ class PreferenceCLIP(ParallelModule):
     def on_validation_epoch_end(self) -> None:
         scores, labels, counts = (torch.cat(parts) for parts in zip(*self._validated, strict=True))
         if self.trainer.world_size > 1:
-            scores, labels, counts = (self._gathered(part).flatten(0, 1) for part in (scores, labels, counts))
-        figures: PreferenceFigures = preference_figures(scores[counts].cpu(), labels[counts].cpu())
+            scores, labels, counts = (gathered.flatten(0, 1) for gathered in self.all_gather([scores, labels, counts]))
+        figures = preference_figures(scores[counts].cpu(), labels[counts].cpu())
         self.last_validation = {
-            "loss": figures.loss,
-            "accuracy": figures.accuracy,
-            "calibration_error": figures.calibration_error,
-            "pairs": figures.pairs,
-            "ties": figures.ties,
+            name: getattr(figures, name) for name in ("loss", "accuracy", "calibration_error", "pairs", "ties")
         }
         self.validated_step = self.global_step
         self._validated = []

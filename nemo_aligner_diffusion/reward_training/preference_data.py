@@ -68,20 +68,14 @@ class PreferenceDataset(SampleStream):
         return read_preference_file(file, bad, decode=bad.policy == "skip")
 
     def scan(self, file: Path, bad: BadSamples) -> Iterator[Span]:
-        if bad.policy == "error":  # an unusable pair is an error when its turn comes: no picture is read before that
-            yield from (Span(start, size, 0, 0) for start, size in locate_pairs(file, bad))
-            return
+        """An unusable pair that is an error is one when its turn comes: no picture is read before that."""
+        decode = bad.policy == "skip"
         with closing(SpanReader([file])) as reader:
-            for start, size in locate_pairs(file, bad):
-                data = reader.read(0, start, size, 0)
-                if pair_in(data, file, bad, decode=True) is not None:
-                    yield Span(start, size, checksum(data), 0)
+            for start, size in locate_pairs(file, bad, decode):
+                yield Span(start, size, checksum(reader.read(0, start, size, 0)) if decode else 0, 0)
 
     def parse(self, data: bytes, tag: int, file: Path) -> PreferencePair:
-        pair = pair_in(data, file, BadSamples("error"))
-        if pair is None:
-            raise DataError(f"{file}: a sample lost its members since it was indexed; copy the shard again")
-        return pair
+        return pair_in(data, file, BadSamples(self.on_bad_sample, quiet=True))
 
     def collate(self, items: list[PreferencePair], index: Tensor, epochs: list[int]) -> PreferenceBatch:
         return {
@@ -102,16 +96,11 @@ def pictures(pair: PreferencePair) -> tuple[Tensor, Tensor]:
         DataError: one cannot be decoded.
     """
     try:
-        first, second = (picture_tensor(data) for data in pair.pictures)
+        arrays = [np.array(decode_picture(data)) for data in pair.pictures]
     except ValueError as error:
         raise DataError(f"{pair.origin} {error}") from error
+    first, second = (torch.from_numpy(array).permute(2, 0, 1).float() / 255 for array in arrays)
     return first, second
-
-
-def picture_tensor(data: bytes) -> Tensor:
-    """An encoded picture as ``(3, H, W)`` float32 in ``[0, 1]``; raises ValueError if it cannot be decoded."""
-    array = np.array(decode_picture(data))
-    return torch.from_numpy(array).permute(2, 0, 1).float() / 255
 
 
 class PreferenceDataModule(StreamDataModule):

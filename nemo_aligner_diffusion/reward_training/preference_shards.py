@@ -20,7 +20,7 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from typing import Any
 from nemo_aligner_diffusion.data.bad_samples import BadSamples
 from nemo_aligner_diffusion.data.paths import is_text_file
 from nemo_aligner_diffusion.data.prompt_files import MAX_JSON_BYTES, MAX_PROMPT_BYTES, PROMPT_KEYS, clean_prompt
-from nemo_aligner_diffusion.data.shard_samples import DOTTED, shard_samples, split_name
+from nemo_aligner_diffusion.data.shard_samples import shard_samples, split_name
 from nemo_aligner_diffusion.data.shards import Sample, WrittenShards, write_sample_shards
 from nemo_aligner_diffusion.errors import DataError, printable
 from nemo_aligner_diffusion.formats.files import decode_utf8, parse_json
@@ -66,26 +66,20 @@ def write_preference_shards(
     pairs: Iterable[PreferencePair],
     output: str | os.PathLike[str],
     samples_per_shard: int | None = None,
-    bytes_per_shard: int | None = None,
-    gzip: bool = False,
     prefix: str = "preferences",
     overwrite: bool = False,
 ) -> WrittenShards:
     """Write ``output/preferences-0000.tar``, …: all of them complete under their names, or none.
 
-    ``pairs`` is read once and streamed. Equal pairs give equal bytes. Arguments, naming and atomicity are those of
-    :func:`nemo_aligner_diffusion.data.shards.write_prompt_shards`, but a shard holds 1,000 pairs where neither size is
-    given.
+    ``pairs`` is read once and streamed. Equal pairs give equal bytes. Naming and atomicity are those of
+    :func:`nemo_aligner_diffusion.data.shards.write_prompt_shards`; a shard holds 1,000 pairs if not told otherwise.
 
     Raises:
         DataError: a pair is unusable (names it), or there is none.
         OutputError: ``output`` cannot be written, or holds shards of this prefix already and ``overwrite`` is not set.
     """
-    if samples_per_shard is None and bytes_per_shard is None:
-        samples_per_shard = DEFAULT_PAIRS_PER_SHARD
-    return write_sample_shards(
-        _members(pairs), output, "pair", samples_per_shard, bytes_per_shard, gzip, prefix, overwrite
-    )
+    each = DEFAULT_PAIRS_PER_SHARD if samples_per_shard is None else samples_per_shard
+    return write_sample_shards(_members(pairs), output, "pair", each, None, False, prefix, overwrite)
 
 
 def _members(pairs: Iterable[PreferencePair]) -> Iterator[Sample]:
@@ -117,83 +111,68 @@ def read_preference_file(path: Path, bad: BadSamples, decode: bool = False) -> I
     Raises:
         DataError: something is unusable and ``bad`` says to stop. The message names file and member.
     """
-    try:
-        count_before, found = bad.count, False
-        _no_text_file(path)
-        for pair in _pairs(path, walk_tar(path, _wanted), bad, decode):
-            found = True
+    for key, members in _samples(path, bad, _wanted):
+        pair = _usable(path, key, members, bad, decode)
+        if pair is not None:
             yield pair
-        if not found and bad.count == count_before:
-            raise _no_pair(path)
-    except DataError as error:
-        bad.shard(error)
 
 
-def locate_pairs(path: Path, bad: BadSamples) -> Iterator[tuple[int, int]]:
-    """(first byte, bytes) of each sample of an uncompressed shard, usable or not, from its tar headers alone.
+def locate_pairs(path: Path, bad: BadSamples, decode: bool = False) -> Iterator[tuple[int, int]]:
+    """(first byte, bytes) of each sample of an uncompressed shard; with ``decode`` of the usable ones only.
+
+    Without it only tar headers are read.
 
     Raises:
         DataError: the shard is unusable and ``bad`` says to stop.
     """
+    for key, members in _samples(path, bad, _wanted if decode else lambda *_: False):
+        if not decode or _usable(path, key, members, bad, decode) is not None:
+            start = min(member.start for member in members.values())
+            yield start, max(member.end for member in members.values()) - start
+
+
+def pair_in(data: bytes, path: Path, bad: BadSamples) -> PreferencePair:
+    """The pair in the bytes that :func:`locate_pairs` found in ``path``; raises DataError where there is none."""
+    members = walk_stream(path, io.BytesIO(data + 2 * ZERO_BLOCK), None, _wanted)
+    for key, sample in shard_samples(path, members, _LIMITS, bad):
+        pair = _usable(path, key, sample, bad, decode=False)
+        if pair is not None:
+            return pair
+    raise DataError(f"{path}: a sample lost its members since it was indexed; copy the shard again")
+
+
+def _samples(
+    path: Path, bad: BadSamples, wanted: Callable[[str, str, int], bool]
+) -> Iterator[tuple[str, dict[str, Member]]]:
     try:
-        _no_text_file(path)
-        key, start, end = "", 0, 0
-        for member in walk_tar(path, lambda *_: False):
-            name = _known(member)
-            if name is None:
-                if split_name(member.name)[1].rpartition(".")[2] in _LIMITS:
-                    bad.pass_over(DOTTED, f"{member.name!r} in {path}")
-                continue
-            if name != key:
-                if key:
-                    yield start, end - start
-                key, start = name, member.start
-            end = member.end
-        if not key:
-            raise _no_pair(path)
-        yield start, end - start
+        count_before, found = bad.count, False
+        if is_text_file(path):
+            raise DataError(f"{path} is a text file; expected shards (.tar, .tar.gz) of preference pairs")
+        for sample in shard_samples(path, walk_tar(path, wanted), _LIMITS, bad):
+            found = True
+            yield sample
+        if not found and bad.count == count_before:
+            raise DataError(
+                f"{path} holds no preference pair; expected members such as 000.jpg_0, 000.jpg_1, 000.txt, 000.label"
+            )
     except DataError as error:
         bad.shard(error)
 
 
-def pair_in(data: bytes, path: Path, bad: BadSamples, decode: bool = False) -> PreferencePair | None:
-    """The pair in the bytes that :func:`locate_pairs` found; None for an unusable one, if ``bad`` lets it pass."""
-    stream = io.BytesIO(data + 2 * ZERO_BLOCK)
-    return next(_pairs(path, walk_stream(path, stream, None, _wanted), bad, decode), None)
-
-
-def _no_text_file(path: Path) -> None:
-    if is_text_file(path):
-        raise DataError(f"{path} is a text file; expected shards (.tar, .tar.gz) of preference pairs")
-
-
-def _no_pair(path: Path) -> DataError:
-    return DataError(
-        f"{path} holds no preference pair; expected members such as 000.jpg_0, 000.jpg_1, 000.txt, 000.label"
-    )
-
-
-def _pairs(path: Path, members: Iterator[Member], bad: BadSamples, decode: bool) -> Iterator[PreferencePair]:
-    for key, sample in shard_samples(path, members, _LIMITS, bad):
-        try:
-            contents = {extension: member.data or b"" for extension, member in sample.items()}
-            pair = _pair(contents, f"{path}: {printable(key)}")
-            for picture in pair.pictures:
-                decode_picture(picture) if decode else picture_format(picture)
-        except ValueError as error:
-            bad(f"{path}: sample '{printable(key)}' {error}")
-            continue
-        yield pair
+def _usable(path: Path, key: str, members: dict[str, Member], bad: BadSamples, decode: bool) -> PreferencePair | None:
+    try:
+        contents = {extension: member.data or b"" for extension, member in members.items()}
+        pair = _pair(contents, f"{path}: {printable(key)}")
+        for picture in pair.pictures:
+            decode_picture(picture) if decode else picture_format(picture)
+    except ValueError as error:
+        bad(f"{path}: sample '{printable(key)}' {error}")
+        return None
+    return pair
 
 
 def _wanted(name: str, kind: str, size: int) -> bool:
     return kind == "file" and size <= _LIMITS.get(split_name(name)[1], -1)
-
-
-def _known(member: Member) -> str | None:
-    """The key of a member that belongs to a sample."""
-    key, extension = split_name(member.name)
-    return key if key and member.kind != "folder" and extension in _LIMITS else None
 
 
 def _pair(members: dict[str, bytes], origin: str) -> PreferencePair:

@@ -9,7 +9,6 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import EarlyStopping
 
-from nemo_aligner_diffusion.embedded_assets import embedded_reward_path
 from nemo_aligner_diffusion.parallel.broadcast import load_once, on_every_process
 from nemo_aligner_diffusion.parallel.layout import Layout
 from nemo_aligner_diffusion.parallel.non_finite import NonFinitePolicy
@@ -17,15 +16,13 @@ from nemo_aligner_diffusion.parallel.parallelism import Parallelism
 from nemo_aligner_diffusion.reward_training.best_weights import BestWeights
 from nemo_aligner_diffusion.reward_training.clip_files import (
     SAVE_DTYPES,
-    load_hugging_face_clip,
-    load_nemo_clip,
+    load_start,
     save_clip_reward,
 )
-from nemo_aligner_diffusion.reward_training.configuration import RewardModelSettings, RewardTrainingSettings
+from nemo_aligner_diffusion.reward_training.configuration import RewardTrainingSettings
 from nemo_aligner_diffusion.reward_training.outcome import write_reward_report
-from nemo_aligner_diffusion.reward_training.preference_clip import PreferenceCLIP, TrainedParts
+from nemo_aligner_diffusion.reward_training.preference_clip import PreferenceCLIP
 from nemo_aligner_diffusion.reward_training.preference_data import PreferenceDataModule
-from nemo_aligner_diffusion.rewards.clip.reward import CLIPReward
 from nemo_aligner_diffusion.runtime.messages import log_to_screen
 from nemo_aligner_diffusion.runtime.signals import Interruption
 from nemo_aligner_diffusion.training.build import optimizer_factory
@@ -47,12 +44,6 @@ class PreferenceProgress(TrainingProgress):
             return ""
         speed = figures["images"] / figures["seconds"] if figures.get("seconds") else float("nan")
         return f"loss {figures['loss']:.4f}  accuracy {figures['accuracy']:.3f}  {speed:.0f} images/s"
-
-    def describe_validation(self, figures: Mapping[str, Any]) -> str:
-        return (
-            f"loss {figures['loss']:.4f}, accuracy {figures['accuracy']:.3f} without {figures['ties']} of "
-            f"{figures['pairs']} pairs that are ties, calibration error {figures['calibration_error']:.3f}"
-        )
 
 
 class ConfiguredEarlyStopping(EarlyStopping):
@@ -78,22 +69,36 @@ def run_reward_training(cfg: Mapping[str, Any], interruption: Interruption | Non
 
 
 def _run(settings: RewardTrainingSettings, frame: RunFrame) -> int:
-    watch = frame.watch
     loop, section = settings.loop, settings.model
-    directory = frame.directory
-    watch.phase("loading the model")
+    directory, stopping = frame.directory, loop.early_stopping
+    frame.watch.phase("loading the model")
     reward = load_once(lambda: load_start(section), frame.device)
-    watch.phase("opening the data")
-    data = build_data(settings, reward)
+    frame.watch.phase("opening the data")
+    data = PreferenceDataModule(
+        section.data.train_path,
+        section.data.validation_path,
+        preprocessing=reward.preprocessing,
+        micro_batch_size=section.micro_batch_size,
+        global_batch_size=section.global_batch_size,
+        seed=section.seed,
+        epochs=loop.max_epochs,
+        **section.data.reading,
+    )
     on_every_process(lambda: data.setup("fit"))  # names a missing or unreadable shard before anything is written
     policy = NonFinitePolicy(section.nan_policy.max_consecutive)
     layout = Layout(data=settings.trainer.world_size)
-    module = build_module(settings, reward, policy, Parallelism(layout))
+    module = PreferenceCLIP(
+        reward,
+        section,
+        optimizer_factory(section.optim, settings.trainer, loop.max_steps),
+        activation_checkpointing=section.activation_checkpointing,
+        guard=policy,
+        parallel=Parallelism(layout),
+    )
 
     frame.begin(module, section.optim.name)
     validates = data.validation is not None and loop.val_check_interval > 0
-    best = BestWeights(loop.early_stopping.metric)
-    stopping = loop.early_stopping
+    best = BestWeights(stopping.metric)
     callbacks: list[pl.Callback] = [
         best,
         MetricsCSV(directory.path, COLUMNS, VALIDATION_COLUMNS),
@@ -149,53 +154,3 @@ def _run(settings: RewardTrainingSettings, frame: RunFrame) -> int:
             frame.report(lambda: write_reward_report(directory.path, figures))
 
     return frame.carry_out(train, [validate, export, record, report])
-
-
-def load_start(section: RewardModelSettings) -> CLIPReward:
-    """The CLIP that the training starts from: in float32, named ``clip``."""
-    if section.from_pretrained is not None:
-        return load_hugging_face_clip(section.from_pretrained)
-    return load_nemo_clip(section.restore_from_path or embedded_reward_path(), section.tokenizer)
-
-
-def build_data(settings: RewardTrainingSettings, reward: CLIPReward) -> PreferenceDataModule:
-    """The pairs of training and validation, prepared as the model wants its pictures."""
-    model, section = settings.model, settings.model.data
-    return PreferenceDataModule(
-        section.train_path,
-        section.validation_path,
-        preprocessing=reward.preprocessing,
-        micro_batch_size=model.micro_batch_size,
-        global_batch_size=model.global_batch_size,
-        seed=model.seed,
-        shuffle_buffer=section.shuffle_buffer,
-        num_workers=section.num_workers,
-        epochs=settings.loop.max_epochs,
-        on_bad_sample=section.on_bad_sample,
-        on_bad_shard=section.on_bad_shard,
-        index_folder=section.index_folder,
-        worker_timeout_seconds=section.worker_timeout_seconds,
-    )
-
-
-def build_module(
-    settings: RewardTrainingSettings,
-    reward: CLIPReward,
-    guard: NonFinitePolicy | None = None,
-    parallel: Parallelism | None = None,
-) -> PreferenceCLIP:
-    """The Lightning module with its optimizer and schedule."""
-    section = settings.model
-    return PreferenceCLIP(
-        reward,
-        TrainedParts(
-            vision_layers=section.vision.trained_layers,
-            text_layers=section.text.trained_layers,
-            projections=section.projections,
-            logit_scale=section.logit_scale,
-        ),
-        optimizer_factory(section.optim, settings.trainer, settings.loop.max_steps),
-        activation_checkpointing=section.activation_checkpointing,
-        guard=guard,
-        parallel=parallel,
-    )

@@ -12,70 +12,51 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nemo_aligner_diffusion.rewards.base import Reward
-    from nemo_aligner_diffusion.rewards.build import build_reward
-    from nemo_aligner_diffusion.rewards.classifier import Classifier
-    from nemo_aligner_diffusion.rewards.clip.archive import convert_hf_clip_to_nemo
-    from nemo_aligner_diffusion.rewards.clip.reward import CLIPReward
-    from nemo_aligner_diffusion.rewards.composite import Composite
-    from nemo_aligner_diffusion.rewards.custom import Custom
-    from nemo_aligner_diffusion.rewards.detection import Detection
-    from nemo_aligner_diffusion.rewards.ensemble import Ensemble
-    from nemo_aligner_diffusion.rewards.feature_symmetry import FeatureSymmetry
-    from nemo_aligner_diffusion.rewards.image_reward.archive import convert_image_reward_to_nemo
-    from nemo_aligner_diffusion.rewards.image_reward.reward import ImageReward
-    from nemo_aligner_diffusion.rewards.jpeg import Compressibility, Incompressibility
-    from nemo_aligner_diffusion.rewards.parts import Part, Shaping
-    from nemo_aligner_diffusion.rewards.restore import restore_reward
-    from nemo_aligner_diffusion.rewards.support.preprocessing import Preprocessing
-    from nemo_aligner_diffusion.rewards.symmetry import Symmetry
+    from nemo_aligner_diffusion.rewards.base import Reward as Reward
+    from nemo_aligner_diffusion.rewards.classifier import Classifier as Classifier
+    from nemo_aligner_diffusion.rewards.clip.archive import convert_hf_clip_to_nemo as convert_hf_clip_to_nemo
+    from nemo_aligner_diffusion.rewards.clip.reward import CLIPReward as CLIPReward
+    from nemo_aligner_diffusion.rewards.composite import Composite as Composite
+    from nemo_aligner_diffusion.rewards.custom import Custom as Custom
+    from nemo_aligner_diffusion.rewards.detection import Detection as Detection
+    from nemo_aligner_diffusion.rewards.ensemble import Ensemble as Ensemble
+    from nemo_aligner_diffusion.rewards.feature_symmetry import FeatureSymmetry as FeatureSymmetry
+    from nemo_aligner_diffusion.rewards.image_reward.archive import (
+        convert_image_reward_to_nemo as convert_image_reward_to_nemo,
+    )
+    from nemo_aligner_diffusion.rewards.image_reward.reward import ImageReward as ImageReward
+    from nemo_aligner_diffusion.rewards.jpeg import Compressibility as Compressibility
+    from nemo_aligner_diffusion.rewards.jpeg import Incompressibility as Incompressibility
+    from nemo_aligner_diffusion.rewards.parts import Part as Part
+    from nemo_aligner_diffusion.rewards.parts import Shaping as Shaping
+    from nemo_aligner_diffusion.rewards.registry import build_reward as build_reward
+    from nemo_aligner_diffusion.rewards.restore import restore_reward as restore_reward
+    from nemo_aligner_diffusion.rewards.support.preprocessing import Preprocessing as Preprocessing
+    from nemo_aligner_diffusion.rewards.symmetry import Symmetry as Symmetry
 
 _HOMES = {
-    "CLIPReward": "clip.reward",
-    "Classifier": "classifier",
-    "Composite": "composite",
-    "Compressibility": "jpeg",
-    "Custom": "custom",
-    "Detection": "detection",
-    "Ensemble": "ensemble",
-    "FeatureSymmetry": "feature_symmetry",
-    "ImageReward": "image_reward.reward",
-    "Incompressibility": "jpeg",
-    "Part": "parts",
-    "Preprocessing": "support.preprocessing",
-    "Reward": "base",
-    "Shaping": "parts",
-    "Symmetry": "symmetry",
-    "build_reward": "build",
-    "convert_hf_clip_to_nemo": "clip.archive",
-    "convert_image_reward_to_nemo": "image_reward.archive",
-    "restore_reward": "restore",
+    "base": ("Reward",),
+    "classifier": ("Classifier",),
+    "clip.archive": ("convert_hf_clip_to_nemo",),
+    "clip.reward": ("CLIPReward",),
+    "composite": ("Composite",),
+    "custom": ("Custom",),
+    "detection": ("Detection",),
+    "ensemble": ("Ensemble",),
+    "feature_symmetry": ("FeatureSymmetry",),
+    "image_reward.archive": ("convert_image_reward_to_nemo",),
+    "image_reward.reward": ("ImageReward",),
+    "jpeg": ("Compressibility", "Incompressibility"),
+    "parts": ("Part", "Shaping"),
+    "registry": ("build_reward",),
+    "restore": ("restore_reward",),
+    "support.preprocessing": ("Preprocessing",),
+    "symmetry": ("Symmetry",),
 }
-
-__all__ = [
-    "CLIPReward",
-    "Classifier",
-    "Composite",
-    "Compressibility",
-    "Custom",
-    "Detection",
-    "Ensemble",
-    "FeatureSymmetry",
-    "ImageReward",
-    "Incompressibility",
-    "Part",
-    "Preprocessing",
-    "Reward",
-    "Shaping",
-    "Symmetry",
-    "build_reward",
-    "convert_hf_clip_to_nemo",
-    "convert_image_reward_to_nemo",
-    "restore_reward",
-]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

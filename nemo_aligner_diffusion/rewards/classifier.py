@@ -7,11 +7,11 @@ pictures more typical. Averaging over views of the picture asks for the class in
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from nemo_aligner_diffusion.errors import RewardError
+from nemo_aligner_diffusion.keys import closest
 from nemo_aligner_diffusion.rewards.settings import HuggingFaceSettings
 from nemo_aligner_diffusion.settings import Kind, setting
 
@@ -97,14 +97,11 @@ def class_index(config: Any, target: str) -> int:
     wanted = target.strip().lower()
     if wanted in by_name:
         return by_name[wanted]
-    if wanted.removeprefix("-").isdecimal():
-        if int(wanted) in labels:
-            return int(wanted)
-        raise RewardError(f"target_class is {target}, but the classifier's classes are 0 … {max(labels)}.")
-    near = difflib.get_close_matches(wanted, by_name, n=5, cutoff=0.5)
-    near += [name for name in by_name if wanted in name and name not in near][: 5 - len(near)]
-    hint = f"nearest are {', '.join(labels[by_name[name]] for name in near)}" if near else "none is like it"
+    if wanted.isdecimal() and int(wanted) in labels:
+        return int(wanted)
+    holding = [label for label in labels.values() if wanted in label.lower()][:5]
+    near = f"; it is part of {', '.join(holding)}" if holding and wanted else closest(wanted, by_name, least=0.5)
     raise RewardError(
-        f"target_class is {target!r}, which is none of the classifier's {len(labels)} classes; {hint}. An index "
-        f"(0 … {max(labels)}) will do, too."
+        f"target_class is {target!r}, which is none of the classifier's {len(labels)} classes{near or '.'} Expected a "
+        f"name, or an index (0 … {max(labels)})."
     )

@@ -42,8 +42,8 @@ class Shaping:
 
     @classmethod
     def read(cls, given: Mapping[str, Any], where: str) -> Shaping:
-        """Of a part's keys ``normalize``, ``clip`` and ``clip_mode``; raises as :meth:`check` does."""
-        normalize, clip = given.get("normalize"), given.get("clip")
+        """Of a part's keys ``normalize``, ``clip`` and ``clip_mode``; not yet checked."""
+        normalize, clip = given["normalize"], given["clip"]
         if isinstance(normalize, Mapping):
             wrong = [key for key in normalize if key not in ("mean", "std")]
             if wrong or len(normalize) != 2:
@@ -52,11 +52,7 @@ class Shaping:
                     + (closest(str(wrong[0]), ("mean", "std")) if wrong else "")
                 )
             normalize = (normalize["mean"], normalize["std"])
-        shaping = cls(
-            normalize, tuple(clip) if isinstance(clip, list) else clip, given.get("clip_mode") or cls.clip_mode
-        )
-        shaping.check(where)
-        return shaping
+        return cls(normalize, tuple(clip) if isinstance(clip, list) else clip, given["clip_mode"] or cls.clip_mode)
 
     def check(self, where: str) -> None:
         """Raises :class:`ConfigurationError` where a value is impossible; ``where`` is the part's place."""
@@ -130,7 +126,7 @@ class PartedSettings(RewardSettings, ABC):
 
     @classmethod
     def _read_part(cls, label: str, given: Any, where: str) -> Part:
-        """``{weight, normalize, clip, clip_mode, name, its keys}`` or ``{weight, …, reward: {name, its keys}}``."""
+        """``{weight, normalize, clip, clip_mode, name, its keys}``."""
         from nemo_aligner_diffusion.rewards.registry import read_reward
 
         if given is not None and not isinstance(given, Mapping):
@@ -143,16 +139,7 @@ class PartedSettings(RewardSettings, ABC):
                 f"{where.rpartition('.parts.')[0]}.name=composite"
             )
         weight = 1.0 if weight is None else number().read(f"{where}.weight", weight)
-        shaping = Shaping.read({key: settings.pop(key) for key in _SHAPING if key in settings}, where)
-        if "reward" in settings:
-            inner = settings.pop("reward")
-            if settings or not isinstance(inner, Mapping):
-                raise ConfigurationError(
-                    f"{where}: expected only weight and reward, and {', '.join(_SHAPING)}; the reward's keys stand "
-                    "below reward"
-                )
-            settings = dict(inner)
-            return Part(read_reward(settings, f"{where}.reward", label, ("name",))[0], weight, shaping)
+        shaping = Shaping.read({key: settings.pop(key, None) for key in _SHAPING}, where)
         return Part(read_reward(settings, where, label, (*cls.part_keys, "name"))[0], weight, shaping)
 
     def check(self, where: str = "rm") -> None:
@@ -168,7 +155,6 @@ class PartedSettings(RewardSettings, ABC):
                 f"add another, such as {where}.parts.second={{name:clip,model:{{restore_from_path:second.nemo}}}}"
             )
         for label, part in self.members.items():
-            number().read(f"{where}.parts.{label}.weight", part.weight)
             part.shaping.check(f"{where}.parts.{label}")
 
     def measured(self, where: str = "rm") -> Iterator[str]:

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 import pkgutil
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.keys import closest, flatten
 from nemo_aligner_diffusion.rewards.augmentation import Augmentation
-from nemo_aligner_diffusion.rewards.settings import HuggingFaceSettings, RewardSettings
+from nemo_aligner_diffusion.rewards.settings import RewardSettings
 from nemo_aligner_diffusion.settings import ANY, Kind, choice
+
+if TYPE_CHECKING:
+    import torch
+
+    from nemo_aligner_diffusion.rewards.base import Reward
+
+logger = logging.getLogger(__name__)
 
 _PACKAGE = "nemo_aligner_diffusion.rewards"
 # Modules of the package that hold no reward; importing them may be slow.
-_OTHERS = {"base", "build", "registry", "settings"}
+_OTHERS = {"base", "convert", "registry", "settings"}
 _AUGMENT = {key.removeprefix("rm."): (field, Augmentation.kinds()[field]) for field, key in Augmentation.keys().items()}
 
 
@@ -105,21 +113,46 @@ def _check_unread(where: str, kind: type[RewardSettings], key: str, value: Any, 
             raise ConfigurationError(f"{where}.{key} = {value!r}: expected a section with keys")
         hint = closest(key, known) or f"; {kind.name} reads {', '.join(known)}"
         raise ConfigurationError(f"unknown key {f'{where}.{key}'!r}{hint}")
-    if key == "model.restore_from_path":
-        instead = ", or rm.model.from_pretrained" if issubclass(kind, HuggingFaceSettings) else ", or no path"
+    if key in ("model.restore_from_path", "model.from_pretrained"):
+        readers = [name for name, other in rewards().items() if key in other.below()]
         raise ConfigurationError(
-            f"{where}.{key} = {value!r} with {where}.name = {kind.name}, which restores no file: expected "
-            f"{where}.name=clip{instead}"
-        )
-    if key == "model.from_pretrained":
-        folders = [name for name, other in rewards().items() if issubclass(other, HuggingFaceSettings)]
-        raise ConfigurationError(
-            f"{where}.{key} = {value!r} with {where}.name = {kind.name}, which takes no such folder: expected "
-            f"{' or '.join(folders)}; for CLIP-like models convert the folder with "
-            f"examples/mm/clip/convert_reward_to_nemo.py and give {where}.model.restore_from_path"
+            f"{where}.{key} = {value!r} with {where}.name = {kind.name}, which restores no file of this kind: expected "
+            f"{where}.name={' or '.join(readers)}, or no path. A folder of a CLIP-like model becomes a .nemo by "
+            "examples/mm/clip/convert_reward_to_nemo.py"
         )
     if not free:
         others[f"rm.{key}"].read(f"{where}.{key}", value)
+
+
+def build_reward(
+    config: Mapping[str, Any] | Any | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Reward:
+    """The reward that ``config`` describes.
+
+    ``rm.name=custom`` imports and runs the Python code that ``rm.import_path`` names: give only a configuration that
+    the user wrote, and see :func:`import_paths` for one that came from elsewhere.
+
+    Args:
+        config: the ``rm`` section, a mapping or a ``DictConfig``: its keys are in the files of ``conf/rm``; ``None`` or
+            ``{}`` is the embedded CLIP reward.
+        device: where it computes.
+        dtype: what its model computes in; by default ``rm.trainer.precision``, or float32.
+
+    Raises:
+        ConfigurationError: an unknown reward or key (the nearest known one is named), or an impossible value.
+        RewardError: a model or a custom reward cannot be used.
+        ArchiveError: the ``.nemo`` file is unusable.
+    """
+    from omegaconf import OmegaConf
+
+    settings, unread = read_reward(
+        OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
+    )
+    for key in unread:
+        logger.warning("%s has no effect here: the reward %r does not use it", key, settings.name)
+    return settings.build(device, dtype)
 
 
 def import_paths(config: Any, where: str = "rm") -> Iterator[tuple[str, str]]:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-import difflib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_aligner_diffusion.embedded_assets import embedded_reward_path
-from nemo_aligner_diffusion.errors import ArchiveError
+from nemo_aligner_diffusion.errors import AlignerError, ArchiveError
+from nemo_aligner_diffusion.keys import closest
 from nemo_aligner_diffusion.rewards.settings import NetworkSettings
 from nemo_aligner_diffusion.settings import PATH, choice, setting
 
@@ -21,9 +22,11 @@ if TYPE_CHECKING:
     import torch
 
     from nemo_aligner_diffusion.formats.nemo import Limits, NemoArchive
-    from nemo_aligner_diffusion.rewards.base import Reward
+    from nemo_aligner_diffusion.rewards.base import ModelReward, Reward
 
-# target -> "module:function"; function(archive, options) gives the reward, on the CPU in float32 or already converted.
+logger = logging.getLogger(__name__)
+
+# target -> "module:function"; function(archive, tokenizer, score) gives the reward, on the CPU.
 RESTORERS = {
     "nemo_aligner_diffusion.rewards.clip.CLIPReward": "clip.archive:restore_clip",
     "nemo_aligner_diffusion.rewards.aesthetic.AestheticReward": "clip.aesthetic:restore_aesthetic",
@@ -80,16 +83,6 @@ class Restored(RestoredSettings):
         return self.restore(device, dtype, self.formula)
 
 
-@dataclass(frozen=True)
-class RestoreOptions:
-    """How a restored reward computes; see :func:`restore_reward`."""
-
-    tokenizer: str | Path | None = None
-    score: str | None = None
-    micro_batch_size: int | None = None
-    activation_checkpointing: bool = False
-
-
 def restore_reward(
     path: str | Path,
     *,
@@ -109,7 +102,7 @@ def restore_reward(
             left out.
         tokenizer: folder with the tokenizer's files, for archives that only name a tokenizer.
         score: for CLIP rewards, overrides the archive's own (``pickscore``, ``hps``, ``clipscore``).
-        micro_batch_size, activation_checkpointing: see :mod:`.micro_batches`.
+        micro_batch_size, activation_checkpointing: see :class:`.ModelReward`.
         limits: of what is read, for an archive that you trust and that exceeds the default ones.
 
     Raises:
@@ -121,26 +114,38 @@ def restore_reward(
     from nemo_aligner_diffusion.formats.nemo import load_nemo
 
     archive = load_nemo(path, limits)
-    options = RestoreOptions(tokenizer, score, micro_batch_size, activation_checkpointing)
-    reward = _restorer(archive)(archive, options)
+    restorer = _restorer(archive)
+    try:
+        reward = restorer(archive, tokenizer, score)
+    except AlignerError:
+        raise
+    except Exception as error:  # a configuration may hold anything, and other libraries raise what they like
+        raise ArchiveError(
+            f"{archive.path}: its configuration describes no reward that can be built "
+            f"({type(error).__name__}: {str(error)[:300]}). Save the archive again from a working model."
+        ) from error
+    idle = [("score", score is not None and not hasattr(reward, "score_type"))]
+    idle += [("tokenizer", tokenizer is not None and reward.tokenizer is None)]
+    for key, is_idle in idle:
+        if is_idle:
+            logger.warning("rm.model.%s has no effect here: %s has no choice of it", key, type(reward).__name__)
+    reward.micro_batch_size, reward.activation_checkpointing = micro_batch_size, activation_checkpointing
     name = archive.config.get("name")
     if archive.target in RESTORERS and isinstance(name, str):  # in NeMo's archives it is the experiment's name
         reward.name = name
     return reward.to(device, dtype or torch.float32)
 
 
-def _restorer(archive: NemoArchive) -> Callable[[NemoArchive, RestoreOptions], Reward]:
+def _restorer(archive: NemoArchive) -> Callable[..., ModelReward]:
     target = archive.target
     home = RESTORERS.get(target)
     if target.split(".")[0] in ("nemo", "nemo_aligner") and target.split(".")[-1] in MEGATRON_CLASSES:
         home = "clip.archive:restore_megatron_clip"
     if home is None:
         known = (*RESTORERS, *(f"nemo….{name}" for name in MEGATRON_CLASSES))
-        near = difflib.get_close_matches(target, known, n=1)
-        hint = f"Nearest is {near[0]}. " if near else ""
         found = f"its target {target[:200]!r} is no reward that can be restored" if target else "it names no target"
-        raise ArchiveError(f"{archive.path}: {found}. {hint}Known are: {', '.join(known)}.")
+        hint = closest(target[:200], known) or "."
+        raise ArchiveError(f"{archive.path}: {found}{hint} Known are: {', '.join(known)}.")
     module, _, name = home.partition(":")
-    restorer: Callable[[NemoArchive, RestoreOptions], Reward]
-    restorer = getattr(import_module(f"nemo_aligner_diffusion.rewards.{module}"), name)
+    restorer: Callable[..., ModelReward] = getattr(import_module(f"nemo_aligner_diffusion.rewards.{module}"), name)
     return restorer

@@ -49,7 +49,6 @@ _STATE_TYPES: dict[str, Any] = {
 }
 _HOW_TO_RESUME = ("exp_manager.resume_", "exp_manager.explicit_log_dir", "exp_manager.exp_dir", "exp_manager.version")
 CHECKPOINT_PATTERN = re.compile(r"step_(\d+)")
-OLD_CHECKPOINT_PATTERN = re.compile(r"step_\d+\.ckpt")  # single files, before there were folders
 PACKAGES = (
     "nemo-aligner-diffusion",
     "torch",
@@ -148,7 +147,7 @@ class RunDirectory:
                 "exp_manager.resume_if_exists=True, choose another exp_manager.explicit_log_dir, or remove the "
                 "directory to start over."
             )
-        if resume and not (checkpoint_files(self.checkpoints) or old_checkpoint_files(self.checkpoints)):
+        if resume and not checkpoint_files(self.checkpoints):
             if not may_start_anew:
                 raise OutputError(
                     f"exp_manager.resume_if_exists=True, but {self.checkpoints} holds no checkpoint"
@@ -282,13 +281,6 @@ def checkpoint_files(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match.group(1)), file) for match, file in matches if match)
 
 
-def old_checkpoint_files(folder: Path) -> list[Path]:
-    """Checkpoints of earlier versions of this program, single files, which this one does not read; oldest first."""
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if OLD_CHECKPOINT_PATTERN.fullmatch(path.name))
-
-
 def package_versions() -> dict[str, str]:
     """Versions of the packages whose numbers end up in the results; those not installed are left out."""
     versions = {}
@@ -346,7 +338,6 @@ def unusable_disk(error: BaseException, folder: Path | None) -> OutputError | No
 def _describe_contents(path: Path, previous: Mapping[str, Any]) -> str:
     """What an earlier run left that is worth keeping, in words; empty if it did not get that far."""
     checkpoints = [file for _, file in checkpoint_files(path / "checkpoints")]
-    checkpoints = checkpoints or old_checkpoint_files(path / "checkpoints")
     rows = _rows(path / "metrics.csv")
     if not (checkpoints or rows or (path / "export").is_dir()):
         return ""  # it stopped at its configuration or data: nothing to lose, so correcting the command is enough

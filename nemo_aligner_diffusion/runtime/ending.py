@@ -1,12 +1,78 @@
-"""The end of a process that has joined others: at once, and with the exit code that it is to have."""
+"""The end of a process: told once among several, at once, and with the exit code that it is to have."""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import hashlib
+import json
 import multiprocessing
 import os
 import sys
+import time
+from pathlib import Path
+
+from nemo_aligner_diffusion.errors import ConfigurationError
+from nemo_aligner_diffusion.runtime.process import this_process
+
+CLAIMS_VARIABLE = "NAD_CLAIMS"  # a folder of the processes that our own launcher has started
+
+
+def write_error_file(message: str, local_rank: int | None = None) -> None:
+    """Tell torchrun why: its summary then shows the reason instead of "To enable traceback see …".
+
+    Args:
+        local_rank: of the process of this machine that failed, if it is not this one. What it wrote itself stands.
+    """
+    own = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not own or _launcher() != "torchrun":
+        return
+    path = Path(own) if local_rank is None else Path(own).parent.parent / str(local_rank) / Path(own).name
+    if path.exists():
+        return
+    # torchrun's form: https://pytorch.org/docs/stable/elastic/errors.html; it sorts by the time of day
+    extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
+    text = json.dumps({"message": {"message": message, "extraInfo": extra}})
+    with contextlib.suppress(OSError):  # a courtesy: the reason is on the screen already
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+
+
+def is_first_to_say(text: str) -> bool:
+    """True for one of the processes of this machine that have the same to say.
+
+    Under torchrun and our own launcher; elsewhere (srun) always.
+    """
+    launcher, folder = _launcher(), None
+    if launcher == "nad-train":
+        folder = os.environ.get(CLAIMS_VARIABLE)
+    elif launcher == "torchrun" and (own := os.environ.get("TORCHELASTIC_ERROR_FILE")):
+        folder = str(Path(own).parent.parent)
+    if not folder:
+        return True
+    try:
+        (Path(folder) / f"said-{hashlib.sha256(text.encode()).hexdigest()[:16]}").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _launcher() -> str:
+    """Who stands behind the variables; another launcher's would make of an error one that has been told."""
+    try:
+        return this_process().launcher
+    except ConfigurationError:  # perhaps the error that is to be told
+        return ""
+
+
+def leave(code: int) -> None:
+    """End this process now, whatever its threads wait for, and its data workers with it."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(code)
 
 
 def end(code: int) -> None:
@@ -18,12 +84,10 @@ def end(code: int) -> None:
     dist = sys.modules.get("torch.distributed")
     if dist is None or not dist.is_available() or not dist.is_initialized():
         return
-    for child in multiprocessing.active_children():  # data workers
-        child.kill()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()
-    os._exit(code)
+    leave(code)
 
 
 class EndAtExit:

@@ -19,8 +19,8 @@ from types import FrameType
 from typing import Any
 
 from nemo_aligner_diffusion.errors import ConfigurationError, RankLostError, printable
+from nemo_aligner_diffusion.runtime.ending import CLAIMS_VARIABLE
 from nemo_aligner_diffusion.runtime.process import LAUNCHER_VARIABLE, this_process
-from nemo_aligner_diffusion.runtime.said import CLAIMS_VARIABLE
 
 STORE_VARIABLE = "NAD_STORE"  # rank 0's number of the bound socket at which it is to serve the others
 

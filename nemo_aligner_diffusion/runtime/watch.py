@@ -22,6 +22,7 @@ from datetime import timedelta
 
 from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError, OutputError, first_line
 from nemo_aligner_diffusion.runtime.directory import RunDirectory, unusable_disk
+from nemo_aligner_diffusion.runtime.ending import is_first_to_say, write_error_file
 from nemo_aligner_diffusion.runtime.files import write_atomic
 from nemo_aligner_diffusion.runtime.health.client import HealthClient
 from nemo_aligner_diffusion.runtime.health.messages import Fault
@@ -30,7 +31,6 @@ from nemo_aligner_diffusion.runtime.health.server import HealthServer
 from nemo_aligner_diffusion.runtime.health.stragglers import StragglerWatch
 from nemo_aligner_diffusion.runtime.health.verdict import Watch
 from nemo_aligner_diffusion.runtime.process import Process, check_agrees, this_process
-from nemo_aligner_diffusion.runtime.said import is_first_to_say, write_error_file
 from nemo_aligner_diffusion.runtime.settings import MachineSettings, WatchSettings
 
 log = logging.getLogger(__name__)

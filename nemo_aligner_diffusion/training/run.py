@@ -19,14 +19,13 @@ from nemo_aligner_diffusion.algorithms.reward_tuning import RewardTuning
 from nemo_aligner_diffusion.data.datamodule import PromptDataModule
 from nemo_aligner_diffusion.data.prompts import read_prompts
 from nemo_aligner_diffusion.embedded_assets import embedded_prompts_path, embedded_reward_path
-from nemo_aligner_diffusion.evaluation.diversity import Embedder
-from nemo_aligner_diffusion.evaluation.metrics.registry import validation_figures
+from nemo_aligner_diffusion.evaluation.metrics.base import validation_figures
 from nemo_aligner_diffusion.evaluation.report import write_report
 from nemo_aligner_diffusion.parallel.broadcast import load_once, on_every_process
 from nemo_aligner_diffusion.parallel.non_finite import NonFinitePolicy
 from nemo_aligner_diffusion.rewards import build_reward, restore_reward
 from nemo_aligner_diffusion.rewards.base import Reward
-from nemo_aligner_diffusion.rewards.build import import_paths
+from nemo_aligner_diffusion.rewards.registry import import_paths
 from nemo_aligner_diffusion.runtime.files import write_atomic
 from nemo_aligner_diffusion.runtime.messages import log_to_screen
 from nemo_aligner_diffusion.runtime.signals import Interruption
@@ -257,11 +256,11 @@ def _build_data(settings: RunSettings) -> RunData:
     )
 
 
-def _embedder(section: ModelSettings, reward: Reward) -> Embedder | None:
+def _embedder(section: ModelSettings, reward: Reward) -> Reward | None:
     """What measures diversity: the reward itself where it embeds pictures, else the CLIP of the embedded model."""
     for module in reward.modules():
         if hasattr(module, "embed_images"):
             return module  # type: ignore[return-value]
     if section.from_pretrained is None:
-        return restore_reward(embedded_reward_path())  # type: ignore[return-value]
+        return restore_reward(embedded_reward_path())
     return None

@@ -159,7 +159,7 @@ class RunSettings(ProgramSettings):
 
     @property
     def rm(self) -> dict[str, Any]:
-        """The reward's section, as :func:`~nemo_aligner_diffusion.rewards.build.build_reward` takes it."""
+        """The reward's section, as :func:`~nemo_aligner_diffusion.rewards.registry.build_reward` takes it."""
         return self.tree["rm"]
 
     @property

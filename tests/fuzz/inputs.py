@@ -300,7 +300,7 @@ def run(target: str, numbers: range, seed: int) -> dict[str, Any]:
             if guard is None:
                 with contextlib.suppress(AlignerError):
                     read(path)
-                guard = Guard(Path(sandbox) / "nowhere")
+                guard = Guard()
                 continue
             problems = []
             with guard.watching() as watch:

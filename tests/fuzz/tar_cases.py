@@ -333,7 +333,7 @@ def gzip_bombs(drawn: random.Random) -> bytes:
     if way == 1:
         return gzip.compress(seeds()["clip"].pack() + bytes(80 << 20), 1, mtime=0)
     name = drawn.choice((f"./{CONFIG}", f"./{WEIGHTS}", "./0123abcd_vocab.json"))
-    bomb = bytes(drawn.choice((40, 60, 100)) << 20)
+    bomb = bytes(drawn.choice((70, 80, 100)) << 20)  # beyond the floor: an archive may unpack to 64 MiB
     if way == 2:
         return gzip.compress(seeds()["megatron"].with_content(name.removeprefix("./"), bomb).pack(), 1, mtime=0)
     return gzip.compress(_header(name, len(bomb)) + bomb + seeds()["clip"].pack(), 1, mtime=0)

@@ -5,7 +5,7 @@ python examples/mm/clip/judge_rule.py colourfulness results/colourful/export
 
 import sys
 
-from nemo_aligner_diffusion.cli.judge_rule import main
+from nemo_aligner_diffusion.cli.rule_preferences import judge_main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(judge_main())

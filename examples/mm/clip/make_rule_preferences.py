@@ -5,7 +5,7 @@ python examples/mm/clip/make_rule_preferences.py colourfulness preferences/
 
 import sys
 
-from nemo_aligner_diffusion.cli.make_rule_preferences import main
+from nemo_aligner_diffusion.cli.rule_preferences import make_main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(make_main())

@@ -1,8 +1,8 @@
 """What a metric is: its name, unit, direction, caption and computation, in one file of this package.
 
-A class in such a file is found by :func:`.registry.metrics`, and by that alone stands in ``validation.csv`` or
-``metrics.csv``, TensorBoard, the progress line and the report's charts. Nothing here imports torch, nor may a metric's
-module do so outside of its functions: the report needs none.
+A class in such a file is found by :func:`metrics`, and by that alone stands in ``validation.csv`` or ``metrics.csv``,
+TensorBoard, the progress line and the report's charts. Nothing here imports torch, nor may a metric's module do so
+outside of its functions: the report needs none.
 
 Example::
 
@@ -17,17 +17,21 @@ Example::
 from __future__ import annotations
 
 import functools
+import importlib
+import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from nemo_aligner_diffusion.evaluation.curves import Curve
-from nemo_aligner_diffusion.evaluation.run_files import RunFiles, Table, column, last
+from nemo_aligner_diffusion.evaluation.run_files import RunFiles, column, last
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from nemo_aligner_diffusion.algorithms.picture_validation import ValidationPictures
 
+_PACKAGE = "nemo_aligner_diffusion.evaluation.metrics"
 ENOUGH_ROWS = 12  # fewer optimizer steps say nothing about a trend
 
 
@@ -92,10 +96,6 @@ class Metric:
         better = f" {self.direction.capitalize()} is better." if self.direction else ""
         return self.caption + better
 
-    def columns(self, table: Table) -> list[str]:
-        """Which columns of its table are the metric's."""
-        return [self.name]
-
     def curves(self, run: RunFiles) -> list[Curve]:
         raise NotImplementedError
 
@@ -150,7 +150,7 @@ class Pictures:
     Attributes:
         images: ``(N, 3, H, W)`` in [0, 1] on the CPU; of a video ``(N, F, 3, H, W)``.
         prompts, seeds, rewards: of each picture.
-        embedder: see :class:`~nemo_aligner_diffusion.evaluation.diversity.Embedder`; ``None`` where there is no CLIP.
+        embedder: see :mod:`~nemo_aligner_diffusion.evaluation.diversity`; ``None`` where there is no CLIP.
     """
 
     images: Tensor
@@ -178,16 +178,49 @@ class ValidationMetric(Metric):
         """Column -> figure: ``of`` both models, or what compares them."""
         return {self.name: self.of(tuned), f"base_{self.name}": self.of(base)}
 
-    def columns(self, table: Table) -> list[str]:
-        return [self.name, f"base_{self.name}"]
-
     def ends(self, run: RunFiles) -> tuple[float | None, float | None]:
         """The last figure of the tuned model and of the base model."""
-        return tuple(last(column(run.validation, name)) for name in (self.name, f"base_{self.name}"))  # type: ignore[return-value]
+        return last(column(run.validation, self.name)), last(column(run.validation, f"base_{self.name}"))
 
     def curves(self, run: RunFiles) -> list[Curve]:
         steps = run.validation.get("step", [])
-        shown = {"tuned": self.name, "base": f"base_{self.name}"}
-        values = {label: column(run.validation, name) for label, name in shown.items()}
-        markers = len(steps) <= 40
-        return [Curve(label, steps, of, label, markers=markers) for label, of in values.items()]
+        values = {"tuned": column(run.validation, self.name), "base": column(run.validation, f"base_{self.name}")}
+        return [Curve(label, steps, of, label, markers=len(steps) <= 40) for label, of in values.items()]
+
+
+_Kind = TypeVar("_Kind", bound=Metric)
+
+
+@functools.cache
+def metrics() -> tuple[Metric, ...]:
+    """One of each, by :attr:`.Metric.order`, then by name: every module of the package is looked through."""
+    found = []
+    for module in pkgutil.iter_modules(importlib.import_module(_PACKAGE).__path__):
+        path = f"{_PACKAGE}.{module.name}"
+        for entry in vars(importlib.import_module(path)).values():
+            if isinstance(entry, type) and issubclass(entry, Metric) and entry.__module__ == path and entry.name:
+                found.append(entry())
+    return tuple(sorted(found, key=lambda metric: (metric.order, metric.name)))
+
+
+def of_kind(kind: type[_Kind]) -> list[_Kind]:
+    return [metric for metric in metrics() if isinstance(metric, kind)]
+
+
+def training_columns() -> list[str]:
+    """The columns that ``metrics.csv`` has in every run."""
+    return ["step", *(metric.name for metric in of_kind(TrainingMetric))]
+
+
+def training_figures(step: Step) -> dict[str, Any]:
+    """A row of ``metrics.csv``: the metrics, then what else the training step reported."""
+    measured = {metric.name: metric.measure(step) for metric in of_kind(TrainingMetric)}
+    return {**step.reported, **measured}
+
+
+def validation_figures(pictures: ValidationPictures, embedder: Any = None) -> dict[str, float]:
+    """A row of ``validation.csv``; what cannot be measured is left out."""
+    base = Pictures(pictures.base, pictures.prompts, pictures.seeds, pictures.base_rewards, embedder)
+    tuned = Pictures(pictures.tuned, pictures.prompts, pictures.seeds, pictures.tuned_rewards, embedder)
+    rows = [metric.measure(base, tuned) for metric in of_kind(ValidationMetric)]
+    return {name: value for row in rows for name, value in row.items() if value is not None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from statistics import fmean
 
 from nemo_aligner_diffusion.evaluation.metrics.base import ENOUGH_ROWS, Finding, Tile, TrainingMetric
 from nemo_aligner_diffusion.evaluation.run_files import RunFiles, column, last
@@ -27,34 +28,23 @@ class KLPenalty(TrainingMetric):
         return Tile(self.title, format_number(value), f"last step, coefficient {run.setting('model.kl_coeff', '–')}")
 
     def findings(self, run: RunFiles) -> list[Finding]:
-        """KL bought per unit of reward, last third of the run against the first two."""
-        pairs = [
-            (reward, kl)
-            for reward, kl in zip(column(run.metrics, "reward"), self.values(run), strict=False)
-            if math.isfinite(reward) and math.isfinite(kl)
-        ]
-        if len(pairs) < ENOUGH_ROWS or max(kl for _, kl in pairs) <= 0:
+        """Reward bought by KL in the last third of the run, against the first two."""
+        every = zip(column(run.metrics, "reward"), self.values(run), strict=False)
+        rows = [row for row in every if all(map(math.isfinite, row))]
+        if len(rows) < ENOUGH_ROWS or max(kl for _, kl in rows) <= 0:
             return []
-        sixth = max(2, len(pairs) // 6)
-
-        def mean(part: list[tuple[float, float]], which: int) -> float:
-            return sum(pair[which] for pair in part) / len(part)
-
-        middle = len(pairs) * 2 // 3
-        start, knee, end = pairs[:sixth], pairs[middle - sixth // 2 : middle - sixth // 2 + sixth], pairs[-sixth:]
-        gains = mean(knee, 0) - mean(start, 0), mean(end, 0) - mean(knee, 0)
-        costs = mean(knee, 1) - mean(start, 1), mean(end, 1) - mean(knee, 1)
-        if costs[1] <= 0 or costs[0] <= 0 or gains[0] <= 0 or costs[1] < 0.3 * costs[0]:
+        sixth = max(2, len(rows) // 6)
+        middle = len(rows) * 2 // 3 - sixth // 2
+        parts = rows[:sixth], rows[middle : middle + sixth], rows[-sixth:]
+        start, knee, end = [[fmean(values) for values in zip(*part, strict=True)] for part in parts]  # reward, KL
+        gain, cost = knee[0] - start[0], knee[1] - start[1]
+        late_gain, late_cost = end[0] - knee[0], end[1] - knee[1]
+        if min(gain, cost) <= 0 or late_cost < 0.3 * cost or late_gain / late_cost > gain / cost / 4:
             return []
-        if gains[1] > 0:
-            factor = (costs[1] / gains[1]) / (costs[0] / gains[0])
-            bought = f"cost {factor:.0f} times as much distance from the base model (KL) as before"
-        else:
-            factor, bought = math.inf, "brought no reward while the distance from the base model (KL) still grew"
-        if factor < 4:
-            return []
+        before, after = ((format_number(r), format_number(kl)) for r, kl in ((gain, cost), (late_gain, late_cost)))
         text = (
-            f"A further gain in reward {bought}. Look at the pictures: the model may be leaving what the reward "
-            "measures well. An earlier checkpoint or a larger model.kl_coeff may serve you better."
+            f"There the reward rose by {after[0]} for a distance from the base model (KL) of {after[1]}; before, by "
+            f"{before[0]} for {before[1]}. Look at the pictures: the model may be leaving what the reward measures "
+            "well. An earlier checkpoint or a larger model.kl_coeff may serve you better."
         )
         return [Finding("warning", "The last third of the run is bought dearly", text)]

@@ -16,9 +16,9 @@ class SeedDiversity(ValidationMetric):
     def of(self, pictures: Pictures) -> float | None:
         if pictures.embeddings is None or len(set(pictures.prompts)) == len(pictures.prompts):
             return None  # one seed
-        from nemo_aligner_diffusion.evaluation.diversity import diversity_of
+        from nemo_aligner_diffusion.evaluation.diversity import diversity
 
-        return diversity_of(pictures.embeddings, pictures.prompts).mean
+        return diversity(pictures.embeddings, pictures.prompts)
 
     def kept(self, run: RunFiles) -> float | None:
         """At the last validation, tuned divided by base; ``None`` where it was not measured."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from nemo_aligner_diffusion.evaluation.curves import Curve
 from nemo_aligner_diffusion.evaluation.metrics.base import Pictures, ValidationMetric
-from nemo_aligner_diffusion.evaluation.run_files import RunFiles, Table, column
 
 
 class SimilarityToBase(ValidationMetric):
@@ -15,9 +13,3 @@ class SimilarityToBase(ValidationMetric):
         if base.embeddings is None or tuned.embeddings is None:
             return {}
         return {self.name: float((base.embeddings * tuned.embeddings).sum(-1).mean())}
-
-    def columns(self, table: Table) -> list[str]:
-        return [self.name]
-
-    def curves(self, run: RunFiles) -> list[Curve]:
-        return [Curve("cosine", run.validation.get("step", []), column(run.validation, self.name), markers=True)]

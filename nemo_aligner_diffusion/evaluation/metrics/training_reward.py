@@ -7,7 +7,7 @@ import re
 
 from nemo_aligner_diffusion.evaluation.curves import Curve
 from nemo_aligner_diffusion.evaluation.metrics.base import Chart, Tile, TrainingMetric
-from nemo_aligner_diffusion.evaluation.run_files import RunFiles, Table
+from nemo_aligner_diffusion.evaluation.run_files import RunFiles
 from nemo_aligner_diffusion.evaluation.text import format_number
 
 _COLOURS = ("tuned", "second", "third", "fourth", "base")
@@ -17,21 +17,15 @@ class TrainingReward(TrainingMetric):
     name, title, direction, order = "reward", "Training reward", "higher", 20
     caption = "Mean of the step's pictures. Pale: each step. Strong: running mean."
 
-    def columns(self, table: Table) -> list[str]:
-        return [self.name, *self._parts(table)]
-
-    @staticmethod
-    def _parts(table: Table) -> list[str]:
-        return [name for name in table if re.match(r"reward[/_.]", name)]
-
     def charts(self, run: RunFiles) -> list[Chart]:
-        parts = [
-            Curve(name[len("reward") + 1 :], run.metrics.get("step", []), run.metrics[name], colour, smooth=True)
-            for name, colour in zip(self._parts(run.metrics), _COLOURS, strict=False)
+        parts = [name for name in run.metrics if re.match(r"reward[/_.]", name)]
+        curves = [
+            Curve(name[len("reward") + 1 :], run.metrics["step"], run.metrics[name], colour, smooth=True)
+            for name, colour in zip(parts, _COLOURS, strict=False)
         ]
         return [
             Chart(self.title, self.curves(run), self.caption),
-            Chart("Parts of the reward", parts, "Before their weights."),
+            Chart("Parts of the reward", curves, "Before their weights."),
         ]
 
     def tile(self, run: RunFiles) -> Tile | None:

@@ -1,10 +1,10 @@
 """``report.html``: one self-contained page about a run, made from the files of its run directory alone.
 
-Read are ``config.yaml``, ``metrics.csv``, ``validation.csv``, ``samples/step_*.png``, ``export/``, and where present
+Read are ``config.yaml, metrics.csv, validation.csv, samples/step_*.png, export/, startup.json``, and
 
-- ``run.json``: any of ``status`` (``finished``, ``interrupted``, ``failed``, ``running``), ``error``, ``seconds``,
-  ``images``, ``skipped_steps``, ``truncated_prompts``, ``command`` (a list; its ``key=value`` words are shown as
-  chosen by the user); everything else in it is shown as environment;
+- ``run.json``: any of ``status`` (``finished``, ``interrupted``, ``failed``, ``running``), ``error``,
+  ``skipped_steps``, ``truncated_prompts``, ``command`` (a list; its ``key=value`` words are shown as chosen by the
+  user); everything else in it is shown as environment;
 - ``validation_samples.json``: ``{"step": n, "prompts": [{"prompt", "seed", "base_reward", "reward"}, …]}``.
 
 Of these any may be missing or damaged: a run stopped after its first step has a report too, which says what is missing.
@@ -23,11 +23,9 @@ from typing import Any
 from nemo_aligner_diffusion.command_line import command
 from nemo_aligner_diffusion.errors import OutputError, printable
 from nemo_aligner_diffusion.evaluation.report.view import build_view
-from nemo_aligner_diffusion.evaluation.run_files import RunFiles, read_run
+from nemo_aligner_diffusion.evaluation.run_files import read_run
 from nemo_aligner_diffusion.evaluation.text import format_gain, format_number
 from nemo_aligner_diffusion.runtime.files import write_atomic
-
-__all__ = ["main", "render_report", "write_report"]
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -36,17 +34,13 @@ def write_report(run_dir: str | Path) -> Path:
     Raises:
         OutputError: the directory does not exist or cannot be written to.
     """
+    import jinja2
+    from markupsafe import Markup
+
     try:
         run = read_run(run_dir)
     except FileNotFoundError as error:
         raise OutputError(str(error)) from error
-    return write_atomic(Path(run_dir) / "report.html", render_report(run))
-
-
-def render_report(run: RunFiles) -> str:
-    """The page as text; needs nothing but what ``run`` holds and the pictures it points to."""
-    import jinja2
-    from markupsafe import Markup
 
     def shown(value: Any) -> Any:
         """Whatever is not our own HTML is text of others: bounded and of printable characters, then escaped."""
@@ -62,7 +56,8 @@ def render_report(run: RunFiles) -> str:
         keep_trailing_newline=True,
     )
     templates.filters |= {"number": format_number, "gain": format_gain}
-    return templates.get_template("page.html").render(build_view(run))
+    page = templates.get_template("page.html").render(build_view(run))
+    return write_atomic(Path(run_dir) / "report.html", page)
 
 
 @command(interrupted="interrupted")

@@ -1,5 +1,5 @@
 "use strict";
-// The page says everything without this script; it adds exact readings on the curves, sorting and searching.
+// The page says everything without this script; it adds exact readings on the curves, and sorting.
 (() => {
   const written = (value) => {
     if (value === null) return "–";
@@ -49,23 +49,6 @@
       if (order.value === "best") sorted.sort((a, b) => gain(b) - gain(a));
       if (order.value === "worst") sorted.sort((a, b) => gain(a) - gain(b));
       list.append(...sorted);
-    });
-  }
-
-  const search = document.getElementById("settings-search");
-  if (search) {
-    const groups = [...document.querySelectorAll("#settings details")];
-    search.addEventListener("input", () => {
-      const wanted = search.value.trim().toLowerCase();
-      for (const group of groups) {
-        let shown = 0;
-        for (const row of group.querySelectorAll("tr")) {
-          row.hidden = wanted !== "" && !row.textContent.toLowerCase().includes(wanted);
-          shown += row.hidden ? 0 : 1;
-        }
-        group.hidden = shown === 0;
-        group.open = wanted !== "" && shown > 0;
-      }
     });
   }
 })();

@@ -11,103 +11,96 @@ from nemo_aligner_diffusion.diffusion.settings import SAMPLER_ALIASES, SAMPLERS,
 from nemo_aligner_diffusion.errors import ConfigurationError, printable
 from nemo_aligner_diffusion.evaluation.run_files import RunFiles
 
+LORA_FILE = "pytorch_lora_weights.safetensors"
+_GENERATE = "python examples/mm/stable_diffusion/generate.py"
+
 
 def usage(run: RunFiles) -> dict[str, Any]:
-    """``commands`` and ``code``: how to generate with the export, in this project and in plain diffusers."""
-    folder = str(run.setting("exp_manager.explicit_log_dir", run.folder))
+    """``commands`` and ``code``: how to generate with the export, in this project and in plain diffusers.
+
+    Both are empty where nothing has been exported.
+    """
+    denoisers = [path.parent.name for path in sorted(run.folder.glob("export/[!.]*/config.json"))]
+    denoiser = next((name for name in denoisers if name.isidentifier()), None)  # unet, transformer, …
+    is_lora = (run.folder / "export" / LORA_FILE).is_file()
+    if not is_lora and denoiser is None:
+        return {"commands": None, "code": None}
+    export = f"{run.setting('exp_manager.explicit_log_dir', run.folder)}/export"
+    export = export if is_lora else f"{export}/{denoiser}"
     prompt = printable(run.prompt_rewards[0]["prompt"], 2000) if run.prompt_rewards else "a red apple"
-    script = "python examples/mm/stable_diffusion/generate.py"
     model = run.setting("model.from_pretrained")
-    base = f" --model {shlex.quote(str(model))}" if model else ""
+    base = f"{_GENERATE} --model {shlex.quote(str(model))}" if model else _GENERATE
+    tuned = f"{base} {'--lora' if is_lora else '--unet'} {shlex.quote(export)}"
     asked = f"--prompt {shlex.quote(prompt)}"
-    if run.lora_export:
-        export = shlex.quote(f"{folder}/export")
-        commands = [
-            "# the base model beside the tuned one, same seeds",
-            f"{script}{base} --lora {export} --compare {asked} --num-images 4",
+    commands = [
+        "# the base model beside the tuned one, same seeds",
+        f"{tuned} --compare {asked} --num-images 4",
+    ]
+    if is_lora:
+        commands += [
             "# less or more of what was learnt: a grid over the adapter's scale",
-            f"{script}{base} --lora {export} --scales 0,0.5,1,1.5 {asked}",
+            f"{tuned} --scales 0,0.5,1,1.5 {asked}",
             "# anneal from the base model to the tuned one along the sampling steps",
-            f"{script}{base} --lora {export} --weights base,draft,linear,power_2 {asked}",
+            f"{tuned} --weights base,draft,linear,power_2 {asked}",
         ]
-    elif run.denoiser_export:
-        export = shlex.quote(f"{folder}/export/{run.denoiser_export.name}")
-        commands = [
-            "# the base model beside the tuned one, same seeds",
-            f"{script}{base} --unet {export} --compare {asked} --num-images 4",
-        ]
-    else:
-        nothing = (
-            "Nothing has been exported yet: export/ holds neither pytorch_lora_weights.safetensors nor a network's "
-            "folder such as unet/ or transformer/. It is written at the end of a run and when a run is interrupted."
-        )
-        return {"nothing": nothing}
-    return {"commands": _lines(commands), "code": _lines(_diffusers(run, folder, prompt, model))}
+    return {
+        "commands": _lines(commands),
+        "code": _lines(_diffusers(run, export, None if is_lora else denoiser, prompt)),
+    }
 
 
 def _lines(lines: list[str]) -> Markup:
     return Markup("\n").join(printable(line, 4000) for line in lines)
 
 
-def _diffusers(run: RunFiles, folder: str, prompt: str, model: Any) -> list[str]:
-    imports, source = [], repr(str(model))
+def _diffusers(run: RunFiles, export: str, denoiser: str | None, prompt: str) -> list[str]:
+    names, notes, lines = ["DiffusionPipeline"], [], []
+    model = run.setting("model.from_pretrained")
+    source = repr(str(model)) if model else "embedded_model_path()"
     if not model:
-        imports, source = (
-            ["from nemo_aligner_diffusion.embedded_assets import embedded_model_path"],
-            "embedded_model_path()",
-        )
-    names = ["DiffusionPipeline"]
+        notes.append("from nemo_aligner_diffusion.embedded_assets import embedded_model_path")
     for key, part in (("unet_config", "denoiser"), ("first_stage_config", "VAE")):
         weights = run.setting(f"model.{key}.from_pretrained")
-        if weights and (part == "VAE" or run.lora_export):
-            imports.append(f"# the run was based on the {part} of {printable(weights)}: the pipeline must hold it too")
-    facts = _facts(run)
-    if run.lora_export:
-        weights = f'{folder + "/export"!r}, weight_name="pytorch_lora_weights.safetensors"'
-        load = f"load_lora_weights({weights})"
-        if not facts["loads_lora"]:
-            load = f'{facts["trained"]}.load_lora_adapter({weights}, prefix="transformer")'
-        lines = [f"pipeline = DiffusionPipeline.from_pretrained({source})", f"pipeline.{load}"]
+        if weights and (part == "VAE" or denoiser is None):
+            notes.append(f"# the run was based on the {part} of {printable(weights)}: the pipeline must hold it too")
+    facts = run.run.get("pipeline")
+    facts = facts if isinstance(facts, dict) else {}
+    if denoiser is None:
+        load = f"load_lora_weights({export!r}, weight_name={LORA_FILE!r})"
+        if not facts.get("loads_lora", True):
+            trained = _identifier(facts.get("trained"), "transformer")
+            load = f'{trained}.load_lora_adapter({export!r}, weight_name={LORA_FILE!r}, prefix="transformer")'
+        lines += [f"pipeline = DiffusionPipeline.from_pretrained({source})", f"pipeline.{load}"]
     else:
-        assert run.denoiser_export is not None
-        name = run.denoiser_export.name
         names.append("AutoModel")
-        lines = [
-            f"{name} = AutoModel.from_pretrained({f'{folder}/export/{name}'!r})",
-            f"pipeline = DiffusionPipeline.from_pretrained({source}, {name}={name})",
-        ]
+        lines.append(f"{denoiser} = AutoModel.from_pretrained({export!r})")
+        lines.append(f"pipeline = DiffusionPipeline.from_pretrained({source}, {denoiser}={denoiser})")
     solver = _solver(run)
     if solver is not None:
         names.append(solver[0])
-        options = "".join(f", {name}={value!r}" for name, value in solver[1].items())
+        options = _arguments(solver[1])
         lines.append(f"pipeline.scheduler = {solver[0]}.from_config(pipeline.scheduler.config{options})")
-    given = {
+    own = facts.get("arguments")
+    arguments = {
         "num_inference_steps": run.setting("model.infer.inference_steps"),
-        facts["guidance_argument"]: run.setting("model.infer.unconditional_guidance_scale"),
+        _identifier(facts.get("guidance_argument"), "guidance_scale"): run.setting(
+            "model.infer.unconditional_guidance_scale"
+        ),
         "height": run.setting("model.infer.height"),
         "width": run.setting("model.infer.width"),
         "eta": run.setting("model.infer.eta") or None,
-        **facts["arguments"],
+        **(own if isinstance(own, dict) else {}),
     }
-    written = "".join(f", {name}={value!r}" for name, value in given.items() if value is not None)
     seeds = run.setting("model.data.validation.seeds")
     seed = seeds[0] if isinstance(seeds, list) and seeds and isinstance(seeds[0], int) else 0
     lines.append(f"generator = torch.Generator().manual_seed({seed})  # as in the pictures above")
-    lines.append(f"picture = pipeline({prompt!r}, generator=generator{written})[0][0]")
-    return ["import torch", f"from diffusers import {', '.join(sorted(names))}", *imports, "", *lines]
+    lines.append(f"picture = pipeline({prompt!r}, generator=generator{_arguments(arguments)})[0][0]")
+    return ["import torch", f"from diffusers import {', '.join(sorted(names))}", *notes, "", *lines]
 
 
-def _facts(run: RunFiles) -> dict[str, Any]:
-    """What ``run.json`` says of the pipeline, as far as it may stand in code, which a reader copies and runs."""
-    said = run.run.get("pipeline")
-    said = said if isinstance(said, dict) else {}
-    arguments = said.get("arguments")
-    return {
-        "trained": _identifier(said.get("trained"), "transformer"),
-        "guidance_argument": _identifier(said.get("guidance_argument"), "guidance_scale"),
-        "loads_lora": said.get("loads_lora", True),
-        "arguments": {k: v for k, v in arguments.items() if k.isidentifier()} if isinstance(arguments, dict) else {},
-    }
+def _arguments(values: dict[str, Any]) -> str:
+    """``, name=value`` of each; a name that comes from a file of others must not become code, which a reader runs."""
+    return "".join(f", {k}={v!r}" for k, v in values.items() if v is not None and k.isidentifier())
 
 
 def _identifier(name: Any, otherwise: str) -> str:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from nemo_aligner_diffusion.algorithms.registry import title_of
 from nemo_aligner_diffusion.errors import ConfigurationError
-from nemo_aligner_diffusion.evaluation.metrics.base import Tile
-from nemo_aligner_diffusion.evaluation.metrics.registry import metrics
+from nemo_aligner_diffusion.evaluation.metrics.base import Finding, Tile, metrics
 from nemo_aligner_diffusion.evaluation.report.charts import charts
-from nemo_aligner_diffusion.evaluation.report.findings import findings, planned_steps
 from nemo_aligner_diffusion.evaluation.report.pictures import before_after, over_training
 from nemo_aligner_diffusion.evaluation.report.usage import usage
-from nemo_aligner_diffusion.evaluation.run_files import RunFiles, last
+from nemo_aligner_diffusion.evaluation.run_files import RunFiles, column, finite
+from nemo_aligner_diffusion.keys import flatten
 from nemo_aligner_diffusion.rewards.registry import read_reward
 
 _SHOWN_ELSEWHERE = {"skipped_steps", "truncated_prompts", "pid", "pipeline"}
@@ -23,20 +22,20 @@ _MOST_ROWS = 1000  # of a table
 
 def build_view(run: RunFiles) -> dict[str, Any]:
     """The values of the template: ``sections`` are (anchor, title, what is shown there; nothing where it is empty)."""
-    shown_charts = charts(run)
     sections = [
         ("before-after", "Before and after", before_after(run)),
         ("prompts", "Prompt by prompt", _prompts(run)),
-        ("curves", "Curves", shown_charts),
+        ("curves", "Curves", charts(run)),
         ("over-training", "How the pictures changed", over_training(run)),
         ("use", "Using the result", usage(run)),
         ("settings", "Settings", _settings(run)),
         ("environment", "Environment", _environment(run)),
     ]
+    algorithm = title_of(str(run.setting("model.algorithm", "Reward tuning")))
     return {
         "name": _name(run),
-        "algorithm": _algorithm(run),
-        "lead": _lead(run),
+        "algorithm": algorithm,
+        "lead": f"{algorithm} {_lead(run)}",
         "tiles": _tiles(run),
         "findings": findings(run),  # last: a picture that could not be read is one
         "sections": sections,
@@ -55,10 +54,6 @@ def _name(run: RunFiles) -> str:
     return str(run.setting("name", "")) if given else run.folder.resolve().name
 
 
-def _algorithm(run: RunFiles) -> str:
-    return title_of(str(run.setting("model.algorithm", "Reward tuning")))
-
-
 def _reward_name(run: RunFiles) -> str:
     try:
         return read_reward(run.setting("rm"))[0].describe()
@@ -73,35 +68,65 @@ def _lead(run: RunFiles) -> str:
     trained = f"a LoRA of rank {rank} of" if rank else "a LoRA of"
     if run.setting("model.peft.peft_scheme", "none") == "none":
         trained = "all denoiser weights of"
-    sentence = f"{_algorithm(run)} tuned {trained} {model}, towards {_reward_name(run)}."
-    steps, seconds, pictures = _steps(run), run.total("seconds"), run.total("images")
-    if steps:
+    sentence = f"tuned {trained} {model}, towards {_reward_name(run)}."
+    seconds, pictures = run.total("seconds"), run.total("images")
+    if run.steps:
         made = f" and {pictures:,.0f} generated pictures" if pictures else ""
-        sentence += f" {steps:,.0f} optimizer steps{made}{f' in {duration(seconds)}' if seconds else ''}."
+        sentence += (
+            f" {run.steps:,.0f} optimizer steps{made}{f' in {timedelta(seconds=round(seconds))}' if seconds else ''}."
+        )
     return sentence
-
-
-def _steps(run: RunFiles) -> float:
-    return last(run.metrics.get("step", [])) or 0.0
-
-
-def duration(seconds: float) -> str:
-    """``42 s``, ``4 min 12 s``, ``3 h 05 min``."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s" if whole >= 10 else f"{seconds:.1f} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 def _tiles(run: RunFiles) -> list[Tile]:
     tiles = [tile for metric in metrics() if (tile := metric.tile(run)) is not None]
-    if _steps(run):
-        planned, seconds = planned_steps(run), run.total("seconds")
-        under = [f"of {planned}"] * bool(planned) + [duration(seconds)] * bool(seconds)
-        tiles.append(Tile("Optimizer steps", f"{_steps(run):,.0f}", " · ".join(under)))
+    if run.steps:
+        planned, seconds = _planned_steps(run), run.total("seconds")
+        under = [f"of {planned}"] * bool(planned) + [str(timedelta(seconds=round(seconds)))] * bool(seconds)
+        tiles.append(Tile("Optimizer steps", f"{run.steps:,.0f}", " · ".join(under)))
     return tiles
+
+
+def _planned_steps(run: RunFiles) -> int | None:
+    """``max_steps`` of the configuration (any ``trainer.*`` section), None where the run is bounded otherwise."""
+    trainer = run.config.get("trainer")
+    sections = [trainer, *trainer.values()] if isinstance(trainer, dict) else []
+    given = [section.get("max_steps") for section in sections if isinstance(section, dict)]
+    return min((limit for limit in given if isinstance(limit, int) and limit > 0), default=None)
+
+
+def findings(run: RunFiles) -> list[Finding]:
+    """What a reader should be told without having to find it: warnings first. Every rule is stated in its text."""
+    found = [
+        *_state(run),
+        *[finding for metric in metrics() for finding in metric.findings(run)],
+        *[Finding("warning", "A file of the run is damaged", problem) for problem in run.problems],
+    ]
+    return sorted(found, key=lambda finding: finding.level != "warning")
+
+
+def _state(run: RunFiles) -> list[Finding]:
+    found = []
+    status, planned = run.run.get("status"), _planned_steps(run)
+    done = f"step {run.steps:.0f}{f' of {planned}' if planned else ''}"
+    if status in ("interrupted", "failed"):
+        title = "This run was interrupted" if status == "interrupted" else "This run failed"
+        text = f"The page shows what was done until {done}. {run.run.get('error') or ''}"
+        found.append(Finding("warning", title, text.rstrip()))
+    elif status == "running" and planned and run.steps < planned:
+        text = "It was still going when this page was written, or was killed without a chance to say so."
+        found.append(Finding("note", done.capitalize(), text))
+    if not (column(run.metrics, "reward") or column(run.metrics, "loss")):
+        text = "metrics.csv has no row: there are no curves to show."
+        found.append(Finding("warning", "No optimizer step yet", text))
+    if skipped := finite(run.run.get("skipped_steps")):
+        text = "A reward or gradient was NaN or infinite there; the weights were left as they were."
+        title = f"{skipped:.0f} optimizer step{'s' if skipped != 1 else ''} skipped"
+        found.append(Finding("warning", title, text))
+    if truncated := finite(run.run.get("truncated_prompts")):
+        text = "They are longer than the text encoder's limit; what lies beyond it has no effect on the picture."
+        found.append(Finding("note", f"{truncated:.0f} prompt{'s were' if truncated != 1 else ' was'} cut", text))
+    return found
 
 
 def _prompts(run: RunFiles) -> dict[str, Any] | None:
@@ -121,7 +146,7 @@ def _prompts(run: RunFiles) -> dict[str, Any] | None:
 
 def _settings(run: RunFiles) -> dict[str, Any]:
     groups: dict[str, list[tuple[str, str]]] = {}
-    for key, value in _flatten(run.config) if run.config else ():
+    for key, value in _leaves(run.config):
         parts = key.split(".")  # two levels where the first is a large room (model.optim), else one
         room = ".".join(parts[:2]) if parts[0] == "model" and len(parts) > 2 else parts[0] if len(parts) > 1 else "run"
         groups.setdefault(room, []).append((key, value))
@@ -134,13 +159,13 @@ def _environment(run: RunFiles) -> list[tuple[str, str]]:
         facts["command"] = " ".join(map(str, facts["command"]))
     if "line" in run.startup:
         facts["start"] = run.startup["line"]
-    return [(key, value) for key, value in _flatten(facts) if key]
+    return _leaves(facts)
 
 
-def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(value, dict) and value:
-        for key, inner in value.items():
-            yield from _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-        yield prefix, text
+def _leaves(tree: dict[str, Any]) -> list[tuple[str, str]]:
+    """Dotted keys and their values, written as in YAML."""
+
+    def written(value: Any) -> str:
+        return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+    return [(key, written(value)) for key, value in flatten(tree, dotted=True).items()]

@@ -8,11 +8,10 @@ A ``.nemo`` file is a tar, plain or gzipped, whose members (often prefixed ``./`
 ``<hash>_<name>``              artifacts such as tokenizer files, named in the configuration as ``nemo:<hash>_<name>``
 =============================  ======================================================================================
 
-Archives come from strangers, so the reader trusts nothing: no member is written to disk unless
-:meth:`NemoArchive.extract` is called; names that climb out, links, devices and duplicates are refused; sizes, counts
-and the gzip ratio are bounded before memory is spent; the YAML may hold neither tags nor aliases and no OmegaConf
-resolver ever runs; the weights' pickle is read by an interpreter of its own, which makes nothing but tensors and
-containers, out of records whose checksums are right. Whatever is wrong ends in
+Archives come from strangers, so the reader trusts nothing: no member is written to disk; names that climb out, links,
+devices and duplicates are refused; sizes, counts and the gzip ratio are bounded before memory is spent; the YAML may
+hold neither tags nor aliases and no OmegaConf resolver ever runs; the weights' pickle is read by an interpreter of its
+own, which makes nothing but tensors and containers, out of records whose checksums are right. Whatever is wrong ends in
 :class:`~nemo_aligner_diffusion.errors.ArchiveError`, which names the file, what was found, what was expected and what
 to do.
 

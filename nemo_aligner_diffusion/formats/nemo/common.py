@@ -37,7 +37,6 @@ class Limits:
     # A gzipped archive may unpack to gzip_ratio times its size (random weights reach about 4) or to gzip_floor_bytes.
     gzip_ratio: int = 64
     gzip_floor_bytes: int = 64 << 20
-    gzip_streams: int = 64  # gzip files may be strung together; NeMo writes one
 
 
 def archive_error(path: str | os.PathLike[str], found: str, remedy: str) -> ArchiveError:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from nemo_aligner_diffusion.errors import ArchiveError, DataError, printable
+from nemo_aligner_diffusion.formats.files import open_regular
 from nemo_aligner_diffusion.formats.nemo.common import (
     ARTIFACT_SCHEME,
     BLOCK_BYTES,
@@ -25,12 +26,11 @@ from nemo_aligner_diffusion.formats.nemo.common import (
 )
 from nemo_aligner_diffusion.formats.nemo.config import parse_config
 from nemo_aligner_diffusion.formats.nemo.weights import load_tensors
-from nemo_aligner_diffusion.formats.tar import walk_stream
+from nemo_aligner_diffusion.formats.tar import GZIP_MAGIC, walk_stream
 
 if TYPE_CHECKING:
     import torch
 
-_GZIP_MAGIC = b"\x1f\x8b"
 _GZIP = zlib.MAX_WBITS | 16  # what zlib calls that format
 # Rank folders of model-parallel writers: mp_rank_00, tp_rank_00_pp_rank_000.
 _RANK_FOLDER = re.compile(
@@ -41,7 +41,7 @@ _HOW_TO_MERGE = (
     "Merge them first with NeMo's examples/nlp/language_modeling/megatron_change_num_partitions.py "
     "(target_tensor_model_parallel_size=1, target_pipeline_model_parallel_size=1)."
 )
-
+_A_TAR = "A .nemo file is a plain or gzipped tar; download or save it again."
 _KINDS = {"link": "link", "other": "device, sparse or other special file"}
 
 
@@ -71,20 +71,17 @@ class NemoArchive:
         self._unpacked: bytes | None = None  # the whole tar, when the file is gzipped
         try:
             self._index = self._read_index()
-        except ArchiveError:
-            raise
         except FileNotFoundError:
             raise self._error("does not exist", "Give the path of a .nemo file that does.") from None
-        except (IsADirectoryError, PermissionError) as error:
-            raise self._error(f"cannot be read: {error.strerror}", "Give the path of a readable .nemo file.") from None
+        except OSError as error:
+            raise self._error(
+                f"cannot be read: {error.strerror}", "Give the path of a regular, readable .nemo file."
+            ) from None
         except MemoryError:
             raise self._error("needs more memory to open than this machine has", "Use a larger one.") from None
-        # The tar and gzip readers raise a wide and undocumented range of exceptions on damaged input.
-        except Exception as error:
-            raise self._error(
-                f"is damaged or no tar archive ({type(error).__name__}: {printable(error)})",
-                "A .nemo file is a plain or gzipped tar; download or save it again.",
-            ) from error
+        except (DataError, zlib.error) as error:
+            found = str(error).removeprefix(str(self.path)).lstrip(": ")
+            raise self._error(f"is truncated, damaged or no tar ({found})", _A_TAR) from error
         self._weights = self._find_weights()
         self.config: dict[str, Any] = self._read_config()
 
@@ -126,23 +123,6 @@ class NemoArchive:
             )
         return content
 
-    def extract(self, folder: str | os.PathLike[str]) -> list[Path]:
-        """Write every member below ``folder`` (created if need be); a file that is already there is an error."""
-        written = []
-        for member in self._index.values():
-            destination = Path(folder) / member.name
-            try:
-                destination.parent.mkdir(parents=True, exist_ok=True)
-                with open(destination, "xb") as output, self._window(member) as source:
-                    while block := source.read(BLOCK_BYTES):
-                        output.write(block)
-            except OSError as error:
-                raise self._error(
-                    f"cannot be extracted to {destination}: {error.strerror}", "Give an empty, writable folder."
-                ) from error
-            written.append(destination)
-        return written
-
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The weights, dense, on the CPU and as saved; ``_extra_state`` entries are left out."""
         if len(self._weights) > 1:
@@ -165,48 +145,40 @@ class NemoArchive:
         ]
 
     def _read_index(self) -> dict[str, _Member]:
-        if self.path.exists() and not self.path.is_file() and not self.path.is_dir():
-            # Opening a pipe would wait for its writer; a device may never end.
-            raise self._error("is a pipe, device or socket", "Give the path of a regular file.")
-        with open(self.path, "rb") as file:
-            head = file.read(2)
+        with open_regular(self.path) as file:
+            head = file.read(len(GZIP_MAGIC))
             if not head:
-                raise self._error("is empty", "A .nemo file is a plain or gzipped tar; download or save it again.")
+                raise self._error("is empty", _A_TAR)
             file.seek(0)
-            if head == _GZIP_MAGIC:
+            if head == GZIP_MAGIC:
                 self._unpacked = self._gunzip(file)
                 return self._walk(io.BytesIO(self._unpacked), len(self._unpacked))
             return self._walk(file, os.fstat(file.fileno()).st_size)
 
     def _gunzip(self, file: IO[bytes]) -> bytes:
-        """The unpacked tar, in memory. Read to the very end, so that gzip's own checksums are verified."""
+        """The unpacked tar, in memory. Read to the very end, so that gzip's own checksum is verified."""
         packed_bytes = os.fstat(file.fileno()).st_size
         allowed = max(self._limits.gzip_floor_bytes, self._limits.gzip_ratio * packed_bytes)
         unpacked = io.BytesIO()
-        # zlib itself, because the gzip module handles any number of empty streams, each in Python, in one read.
-        stream, streams, packed = zlib.decompressobj(_GZIP), 1, file.read(BLOCK_BYTES)
-        while True:
+        # zlib itself: the gzip module goes through any number of empty streams in one read.
+        stream = zlib.decompressobj(_GZIP)
+        while not stream.eof:
+            packed = stream.unconsumed_tail or file.read(BLOCK_BYTES)
             block = stream.decompress(packed, BLOCK_BYTES)
+            if not (packed or block or stream.eof):
+                raise self._error("is truncated: its gzip stream has no end", "Download or copy the file again.")
             unpacked.write(block)
             if unpacked.tell() > allowed:
                 raise self._error(
                     f"unpacks from {packed_bytes} to more than {allowed} bytes, as a gzip bomb does",
                     "If you trust the file, gunzip it by hand and give the plain tar.",
                 )
-            if stream.eof:
-                packed = stream.unused_data.lstrip(b"\0")  # padding is allowed between streams and after the last
-                while not packed and (more := file.read(BLOCK_BYTES)):
-                    packed = more.lstrip(b"\0")
-                if not packed:
-                    break
-                if streams == self._limits.gzip_streams:
-                    raise self._error(f"strings more than {streams} gzip streams together", "Compress it as one.")
-                stream, streams = zlib.decompressobj(_GZIP), streams + 1
-                continue
-            packed = stream.unconsumed_tail
-            if not packed and len(block) < BLOCK_BYTES and not (packed := file.read(BLOCK_BYTES)):
-                raise self._error("is truncated: its gzip stream has no end", "Download or copy the file again.")
-        return unpacked.getvalue()
+        rest = stream.unused_data
+        while not rest.strip(b"\0"):  # padding
+            rest = file.read(BLOCK_BYTES)
+            if not rest:
+                return unpacked.getvalue()
+        raise self._error("goes on after the end of its gzip stream", "Compress it as one.")
 
     def _walk(self, file: IO[bytes], total_bytes: int) -> dict[str, _Member]:
         """Every member's place, after checking all of them. Reads headers only."""
@@ -241,17 +213,10 @@ class NemoArchive:
             index[name] = _Member(name, file.tell(), size)
             return False
 
-        try:
-            # Extension headers (long names) come before a member's own.
-            most = 2 * self._limits.members
-            for _ in walk_stream(self.path, file, total_bytes, check, most_header_blocks=most, single=True):
-                pass
-        except DataError as error:
-            found = str(error).removeprefix(str(self.path)).lstrip(": ")
-            raise self._error(
-                f"is truncated, damaged or no tar ({found})",
-                "A .nemo file is a plain or gzipped tar; download or save it again.",
-            ) from error
+        # Extension headers (long names) come before a member's own.
+        most = 2 * self._limits.members
+        for _ in walk_stream(self.path, file, total_bytes, check, most_header_blocks=most, single=True):
+            pass
         return index
 
     def _safe_name(self, name: str) -> str:

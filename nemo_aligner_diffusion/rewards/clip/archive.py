@@ -12,8 +12,8 @@
     tokenizer: {vocab_file: nemo:<hash>_vocab.json, merges_file: nemo:<hash>_merges.txt, max_length: 77}
 
 ``model_weights.ckpt`` holds ``CLIPModel.state_dict()`` in any floating dtype. Archives written by NeMo and NeMo-Aligner
-(``…MegatronCLIPModel``, ``…MegatronCLIPRewardModel``) are converted on the fly, see :mod:`.clip_megatron`. ``target``
-is looked up in a table of these names; nothing is imported because an archive names it.
+(``…MegatronCLIPModel``, ``…MegatronCLIPRewardModel``) are converted on the fly, see
+:mod:`~nemo_aligner_diffusion.formats.megatron_clip`.
 """
 
 from __future__ import annotations
@@ -23,81 +23,78 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from nemo_aligner_diffusion.errors import ArchiveError, RewardError
 from nemo_aligner_diffusion.formats.megatron_clip import hf_layout
 from nemo_aligner_diffusion.formats.megatron_shards import merged_state
 from nemo_aligner_diffusion.formats.nemo import NemoArchive, save_nemo
-from nemo_aligner_diffusion.rewards.clip.network import (
-    TEXT_KEYS,
-    TOP_KEYS,
-    VISION_KEYS,
-    fields,
-    fill,
-    on_meta,
-    stored_tensors,
-)
 from nemo_aligner_diffusion.rewards.clip.reward import SCORES, CLIPReward
 from nemo_aligner_diffusion.rewards.clip.tokenizer import load_tokenizer, read_tokenizer_files
-from nemo_aligner_diffusion.rewards.restore import RestoreOptions
-from nemo_aligner_diffusion.rewards.support.archive_checks import check_fit, mapping
+from nemo_aligner_diffusion.rewards.support.archive import filled, mapping, stored_tensors
 from nemo_aligner_diffusion.rewards.support.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
     from transformers import CLIPModel
 
 TARGET = "nemo_aligner_diffusion.rewards.clip.CLIPReward"
+# The only fields of a transformers configuration that are ever taken from a file: others could make transformers fetch
+# code (attn_implementation, auto_map).
+TOP_KEYS = ("projection_dim", "logit_scale_init_value")
+_TOWER_KEYS = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("hidden_act", "layer_norm_eps", "projection_dim"),
+)
+TEXT_KEYS = (*_TOWER_KEYS, "vocab_size", "max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id")
+VISION_KEYS = (*_TOWER_KEYS, "image_size", "patch_size", "num_channels")
 
 
-def restore_clip(archive: NemoArchive, options: RestoreOptions) -> CLIPReward:
-    """A CLIP reward from an archive of our own; raises :class:`ArchiveError` where something doesn't fit."""
-    return _restore(archive, options, megatron=False)
+def restore_clip(
+    archive: NemoArchive, tokenizer: str | Path | None, score: str | None, megatron: bool = False
+) -> CLIPReward:
+    """A CLIP reward from an archive; raises :class:`ArchiveError` where something doesn't fit.
 
+    Args:
+        tokenizer, score: see :func:`.restore_reward`.
+        megatron: NeMo or NeMo-Aligner wrote it.
+    """
+    from transformers import CLIPConfig, CLIPModel
 
-def restore_megatron_clip(archive: NemoArchive, options: RestoreOptions) -> CLIPReward:
-    """A CLIP reward from an archive that NeMo or NeMo-Aligner wrote."""
-    return _restore(archive, options, megatron=True)
-
-
-def _restore(archive: NemoArchive, options: RestoreOptions, megatron: bool) -> CLIPReward:
     config = archive.config
     state = merged_state(archive, config) if megatron else archive.state_dict()
-    tokens = load_tokenizer(archive, options.tokenizer)
-    try:
-        if megatron:
-            config, state = hf_layout(archive, config, state, _highest_id(tokens) + 1, tokens.eos_token_id)
-        model = _build_model(archive, mapping(archive, config, "clip"), state)
-        _check_tokenizer(archive, tokens, model)
-        vision: Any = model.config.vision_config
-        preprocessing = read_preprocessing(archive, config, vision.image_size)
-        score = options.score or config.get("score", "pickscore")
-        if score not in SCORES:
-            raise ArchiveError(f"{archive.path}: its score is {score!r}; known are {', '.join(SCORES)}.")
-        prefix = config.get("prompt_prefix") or ""
-        if not isinstance(prefix, str):
-            raise ArchiveError(f"{archive.path}: its prompt_prefix is {str(prefix)[:100]!r}; expected text.")
-        max_length = mapping(archive, config, "tokenizer", optional=True).get("max_length")
-        if max_length is not None and (not isinstance(max_length, int) or max_length < 2):
-            raise ArchiveError(f"{archive.path}: tokenizer.max_length is {max_length!r}; expected at least 2 tokens.")
-    except ArchiveError:
-        raise
-    # transformers raises its own validation errors, and plain ones, for field values it cannot build a model from.
-    except Exception as error:
-        raise ArchiveError(
-            f"{archive.path}: its configuration describes no CLIP model that can be built "
-            f"({type(error).__name__}: {str(error)[:300]}). Save the archive again from a working model."
-        ) from error
+    tokens = load_tokenizer(archive, tokenizer)
+    if megatron:
+        config, state = hf_layout(archive, config, state, _highest_id(tokens) + 1, tokens.eos_token_id)
+    clip = mapping(archive, config, "clip")
+    sections = {
+        "text_config": tower_fields(archive, clip, "text_config", TEXT_KEYS, len(state)),
+        "vision_config": tower_fields(archive, clip, "vision_config", VISION_KEYS, len(state)),
+        **{key: clip[key] for key in TOP_KEYS if clip.get(key) is not None},
+    }
+    model = filled(lambda: CLIPModel(CLIPConfig(**sections)), state, archive.path)
+    vision: Any = model.config.vision_config
+    _check_tokenizer(archive, tokens, model)
+    score = score or config.get("score", "pickscore")
+    if score not in SCORES:
+        raise ArchiveError(f"{archive.path}: its score is {score!r}; known are {', '.join(SCORES)}.")
+    prefix = config.get("prompt_prefix") or ""
+    if not isinstance(prefix, str):
+        raise ArchiveError(f"{archive.path}: its prompt_prefix is {str(prefix)[:100]!r}; expected text.")
+    max_length = mapping(archive, config, "tokenizer", optional=True).get("max_length")
+    if max_length is not None and (not isinstance(max_length, int) or max_length < 2):
+        raise ArchiveError(f"{archive.path}: tokenizer.max_length is {max_length!r}; expected at least 2 tokens.")
     return CLIPReward(
         model,
         tokens,
         score=score,
         prompt_prefix=prefix,
         max_length=max_length,
-        micro_batch_size=options.micro_batch_size,
-        activation_checkpointing=options.activation_checkpointing,
-        preprocessing=preprocessing,
+        preprocessing=read_preprocessing(archive, config, vision.image_size),
     )
+
+
+def restore_megatron_clip(archive: NemoArchive, tokenizer: str | Path | None, score: str | None) -> CLIPReward:
+    """A CLIP reward from an archive that NeMo or NeMo-Aligner wrote."""
+    return restore_clip(archive, tokenizer, score, megatron=True)
 
 
 def convert_hf_clip_to_nemo(
@@ -159,28 +156,16 @@ def convert_hf_clip_to_nemo(
     return save_nemo(path, config, state, dict(tokenizer_files), gzip=gzip)
 
 
-def _build_model(archive: NemoArchive, clip: Mapping[str, Any], state: dict[str, Tensor]) -> CLIPModel:
-    """A CLIPModel of the configured architecture holding ``state``; nothing is allocated before the two agree."""
-    from transformers import CLIPConfig, CLIPModel
-
-    sections: dict[str, Any] = {
-        "text_config": tower_fields(archive, clip, "text_config", TEXT_KEYS, len(state)),
-        "vision_config": tower_fields(archive, clip, "vision_config", VISION_KEYS, len(state)),
-    }
-    sections.update({key: clip[key] for key in TOP_KEYS if clip.get(key) is not None})
-    config = CLIPConfig(**sections)
-    model = on_meta(lambda: CLIPModel(config))
-    state = stored_tensors(state)
-    check_fit(archive, state, stored_tensors(model.state_dict()))
-    fill(model, state)
-    return model
+def fields(config: Any, keys: tuple[str, ...]) -> dict[str, Any]:
+    """The values of ``keys`` in a configuration object."""
+    return {key: getattr(config, key) for key in keys}
 
 
 def tower_fields(
     archive: NemoArchive, clip: Mapping[str, Any], section: str, keys: tuple[str, ...], tensors: int
 ) -> dict[str, Any]:
     """The given ``keys`` of the archive's ``clip.<section>``, with as many layers as ``tensors`` allow."""
-    given = mapping(archive, clip, section, "clip.")
+    given = mapping(archive, clip, section)
     found = {key: given[key] for key in keys if given.get(key) is not None}
     layers = found.get("num_hidden_layers", 12)
     # Before a loop of that many layers is entered: each has 16 tensors of its own.

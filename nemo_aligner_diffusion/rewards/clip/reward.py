@@ -13,27 +13,23 @@ Example::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from nemo_aligner_diffusion.errors import RewardError
-from nemo_aligner_diffusion.rewards.base import Reward, wide
-from nemo_aligner_diffusion.rewards.support.micro_batches import in_micro_batches, own_precision
+from nemo_aligner_diffusion.rewards.base import ModelReward, unit_length
 from nemo_aligner_diffusion.rewards.support.preprocessing import Preprocessing
-from nemo_aligner_diffusion.rewards.support.text_rows import TextRows, TruncationCounter
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, PreTrainedTokenizerBase
 
 SCORES = ("pickscore", "hps", "clipscore")
-_Self = TypeVar("_Self", bound="CLIPReward")
 
 
-class CLIPReward(Reward):
+class CLIPReward(ModelReward):
     """A frozen :class:`transformers.CLIPModel` as a reward.
 
     Args:
@@ -43,10 +39,7 @@ class CLIPReward(Reward):
         preprocessing: of pictures; OpenAI's for the model's size when left out.
         prompt_prefix: put before every prompt, e.g. ``"A photo depicts "``, the words CLIPScore was published with.
         max_length: tokens a prompt may have, both ends included; the model's own when left out.
-        micro_batch_size: images per forward pass of the vision tower; all at once when left out.
-        activation_checkpointing: recompute the vision tower in the backward pass, one micro-batch at a time, so that
-            its memory doesn't grow with the number of images.
-        text_cache_size: prompts whose embeddings are kept.
+        micro_batch_size, activation_checkpointing: of the vision tower, see :class:`.ModelReward`.
     """
 
     name = "clip"
@@ -62,33 +55,21 @@ class CLIPReward(Reward):
         max_length: int | None = None,
         micro_batch_size: int | None = None,
         activation_checkpointing: bool = False,
-        text_cache_size: int = 4096,
     ) -> None:
-        super().__init__()
         if score not in SCORES:
             raise RewardError(f"A CLIP reward scores by one of {', '.join(SCORES)}, not {score!r}.")
-        clip_config: Any = model.config
-        most_tokens: int = clip_config.text_config.max_position_embeddings
-        self.model = model
-        self.tokenizer = tokenizer
+        config: Any = model.config
+        most_tokens: int = config.text_config.max_position_embeddings
+        super().__init__(
+            model,
+            tokenizer,
+            max_length=min(max_length or most_tokens, most_tokens),
+            micro_batch_size=micro_batch_size,
+            activation_checkpointing=activation_checkpointing,
+        )
         self.score_type = score
-        self.preprocessing = preprocessing or Preprocessing(clip_config.vision_config.image_size)
+        self.preprocessing = preprocessing or Preprocessing(config.vision_config.image_size)
         self.prompt_prefix = prompt_prefix
-        self.max_length = min(max_length or most_tokens, most_tokens)
-        self.micro_batch_size = micro_batch_size
-        self.activation_checkpointing = activation_checkpointing
-        self.truncated = TruncationCounter(self.max_length)
-        self.text_rows = TextRows(text_cache_size)
-        self.freeze()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype the towers compute in."""
-        return self.model.visual_projection.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.visual_projection.weight.device
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         image_embeddings = self.embed_images(images)
@@ -102,19 +83,13 @@ class CLIPReward(Reward):
 
     def embed_images(self, images: Tensor) -> Tensor:
         """Embeddings ``(B, D)`` of length 1 of images ``(B, 3, H, W)`` in ``[0, 1]``; differentiable."""
-        with own_precision(self.device.type):
-            return in_micro_batches(
-                self._embed_pixels,
-                self.preprocessing(images.to(self.device)),
-                micro_batch_size=self.micro_batch_size,
-                activation_checkpointing=self.activation_checkpointing,
-            )
+        return self.in_micro_batches(self._embed_pixels, self.preprocessing(images.to(self.device)))
 
     def embed_texts(self, prompts: Sequence[str]) -> Tensor:
         """Embeddings ``(B, D)`` of length 1, without gradient; cached per prompt, prompts over the limit truncated."""
         if not prompts:
             return torch.empty(0, self.model.visual_projection.out_features, device=self.device)
-        return self.text_rows(self._embed_text, prompts, self.device.type)
+        return self.text_rows(self._embed_text, prompts, self.device)
 
     def _embed_pixels(self, pixels: Tensor) -> Tensor:
         pooled = self.model.vision_model(pixel_values=pixels.to(self.dtype)).pooler_output
@@ -122,29 +97,16 @@ class CLIPReward(Reward):
 
     def _embed_text(self, prompt: str) -> Tensor:
         # Neither padding nor a mask: the text tower is causal and pools at the first end-of-text token.
-        pooled = self.model.text_model(
-            input_ids=torch.tensor([self.tokenize(prompt)], device=self.device)
-        ).pooler_output
-        return unit_length(self.model.text_projection(pooled))[0]
+        ids = torch.tensor([self.tokenize(prompt)], device=self.device)
+        return unit_length(self.model.text_projection(self.model.text_model(input_ids=ids).pooler_output))[0]
 
     def tokenize(self, prompt: str) -> list[int]:
         """The ids of ``prompt_prefix`` and prompt, at most ``max_length`` of them."""
-        prompt = self.prompt_prefix + prompt
-        ids: list[int] = self.tokenizer(prompt, truncation=True, max_length=self.max_length).input_ids
-        if len(ids) == self.max_length and len(self.tokenizer(prompt).input_ids) > self.max_length:
-            self.truncated.count(prompt)
+        ids: list[int] = self.tokenized(self.prompt_prefix + prompt).input_ids
         return ids
 
     def _from_cosine(self, cosine: Tensor) -> Tensor:
         if self.score_type == "pickscore":
-            return self.model.logit_scale.to(cosine.dtype).exp() * cosine
+            scale: Tensor = self.model.logit_scale.to(cosine.dtype).exp()
+            return scale * cosine
         return cosine if self.score_type == "hps" else 2.5 * cosine.clamp(min=0)
-
-    def _apply(self: _Self, fn: Callable[..., Any], recurse: bool = True) -> _Self:
-        self.text_rows.clear()  # they stay behind on the old device, in the old dtype
-        return super()._apply(fn, recurse)
-
-
-def unit_length(embeddings: Tensor) -> Tensor:
-    """Rows of length 1, in float32 or float64: a half-precision norm would cost two digits of the score."""
-    return functional.normalize(wide(embeddings), dim=-1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,20 +14,12 @@ from nemo_aligner_diffusion.formats.checkpoints import read_tensors
 from nemo_aligner_diffusion.formats.files import read_json
 from nemo_aligner_diffusion.formats.hub import locate
 from nemo_aligner_diffusion.formats.open_clip import OpenClipChoices
-from nemo_aligner_diffusion.rewards.clip.network import (
-    TEXT_KEYS,
-    TOP_KEYS,
-    VISION_KEYS,
-    fields,
-    fill,
-    on_meta,
-    stored_tensors,
-)
-from nemo_aligner_diffusion.rewards.support.archive_checks import misfits
+from nemo_aligner_diffusion.rewards.clip.archive import TEXT_KEYS, TOP_KEYS, VISION_KEYS, fields
+from nemo_aligner_diffusion.rewards.support.archive import filled
 from nemo_aligner_diffusion.rewards.support.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
-    from transformers import CLIPConfig, CLIPModel, CLIPVisionModelWithProjection
+    from transformers import CLIPModel
 
 HF_WEIGHTS = (
     *("model.safetensors", "model.safetensors.index.json"),
@@ -42,60 +33,6 @@ _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _SMALL_FILES = ("*.json", "merges.txt")
 _PILLOW_FILTERS = {2: "bilinear", 3: "bicubic"}
 _OPEN_CLIP_RESIZES = {"shortest": "crop", "longest": "pad", "squash": "squash"}
-
-
-@dataclass(frozen=True)
-class ClipWeights:
-    """A CLIP, not yet built.
-
-    Attributes:
-        origin: where it was read from.
-        config: its architecture.
-        state: its tensors under Hugging Face's names, in the dtypes they were saved in.
-        preprocessing: what its pictures go through.
-    """
-
-    origin: Path
-    config: CLIPConfig
-    state: Mapping[str, Tensor]
-    preprocessing: Preprocessing
-
-    def model(self) -> CLIPModel:
-        """The whole model; raises :class:`CheckpointError` where the tensors are not those of the architecture."""
-        from transformers import CLIPModel
-
-        model = self._build(lambda: CLIPModel(self.config))
-        self._fill(model, self.state)
-        return model
-
-    def vision_model(self) -> CLIPVisionModelWithProjection:
-        """The vision tower and its projection; raises as above."""
-        from transformers import CLIPVisionModelWithProjection
-
-        vision: Any = self.config.vision_config
-        vision.projection_dim = self.config.projection_dim
-        model = self._build(lambda: CLIPVisionModelWithProjection(vision))
-        wanted = ("vision_model.", "visual_projection.")
-        self._fill(model, {key: value for key, value in self.state.items() if key.startswith(wanted)})
-        return model
-
-    def _build(self, make: Any) -> Any:
-        try:
-            return on_meta(make)
-        # transformers raises its own validation errors, and plain ones, for sizes it cannot build a model from.
-        except Exception as error:
-            raise CheckpointError(
-                f"{self.origin}: no CLIP can be built with this architecture ({_in_one_line(error)}). "
-                "Check its config.json, or --vision-heads and --text-heads."
-            ) from error
-
-    def _fill(self, model: Any, state: Mapping[str, Tensor]) -> None:
-        state = stored_tensors(state)
-        if found := misfits(state, stored_tensors(model.state_dict())):
-            raise CheckpointError(
-                f"{self.origin}: {found} do not fit the architecture. Give the whole checkpoint of a CLIP, unchanged."
-            )
-        fill(model, state)
 
 
 def locate_clip(source: str | Path) -> Path:
@@ -112,8 +49,8 @@ def locate_clip(source: str | Path) -> Path:
     )
 
 
-def read_clip(path: Path, choices: OpenClipChoices) -> ClipWeights:
-    """The CLIP in a Hugging Face folder, an OpenCLIP folder or an OpenCLIP checkpoint.
+def read_clip(path: Path, choices: OpenClipChoices) -> tuple[CLIPModel, Preprocessing]:
+    """The CLIP in a Hugging Face folder, an OpenCLIP folder or checkpoint, and what its pictures go through.
 
     Args:
         path: see the module's docstring.
@@ -147,14 +84,12 @@ def read_clip(path: Path, choices: OpenClipChoices) -> ClipWeights:
         raise CheckpointError(
             f"{config_path}: resize_mode is {resize!r}; known are {', '.join(_OPEN_CLIP_RESIZES)}. Give --resize."
         )
-    config = _clip_config(sections, path)
+    model = _build(sections, converted, path)
     stated = {key: prepared[key] for key in ("mean", "std", "interpolation") if prepared.get(key)}
-    return ClipWeights(
-        path, config, converted, _preprocessing(config_path, config, resize=_OPEN_CLIP_RESIZES[resize], **stated)
-    )
+    return model, _preprocessing(config_path, model, resize=_OPEN_CLIP_RESIZES[resize], **stated)
 
 
-def _read_hf(folder: Path, weights: Path, choices: OpenClipChoices) -> ClipWeights:
+def _read_hf(folder: Path, weights: Path, choices: OpenClipChoices) -> tuple[CLIPModel, Preprocessing]:
     from transformers import CLIPConfig
 
     kind = read_json(folder / "config.json", CheckpointError).get("model_type")
@@ -175,41 +110,40 @@ def _read_hf(folder: Path, weights: Path, choices: OpenClipChoices) -> ClipWeigh
         "text_config": fields(given.text_config, TEXT_KEYS),
         "vision_config": fields(given.vision_config, VISION_KEYS),
     }
+    files = [weights.name]
+    if weights.suffix == ".json":
+        files = sorted({str(name) for name in _section(read_json(weights, CheckpointError), "weight_map").values()})
+        if not files or any(Path(name).name != name for name in files):
+            raise CheckpointError(f"{weights}: its weight_map names no files of this folder.")
     state: dict[str, Tensor] = {}
-    for file in _parts(weights):
-        state.update(read_tensors(file))
-    config = _clip_config(sections, folder)
-    return ClipWeights(folder, config, state, _hf_preprocessing(folder, config))
+    for name in files:
+        state |= read_tensors(folder / name)
+    model = _build(sections, state, folder)
+    return model, _hf_preprocessing(folder, model)
 
 
-def _clip_config(sections: Mapping[str, Any], origin: Path) -> CLIPConfig:
-    from transformers import CLIPConfig
+def _build(sections: Mapping[str, Any], state: Mapping[str, Tensor], origin: Path) -> CLIPModel:
+    from transformers import CLIPConfig, CLIPModel
 
-    try:
-        return CLIPConfig(**sections)
-    # transformers raises validation errors of several libraries.
-    except Exception as error:
-        raise CheckpointError(
-            f"{origin}: no CLIP can be built with this architecture ({_in_one_line(error)}). "
-            "Check its config.json, or --vision-heads and --text-heads."
-        ) from error
+    remedy = "Check its config.json, or --vision-heads and --text-heads."
+    return filled(lambda: CLIPModel(CLIPConfig(**sections)), state, origin, CheckpointError, remedy)
 
 
-def _preprocessing(origin: Path, config: CLIPConfig, **stated: Any) -> Preprocessing:
-    vision: Any = config.vision_config
+def _preprocessing(origin: Path, model: CLIPModel, **stated: Any) -> Preprocessing:
+    vision: Any = model.config.vision_config
     try:
         return Preprocessing(vision.image_size, **stated)
     except RewardError as error:
         raise CheckpointError(f"{origin}: {error}") from error
 
 
-def _hf_preprocessing(folder: Path, config: CLIPConfig) -> Preprocessing:
+def _hf_preprocessing(folder: Path, model: CLIPModel) -> Preprocessing:
     """What a folder's image processor states; CLIP's own where there is none.
 
     Raises:
         CheckpointError: it prepares pictures in a way that cannot be followed.
     """
-    vision: Any = config.vision_config
+    vision: Any = model.config.vision_config
     path = _first(folder, _PROCESSORS)
     stated = read_json(path, CheckpointError) if path is not None else {}
     given = _section(stated, "image_processor") or stated
@@ -229,21 +163,7 @@ def _hf_preprocessing(folder: Path, config: CLIPConfig) -> Preprocessing:
             "file to use CLIP's own preparation."
         )
     stated = {key: given[f"image_{key}"] for key in ("mean", "std") if given.get(f"image_{key}")}
-    return _preprocessing(path or folder, config, interpolation=interpolation, resize=resize, **stated)
-
-
-def _in_one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
-
-
-def _parts(weights: Path) -> list[Path]:
-    """The files of a checkpoint that may be an index of several."""
-    if weights.suffix != ".json":
-        return [weights]
-    names = sorted({str(name) for name in _section(read_json(weights, CheckpointError), "weight_map").values()})
-    if not names or any(Path(name).name != name for name in names):
-        raise CheckpointError(f"{weights}: its weight_map names no files of this folder.")
-    return [weights.parent / name for name in names]
+    return _preprocessing(path or folder, model, interpolation=interpolation, resize=resize, **stated)
 
 
 def _first(folder: Path, names: tuple[str, ...]) -> Path | None:

@@ -11,6 +11,7 @@ from nemo_aligner_diffusion.errors import AlignerError, ArchiveError
 from nemo_aligner_diffusion.formats.files import parse_json, read_bytes
 from nemo_aligner_diffusion.formats.hub import is_hub_name, locate
 from nemo_aligner_diffusion.formats.nemo import NemoArchive
+from nemo_aligner_diffusion.rewards.support.archive import mapping
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,19 +29,15 @@ def load_tokenizer(archive: NemoArchive, folder: str | Path | None = None) -> Pr
     Raises:
         ArchiveError: there is none, or its files are damaged.
     """
-    section = archive.config.get("tokenizer")
-    section = section if isinstance(section, dict) else {}
-    vocab_reference = section.get("vocab_file")
-    merges_reference = section.get("merges_file") or section.get("merge_file")  # the latter is NeMo's spelling
+    section = mapping(archive, archive.config, "tokenizer", optional=True)
+    # merge_file is NeMo's spelling
+    references: list[Any] = [section.get("vocab_file"), section.get("merges_file") or section.get("merge_file")]
     if folder is not None:
         files = read_tokenizer_files(folder)
         return tokenizer_from_bytes(files[VOCAB_FILE], files[MERGES_FILE], str(folder))
-    if vocab_reference and merges_reference:
-        return tokenizer_from_bytes(
-            archive.artifact(vocab_reference, MOST_BYTES),
-            archive.artifact(merges_reference, MOST_BYTES),
-            str(archive.path),
-        )
+    if all(references):
+        vocab, merges = (archive.artifact(reference, MOST_BYTES) for reference in references)
+        return tokenizer_from_bytes(vocab, merges, str(archive.path))
     name = section.get("type")
     if isinstance(name, str) and is_hub_name(name):
         try:
@@ -118,44 +115,18 @@ def tokenizer_from_bytes(vocab: bytes, merges: bytes, origin: str) -> PreTrained
     from transformers import CLIPTokenizer
 
     try:
-        vocabulary = _vocabulary(vocab)
-        pairs: Any = _merges(merges, vocabulary)
+        vocabulary = parse_json(vocab)
+        if not isinstance(vocabulary, dict):
+            raise ValueError("the vocabulary should map strings to token ids")
+        if len(set(vocabulary.values())) != len(vocabulary):
+            raise ValueError("two entries of the vocabulary share a token id")
+        if lacking := [token for token in ("<|startoftext|>", "<|endoftext|>") if token not in vocabulary]:
+            raise ValueError(f"the vocabulary lacks {', '.join(lacking)}")
+        lines = [line.rstrip("\r") for line in merges.decode().split("\n")]
+        pairs: Any = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
         tokenizer: PreTrainedTokenizerBase = CLIPTokenizer(vocab=vocabulary, merges=pairs)
-    except ValueError as error:  # JSON and Unicode errors too
+    except Exception as error:  # JSON and Unicode errors too; the tokenizers library raises bare Exception
         raise ArchiveError(
-            f"{origin}: its tokenizer files are damaged: {str(error)[:200]}. Save the archive again."
-        ) from (error)
-    # The tokenizers library raises bare Exception.
-    except Exception as error:
-        raise ArchiveError(
-            f"{origin}: its tokenizer files don't make a tokenizer ({str(error)[:200]}). Save the archive again."
+            f"{origin}: its tokenizer files are damaged ({str(error)[:200]}). Save the archive again."
         ) from error
     return tokenizer
-
-
-def _vocabulary(content: bytes) -> dict[str, int]:
-    vocabulary = parse_json(content)
-    if not isinstance(vocabulary, dict) or not all(
-        isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 2**31
-        for number in vocabulary.values()
-    ):
-        raise ValueError("the vocabulary should map strings to token ids")
-    if len(set(vocabulary.values())) != len(vocabulary):
-        raise ValueError("two entries of the vocabulary share a token id")
-    for token in ("<|startoftext|>", "<|endoftext|>"):
-        if token not in vocabulary:
-            raise ValueError(f"the vocabulary lacks {token}")
-    return vocabulary
-
-
-def _merges(content: bytes, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
-    pairs = []
-    for number, line in enumerate(content.decode("utf-8").split("\n"), start=1):
-        line = line.rstrip("\r")
-        if not line or (number == 1 and line.startswith("#version")):
-            continue
-        parts = line.split(" ")
-        if len(parts) != 2 or not all(part in vocabulary for part in parts) or "".join(parts) not in vocabulary:
-            raise ValueError(f"line {number} of the merges, {line[:60]!r}, is no pair of vocabulary entries")
-        pairs.append((parts[0], parts[1]))
-    return pairs

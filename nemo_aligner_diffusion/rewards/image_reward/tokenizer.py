@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_aligner_diffusion.errors import ArchiveError
+from nemo_aligner_diffusion.formats.files import read_bytes
 from nemo_aligner_diffusion.formats.nemo import NemoArchive
+from nemo_aligner_diffusion.rewards.support.archive import mapping
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,24 +26,23 @@ def load_tokenizer(archive: NemoArchive, rows: int, folder: str | Path | None = 
     """The tokenizer inside ``archive``, or of ``folder`` if one is given; ``rows`` as below."""
     if folder is not None:
         return tokenizer_from_bytes(read_vocabulary(folder), rows, str(folder))
-    section = archive.config.get("tokenizer")
-    reference = section.get("vocab_file") if isinstance(section, dict) else None
+    reference = mapping(archive, archive.config, "tokenizer", optional=True).get("vocab_file")
     if not reference:
         raise ArchiveError(
             f"{archive.path}: its configuration names no tokenizer (tokenizer.vocab_file as nemo:<hash>_vocab.txt). "
             "Set rm.model.tokenizer to a folder with the vocab.txt of bert-base-uncased."
         )
-    return tokenizer_from_bytes(archive.artifact(reference), rows, str(archive.path))
+    return tokenizer_from_bytes(archive.artifact(reference, _MOST_BYTES), rows, str(archive.path))
 
 
 def read_vocabulary(folder: str | Path) -> bytes:
     """The bytes of ``folder/vocab.txt``."""
+    path = Path(folder, VOCABULARY_FILE)
     try:
-        return Path(folder, VOCABULARY_FILE).read_bytes()
+        return read_bytes(path, _MOST_BYTES)
     except OSError as error:
         raise ArchiveError(
-            f"{folder}: no BERT tokenizer here ({error.strerror}: {error.filename}). "
-            "Give a folder with the vocab.txt of bert-base-uncased."
+            f"{path}: no BERT tokenizer here ({error.strerror}). Give a folder with the vocab.txt of bert-base-uncased."
         ) from error
 
 
@@ -59,16 +60,18 @@ def tokenizer_from_bytes(vocabulary_text: bytes, rows: int, origin: str) -> PreT
     from transformers import BertTokenizer
 
     try:
-        vocabulary = _vocabulary(vocabulary_text, rows)
-        tokenizer: PreTrainedTokenizerBase = BertTokenizer(vocab=vocabulary)
+        # Only line feeds end a line: entries may hold other separators of Unicode.
+        lines = [line.removesuffix("\r") for line in vocabulary_text.decode().removesuffix("\n").split("\n")]
+        if len(set(lines)) != len(lines):
+            raise ValueError("an entry appears twice")
+        if missing := [token for token in _NEEDED if token not in lines]:
+            raise ValueError(f"it lacks {', '.join(missing)}")
+        tokenizer: PreTrainedTokenizerBase = BertTokenizer(vocab={line: number for number, line in enumerate(lines)})
         tokenizer.add_special_tokens({"bos_token": "[DEC]"})
         tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
-    except ValueError as error:  # Unicode errors too
-        raise ArchiveError(f"{origin}: its {VOCABULARY_FILE} is damaged: {str(error)[:200]}. Save it again.") from error
-    # The tokenizers library raises bare Exception.
-    except Exception as error:
+    except Exception as error:  # Unicode errors too; the tokenizers library raises bare Exception
         raise ArchiveError(
-            f"{origin}: its {VOCABULARY_FILE} makes no tokenizer ({str(error)[:200]}). Save it again."
+            f"{origin}: its {VOCABULARY_FILE} is damaged ({str(error)[:200]}). Save it again."
         ) from error
     highest = max(tokenizer.get_vocab().values())
     if highest >= rows:
@@ -77,18 +80,3 @@ def tokenizer_from_bytes(vocabulary_text: bytes, rows: int, origin: str) -> PreT
             "weights must come from the same model: ImageReward goes with bert-base-uncased."
         )
     return tokenizer
-
-
-def _vocabulary(content: bytes, most: int) -> dict[str, int]:
-    if len(content) > _MOST_BYTES:
-        raise ValueError(f"it has {len(content)} bytes; expected at most {_MOST_BYTES}")
-    # Only line feeds end a line: entries may hold other separators of Unicode.
-    lines = content.decode("utf-8").removesuffix("\n").split("\n")
-    if len(lines) > most:
-        raise ValueError(f"it has {len(lines)} entries for a text model that knows {most}")
-    vocabulary = {line.removesuffix("\r"): number for number, line in enumerate(lines)}
-    if len(vocabulary) != len(lines):
-        raise ValueError("an entry appears twice")
-    if missing := [token for token in _NEEDED if token not in vocabulary]:
-        raise ValueError(f"it lacks {', '.join(missing)}")
-    return vocabulary

@@ -12,7 +12,6 @@ from nemo_aligner_diffusion.errors import RewardError
 from nemo_aligner_diffusion.import_path import load_callable
 from nemo_aligner_diffusion.rewards.base import Reward, check_images, wide
 from nemo_aligner_diffusion.rewards.settings import RewardSettings
-from nemo_aligner_diffusion.rewards.support.micro_batches import own_precision
 
 
 class CustomReward(Reward):
@@ -49,7 +48,7 @@ class CustomReward(Reward):
         check_images(images, prompts)
         images = wide(images)
         parts: dict[str, Tensor] = {}
-        with own_precision(images.device.type):
+        with torch.autocast(images.device.type, enabled=False):
             if isinstance(self.judge, Reward):
                 score, parts = self.judge.scores(images, prompts)
             else:

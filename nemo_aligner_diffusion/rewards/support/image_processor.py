@@ -16,27 +16,21 @@ from torch import Tensor
 from torch.nn import functional
 
 from nemo_aligner_diffusion.errors import RewardError
-from nemo_aligner_diffusion.rewards.support.preprocessing import antialiased_resize
+from nemo_aligner_diffusion.rewards.base import wide
+from nemo_aligner_diffusion.rewards.support.preprocessing import (
+    antialiased_resize,
+    centre_crop,
+    per_channel,
+    resize_short_side,
+)
 
 # PIL's numbers for its filters, as preprocessor_config.json holds them. torch has no Lanczos; bicubic differs from it
 # by 0.9 grey levels on average where a photograph shrinks to 224 pixels.
 _FILTERS = {0: "nearest-exact", 1: "bicubic", 2: "bilinear", 3: "bicubic"}
 # Processors that resize, crop, rescale and normalise, in this order, and do nothing else.
 PLAIN = (
-    *(
-        "ViT",
-        "DeiT",
-        "CLIP",
-        "ChineseCLIP",
-        "Siglip",
-        "Bit",
-        "Blip",
-        "Pvt",
-        "MobileNetV1",
-        "OwlViT",
-        "Beit",
-        "Segformer",
-    ),
+    *("ViT", "DeiT", "CLIP", "ChineseCLIP", "Siglip", "Bit", "Blip", "Pvt", "MobileNetV1", "OwlViT", "Beit"),
+    "Segformer",
 )
 # Processors with one step of their own, which is known here.
 SPECIAL = ("ConvNext", "EfficientNet", "Levit", "MobileViT", "Owlv2")
@@ -107,37 +101,30 @@ class ImageProcessor:
                 f"{where}: its preprocessor_config.json resizes by PIL's filter {resample}; known are 0 (nearest), "
                 "1 (Lanczos, as bicubic), 2 (bilinear), 3 (bicubic)."
             )
-        return cls(
-            kind,
-            resize,
-            crop,
-            _FILTERS.get(resample, "bilinear"),
-            scale,
-            offset,
-            _channels(mean),
-            _channels(std),
-            reverse,
-        )
+        interpolation = _FILTERS.get(resample, "bilinear")
+        return cls(kind, resize, crop, interpolation, scale, offset, _channels(mean), _channels(std), reverse)
 
     def __call__(self, images: Tensor) -> Tensor:
         """``(B, 3, H, W)`` in ``[0, 1]`` to the network's input ``(B, 3, h, w)``, float32 or the images' float64."""
-        if images.dtype != torch.float64:
-            images = images.float()  # half precision has too few digits for an antialiased sum
+        images = wide(images)  # half precision has too few digits for an antialiased sum
         if self.kind == "Owlv2":
-            images = _pad_to_square(images)
+            height, width = images.shape[-2:]
+            images = functional.pad(images, (0, max(height - width, 0), 0, max(width - height, 0)))
             if isinstance(self.resize, tuple):
                 images = _blur_and_resize(images, self.resize)
+        elif isinstance(self.resize, tuple):
+            images = antialiased_resize(images, self.resize, self.interpolation)
         elif self.resize is not None:
-            images = _resize(images, self.resize, self.interpolation)
+            images = resize_short_side(images, self.resize, self.interpolation)
         if self.crop is not None:
-            images = _centre_crop(images, self.crop)
+            images = centre_crop(images, self.crop, down=True)
         if self.reverse_channels:
             images = images.flip(1)
         images = images * (255.0 * self.scale) + self.offset
         if self.mean is not None:
-            images = images - images.new_tensor(self.mean).view(1, -1, 1, 1)
+            images = images - per_channel(images, self.mean)
         if self.std is not None:
-            images = images / images.new_tensor(self.std).view(1, -1, 1, 1)
+            images = images / per_channel(images, self.std)
         return images
 
 
@@ -164,32 +151,6 @@ def _channels(values: Any) -> tuple[float, ...] | None:
     if values is None:
         return None
     return tuple(map(float, values)) if isinstance(values, Sequence) else (float(values),) * 3
-
-
-def _resize(images: Tensor, size: tuple[int, int] | int, interpolation: str) -> Tensor:
-    height, width = images.shape[-2:]
-    if isinstance(size, int):
-        short, long = min(height, width), max(height, width)
-        other = int(size * long / short)  # rounded down, as transformers does
-        size = (other, size) if height > width else (size, other)
-    return antialiased_resize(images, size, interpolation)
-
-
-def _centre_crop(images: Tensor, size: tuple[int, int]) -> Tensor:
-    height, width = images.shape[-2:]
-    missing_rows, missing_columns = max(size[0] - height, 0), max(size[1] - width, 0)
-    if missing_rows or missing_columns:
-        top, left = (missing_rows + 1) // 2, (missing_columns + 1) // 2
-        images = functional.pad(images, (left, missing_columns - left, top, missing_rows - top))
-        height, width = images.shape[-2:]
-    top, left = (height - size[0]) // 2, (width - size[1]) // 2
-    return images[..., top : top + size[0], left : left + size[1]]
-
-
-def _pad_to_square(images: Tensor) -> Tensor:
-    height, width = images.shape[-2:]
-    side = max(height, width)
-    return functional.pad(images, (0, side - width, 0, side - height))
 
 
 def _blur_and_resize(images: Tensor, size: tuple[int, int]) -> Tensor:

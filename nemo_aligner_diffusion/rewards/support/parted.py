@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,7 +17,11 @@ from nemo_aligner_diffusion.errors import CheckpointError, RewardError
 from nemo_aligner_diffusion.rewards.base import Reward, check_images
 from nemo_aligner_diffusion.rewards.parts import BY_BASE, PartedSettings, Shaping
 
-STATISTICS_FILE = "reward_normalization.json"  # in a run directory: {place: {"mean": …, "std": …}}
+logger = logging.getLogger(__name__)
+
+STATISTICS_FILE = "reward_normalization.json"  # in a run directory: what known_statistics gives
+# Settings on which a picture's score does not depend, but for rounding; random changes are for training alone.
+_BESIDE_THE_SCORE = {"augment", "precision", "micro_batch_size", "activation_checkpointing"}
 
 
 class PartedReward(Reward):
@@ -53,11 +61,38 @@ class PartedReward(Reward):
 
     def unmeasured(self) -> list[str]:
         """Parts that are to be normalised by the base model's pictures and are not yet."""
-        return [
-            name
-            for name, shaping in self.shapings.items()
-            if shaping.normalize == BY_BASE and name not in self.statistics
-        ]
+        return [name for name in self._by_base() if name not in self.statistics]
+
+    def measured(self) -> dict[str, dict[str, Any]]:
+        """What was measured, by place: ``mean``, ``std``, and ``of``, which tells what reward it was."""
+        return {
+            self.place(name): dict(zip(("mean", "std"), self.statistics[name], strict=True))
+            | {"of": self._identity(name)}
+            for name in self._by_base()
+            if name in self.statistics
+        }
+
+    def take(self, statistics: Mapping[str, Mapping[str, Any]]) -> None:
+        """Go on with what :meth:`measured` gave; of another reward than is in the place now, it is left out."""
+        for name in self._by_base():
+            place, figures = self.place(name), statistics.get(self.place(name))
+            if figures is None:
+                continue
+            if figures.get("of", self._identity(name)) != self._identity(name):
+                logger.warning(
+                    "%s: its scale was measured of a reward with other settings; those figures are not used", place
+                )
+                continue
+            mean, std = float(figures["mean"]), float(figures["std"])
+            Shaping(normalize=(mean, std)).check(place)
+            self.statistics[name] = (mean, std)
+
+    def _by_base(self) -> list[str]:
+        return [name for name, shaping in self.shapings.items() if shaping.normalize == BY_BASE]
+
+    def _identity(self, name: str) -> str:
+        """Changes when a part's settings do, as far as its scores depend on them."""
+        return hashlib.sha256(repr(_scored_by(self.settings.members[name].reward)).encode()).hexdigest()[:16]
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return self.scores(images, prompts)[0]
@@ -83,19 +118,24 @@ class PartedReward(Reward):
         return shaping.bounded(score)
 
 
+def _scored_by(value: Any) -> Any:
+    """Settings as plain values without those beside the score; of a reward made in Python, what it is."""
+    if isinstance(value, Mapping):
+        return {key: _scored_by(below) for key, below in value.items()}
+    if dataclasses.is_dataclass(value):
+        names = [field.name for field in dataclasses.fields(value) if field.name not in _BESIDE_THE_SCORE]
+        return type(value).__name__, {name: _scored_by(getattr(value, name)) for name in names}
+    return type(value).__name__ if isinstance(value, nn.Module) else value
+
+
 def parted_rewards(reward: nn.Module) -> list[PartedReward]:
     """All rewards of several parts in ``reward``, inner ones first: an outer part's figures depend on them."""
     return [module for module in reward.modules() if isinstance(module, PartedReward)][::-1]
 
 
-def known_statistics(reward: nn.Module) -> dict[str, dict[str, float]]:
-    """What was measured: ``{place: {"mean": …, "std": …}}``; :func:`apply_statistics` takes it back."""
-    return {
-        parted.place(name): {"mean": parted.statistics[name][0], "std": parted.statistics[name][1]}
-        for parted in parted_rewards(reward)
-        for name, shaping in parted.shapings.items()
-        if shaping.normalize == BY_BASE and name in parted.statistics
-    }
+def known_statistics(reward: nn.Module) -> dict[str, dict[str, Any]]:
+    """What was measured: ``{place: {"mean": …, "std": …, "of": …}}``; :func:`apply_statistics` takes it back."""
+    return {place: figures for parted in parted_rewards(reward) for place, figures in parted.measured().items()}
 
 
 def check_measured(reward: nn.Module) -> None:
@@ -109,19 +149,14 @@ def check_measured(reward: nn.Module) -> None:
             )
 
 
-def apply_statistics(reward: nn.Module, statistics: Mapping[str, Mapping[str, float]]) -> None:
+def apply_statistics(reward: nn.Module, statistics: Mapping[str, Mapping[str, Any]]) -> None:
     """Set what :func:`known_statistics` gave; places that the reward does not have are left out.
 
     Raises:
         ConfigurationError: a figure is impossible.
     """
     for parted in parted_rewards(reward):
-        for name, shaping in parted.shapings.items():
-            figures = statistics.get(parted.place(name))
-            if shaping.normalize == BY_BASE and figures is not None:
-                mean, std = float(figures["mean"]), float(figures["std"])
-                Shaping(normalize=(mean, std)).check(parted.place(name))
-                parted.statistics[name] = (mean, std)
+        parted.take(statistics)
 
 
 def statistics_of(place: str, scores: Tensor) -> tuple[float, float]:
@@ -141,7 +176,7 @@ def statistics_of(place: str, scores: Tensor) -> tuple[float, float]:
     return mean, std
 
 
-def read_statistics(run_dir: Path) -> dict[str, dict[str, float]]:
+def read_statistics(run_dir: Path) -> dict[str, dict[str, Any]]:
     """What a run recorded for :func:`apply_statistics`; ``{}`` where it recorded nothing.
 
     Raises:
@@ -152,7 +187,7 @@ def read_statistics(run_dir: Path) -> dict[str, dict[str, float]]:
         return {}
     try:
         return {
-            str(place): {"mean": float(figures["mean"]), "std": float(figures["std"])}
+            str(place): {**figures, "mean": float(figures["mean"]), "std": float(figures["std"])}
             for place, figures in json.loads(path.read_text(encoding="utf-8")).items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

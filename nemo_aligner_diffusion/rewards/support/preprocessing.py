@@ -11,6 +11,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from nemo_aligner_diffusion.errors import RewardError
+from nemo_aligner_diffusion.rewards.base import wide
 
 # Statistics of OpenAI's CLIP training pictures, for RGB in [0, 1]; PickScore, HPSv2 and OpenCLIP use them too.
 OPENAI_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -57,11 +58,10 @@ def _resize_bicubic(images: Tensor, target: tuple[int, int]) -> Tensor:
 def resize_short_side(images: Tensor, size: int, interpolation: str = "bicubic") -> Tensor:
     """Antialiased resize of ``(B, C, H, W)`` so that the short side is ``size``, keeping the aspect ratio.
 
-    The long side is rounded down, as in torchvision's ``Resize`` and transformers' CLIP processor.
+    The long side is rounded down, as in torchvision's ``Resize`` and in transformers' processors.
     """
     height, width = images.shape[-2:]
-    short, long = min(height, width), max(height, width)
-    long_size = max(size * long // short, size)
+    long_size = size * max(height, width) // min(height, width)
     target = (long_size, size) if height > width else (size, long_size)
     return antialiased_resize(images, target, interpolation)
 
@@ -69,8 +69,9 @@ def resize_short_side(images: Tensor, size: int, interpolation: str = "bicubic")
 def pad_to_square(images: Tensor, size: int, interpolation: str = "bicubic", cut: bool = True) -> Tensor:
     """Antialiased resize of ``(B, C, H, W)`` so that the long side is ``size``, centred on a black square of that side.
 
-    HPSv2's own preparation of pictures (``ResizeMaxSize`` in its ``open_clip`` fork): both sides are rounded to the
-    nearest pixel, and of an odd number of missing rows or columns the larger part goes below or to the right.
+    HPSv2's own preparation of pictures (``ResizeMaxSize`` in ``hpsv2/src/open_clip/transform.py`` of tgxs002/HPSv2):
+    both sides are rounded to the nearest pixel, and of an odd number of missing rows or columns the larger part goes
+    below or to the right. (There, a long side that is ``size`` already is not padded, so that the model refuses it.)
     """
     height, width = images.shape[-2:]
     scale = size / max(height, width)
@@ -80,15 +81,24 @@ def pad_to_square(images: Tensor, size: int, interpolation: str = "bicubic", cut
     return functional.pad(images, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
 
 
-def centre_crop(images: Tensor, size: int, down: bool = False) -> Tensor:
-    """The middle ``size``×``size`` of images at least that large.
+def centre_crop(images: Tensor, size: tuple[int, int], down: bool = False) -> Tensor:
+    """The middle ``size`` (height, width) of images; smaller ones are padded with black first, as transformers does.
 
     Where an odd number of rows or columns goes, torchvision rounds the offset (half to even) and transformers rounds it
     ``down``: a shift by one pixel in every second case, which scores notice.
     """
-    height, width = images.shape[-2:]
-    top, left = ((length - size) // 2 if down else round((length - size) / 2) for length in (height, width))
-    return images[..., top : top + size, left : left + size]
+    rows, columns = (max(wanted - length, 0) for wanted, length in zip(size, images.shape[-2:], strict=True))
+    if rows or columns:
+        top, left = (rows + 1) // 2, (columns + 1) // 2
+        images = functional.pad(images, (left, columns - left, top, rows - top))
+    room = (length - wanted for wanted, length in zip(size, images.shape[-2:], strict=True))
+    top, left = (excess // 2 if down else round(excess / 2) for excess in room)
+    return images[..., top : top + size[0], left : left + size[1]]
+
+
+def per_channel(images: Tensor, values: tuple[float, ...]) -> Tensor:
+    """``values`` as something to compute with images ``(B, C, H, W)``."""
+    return images.new_tensor(values).view(1, -1, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -130,20 +140,18 @@ class Preprocessing:
 
     def square(self, images: Tensor) -> Tensor:
         """``(B, 3, H, W)`` as ``(B, 3, size, size)``, in float32 or the images' float64; one of that size as it is."""
-        if images.dtype != torch.float64:
-            images = images.float()  # half precision has too few digits for an antialiased sum
+        images = wide(images)  # half precision has too few digits for an antialiased sum
         if self.resize.startswith("pad"):
             return pad_to_square(images, self.size, self.interpolation, cut=self.resize == "pad")
         if self.resize == "squash":
             return antialiased_resize(images, (self.size, self.size), self.interpolation)
         resized = resize_short_side(images, self.size, self.interpolation)
-        return centre_crop(resized, self.size, down=self.resize == "crop_down")
+        return centre_crop(resized, (self.size, self.size), down=self.resize == "crop_down")
 
     def __call__(self, images: Tensor) -> Tensor:
         """``(B, 3, H, W)`` in ``[0, 1]`` to the model's input, normalised."""
         images = self.square(images)
-        shift = images.new_tensor(self.mean).view(1, -1, 1, 1)
-        return (images - shift) / images.new_tensor(self.std).view(1, -1, 1, 1)
+        return (images - per_channel(images, self.mean)) / per_channel(images, self.std)
 
     def as_config(self) -> dict[str, Any]:
         """As ``model_config.yaml`` of an archive has it."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import multiprocessing
 import os
 import signal
 import socket
@@ -15,12 +14,12 @@ from collections.abc import Callable
 from multiprocessing.connection import wait
 from typing import Any
 
+from nemo_aligner_diffusion.runtime.ending import leave, write_error_file
 from nemo_aligner_diffusion.runtime.health import processes
 from nemo_aligner_diffusion.runtime.health.lines import Line, call
 from nemo_aligner_diffusion.runtime.health.messages import LONGEST_DETAILS, Fault, Member, Position
 from nemo_aligner_diffusion.runtime.health.progress import Progress
 from nemo_aligner_diffusion.runtime.process import Process
-from nemo_aligner_diffusion.runtime.said import write_error_file
 
 log = logging.getLogger(__name__)
 
@@ -124,16 +123,10 @@ class HealthClient(threading.Thread):
         """End this process now, or after ``within`` seconds if it is still there, waiting for ranks that are gone."""
         if within <= 0:
             self.close()
-            self._end(code)
-        timer = threading.Timer(within, self._end, (code,))
+            leave(code)
+        timer = threading.Timer(within, leave, (code,))
         timer.daemon = True
         timer.start()
-
-    @staticmethod
-    def _end(code: int) -> None:
-        for child in multiprocessing.active_children():  # data workers
-            child.kill()
-        os._exit(code)
 
     def close(self) -> None:
         """Goodbye: from here on this process is not missed."""
@@ -237,7 +230,7 @@ class HealthClient(threading.Thread):
             time.sleep(0.02)
         if fault.kind != "error":
             write_error_file(fault.headline)
-        self._end(fault.exit_code)
+        leave(fault.exit_code)
 
     def _is_closing(self, fault: Fault) -> bool:
         """Whether a culprit of this machine that has raised is still there."""

@@ -29,15 +29,16 @@ class RewardNormalization(pl.Callback):
     """Measures what is not known yet before the first step, and keeps it in the run directory and the checkpoints.
 
     The mean and the standard deviation of each part's raw score are taken over all validation prompts and seeds, by the
-    base model. A resumed run goes on with the figures that it began with.
+    base model. A resumed run goes on with the figures that it began with; of a part whose settings have changed they
+    are measured again.
 
     Args:
-        run_dir: gets ``reward_normalization.json``: ``{"rm.parts.<part>": {"mean": …, "std": …}}``.
+        run_dir: gets ``reward_normalization.json``: ``{"rm.parts.<part>": {"mean": …, "std": …, "of": …}}``.
     """
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = Path(run_dir)
-        self.statistics: dict[str, dict[str, float]] = {}
+        self.statistics: dict[str, dict[str, Any]] = {}
 
     def state_dict(self) -> dict[str, Any]:
         return {"statistics": self.statistics}

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from nemo_aligner_diffusion.algorithms.picture_validation import ValidationPictures
 from nemo_aligner_diffusion.algorithms.reward_tuning import RewardTuning
-from nemo_aligner_diffusion.evaluation.figures import sample_grid, save_image
+from nemo_aligner_diffusion.evaluation.figures import picture_grid, save_image
 from nemo_aligner_diffusion.runtime.files import write_atomic
 
 
@@ -66,12 +66,13 @@ class ValidationFiles(pl.Callback):
     def _write_grid(self, pictures: ValidationPictures, step: int) -> None:
         shown = list(dict.fromkeys(pictures.prompts))[: self.max_prompts]
         rows = [row for row, prompt in enumerate(pictures.prompts) if prompt in shown]
-        grid = sample_grid(
-            pictures.base[rows],
-            pictures.tuned[rows],
+        grid = picture_grid(
+            {"base": pictures.base[rows], "tuned": pictures.tuned[rows]},
             [pictures.prompts[row] for row in rows],
-            [pictures.base_rewards[row] for row in rows],
-            [pictures.tuned_rewards[row] for row in rows],
+            rewards={
+                "base": [pictures.base_rewards[row] for row in rows],
+                "tuned": [pictures.tuned_rewards[row] for row in rows],
+            },
             seeds=[pictures.seeds[row] for row in rows],
             title=f"step {step}",
         )

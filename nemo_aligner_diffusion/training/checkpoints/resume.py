@@ -12,7 +12,7 @@ import torch
 
 from nemo_aligner_diffusion.errors import CheckpointError, first_line
 from nemo_aligner_diffusion.parallel.broadcast import from_first_process
-from nemo_aligner_diffusion.runtime.directory import checkpoint_files, old_checkpoint_files
+from nemo_aligner_diffusion.runtime.directory import checkpoint_files
 from nemo_aligner_diffusion.training.checkpoints.files import read_state, verify
 from nemo_aligner_diffusion.training.checkpoints.tree import WEIGHTS
 
@@ -66,13 +66,6 @@ def _find_resume_point(folder: Path) -> ResumePoint | None:
         raise CheckpointError(
             f"none of the {len(skipped)} checkpoints in {folder} can be read ({listed}). Restore one, or remove the "
             "folder and start again with exp_manager.resume_ignore_no_checkpoint=True."
-        )
-    if old := old_checkpoint_files(folder):
-        raise CheckpointError(
-            f"{old[-1]} was written by an earlier version of this program, as a single file; this version reads "
-            "folders (step_NNNNNN/). Finish the run with the version that began it, or remove "
-            f"{'it' if len(old) == 1 else f'the {len(old)} .ckpt files'} and start again with "
-            "exp_manager.resume_ignore_no_checkpoint=True."
         )
     return None
 

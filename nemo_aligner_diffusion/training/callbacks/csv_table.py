@@ -74,18 +74,10 @@ class CSVTable:
         return self._read_all()[0]
 
     def _read_all(self) -> tuple[list[dict[str, str]], int, int]:
-        """The rows that have a step and all their cells; whether the last line is cut; how many others are damaged."""
         try:
-            text = self.path.read_text(encoding="utf-8", errors="replace")
+            return read_rows(self.path)
         except OSError:
             return [], 0, 0
-        lines = text.splitlines(keepends=True)
-        torn = 1 if lines and not lines[-1].endswith("\n") else 0
-        rows = list(csv.DictReader(lines[: len(lines) - torn]))
-        whole = [row for row in rows if _is_whole(row)]
-        if rows and not _is_whole(rows[-1]) and None in rows[-1].values():  # cut, and the next start wrote a line end
-            rows, torn = rows[:-1], torn + 1
-        return whole, torn, len(rows) - len(whole)
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
         lines = [self._format(self.columns)] + [self._format([row.get(n, "") for n in self.columns]) for row in rows]
@@ -96,6 +88,17 @@ class CSVTable:
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerow([_cell(value) for value in values])
         return text.getvalue()
+
+
+def read_rows(path: Path) -> tuple[list[dict[str, str]], int, int]:
+    """The rows that have a step and all their cells; whether the last line is cut; how many others are damaged."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    torn = 1 if lines and not lines[-1].endswith("\n") else 0
+    rows = list(csv.DictReader(lines[: len(lines) - torn]))
+    whole = [row for row in rows if _is_whole(row)]
+    if rows and not _is_whole(rows[-1]) and None in rows[-1].values():  # cut, and the next start wrote a line end
+        rows, torn = rows[:-1], torn + 1
+    return whole, torn, len(rows) - len(whole)
 
 
 def _cell(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""From the weights of a published reward to a ``.nemo``, checked before it gets its name."""
+"""From the weights of a published reward to a ``.nemo``, checked before it gets its name. The kinds need no torch."""
 
 from __future__ import annotations
 
@@ -10,33 +10,75 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_aligner_diffusion.errors import AlignerError, CheckpointError, ConfigurationError, OutputError
-from nemo_aligner_diffusion.rewards.convert.kinds import KINDS
 
 if TYPE_CHECKING:
-    import torch
+    from transformers import CLIPModel
 
-    from nemo_aligner_diffusion.rewards.clip.sources import ClipWeights
     from nemo_aligner_diffusion.rewards.support.preprocessing import Preprocessing
 
 
 @dataclass(frozen=True)
-class Conversion:
-    """What to convert and how; ``None`` is the kind's own choice, see :data:`.convert_kinds.KINDS`.
+class Kind:
+    """One kind of published reward.
 
     Attributes:
-        kind: a key of ``KINDS``.
-        source: path or ``owner/name`` of a Hugging Face repository: the reward's weights.
-        tokenizer: folder or repository of its tokenizer.
-        clip: aesthetic: folder, file or repository of the CLIP whose embeddings the head rates.
-        score: ``pickscore``, ``hps`` or ``clipscore``.
-        dtype: name of the floating dtype to save in; as in the source when left out.
-        activation, vision_heads, text_heads: of an OpenCLIP checkpoint, see :mod:`.open_clip_layout`.
-        head_activation: aesthetic: between the head's layers.
-        resize: one of :data:`.preprocessing.RESIZES`, see :class:`.Preprocessing`.
-        prompt_prefix: words before every prompt.
-        name: of the reward in metrics.
-        gzip: compress the archive.
+        help: one line for the command.
+        source: Hugging Face repository of the weights, where there is one usual place.
+        source_help: what ``--source`` should be.
+        file: the one file that is needed of a folder or repository.
+        tokenizer: repository of the tokenizer, where the source doesn't carry its own.
+        score: of a CLIP: ``pickscore``, ``hps`` or ``clipscore``.
+        activation: of an OpenCLIP checkpoint of this kind, where all have the same.
+        resize: how its own code prepares pictures that are no squares, where that isn't what the weights' folder says.
+        without: options of the command that have no effect.
     """
+
+    help: str
+    source: str | None = None
+    source_help: str = "a Hugging Face folder or repository of a CLIP, or an OpenCLIP checkpoint"
+    file: str | None = None
+    tokenizer: str = "openai/clip-vit-large-patch14"
+    score: str = "pickscore"
+    activation: str | None = None
+    resize: str | None = None
+    without: tuple[str, ...] = ("clip", "head_activation")
+
+
+_VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+_HPS = Kind(
+    "HPSv2: cos",
+    "xswu/HPSv2",
+    file="HPS_v2_compressed.pt",
+    tokenizer=_VIT_H,
+    score="hps",
+    activation="gelu",
+    resize="pad",
+)
+KINDS: dict[str, Kind] = {
+    "pickscore": Kind("PickScore: exp(logit_scale)·cos", "yuvalkirstain/PickScore_v1", tokenizer=_VIT_H),
+    "clip": Kind("any CLIP, scored like PickScore (or see --score)"),
+    "clipscore": Kind("CLIPScore: 2.5·max(cos, 0)", "openai/clip-vit-base-patch32", score="clipscore", resize="crop"),
+    "hps": _HPS,
+    "hps_v2.1": replace(_HPS, help="HPSv2.1: cos", file="HPS_v2.1_compressed.pt"),
+    "aesthetic": Kind(
+        "LAION's aesthetic predictor: a head on a CLIP's image embedding",
+        source_help="the head's .pth, such as sac+logos+ava1-l14-linearMSE.pth",
+        resize="crop",
+        without=("tokenizer", "score", "prompt_prefix", "text_heads"),
+    ),
+    "image_reward": Kind(
+        "ImageReward: a BLIP with a head",
+        "THUDM/ImageReward",
+        file="ImageReward.pt",
+        tokenizer="google-bert/bert-base-uncased",
+        without=("clip", "head_activation", "score", "prompt_prefix", "activation", "resize"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What to convert and how: the command's options; ``None`` is the kind's own choice, see :data:`KINDS`."""
 
     kind: str
     source: str | None = None
@@ -54,22 +96,11 @@ class Conversion:
     gzip: bool = False
 
 
-@dataclass(frozen=True)
-class Converted:
-    """What was written, and what restoring it gave."""
-
-    path: Path
-    size_bytes: int
-    target: str
-    name: str
-    score: str
-    parameters: int
-    grey_score: float
-    restore_seconds: float
-
-
-def convert_reward(conversion: Conversion, output: str | Path, *, overwrite: bool = False) -> Converted:
+def convert_reward(conversion: Conversion, output: str | Path, *, overwrite: bool = False) -> list[str]:
     """Write ``output``, restore it, and score a grey picture; nothing appears under that name before all is well.
+
+    Returns:
+        What was written, in lines for the user.
 
     Raises:
         ConfigurationError: the kind is unknown, or an option has no effect with it.
@@ -77,8 +108,13 @@ def convert_reward(conversion: Conversion, output: str | Path, *, overwrite: boo
         CheckpointError, ArchiveError: the source is missing or not what ``kind`` needs.
     """
     output = Path(output).expanduser()
-    check_options(conversion)
-    check_output(output, overwrite)
+    if conversion.kind not in KINDS:
+        raise ConfigurationError(f"{conversion.kind!r} is no kind of reward; known are {', '.join(KINDS)}.")
+    idle = [name for name in KINDS[conversion.kind].without if getattr(conversion, name) is not None]
+    if idle:
+        flags = ", ".join("--" + name.replace("_", "-") for name in idle)
+        raise ConfigurationError(f"{flags} has no effect with --kind {conversion.kind}; leave it out.")
+    _check_output(output, overwrite)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         folder = tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.")
@@ -88,42 +124,33 @@ def convert_reward(conversion: Conversion, output: str | Path, *, overwrite: boo
         draft = Path(folder.name) / output.name
         try:
             _write(conversion, draft)
-            result = _verify(draft)
+            facts = _verify(draft)
         except AlignerError as error:
             if str(draft) not in str(error):
                 raise
             # The draft's name means nothing to the user, who is told about the file that was to be.
             raise CheckpointError(f"Nothing was written: {str(error).replace(str(draft), str(output))}") from error
-        check_output(output, overwrite)  # something may have come to lie there meanwhile
+        _check_output(output, overwrite)  # something may have come to lie there meanwhile
         os.replace(draft, output)
-    return Converted(output, output.stat().st_size, *result)
+    return [f"wrote        {output} ({output.stat().st_size:,} bytes)", *facts]
 
 
-def check_output(output: Path, overwrite: bool) -> None:
-    """Raises :class:`OutputError` for a folder, and for a file that is there already unless it may be replaced."""
+def _check_output(output: Path, overwrite: bool) -> None:
     if output.is_dir():
         raise OutputError(f"{output}: is a folder. Give the name of the .nemo file to write.")
     if output.exists() and not overwrite:
         raise OutputError(f"{output}: exists already. Give --overwrite to replace it, or another name.")
 
 
-def check_options(conversion: Conversion) -> None:
-    """Raises :class:`ConfigurationError` for an unknown kind, and for an option that this kind has no use for."""
-    if conversion.kind not in KINDS:
-        raise ConfigurationError(f"{conversion.kind!r} is no kind of reward; known are {', '.join(KINDS)}.")
-    idle = [name for name in KINDS[conversion.kind].without if getattr(conversion, name) is not None]
-    if idle:
-        flags = ", ".join("--" + name.replace("_", "-") for name in idle)
-        raise ConfigurationError(f"{flags} has no effect with --kind {conversion.kind}; leave it out.")
-
-
 def _write(conversion: Conversion, path: Path) -> None:
+    import torch
+
     kind = KINDS[conversion.kind]
     source = conversion.source or kind.source
     if source is None:
         raise CheckpointError(f"--source is needed: {kind.source_help}.")
     common: dict[str, Any] = {
-        "dtype": _dtype(conversion.dtype),
+        "dtype": getattr(torch, conversion.dtype) if conversion.dtype else None,
         "name": conversion.name or conversion.kind.replace(".", "_"),
         "gzip": conversion.gzip,
         "extra": {"converted": {"kind": conversion.kind, "source": Path(source).name}},
@@ -141,16 +168,13 @@ def _write_clip(conversion: Conversion, source: str, path: Path, common: dict[st
     from nemo_aligner_diffusion.rewards.clip.tokenizer import locate_tokenizer, read_tokenizer_files
 
     kind = KINDS[conversion.kind]
-    weights, preprocessing = _clip_weights(conversion, source)
-    if conversion.tokenizer is not None:
-        tokenizer = locate_tokenizer(conversion.tokenizer)
-    else:
-        beside = weights.origin if weights.origin.is_dir() else weights.origin.parent
-        has_its_own = any((beside / name).is_file() for name in ("vocab.json", "tokenizer.json"))
-        tokenizer = beside if has_its_own else locate_tokenizer(kind.tokenizer or "openai/clip-vit-large-patch14")
+    origin, model, preprocessing = _clip(conversion, source)
+    beside = origin if origin.is_dir() else origin.parent
+    has_its_own = any((beside / name).is_file() for name in ("vocab.json", "tokenizer.json"))
+    given = conversion.tokenizer or (beside if has_its_own else kind.tokenizer)
     convert_hf_clip_to_nemo(
-        weights.model(),
-        read_tokenizer_files(tokenizer),
+        model,
+        read_tokenizer_files(locate_tokenizer(given)),
         path,
         score=conversion.score or kind.score,
         prompt_prefix=conversion.prompt_prefix or "",
@@ -164,16 +188,11 @@ def _write_aesthetic(conversion: Conversion, source: str, path: Path, common: di
     from nemo_aligner_diffusion.rewards.clip.aesthetic import convert_aesthetic_to_nemo
 
     head = read_tensors(Path(source).expanduser())
-    weights, preprocessing = _clip_weights(conversion, conversion.clip or KINDS["aesthetic"].clip or "")
+    # the CLIP whose embeddings the published heads rate
+    _, model, preprocessing = _clip(conversion, conversion.clip or "openai/clip-vit-large-patch14")
+    activation = conversion.head_activation
     try:
-        convert_aesthetic_to_nemo(
-            head,
-            weights.vision_model(),
-            path,
-            activation=conversion.head_activation,
-            preprocessing=preprocessing,
-            **common,
-        )
+        convert_aesthetic_to_nemo(head, model, path, activation=activation, preprocessing=preprocessing, **common)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
 
@@ -185,7 +204,7 @@ def _write_image_reward(conversion: Conversion, source: str, path: Path, common:
     kind = KINDS["image_reward"]
     checkpoint = _single_file(source, kind.file or "")
     folder = locate(
-        conversion.tokenizer or kind.tokenizer or "",
+        conversion.tokenizer or kind.tokenizer,
         (("vocab.txt",),),
         lambda candidate: (candidate / "vocab.txt").is_file(),
         "a folder with the vocab.txt of bert-base-uncased",
@@ -195,7 +214,8 @@ def _write_image_reward(conversion: Conversion, source: str, path: Path, common:
     )
 
 
-def _clip_weights(conversion: Conversion, source: str) -> tuple[ClipWeights, Preprocessing]:
+def _clip(conversion: Conversion, source: str) -> tuple[Path, CLIPModel, Preprocessing]:
+    """Where a CLIP lies, the model, and how its pictures are prepared."""
     from nemo_aligner_diffusion.formats.open_clip import OpenClipChoices
     from nemo_aligner_diffusion.rewards.clip.sources import locate_clip, read_clip
 
@@ -204,9 +224,9 @@ def _clip_weights(conversion: Conversion, source: str) -> tuple[ClipWeights, Pre
     activation = conversion.activation
     if activation is None and not (path.is_dir() and (path / "config.json").is_file()):
         activation = kind.activation
-    weights = read_clip(path, OpenClipChoices(activation, conversion.vision_heads, conversion.text_heads))
-    resize = conversion.resize or kind.resize or weights.preprocessing.resize
-    return weights, replace(weights.preprocessing, resize=resize)
+    choices = OpenClipChoices(activation, conversion.vision_heads, conversion.text_heads)
+    model, preprocessing = read_clip(path, choices)
+    return path, model, replace(preprocessing, resize=conversion.resize or kind.resize or preprocessing.resize)
 
 
 def _single_file(source: str, file: str) -> Path:
@@ -214,41 +234,29 @@ def _single_file(source: str, file: str) -> Path:
     from nemo_aligner_diffusion.formats.hub import locate
 
     path = locate(source, ((file,),), lambda folder: (folder / file).is_file(), f"a folder with {file}, or the file")
-    if path.is_dir() and (path / file).is_file():
-        return path / file
-    return path
+    return path / file if (path / file).is_file() else path
 
 
-def _verify(path: Path) -> tuple[str, str, str, int, float, float]:
-    """Restore the archive and score one picture: ``(target, name, score, parameters, its score, seconds)``."""
+def _verify(path: Path) -> list[str]:
+    """Restore the archive and score one picture; what it is, in lines."""
     import torch
 
-    from nemo_aligner_diffusion.formats.nemo import load_nemo
     from nemo_aligner_diffusion.rewards.restore import restore_reward
 
-    archive = load_nemo(path)
     started = time.perf_counter()
     reward = restore_reward(path)
     seconds = time.perf_counter() - started
     with torch.no_grad():
-        score = reward(torch.full((1, 3, 64, 64), 0.5), ["a grey picture"]).item()
-    if not torch.isfinite(torch.tensor(score)):
+        score = reward(torch.full((1, 3, 64, 64), 0.5), ["a grey picture"])
+    if not score.isfinite():
         raise CheckpointError(
-            f"{path}: the restored reward scores a grey picture {score}. The weights hold NaN, or don't fit the dtype "
-            "they were to be saved in: give --dtype float32 or bfloat16."
+            f"{path}: the restored reward scores a grey picture {score.item()}. The weights hold NaN, or don't fit the "
+            "dtype they were to be saved in: give --dtype float32 or bfloat16."
         )
-    kind = archive.config.get("score")
-    return (
-        archive.target,
-        reward.name,
-        kind if isinstance(kind, str) else "",
-        sum(parameter.numel() for parameter in reward.parameters()),
-        score,
-        seconds,
-    )
-
-
-def _dtype(name: str | None) -> torch.dtype | None:
-    import torch
-
-    return None if name is None else getattr(torch, name)
+    kind = getattr(reward, "score_type", None)
+    parameters = sum(parameter.numel() for parameter in reward.parameters())
+    return [
+        f"reward       {reward.name} ({type(reward).__name__}{f', score {kind}' if kind else ''})",
+        f"model        {parameters:,} parameters",
+        f"restored     in {seconds:.1f} s; a grey picture scores {score.item():.4g}",
+    ]
