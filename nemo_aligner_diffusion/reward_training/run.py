@@ -36,16 +36,6 @@ COLUMNS = ("step", "loss", "accuracy", "ties", "grad_norm", "lr", "logit_scale",
 VALIDATION_COLUMNS = ("step", "loss", "accuracy", "calibration_error", "pairs", "ties")
 
 
-class PreferenceProgress(TrainingProgress):
-    """:class:`TrainingProgress` with the figures of this training."""
-
-    def describe(self, figures: Mapping[str, Any]) -> str:
-        if "loss" not in figures:
-            return ""
-        speed = figures["images"] / figures["seconds"] if figures.get("seconds") else float("nan")
-        return f"loss {figures['loss']:.4f}  accuracy {figures['accuracy']:.3f}  {speed:.0f} images/s"
-
-
 class ConfiguredEarlyStopping(EarlyStopping):
     """Goes on from a checkpoint with the patience that is configured now."""
 
@@ -102,7 +92,7 @@ def _run(settings: RewardTrainingSettings, frame: RunFrame) -> int:
     callbacks: list[pl.Callback] = [
         best,
         MetricsCSV(directory.path, COLUMNS, VALIDATION_COLUMNS),
-        PreferenceProgress(),
+        TrainingProgress({"loss": "loss", "accuracy": "accuracy"}),
     ]
     if validates and stopping.patience > 0:
         callbacks.append(
