@@ -215,7 +215,7 @@ def test_no_invented_key_of_the_model_passes(name: str) -> None:
         ("rm=ensemble", "nothing to agree with: add another"),
         ("rm.name=classifier", "needs rm.model.from_pretrained, such as"),
         ("rm.name=custom", "needs rm.import_path, such as rm.import_path=my_package.my_module:my_reward"),
-        ("rm.model.from_pretrained=/clip", "convert the folder with"),
+        ("rm.model.from_pretrained=/clip", "becomes a .nemo by"),
         ("rm.augment.noise_std=-1", "expected a number >= 0"),
         ("rm.augment.crop_scale=0", "> 0 and <= 1"),
         ("rm.augment.dropout=1", "< 1"),

@@ -11,7 +11,7 @@ from tiny.training import Toy, fit
 
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.evaluation.metrics.peak_memory import peak_memory_bytes
-from nemo_aligner_diffusion.training.callbacks.csv_table import CSVTable
+from nemo_aligner_diffusion.runtime.csv_table import CSVTable
 from nemo_aligner_diffusion.training.callbacks.metrics import build_loggers, wandb_arguments
 from nemo_aligner_diffusion.training.callbacks.settings import LoggerSettings
 from nemo_aligner_diffusion.training.checkpoints.resume import find_resume_point

@@ -14,7 +14,7 @@ from pytorch_lightning.loggers import Logger
 
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.evaluation.metrics.base import Step, training_columns, training_figures
-from nemo_aligner_diffusion.training.callbacks.csv_table import CSVTable
+from nemo_aligner_diffusion.runtime.csv_table import CSVTable
 from nemo_aligner_diffusion.training.callbacks.settings import LoggerSettings
 
 

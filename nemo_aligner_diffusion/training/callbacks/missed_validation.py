@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 
-from nemo_aligner_diffusion.training.callbacks.csv_table import CSVTable
+from nemo_aligner_diffusion.runtime.csv_table import CSVTable
 
 log = logging.getLogger(__name__)
 
