@@ -214,6 +214,8 @@ def explained(error: Exception, directory: RunDirectory | None) -> Exception:
     """``error`` itself, or what it means to the user."""
     if isinstance(error, AlignerError) and not (isinstance(error, OutputError) and directory is not None):
         return error  # nothing of the run was there to be written
+    if isinstance(error, OutputError) and "resume_if_exists" in str(error):
+        return error  # it says already how to go on
     return unusable_disk(error, directory.path if directory is not None else None) or error
 
 
