@@ -281,8 +281,8 @@ class NemoArchive:
         wanted = [(0, rank, name) for rank, name in enumerate(names)]
         if ranked != wanted or len(ranked) > self._limits.ranks:
             raise self._error(
-                f"holds weights split as {listing(names)}; expected tensor-parallel ranks from 0 without a gap, each once, "
-                f"at most {self._limits.ranks}, and no pipeline stages",
+                f"holds weights split as {listing(names)}; expected tensor-parallel ranks from 0, without a gap, each "
+                f"once, at most {self._limits.ranks}, and no pipeline stages",
                 _HOW_TO_MERGE,
             )
         return tuple(self._index[name] for name in names)
