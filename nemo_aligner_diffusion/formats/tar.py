@@ -250,7 +250,7 @@ def _pax_size(text: str) -> int:
 
 
 def _damaged(path: Path, last: str, what: str) -> DataError:
-    return DataError(f"{path} is damaged {_after(last)}: {what}; copy it again, or write it again")
+    return DataError(f"{path} is damaged {_after(last)}: {what}; copy or write it again")
 
 
 def _after(last: str) -> str:
