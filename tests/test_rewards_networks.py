@@ -338,10 +338,13 @@ def test_an_unknown_class_lists_the_nearest(vit: Path) -> None:
     [
         ({"target_class": None}, "needs rm.target_class"),
         ({"model": {}}, "needs rm.model.from_pretrained"),
-        ({"model": {"from_pretrained": "/no/such"}}, "expected the folder of a transformers model"),
+        ({"model": {"from_pretrained": "/no/such"}}, "Give the path of the folder of a transformers model"),
         ({"model": {"restore_from_path": "x.nemo"}}, "which restores no file"),
         ({"views": 11}, "<= 10"),
-        ({"model": {"from_pretrained": "nobody/has-this"}}, "cannot be had from the hub"),
+        (
+            {"model": {"from_pretrained": "nobody/has-this"}},
+            "the folder of a transformers model, an image classifier .* could not be had",
+        ),
     ],
 )
 def test_what_a_classifier_cannot_be_made_of(vit: Path, change: dict[str, Any], expected: str) -> None:
@@ -355,17 +358,19 @@ def test_a_folder_that_is_no_classifier_is_named(vit: Path, owl: tuple[str, Path
         with pytest.raises(RewardError, match=expected):
             classifier(folder, "0")
 
-    fails(owl[1], "an image classifier cannot be had from the folder")
-    fails(tmp_path, "has no config.json")
+    fails(owl[1], "an image classifier cannot be had from it")
+    fails(tmp_path, "config.json")
     headless = tmp_path / "headless"
     ViTForImageClassification.from_pretrained(vit).vit.save_pretrained(headless)
     fails(headless, r"lacks 2 weights of an image classifier, e\.g\. classifier\.bias")
     remote = classifier_folder(tmp_path / "remote")
     config = json.loads((remote / "config.json").read_text())
+    (remote / "config.json").write_text(json.dumps({**config, "vision": {"_attn_implementation": "evil/kernel"}}))
+    fails(remote, "names code on the hub, vision._attn_implementation = 'evil/kernel'")
     config |= {"model_type": "mine", "auto_map": {"AutoConfig": "evil.Config"}}
     (remote / "config.json").write_text(json.dumps(config))
     (remote / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    fails(remote, "cannot be had from the folder")
+    fails(remote, "cannot be had from it")
     assert not (tmp_path / "ran").exists()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -69,7 +68,7 @@ def save_clip_reward(
     """
     return convert_hf_clip_to_nemo(
         reward.model,
-        tokenizer_files(reward.tokenizer),
+        pair_of_files(reward.tokenizer.backend_tokenizer.to_str().encode(), "the reward's tokenizer"),
         path,
         score=reward.score_type,
         preprocessing=reward.preprocessing,
@@ -79,9 +78,3 @@ def save_clip_reward(
         name=reward.name,
         extra=extra,
     )
-
-
-def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
-    """``vocab.json`` and ``merges.txt`` of a byte-pair tokenizer, wherever it was loaded from."""
-    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    return pair_of_files(model["vocab"], model["merges"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +72,7 @@ def read_tokenizer_files(folder: str | Path) -> dict[str, bytes]:
     folder = Path(folder)
     try:
         if not _has_pair(folder) and (folder / FAST_FILE).is_file():
-            return _from_fast_file(folder / FAST_FILE)
+            return pair_of_files(read_bytes(folder / FAST_FILE), folder / FAST_FILE)
         return {name: read_bytes(folder / name) for name in (VOCAB_FILE, MERGES_FILE)}
     except OSError as error:
         raise ArchiveError(
@@ -86,28 +85,22 @@ def _has_pair(folder: Path) -> bool:
     return (folder / VOCAB_FILE).is_file() and (folder / MERGES_FILE).is_file()
 
 
-def _from_fast_file(path: Path) -> dict[str, bytes]:
-    """What transformers 5 saves instead of the two files, taken apart again."""
+def pair_of_files(fast_file: bytes, origin: object) -> dict[str, bytes]:
+    """``vocab.json`` and ``merges.txt`` of what transformers 5 saves instead, ``tokenizer.json``."""
     try:
-        model = parse_json(read_bytes(path))["model"]
-        vocabulary, merges = model["vocab"], model["merges"]
+        model = parse_json(fast_file)["model"]
         if model["type"] != "BPE" or model["end_of_word_suffix"] != "</w>":
             raise ValueError("no byte-pair encoding with </w> at the end of words")
-        return pair_of_files(vocabulary, merges)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        lines = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+        return {
+            VOCAB_FILE: json.dumps(model["vocab"], ensure_ascii=False).encode(),
+            MERGES_FILE: "\n".join(["#version: 0.2", *lines, ""]).encode(),
+        }
+    except (ValueError, KeyError, TypeError) as error:
         raise ArchiveError(
-            f"{path}: not the tokenizer of a CLIP ({type(error).__name__}: {str(error)[:200]}). "
+            f"{origin}: not the tokenizer of a CLIP ({type(error).__name__}: {str(error)[:200]}). "
             f"Give a folder with CLIP's {VOCAB_FILE} and {MERGES_FILE}."
         ) from error
-
-
-def pair_of_files(vocabulary: Mapping[str, int], merges: Iterable[Any]) -> dict[str, bytes]:
-    """``vocab.json`` and ``merges.txt``; a merge is ``"a b"`` or ``("a", "b")``."""
-    lines = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
-    return {
-        VOCAB_FILE: json.dumps(vocabulary, ensure_ascii=False).encode(),
-        MERGES_FILE: "\n".join(["#version: 0.2", *lines, ""]).encode(),
-    }
 
 
 def tokenizer_from_bytes(vocab: bytes, merges: bytes, origin: str) -> PreTrainedTokenizerBase:

@@ -7,19 +7,20 @@ pickled weights are read as tensors only.
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from nemo_aligner_diffusion.errors import RewardError, first_line
+from nemo_aligner_diffusion.errors import CheckpointError, RewardError, first_line, printable
+from nemo_aligner_diffusion.formats.files import read_json
+from nemo_aligner_diffusion.formats.hub import locate
+from nemo_aligner_diffusion.keys import flatten
 from nemo_aligner_diffusion.rewards.base import NetworkReward
 from nemo_aligner_diffusion.rewards.settings import HuggingFaceSettings
 from nemo_aligner_diffusion.rewards.support.image_processor import ImageProcessor
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_SMALL_FILES = ("*.json", "merges.txt", "vocab.txt")
 
 
 def load_network(settings: HuggingFaceSettings, where: str = "rm.model.from_pretrained") -> NetworkReward:
@@ -30,83 +31,51 @@ def load_network(settings: HuggingFaceSettings, where: str = "rm.model.from_pret
     """
     import transformers
 
-    source = existing_source(settings.from_pretrained or "", where)
-    if settings.model_types:
-        config = load_processor(transformers.AutoConfig, source, where, f"the configuration of {settings.what}")
-        if config.model_type not in settings.model_types:
-            raise RewardError(
-                f"{where} = {source!r} is a model of type {config.model_type!r}; expected one of "
-                f"{', '.join(settings.model_types)}, such as {settings.needs['from_pretrained']}."
-            )
-    model = load_model(getattr(transformers, settings.auto_class), source, where, settings.what)
-    tokenizer = (
-        load_processor(transformers.AutoTokenizer, source, where, "its tokenizer") if settings.reads_prompts else None
-    )
-    processor = load_processor(transformers.AutoImageProcessor, source, where, "an image processor")
-    return NetworkReward(settings, model, ImageProcessor.of(processor, where), tokenizer)
-
-
-def existing_source(source: str | Path, where: str) -> str:
-    """``source`` as transformers takes it: an existing folder, or something that can be a hub id.
-
-    Raises:
-        RewardError: it is neither.
-    """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise RewardError(
-                f"{where} = {str(source)!r}: the folder has no config.json, so it is no transformers model."
-            )
-        return str(path)
-    if path.exists() or not _HUB_ID.fullmatch(str(source)) or str(source).endswith((".nemo", ".pt", ".safetensors")):
-        raise RewardError(
-            f"{where} = {str(source)!r}: expected the folder of a transformers model (config.json, model.safetensors, "
-            "preprocessor_config.json), or a model's id on the Hugging Face hub such as google/vit-base-patch16-224."
+    try:
+        folder = locate(
+            settings.from_pretrained or "",
+            ((*_SMALL_FILES, "model*.safetensors"), (*_SMALL_FILES, "pytorch_model*.bin")),
+            lambda found: any(found.glob("model*.safetensors")) or any(found.glob("pytorch_model*.bin")),
+            f"the folder of a transformers model, {settings.what} (config.json, model.safetensors, "
+            "preprocessor_config.json)",
         )
-    return str(source)
-
-
-def load_model(auto_class: Any, source: str, where: str, kind: str) -> Any:
-    """A model in float32 and evaluation mode, all of whose weights came from ``source``.
-
-    Args:
-        auto_class: a class of transformers with ``from_pretrained``.
-        source: from :func:`existing_source`.
-        where: the key that named it, for messages.
-        kind: what it should be, in words.
-
-    Raises:
-        RewardError: there is no such model, it is of another kind, or weights are missing.
-    """
-    with _explained(source, where, kind):
-        model, report = auto_class.from_pretrained(
-            source, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+    except CheckpointError as error:
+        raise RewardError(f"{where}: {error}") from error
+    place = f"{where} = {str(folder)!r}"
+    config = read_json(folder / "config.json", RewardError)
+    if settings.model_types and config.get("model_type") not in settings.model_types:
+        raise RewardError(
+            f"{place} is a model of type {printable(config.get('model_type'))!r}; expected one of "
+            f"{', '.join(settings.model_types)}, such as {settings.needs['from_pretrained']}."
+        )
+    for key, value in flatten(config, dotted=True).items():
+        if key.endswith("attn_implementation") and "/" in str(value):  # transformers would fetch and run it
+            raise RewardError(
+                f"{place}: its config.json names code on the hub, {key} = {printable(value)!r}. Remove it."
+            )
+    with _explained(place, settings.what):
+        model, report = getattr(transformers, settings.auto_class).from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
         )
     missing = sorted(report.get("missing_keys", ()))
     if missing:  # transformers fills them with random numbers, after a warning
+        architectures = getattr(model.config, "architectures", None) or ["no architecture"]
         raise RewardError(
-            f"{where} = {source!r} lacks {len(missing)} weights of {kind}, e.g. {missing[0]}: its config.json names "
-            f"{_architecture(model)}. Give a model that was trained for this task."
+            f"{place} lacks {len(missing)} weights of {settings.what}, e.g. {missing[0]}: its config.json names "
+            f"{', '.join(map(str, architectures))}. Give a model that was trained for this task."
         )
-    return model.eval()
-
-
-def load_processor(auto_class: Any, source: str, where: str, kind: str) -> Any:
-    """A tokenizer or an image processor's settings, from the same place as the model."""
-    with _explained(source, where, kind):
-        return auto_class.from_pretrained(source, trust_remote_code=False)
+    tokenizer: Any = None
+    if settings.reads_prompts:
+        with _explained(place, "its tokenizer"):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    with _explained(place, "an image processor"):
+        processor = transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+    return NetworkReward(settings, model, ImageProcessor.of(processor, where), tokenizer)
 
 
 @contextlib.contextmanager
-def _explained(source: str, where: str, kind: str) -> Iterator[None]:
+def _explained(place: str, kind: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, AttributeError) as error:
-        place = "the folder" if Path(source).is_dir() else "the hub (is it reachable, and is the id right?)"
-        raise RewardError(f"{where} = {source!r}: {kind} cannot be had from {place}: {first_line(error)}") from error
-
-
-def _architecture(model: Any) -> str:
-    names = getattr(model.config, "architectures", None) or []
-    return ", ".join(map(str, names)) or "no architecture"
+        raise RewardError(f"{place}: {kind} cannot be had from it: {first_line(error)}") from error
