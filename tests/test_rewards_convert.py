@@ -341,7 +341,7 @@ def test_what_is_refused_and_how(tmp_path: Path, tokenizer: Path, capsys: pytest
 
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "siglip"}))
-    assert "'siglip'; expected 'clip'" in refused(capsys, *start, folder)
+    assert "'siglip'; expected clip" in refused(capsys, *start, folder)
     config["text_config"]["num_hidden_layers"] = 3
     (folder / "config.json").write_text(json.dumps(config))
     assert "text_model.encoder.layers.2" in refused(capsys, *start, folder)
@@ -355,16 +355,18 @@ def test_descriptions_beside_the_weights_that_cannot_be_followed(
     toy_clip().save_pretrained(folder)
     words = ("--kind", "clip", "--source", folder, "--output", output)
     processor = folder / "preprocessor_config.json"
+    sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
     for content, message in (
-        ({"resample": 1}, "Pillow's filter 1"),
-        ({"size": {"shortest_edge": 48}, "crop_size": {"height": 32, "width": 32}}, "resizes to {'shortest_edge': 48}"),
-        ({"image_mean": [0.5]}, "preprocessing.mean"),
-        ([1], "holds a JSON list"),
+        ({**sizes, "resample": 1}, "Pillow's filter 1"),
+        ({**sizes, "size": {"shortest_edge": 48}}, "resizes to 48 and crops to (32, 32)"),
+        ({**sizes, "image_mean": [0.5]}, "preprocessing.mean"),
+        ({}, "resizes to 224"),
+        ({**sizes, "rescale_factor": 1}, "expected 32 pixels"),
     ):
         processor.write_text(json.dumps(content))
         assert message in refused(capsys, *words)
     processor.write_text("{")
-    assert "is not valid JSON" in refused(capsys, *words)
+    assert "an image processor cannot be had from it" in refused(capsys, *words)
     processor.unlink()
     (folder / "model.safetensors").rename(tmp_path / "model.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../model.safetensors"}}))

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from nemo_aligner_diffusion.errors import ArchiveError, CheckpointError, ConfigurationError
+from nemo_aligner_diffusion.errors import ArchiveError, CheckpointError, ConfigurationError, RewardError
 from nemo_aligner_diffusion.formats.open_clip import OpenClipChoices
 from nemo_aligner_diffusion.rewards.clip.archive import convert_hf_clip_to_nemo
 from nemo_aligner_diffusion.rewards.clip.reward import CLIPReward
@@ -53,7 +53,7 @@ def load_hugging_face_clip(folder: str | Path) -> CLIPReward:
         files = read_tokenizer_files(folder)
         tokenizer = tokenizer_from_bytes(files["vocab.json"], files["merges.txt"], str(folder))
         return CLIPReward(model, tokenizer, preprocessing=preprocessing).float()
-    except (ArchiveError, CheckpointError) as error:
+    except (ArchiveError, CheckpointError, RewardError) as error:
         raise CheckpointError(f"model.from_pretrained = {str(folder)!r}: {error}") from error
 
 
@@ -68,7 +68,7 @@ def save_clip_reward(
     """
     return convert_hf_clip_to_nemo(
         reward.model,
-        pair_of_files(reward.tokenizer.backend_tokenizer.to_str().encode(), "the reward's tokenizer"),
+        tokenizer_files(reward.tokenizer),
         path,
         score=reward.score_type,
         preprocessing=reward.preprocessing,
@@ -78,3 +78,8 @@ def save_clip_reward(
         name=reward.name,
         extra=extra,
     )
+
+
+def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
+    """``vocab.json`` and ``merges.txt`` of a byte-pair tokenizer, wherever it was loaded from."""
+    return pair_of_files(tokenizer.backend_tokenizer.to_str().encode(), "the reward's tokenizer")

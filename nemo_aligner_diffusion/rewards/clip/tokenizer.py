@@ -40,7 +40,7 @@ def load_tokenizer(archive: NemoArchive, folder: str | Path | None = None) -> Pr
     name = section.get("type")
     if isinstance(name, str) and is_hub_name(name):
         try:
-            files = read_tokenizer_files(locate_tokenizer(name))
+            files = read_tokenizer_files(name)
         except AlignerError as error:
             raise ArchiveError(
                 f"{archive.path}: it holds no tokenizer files and names {name!r}, which could not be loaded ({error}) "
@@ -53,23 +53,21 @@ def load_tokenizer(archive: NemoArchive, folder: str | Path | None = None) -> Pr
     )
 
 
-def locate_tokenizer(source: str | Path) -> Path:
-    """The folder of a CLIP tokenizer given as a folder or as ``owner/name`` on the Hugging Face Hub."""
-    return locate(
-        source,
-        ((VOCAB_FILE, MERGES_FILE, FAST_FILE),),
-        lambda folder: _has_pair(folder) or (folder / FAST_FILE).is_file(),
-        f"a folder with CLIP's {VOCAB_FILE} and {MERGES_FILE}",
-    )
-
-
-def read_tokenizer_files(folder: str | Path) -> dict[str, bytes]:
+def read_tokenizer_files(source: str | Path) -> dict[str, bytes]:
     """``vocab.json`` and ``merges.txt`` of a folder; where it holds ``tokenizer.json`` only, made out of that.
 
+    Args:
+        source: the folder, or ``owner/name`` on the Hugging Face Hub.
+
     Raises:
-        ArchiveError: neither is there, or ``tokenizer.json`` is not of CLIP's kind.
+        ArchiveError, CheckpointError: neither is there, or ``tokenizer.json`` is not of CLIP's kind.
     """
-    folder = Path(folder)
+    folder = locate(
+        source,
+        ((VOCAB_FILE, MERGES_FILE, FAST_FILE),),
+        lambda found: _has_pair(found) or (found / FAST_FILE).is_file(),
+        f"a folder with CLIP's {VOCAB_FILE} and {MERGES_FILE}",
+    )
     try:
         if not _has_pair(folder) and (folder / FAST_FILE).is_file():
             return pair_of_files(read_bytes(folder / FAST_FILE), folder / FAST_FILE)
