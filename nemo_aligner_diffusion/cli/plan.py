@@ -16,7 +16,6 @@ from nemo_aligner_diffusion.command_line import command
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.keys import closest
 from nemo_aligner_diffusion.planner.gpus import GPUS, gpu_named
-from nemo_aligner_diffusion.planner.options import Options
 from nemo_aligner_diffusion.planner.presets import MODELS, REWARDS, model_spec
 
 DESCRIPTION = """\
@@ -40,16 +39,6 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigurationError(f"{message}; nad-plan --help lists all options")
 
 
-def _number(text: str) -> int:
-    if not text.strip().isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
-    return int(text)
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(map(_number, text.split(",")))
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         "nad-plan",
@@ -58,36 +47,28 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,  # the defaults are those of Options
     )
     add = parser.add_argument
     add("--model", metavar="NAME", help=f"{', '.join(MODELS)}, or a diffusers folder; default: the recipe's, which is "
         "the embedded model")  # fmt: skip
     add("--reward", choices=(*REWARDS, "recipe"), help="the size of PickScore and HPSv2 is clip-h; recipe: what its rm "
         "section builds; default: clip-h for a named model whose recipe names no reward file")  # fmt: skip
-    add("--gpu", metavar="NAME", help=f"{', '.join(GPUS)}; default {Options.gpu}")
-    add("--gpus-per-node", metavar="N", type=_number, help="GPUs in a server; default: trainer.devices")
+    add("--gpu", metavar="NAME", default="h100-80gb", help=f"{', '.join(GPUS)}; default %(default)s")
     add("--layouts", action="store_true", help="also search every layout of trainer.devices × trainer.num_nodes GPUs "
         "for model.global_batch_size")  # fmt: skip
-    add("--tensor-sizes", metavar="N,N", type=_numbers, help="tensor-parallel sizes to search; default 1, 2, 4, 8, up "
-        "to the first that fits")  # fmt: skip
-    add("--no-sharding", action="store_false", dest="sharding", help="leave FSDP out of the search")
-    add(
-        "--attention", choices=("auto", "math"), help="auto: FlashAttention or memory-efficient; math: holds the scores"
-    )
     add("--json", action="store_true", help="print JSON")
     return parser
 
 
-def take_options(argv: Sequence[str]) -> tuple[Options, list[str]]:
+def take_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The planner's own options, and the words that are left for the configuration.
 
     Raises:
         ConfigurationError: an option without its value, with an impossible one, or misspelt.
     """
     parser = _parser()
-    options, rest = parser.parse_known_args(argv, Options())
-    gpu_named(options.gpu)
+    options, rest = parser.parse_known_args(argv)
+    options.gpu = gpu_named(options.gpu)
     known = set(re.findall(r"--[a-z-]+", parser.format_help()))
     for word in rest:
         if word not in known and word.startswith("-") and (hint := closest(word, known, least=0.75)):
@@ -112,8 +93,10 @@ def main(argv: Sequence[str]) -> int:
     spec = model_spec(options.model or run.model.from_pretrained or str(embedded_model_path()))
     from nemo_aligner_diffusion.planner.answer import as_json, show
     from nemo_aligner_diffusion.planner.plan import make_plan  # torch and all, only now
+    from nemo_aligner_diffusion.planner.settings import settings_from
 
-    plan = make_plan(run, spec, options, lambda line: print(f"measuring: {line}", file=sys.stderr, flush=True))
+    settings = settings_from(run, spec, options.reward)
+    plan = make_plan(settings, options.gpu, options.layouts, _say)
     if options.json:
         print(json.dumps(as_json(plan), indent=2))
     else:
@@ -121,3 +104,7 @@ def main(argv: Sequence[str]) -> int:
     if plan.error is not None:
         raise plan.error
     return 0
+
+
+def _say(line: str) -> None:
+    print(f"measuring: {line}", file=sys.stderr, flush=True)
