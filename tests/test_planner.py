@@ -27,7 +27,7 @@ from nemo_aligner_diffusion.planner.ledger import Ledger, resizes_seen_by
 from nemo_aligner_diffusion.planner.measure import Measurement, measure
 from nemo_aligner_diffusion.planner.presets import MODELS, model_spec
 from nemo_aligner_diffusion.planner.schedule import step_counts
-from nemo_aligner_diffusion.planner.search import candidate, search
+from nemo_aligner_diffusion.planner.search import candidate, nothing_fits, search
 from nemo_aligner_diffusion.planner.settings import Case, case_of, settings_from
 from nemo_aligner_diffusion.planner.shapes import ShapesMode
 
@@ -333,13 +333,6 @@ def test_the_command_plans_a_layout_and_lists_those_that_fit(tiny, capsys):
             ["--layouts", "trainer.precision=bf16-true"],
             ["activation_checkpointing", "fewer pictures", "LoRA"],
         ),
-        pytest.param(
-            ["--layouts", "trainer.precision=bf16-true", "trainer.devices=2",
-             "model.micro_batch_size=1", "model.global_batch_size=2"],
-            ["the smallest of 8 layouts", "a GPU with more memory"],
-            ["another layout", "trainer.precision"],
-            marks=pytest.mark.slow,
-        ),
     ],
 )  # fmt: skip
 def test_where_nothing_fits_the_error_says_what_to_change(tiny, capsys, monkeypatch, words, helps, would_not):
@@ -353,6 +346,20 @@ def test_where_nothing_fits_the_error_says_what_to_change(tiny, capsys, monkeypa
     assert "does not fit" in captured.out
     assert [text for text in helps if text not in captured.err] == []
     assert [text for text in would_not if text in captured.err] == []
+
+
+def test_where_every_layout_was_searched_no_other_one_is_advised(tiny):
+    settings = settings_from(recipe(tiny, "draftp_sd", 1, "trainer.precision=bf16-true"), model_spec(str(tiny)))
+    case, counts = case_of(settings.run), step_counts(settings.run)
+    measured = measure(settings, case, counts.plan, only=("call", "decode", "replay"))
+    machines = Machines(GPU("Tiny", GPUS["l40s"].flops, 1e9, 1e12, 1e10, 1e9), 1, 1)
+    item = candidate(settings, case, measured, counts, machines)
+    assert not item.fits
+    said = str(nothing_fits([item] * 8, machines, settings, searched=True))
+    assert "the smallest of 8 layouts" in said
+    assert "a GPU with more memory" in said
+    assert "another layout" not in said
+    assert "trainer.precision" not in said
 
 
 @pytest.mark.parametrize(
