@@ -368,13 +368,13 @@ def test_descriptions_beside_the_weights_that_cannot_be_followed(
     processor.write_text("{")
     assert "an image processor cannot be had from it" in refused(capsys, *words)
     processor.unlink()
-    (folder / "model.safetensors").rename(tmp_path / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / "model-1-of-1.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../model.safetensors"}}))
     assert "names no files of this folder" in refused(capsys, *words)
     (folder / "tokenizer.json").write_text(json.dumps({"model": {"type": "WordPiece", "vocab": {}}}))
     (folder / "vocab.json").unlink()
     (folder / "model.safetensors.index.json").unlink()
-    (tmp_path / "model.safetensors").rename(folder / "model.safetensors")
+    (folder / "model-1-of-1.safetensors").rename(folder / "model.safetensors")
     assert "not the tokenizer of a CLIP" in refused(capsys, *words)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clip"]
 
