@@ -4,8 +4,7 @@
 
 Writes the shards into a temporary folder (1.1 GB, removed afterwards) and reads one epoch as all ranks of a run would:
 the ranks one after the other, the workers of a rank as processes at the same time. Every prompt carries its number, so
-that it can be counted. The path that reads everything everywhere (that of compressed shards, and of uncompressed ones
-before there was an index) is measured over the first part of the epoch, in the same run.
+that it can be counted.
 """
 
 from __future__ import annotations
@@ -66,22 +65,17 @@ class Result:
     shards_a_rank: tuple[int, int]
     same_order: int  # samples whose order was compared with 1 rank without workers, all equal
     alone: Passage
-    streaming: Passage
-    streaming_alone: Passage  # without workers
 
 
 def numbered_prompts(count: int) -> Iterator[str]:
     return (f"{number:08d} {WORDS}"[: 80 + number % 40] for number in range(count))
 
 
-def measure(
-    folder: Path, prompts: int, shards: int, ranks: int, workers: int, micro: int, compared: int, streamed: int
-) -> Result:
+def measure(folder: Path, prompts: int, shards: int, ranks: int, workers: int, micro: int, compared: int) -> Result:
     """Everything, in ``folder``.
 
     Args:
         compared: samples of the epoch that one rank without workers reads, too.
-        streamed: samples of the epoch (over all ranks) that the streaming path goes through.
 
     Raises:
         AssertionError: a prompt was not seen exactly once, or the order differs.
@@ -132,16 +126,11 @@ def measure(
     same = int((other >= 0).sum())
     assert np.array_equal(other[:same], order[:same]), "the order under this layout is not that of one rank"
 
-    old = []
-    for count in (workers, 0):
-        streaming = loader(0, ranks, count, epochs=1)
-        streaming.stream.index = None  # as for compressed shards
-        old.append(_pass(streaming, streamed // ranks, np.zeros_like(seen), other, limit=streamed // ranks))
     return Result(
         written=written,
         writing=writing,
         indexing=indexing,
-        index_bytes=sum(file.stat().st_size for file in (folder / "index").glob("*.index")),
+        index_bytes=sum(file.stat().st_size for file in (folder / "index").glob("*/*")),
         first_cold=first_cold,
         first_warm=first_warm,
         first_resumed=first_resumed,
@@ -150,8 +139,6 @@ def measure(
         shards_a_rank=(min(opened), max(opened)),
         same_order=same,
         alone=alone,
-        streaming=old[0],
-        streaming_alone=old[1],
     )
 
 
@@ -207,7 +194,7 @@ def _forget(path: Path) -> None:
 
 
 def report(result: Result, workers: int) -> str:
-    ranks, alone, old, old_alone = result.ranks, result.alone, result.streaming, result.streaming_alone
+    ranks, alone = result.ranks, result.alone
     total = sum(passage.prompts for passage in ranks)
     cost = sum(passage.processor_seconds for passage in ranks) / total
     rate = total / sum(passage.seconds for passage in ranks)
@@ -234,13 +221,9 @@ def report(result: Result, workers: int) -> str:
             "",
             f"{'':<28}{'prompts/s a rank':>18}{'processor time a prompt':>28}",
             row(f"by position, {workers} workers", rate, cost),
-            row(f"streaming, {workers} workers", old.rate, old.cost),
             row("by position, no workers", alone.rate, alone.cost),
-            row("streaming, no workers", old_alone.rate, old_alone.cost),
-            f"streaming takes {old.cost / cost:.0f} times the processor time with workers, "
-            f"{old_alone.cost / alone.cost:.0f} times without",
             "",
-            f"memory of a worker, most of {len(memory)}: {most(memory)} (streaming: {most(old.memory)})",
+            f"memory of a worker, most of {len(memory)}: {most(memory)}",
         ]
     )
 
@@ -253,7 +236,6 @@ def main(arguments: list[str] | None = None) -> Result:
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--micro-batch-size", type=int, default=8)
     parser.add_argument("--compared", type=int, default=200_000, help="samples that one rank reads, too")
-    parser.add_argument("--streamed", type=int, default=100_000, help="samples (of all ranks) for the streaming path")
     parser.add_argument("--folder", type=Path, help="where the temporary folder is made; the system's by default")
     given = parser.parse_args(arguments)
     folder = Path(tempfile.mkdtemp(dir=given.folder))
@@ -266,7 +248,6 @@ def main(arguments: list[str] | None = None) -> Result:
             given.workers,
             given.micro_batch_size,
             min(given.compared, given.prompts),
-            min(given.streamed, given.prompts),
         )
     finally:
         shutil.rmtree(folder)

@@ -1,16 +1,12 @@
-"""How every command reads its options and ends: one line on stderr and an exit code for what the user can put right."""
+"""How every command reads its options."""
 
 from __future__ import annotations
 
 import argparse
-import functools
 import math
-import sys
-from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError
-from nemo_aligner_diffusion.streams import take_screen
+from nemo_aligner_diffusion.errors import ConfigurationError
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,32 +41,3 @@ def finite_number(text: str) -> float:
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text!r} is no finite number")
     return value
-
-
-def command(interrupted: str) -> Callable[[Callable[[Sequence[str]], int]], Callable[..., int]]:
-    """Decorator of a ``main(argv)`` that gives an exit code.
-
-    ``argv`` defaults to the words after the command's name. An :class:`AlignerError` is printed as ``error: …`` and
-    gives its own exit code; Ctrl-C prints ``interrupted`` and gives 130.
-
-    Args:
-        interrupted: what a user who pressed Ctrl-C should know, such as what became of the files.
-    """
-
-    def decorate(main: Callable[[Sequence[str]], int]) -> Callable[..., int]:
-        @functools.wraps(main)
-        def guarded(argv: Sequence[str] | None = None) -> int:
-            try:
-                if argv is None:
-                    take_screen()
-                return main(sys.argv[1:] if argv is None else argv)
-            except AlignerError as error:
-                print(f"error: {error}", file=sys.stderr)
-                return error.exit_code
-            except KeyboardInterrupt:
-                print(interrupted, file=sys.stderr)
-                return 130
-
-        return guarded
-
-    return decorate

@@ -2,46 +2,72 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import logging
 import os
 import pickle
+import random
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import webdataset as wds
 from process_pool import ProcessPool
 from tiny.prompts import ODD_PROMPTS, take, tar, uneven_shards
 
 from nemo_aligner_diffusion.data import shard_index
-from nemo_aligner_diffusion.data.epoch_order import LANES, SMALL_SOURCE, epoch_rows
+from nemo_aligner_diffusion.data.epoch_order import LANES, SMALL_SOURCE, EpochOrder
 from nemo_aligner_diffusion.data.prompts import PromptDataset
+from nemo_aligner_diffusion.data.spans import Span
 from nemo_aligner_diffusion.errors import DataError
 
 
-def rows(counts: list[int], *args: int, **options: int) -> np.ndarray[Any, Any]:
-    return np.concatenate(list(epoch_rows(np.array(counts), *args, **options)))
+def rows(counts: list[int], *args: int, start: int = 0) -> np.ndarray[Any, Any]:
+    """Of an epoch from place ``start`` on."""
+    order, place, found = EpochOrder(np.array(counts), *args), start, []
+    while place < sum(counts):
+        first, block = order.block(place)
+        found.append(block[place - first :])
+        place = first + len(block)
+    return np.concatenate(found)
 
 
 MANY = [1000] * 70 + [0, 1, 30_017, 2]  # 100,020 samples: more than a small source
 
 
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
 @pytest.mark.parametrize("buffer", [0, 1, 2, 5, 23, 24, 25, 1000])
-def test_the_index_gives_the_order_of_a_stream(tmp_path: Path, buffer: int) -> None:
-    """Compressed shards are streamed through webdataset's shuffle buffer; the same shards, plain, are not."""
-    plain, packed = tmp_path / "plain", tmp_path / "packed"
-    for folder, mode in ((plain, "w"), (packed, "w:gz")):
-        folder.mkdir()
-        for number, size in enumerate((7, 1, 12, 4)):
-            tar(folder / f"{number}.tar", {f"{n}.txt": f"{number}.{n}" for n in range(size)}, mode)
+def test_the_order_is_that_of_a_stream_through_a_shuffle_buffer(tmp_path: Path, buffer: int, mode: str) -> None:
+    for number, size in enumerate((7, 1, 12, 4)):
+        tar(tmp_path / f"{number}.tar", {f"{n}.txt": f"{number}.{n}" for n in range(size)}, mode)
     options: dict[str, Any] = {"micro_batch_size": 2, "seed": 5, "shuffle_buffer": buffer, "start_sample": 6}
-    batches = [[batch["prompts"] for batch in take(folder, 40, **options)] for folder in (plain, packed)]
-    assert batches[0] == batches[1]
+    seen = [p for batch in take(tmp_path, 33, index_folder=tmp_path / "i", **options) for p in batch["prompts"]]
+    expected: list[str] = []
+    for epoch in range(3):
+        shards = [[f"{number}.{n}" for n in range(size)] for number, size in enumerate((7, 1, 12, 4))]
+        if buffer:
+            random.Random(f"5/{epoch}/files").shuffle(shards)
+        stream = iter([prompt for shard in shards for prompt in shard])
+        shuffle = wds.shuffle(buffer, initial=buffer, rng=random.Random(f"5/{epoch}/prompts"))
+        expected += shuffle(stream) if buffer else stream
+    assert seen == expected[6:]
+
+
+def test_compressed_shards_keep_the_order_of_a_stream_at_any_size() -> None:
+    """That of runs from before there was an index of them."""
+    counts, rng = np.array([SMALL_SOURCE, 5]), random.Random("1/0/prompts")
+    shards = [(0, SMALL_SOURCE), (SMALL_SOURCE, SMALL_SOURCE + 5)]
+    random.Random("1/0/files").shuffle(shards)
+    stream = wds.shuffle(7, initial=7, rng=rng)(iter([row for shard in shards for row in range(*shard)]))
+    assert EpochOrder(counts, 1, 0, 7, streamed=True).block(3)[1].tolist() == list(stream)
 
 
 @pytest.mark.parametrize("counts", [[3, 0, 5], MANY, [SMALL_SOURCE], [SMALL_SOURCE + 1]])
@@ -128,9 +154,7 @@ def test_odd_prompts_by_their_places(tmp_path: Path) -> None:
 
 def index_of(folder: Path, cache: Path, **options: Any) -> shard_index.ShardIndex:
     shard_index._recent.clear()  # as another process would see it
-    index = PromptDataset(folder, micro_batch_size=1, index_folder=cache, **options).index
-    assert index is not None
-    return index
+    return PromptDataset(folder, micro_batch_size=1, index_folder=cache, **options).index
 
 
 @pytest.fixture
@@ -142,49 +166,35 @@ def shards(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def missing(shards: Path, tmp_path: Path) -> Path:
-    """Where the index file of ``shards`` will be; its lock is there already."""
-    path = index_of(shards, tmp_path / "cache").path
-    assert path is not None
-    path.unlink()
-    return path
-
-
-def test_an_index_file_is_made_once_and_again_when_shards_change(tmp_path: Path, shards: Path) -> None:
+def test_an_index_is_made_once_and_again_when_shards_change(tmp_path: Path, shards: Path) -> None:
     cache = tmp_path / "deep" / "cache"
     first = index_of(shards, cache)
-    assert first.path is not None
-    status = first.path.stat()
+    assert first.folder is not None
+    made = first.folder.stat().st_ino
     again = index_of(shards, cache)
-    assert again.path == first.path
-    assert again.path.stat().st_ino == status.st_ino
+    assert again.folder == first.folder
+    assert again.folder.stat().st_ino == made
     assert np.array_equal(again.records, first.records)
     tar(shards / "s1.tar", {"a.txt": "one", "b.txt": "two"})
     changed = index_of(shards, cache)
-    assert changed.path != first.path
+    assert changed.folder != first.folder
     assert (len(changed), changed.digest == first.digest) == (25, False)
-    assert sorted(path.suffix for path in cache.iterdir()) == [".index", ".index", ".lock", ".lock"]
+    assert sorted(path.suffix for path in cache.iterdir()) == ["", "", ".lock", ".lock"]
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "header"])
-def test_a_damaged_index_file_is_made_anew(tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize("damaged", ["records", "index.json"])
+@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: b"\xff" + data[1:], lambda data: b""])
+def test_a_damaged_index_is_made_anew(tmp_path: Path, damaged: str, damage: Any) -> None:
     prompts = uneven_shards(tmp_path)
-    path = index_of(tmp_path, tmp_path / "cache").path
-    assert path is not None
-    whole = path.read_bytes()
-    damaged = {
-        "cut": whole[:-1],
-        "flip": whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:],
-        "empty": b"",
-        "header": whole[:16] + b"\xff" + whole[17:],
-    }[damage]
-    path.write_bytes(damaged)
+    folder = index_of(tmp_path, tmp_path / "cache").folder
+    assert folder is not None
+    whole = (folder / damaged).read_bytes()
+    (folder / damaged).write_bytes(damage(whole))
     assert len(index_of(tmp_path, tmp_path / "cache")) == len(prompts)
-    assert path.read_bytes() == whole
+    assert (folder / damaged).read_bytes() == whole
 
 
-def test_small_sources_leave_no_file_and_large_ones_go_to_the_cache(
+def test_small_sources_leave_no_file_but_large_and_compressed_ones_go_to_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
@@ -194,8 +204,32 @@ def test_small_sources_leave_no_file_and_large_ones_go_to_the_cache(
     with (tmp_path / "large.txt").open("w") as stream:
         for number in range(600):
             stream.write(f"{number} {'x' * 60_000}\n")
-    take(tmp_path / "large.txt", 1, micro_batch_size=1)
-    assert [path.suffix for path in (tmp_path / "caches/nemo_aligner_diffusion/shard_index").glob("*.index")]
+    tar(tmp_path / "packed.tgz", {"0.txt": "p"}, "w:gz")
+    for made, name in enumerate(("large.txt", "packed.tgz"), start=1):
+        take(tmp_path / name, 1, micro_batch_size=1)
+        assert len(list((tmp_path / "caches/nemo_aligner_diffusion/shard_index").glob("*/records"))) == made
+
+
+def test_compressed_and_plain_shards_together(tmp_path: Path) -> None:
+    for number, mode in enumerate(("w", "w:gz", "w", "w:gz")):
+        tar(tmp_path / f"{number}.tar", {f"{n}.txt": f"{number}.{n}" for n in range(5)}, mode)
+    options: dict[str, Any] = {"micro_batch_size": 2, "index_folder": tmp_path / "index", "shuffle_buffer": 6}
+    whole = take(tmp_path, 20, **options)
+    assert Counter(p for batch in whole for p in batch["prompts"]) == Counter(
+        [f"{number}.{n}" for number in range(4) for n in range(5)] * 2
+    )
+    for workers in (0, 2):
+        resumed = take(tmp_path, 13, start_sample=14, num_workers=workers, **options)
+        assert [batch["prompts"] for batch in resumed] == [batch["prompts"] for batch in whole[7:]]
+
+
+def test_compressed_shards_need_a_folder(tmp_path: Path) -> None:
+    tar(tmp_path / "a.tar", {"0.txt": "p"}, "w:gz")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(
+        DataError, match=r"a\.tar is compressed and cannot be unpacked into .*model\.data\.index_folder"
+    ):
+        index_of(tmp_path / "a.tar", tmp_path / "file" / "cache")
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -203,7 +237,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptu
     (tmp_path / "file").write_text("x")
     with caplog.at_level(logging.WARNING):
         index = index_of(tmp_path / "s0.tar", tmp_path / "file" / "cache")
-    assert index.path is None
+    assert index.folder is None
     assert len(index) == sum(prompt.startswith("prompt 0.") for prompt in prompts)
     assert "every process makes its own" in caplog.text
 
@@ -252,40 +286,38 @@ time.sleep(100)
 """
 
 
-def test_a_killed_maker_of_an_index_keeps_nobody_waiting(
-    shards: Path, missing: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    left_over = missing.parent / f".{missing.name}-abc.partial"
-    left_over.write_text("half")
+def test_a_killed_maker_of_an_index_keeps_nobody_waiting(shards: Path, tmp_path: Path) -> None:
+    """Its lock goes with it, and what it left is removed."""
+    made = index_of(shards, tmp_path / "cache").folder
+    assert made is not None
+    shutil.rmtree(made)
+    left_over = made.parent / f".{made.name}-abc.partial"
+    left_over.mkdir()
     with subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(missing.with_suffix(".lock"))], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", HOLD, str(made) + ".lock"], stdout=subprocess.PIPE, text=True
     ) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-
-        def killed_when_waited_for(record: logging.LogRecord) -> bool:
-            if "another process indexes the prompt files; waiting for it" in record.getMessage():
-                holder.kill()
-            return True
-
-        with caplog.at_level(logging.INFO, shard_index.logger.name), caplog.filtering(killed_when_waited_for):
-            assert len(index_of(shards, missing.parent)) == 24
+        killer = threading.Timer(1, holder.kill)
+        killer.start()
+        assert len(index_of(shards, made.parent)) == 24
         assert holder.wait(60) == -signal.SIGKILL
-    assert missing.exists()
+    assert made.exists()
     assert not left_over.exists()
 
 
 def test_nobody_waits_for_ever(
-    shards: Path, missing: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    import fcntl
-
+    made = index_of(shards, tmp_path / "cache").folder
+    assert made is not None
+    shutil.rmtree(made)
     monkeypatch.setattr(shard_index, "LOCK_SECONDS", 0.5)
-    with open(missing.with_suffix(".lock"), "w") as lock:
+    with open(f"{made}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with caplog.at_level(logging.WARNING):
-            assert len(index_of(shards, missing.parent)) == 24
-    assert "indexing here, too" in caplog.text
+            assert len(index_of(shards, made.parent)) == 24
+    assert "indexing here, whoever else does" in caplog.text
 
 
 def test_times_of_files_are_compared_for_equality_only(tmp_path: Path, shards: Path) -> None:
@@ -294,15 +326,15 @@ def test_times_of_files_are_compared_for_equality_only(tmp_path: Path, shards: P
     for number, moment in enumerate((0, 4102444800, 1, 2**31)):
         os.utime(shards / f"s{number}.tar", (moment, moment))
     first = index_of(shards, cache)
-    assert first.path is not None
-    os.utime(first.path, (0, 0))
-    assert index_of(shards, cache).path == first.path
-    assert len(list(cache.glob("*.index"))) == 1
+    assert first.folder is not None
+    os.utime(first.folder / "records", (0, 0))
+    assert index_of(shards, cache).folder == first.folder
+    assert len(list(cache.glob("*/records"))) == 1
 
 
 def test_too_large_a_sample_is_an_error(tmp_path: Path) -> None:
     def scan(file: Path, bad: Any) -> Any:
-        yield shard_index.Span(0, 1 << 32, 0, 0)
+        yield Span(0, 1 << 32, 0, 0)
 
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(DataError, match="expected less than 4 GiB"):

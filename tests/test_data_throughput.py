@@ -11,7 +11,7 @@ from benchmarks.data_throughput import main
 
 def test_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ["--prompts", "2048", "--shards", "16", "--ranks", "2", "--workers", "2", "--folder", str(tmp_path)]
-    result = main([*sizes, "--compared", "500", "--streamed", "512"])
+    result = main([*sizes, "--compared", "500"])
     assert result.times_seen == (1, 1)
     assert result.same_order >= 500
     assert [passage.prompts for passage in result.ranks] == [1024, 1024]

@@ -13,7 +13,7 @@ import pytest
 PROGRAM = """
 import os, signal, sys, time
 from torch.utils.data import DataLoader, IterableDataset
-from nemo_aligner_diffusion.data.worker_signals import leave_signals_to_the_parent
+from nemo_aligner_diffusion.data.stream_loader import leave_signals_to_the_parent
 
 class Numbers(IterableDataset):
     def __iter__(self):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from nemo_aligner_diffusion.reward_training.preference_data import PreferenceDat
 from nemo_aligner_diffusion.reward_training.preference_shards import (
     PreferencePair,
     format_label,
-    parse_label,
+    read_label,
     read_preference_file,
     write_preference_shards,
 )
@@ -144,7 +145,7 @@ def test_pictures_are_decoded_whole_only_when_used(tmp_path: Path) -> None:
         str(path), preprocessing=Preprocessing(32), micro_batch_size=1, epochs=1, shuffle_buffer=0, on_bad_sample="skip"
     )
     assert [batch["prompts"] for batch in data] == [["ok"]]
-    assert data.skipped == 1
+    assert data.index.left_out["samples"] == 1
 
 
 def test_huge_pictures_are_refused_by_their_header() -> None:
@@ -179,9 +180,9 @@ def test_photographs_are_turned_and_deep_ones_scaled() -> None:
 
 
 def test_labels() -> None:
-    assert parse_label(" 1/0\n") == (1.0, 0.0)
     assert format_label((1.0, 0.0)) == "1/0"
-    assert parse_label(format_label((1 / 3, 2 / 3))) == (1 / 3, 2 / 3)
+    assert read_label(*format_label((1 / 3, 2 / 3)).split("/")) == (1 / 3, 2 / 3)
+    assert read_label(0.25) == read_label("0.25", None) == (0.25, 0.75)
 
 
 def test_writing_is_all_or_nothing(tmp_path: Path) -> None:
@@ -256,3 +257,20 @@ def test_names_with_a_further_dot_are_counted(tmp_path: Path, caplog: pytest.Log
     data = PreferenceDataset(str(path), preprocessing=Preprocessing(32), micro_batch_size=1, epochs=1, shuffle_buffer=0)
     assert [batch["prompts"] for batch in data] == [["a cat"]]
     assert "4 members were passed over, 'cat no. 7." in caplog.text
+
+
+def test_what_is_passed_over_in_a_sample_is_passed_over_again_when_its_turn_comes(tmp_path: Path) -> None:
+    """The index had left out a member of the sample; reading the sample stopped the run."""
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as archive:
+        for name, content in [*GOOD.items(), ("7.txt", "a dog")]:
+            data = content.encode() if isinstance(content, str) else content
+            header = tarfile.TarInfo(name)
+            header.size = len(data)
+            archive.addfile(header, io.BytesIO(data))
+    options: dict[str, Any] = {"preprocessing": Preprocessing(32), "micro_batch_size": 1, "epochs": 1}
+    with pytest.raises(DataError, match="is there twice"):
+        PreferenceDataset(str(path), **options)
+    data = PreferenceDataset(str(path), on_bad_sample="skip", **options)
+    assert [batch["prompts"] for batch in data] == [["a cat"]]
+    assert data.index.left_out["samples"] == 1

@@ -82,7 +82,7 @@ def test_parquet_columns_labels_and_structs(tmp_path: Path, capsys: pytest.Captu
         ({"jpg_1": [b"x", b"x", b"x"]}, ["no JPEG, PNG or WebP"]),
         ({"jpg_0": [None, None, None]}, ["row 0", "no picture as image_0"]),
         ({"caption": [None, "a", "b"]}, ["row 0", "has no prompt"]),
-        ({"label_0": ["a", "b", "c"]}, ["row 0", "'a'"]),
+        ({"label_0": ["a", "b", "c"]}, ["row 0", "label 'a/"]),
     ],
 )
 def test_parquet_errors(

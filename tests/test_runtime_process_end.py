@@ -14,7 +14,7 @@ PROGRAM = f"""
 import atexit, sys
 sys.path.insert(0, {str(ROOT)!r})
 from nemo_aligner_diffusion.errors import ConfigurationError
-from nemo_aligner_diffusion.cli.train import exit_status
+from nemo_aligner_diffusion.runtime.ending import command
 
 class Teardown:
     def __del__(self): print("teardown", flush=True)
@@ -22,7 +22,8 @@ class Teardown:
 kept = Teardown()
 joined, words = sys.argv[1] == "joined", sys.argv[2:]
 
-def run():
+@command(interrupted="")
+def run(argv):
     if joined:
         import torch.distributed as dist
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -30,7 +31,7 @@ def run():
     if "refuse" in words: raise ConfigurationError("no such key")
     return 75 if "requeue" in words else 0
 
-code = exit_status(run, is_whole_program="embedded" not in words)
+code = run(words if "embedded" in words else None)
 print("not flushed", end=" ")
 if "mistake" in words: raise ValueError("behind the run")
 sys.exit(5 if "embedded" in words else code)

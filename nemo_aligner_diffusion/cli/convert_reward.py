@@ -7,8 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from nemo_aligner_diffusion.command_line import Parser, command, whole_number
+from nemo_aligner_diffusion.command_line import Parser, whole_number
 from nemo_aligner_diffusion.rewards.convert import KINDS, Conversion, convert_reward
+from nemo_aligner_diffusion.runtime.ending import command
 
 _EXAMPLES = """examples:
   convert_reward_to_nemo.py --kind pickscore --output pickscore.nemo

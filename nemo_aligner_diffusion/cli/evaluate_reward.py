@@ -8,8 +8,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from nemo_aligner_diffusion.command_line import Parser, command, whole_number
+from nemo_aligner_diffusion.command_line import Parser, whole_number
 from nemo_aligner_diffusion.errors import ConfigurationError
+from nemo_aligner_diffusion.runtime.ending import command
 
 
 @command(interrupted="interrupted; nothing was written")

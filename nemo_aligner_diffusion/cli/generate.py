@@ -10,11 +10,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from nemo_aligner_diffusion.command_line import Parser, command, finite_number, whole_number
+from nemo_aligner_diffusion.command_line import Parser, finite_number, whole_number
 from nemo_aligner_diffusion.data.prompt_files import read_lines
 from nemo_aligner_diffusion.diffusion.settings import SamplingSettings
 from nemo_aligner_diffusion.errors import ConfigurationError, DataError
 from nemo_aligner_diffusion.evaluation.request import Adapter, Request, annealed_weights
+from nemo_aligner_diffusion.runtime.ending import command
 
 EXAMPLES = """\
 examples:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nemo_aligner_diffusion.cli.prompts_to_shards import bad_rows, print_result
-from nemo_aligner_diffusion.command_line import Parser, command, whole_number
+from nemo_aligner_diffusion.command_line import Parser, whole_number
 from nemo_aligner_diffusion.data.bad_samples import BadSamples
 from nemo_aligner_diffusion.data.prompt_files import clean_prompt
 from nemo_aligner_diffusion.errors import ConfigurationError, DataError
@@ -22,9 +22,10 @@ from nemo_aligner_diffusion.formats.files import read_bytes
 from nemo_aligner_diffusion.formats.pictures import MAX_PICTURE_BYTES, decode_picture, picture_format
 from nemo_aligner_diffusion.reward_training.preference_shards import (
     PreferencePair,
-    check_label,
+    read_label,
     write_preference_shards,
 )
+from nemo_aligner_diffusion.runtime.ending import command
 
 ROWS_AT_ONCE = 64  # of a parquet row group; pictures of 200 kB make that 25 MB
 FIELDS = ("image_0", "image_1", "prompt", "label_0")
@@ -133,15 +134,10 @@ def _pair(row: Row) -> PreferencePair:
     if not values:
         raise ValueError("has not as many fields as the header, or an empty one; quote texts that contain commas")
     first, second = (_picture(values[name], name) for name in ("image_0", "image_1"))
-    prompt, share = values["prompt"], values["label_0"]
+    prompt, label = values["prompt"], read_label(values["label_0"], values.get("label_1"))
     if not isinstance(prompt, str):
         raise ValueError(f"has no prompt; expected text, not {type(prompt).__name__}")
-    if isinstance(share, str):
-        try:
-            share = float(share)
-        except ValueError:
-            raise ValueError(f"has the label_0 {share[:40]!r}; expected 1, 0, or 0.5 for a tie") from None
-    return PreferencePair((first, second), clean_prompt(prompt), check_label(share, values.get("label_1")), row.origin)
+    return PreferencePair((first, second), clean_prompt(prompt), label, row.origin)
 
 
 def _picture(value: Any, name: str) -> bytes:

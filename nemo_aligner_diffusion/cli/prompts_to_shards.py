@@ -10,12 +10,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from nemo_aligner_diffusion.command_line import Parser, command, whole_number
+from nemo_aligner_diffusion.command_line import Parser, whole_number
 from nemo_aligner_diffusion.data.bad_samples import BadSamples
 from nemo_aligner_diffusion.data.paths import expand_paths, is_text_file
 from nemo_aligner_diffusion.data.prompt_files import read_lines
 from nemo_aligner_diffusion.data.shards import DEFAULT_SAMPLES_PER_SHARD, WrittenShards, write_prompt_shards
 from nemo_aligner_diffusion.errors import DataError
+from nemo_aligner_diffusion.runtime.ending import command
 
 
 def prompts_of(files: Sequence[Path], bad: BadSamples, drop_duplicates: bool, left_out: Counter[str]) -> Iterator[str]:
@@ -71,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
 
 def bad_rows(skip: bool, option: str) -> BadSamples:
     """What a converter does about an unusable line or row: stop before anything is written, or leave it out."""
-    return BadSamples("skip" if skip else "error", quiet=True, advice=f"or {option}; nothing was written")
+    return BadSamples("skip" if skip else "error", advice=f"or {option}; nothing was written")
 
 
 def print_result(written: WrittenShards, bad: BadSamples, noun: str) -> None:

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_aligner_diffusion.cli.generate import read_request
-from nemo_aligner_diffusion.command_line import Parser, command, whole_number
+from nemo_aligner_diffusion.command_line import Parser, whole_number
 from nemo_aligner_diffusion.errors import ConfigurationError
+from nemo_aligner_diffusion.runtime.ending import command
 
 RULE_NAMES = ("colourfulness", "symmetry")  # of reward_training/rule_preferences.py, which imports torch
 

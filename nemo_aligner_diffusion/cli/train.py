@@ -10,11 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from nemo_aligner_diffusion.command_line import Parser
-from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError
+from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.keys import closest
-from nemo_aligner_diffusion.runtime.ending import EndAtExit, end, is_first_to_say, write_error_file
+from nemo_aligner_diffusion.runtime.ending import command, end
 from nemo_aligner_diffusion.runtime.startup import Startup
-from nemo_aligner_diffusion.streams import take_screen
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from nemo_aligner_diffusion.runtime.signals import Interruption
     from nemo_aligner_diffusion.training.settings import ProgramSettings
 
-_TOO_EARLY = "interrupted before training began"
+TOO_EARLY = "interrupted before training began"
 
 USED_MOST = """\
   algorithm=leapalign                         the method; model.algorithm=my_module:MyRule: your own
@@ -106,8 +105,7 @@ def main(config_name: str, argv: Sequence[str] | None = None) -> int:
     """
     startup = Startup()
     startup.enter("configuration")
-    words = sys.argv[1:] if argv is None else argv
-    return exit_status(lambda: _main(config_name, words, startup), is_whole_program=argv is None)
+    return command(TOO_EARLY)(lambda words: _main(config_name, words, startup))(argv)
 
 
 def _main(config_name: str, argv: Sequence[str], startup: Startup) -> int:
@@ -144,30 +142,6 @@ def show(cfg: DictConfig) -> None:
     print(OmegaConf.to_yaml(cfg), end="")
 
 
-def exit_status(program: Callable[[], int], is_whole_program: bool) -> int:
-    """Call ``program``; an error of the user's is one line on the screen, and an exit code.
-
-    Args:
-        is_whole_program: its exit status will be the process's; nothing of the caller's follows.
-    """
-    if is_whole_program:
-        take_screen()
-    ending = EndAtExit()  # before anything that registers what is to come before it
-    try:
-        code = program()
-        ending.code = code if is_whole_program else None
-        return code
-    except AlignerError as error:
-        if not error.said and is_first_to_say(str(error)):
-            print(f"error: {error}", file=sys.stderr)
-        write_error_file(f"error: {error}")
-        end(error.exit_code)
-        return error.exit_code
-    except KeyboardInterrupt:  # while loading: nothing has been trained, there is nothing to close
-        print(_TOO_EARLY, file=sys.stderr)
-        return 130
-
-
 def launch(settings: ProgramSettings, run: Callable[[Interruption], int]) -> int:
     """Start the processes of a run where nobody has, or be one of them.
 
@@ -200,7 +174,7 @@ def launch(settings: ProgramSettings, run: Callable[[Interruption], int]) -> int
         except Interrupted:
             log_to_screen()  # it may not have come to that
             if interruption.speaks:
-                print(_TOO_EARLY, file=sys.stderr)
+                print(TOO_EARLY, file=sys.stderr)
             requeue = Requeue.for_this_run(section, section, is_writer=process.is_rank_zero)
             if requeue is None:
                 return interruption.exit_code

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from nemo_aligner_diffusion.cli.train import exit_status, launch, parse_arguments, show
+from nemo_aligner_diffusion.cli.train import TOO_EARLY, launch, parse_arguments, show
 from nemo_aligner_diffusion.command_line import Parser
 from nemo_aligner_diffusion.config.recipes import conf_directory
+from nemo_aligner_diffusion.runtime.ending import command
 
 if TYPE_CHECKING:
     from nemo_aligner_diffusion.runtime.signals import Interruption
@@ -23,13 +23,9 @@ keys, with their defaults (model.optim.lr=1e-4 sets lr of optim of model):
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit status: 0, or the ``exit_code`` of the error that was printed."""
-    words = sys.argv[1:] if argv is None else argv
-    return exit_status(lambda: _main(words), is_whole_program=argv is None)
-
-
-def _main(argv: Sequence[str]) -> int:
+@command(TOO_EARLY)
+def main(argv: Sequence[str]) -> int:
+    """Run the command; return its exit status."""
     parser = Parser(
         "Trains a CLIP on preferences between pictures; export/reward.nemo is a reward for the diffusion trainers.",
         add_help=False,

@@ -7,7 +7,6 @@ from typing import Any
 
 # Loaded on first use: the writers and the path handling work without torch and Lightning.
 _HOMES = {
-    "PromptBatch": "prompts",
     "PromptDataModule": "datamodule",
     "PromptDataset": "prompts",
     "WrittenShards": "shards",

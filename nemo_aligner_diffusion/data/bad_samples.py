@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from nemo_aligner_diffusion.errors import DataError, printable
 
 logger = logging.getLogger(__name__)
 
-WARNINGS_IN_FULL = 5  # unusable samples described one by one before they are only counted
+MESSAGES_KEPT = 5  # unusable samples described one by one before they are only counted
 
 OnBadSample = Literal["error", "skip"]
 
@@ -19,11 +20,10 @@ class BadSampleError(DataError):
 
 
 class BadSamples:
-    """What to do about an unusable prompt or shard: stop with a DataError, or warn, count and go on.
+    """What to do about an unusable prompt or shard: stop with a DataError, or count and go on.
 
     Args:
         policy: ``"error"`` or ``"skip"``.
-        quiet: count without warnings (all processes read the same files; one of them should speak).
         shard_policy: the same for files that are unreadable or damaged; None: as ``policy``.
         advice: what an error says of the way to pass over such samples.
 
@@ -36,7 +36,6 @@ class BadSamples:
     def __init__(
         self,
         policy: OnBadSample = "error",
-        quiet: bool = False,
         shard_policy: OnBadSample | None = None,
         advice: str = "on_bad_sample=skip passes over such samples",
     ) -> None:
@@ -45,7 +44,6 @@ class BadSamples:
                 raise DataError(f"{name} is {value!r}; expected 'error' or 'skip'")
         self.policy = policy
         self.shard_policy: OnBadSample = shard_policy or policy
-        self.quiet = quiet
         self.advice = advice
         self.count = 0
         self.shards = 0
@@ -83,17 +81,19 @@ class BadSamples:
         """A line for each reason that members were passed over for."""
         return [f"{n} members were passed over, {first} first, {why}" for why, (n, first) in self._passed_over.items()]
 
+    def summary(self) -> dict[str, Any]:
+        """All of it, for JSON and :func:`warn_of`."""
+        return {"samples": self.count, "shards": self.shards, "messages": self.messages, "notes": self.notes}
+
     def _note(self, message: str) -> None:
         self.count += 1
-        if self.count <= WARNINGS_IN_FULL:
+        if self.count <= MESSAGES_KEPT:
             self.messages.append(printable(message, 1_000))
-            if not self.quiet:
-                warn_of(self.messages[-1:], self.count)
 
 
-def warn_of(messages: list[str], count: int) -> None:
-    """Say what was skipped; ``count`` is the number of samples so far, the last of ``messages`` included."""
-    for message in messages:
+def warn_of(summary: Mapping[str, Any]) -> None:
+    """Say what was left out."""
+    for message in (*summary["messages"], *summary["notes"]):
         logger.warning("skipped: %s", message)
-    if count >= WARNINGS_IN_FULL:
-        logger.warning("further unusable samples are counted and reported at the end of the epoch")
+    if summary["samples"] > MESSAGES_KEPT:
+        logger.warning("%d samples were skipped in all", summary["samples"])

@@ -111,14 +111,20 @@ def read_lines(path: Path, bad: Callable[[str], None]) -> Iterator[tuple[int, Lo
 def _read_text(path: Path, bad: BadSamples) -> Iterator[LocatedPrompt]:
     """Empty lines at the end of the file are nothing, elsewhere they are empty prompts."""
     pending: list[int] = []  # empty lines just before this one
-    for number, located in read_lines(path, bad):
-        if not located.prompt:
+
+    def bad_after_empty(*messages: str) -> None:
+        for number in pending:
+            bad(f"{path}: line {number} is an empty prompt; expected one prompt a line")
+        pending.clear()
+        for message in messages:
+            bad(message)
+
+    for number, located in read_lines(path, bad_after_empty):
+        if located.prompt:
+            bad_after_empty()
+            yield located
+        else:
             pending.append(number)
-            continue
-        for empty in pending:
-            bad(f"{path}: line {empty} is an empty prompt; expected one prompt a line")
-        pending = []
-        yield located
 
 
 def _read_shard(path: Path, bad: BadSamples, keys: Sequence[str]) -> Iterator[LocatedPrompt]:

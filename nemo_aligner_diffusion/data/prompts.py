@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 
@@ -13,23 +13,16 @@ from nemo_aligner_diffusion.data.bad_samples import BadSamples, OnBadSample, war
 from nemo_aligner_diffusion.data.paths import PathSpec, expand_paths
 from nemo_aligner_diffusion.data.prompt_files import PROMPT_KEYS, locate_prompts, parse_prompt
 from nemo_aligner_diffusion.data.sample_stream import SampleStream
-from nemo_aligner_diffusion.data.shard_index import Span, checksum
+from nemo_aligner_diffusion.data.spans import Span, checksum
 from nemo_aligner_diffusion.data.stream_loader import WORKER_TIMEOUT_SECONDS, StreamLoader
 from nemo_aligner_diffusion.errors import DataError
-
-__all__ = ["PromptBatch", "PromptDataset", "build_prompt_loader", "expand_paths", "read_prompts"]
-
-
-class PromptBatch(TypedDict):
-    """One rank's micro-batch: ``index`` (B,) int64 global sample indices; ``epoch`` (from 0) of the first sample."""
-
-    prompts: list[str]
-    index: torch.Tensor
-    epoch: int
 
 
 class PromptDataset(SampleStream):
     """This rank's micro-batches of prompts; arguments, order and errors are those of :class:`.SampleStream`.
+
+    A batch is ``prompts``, a list of B strings; ``index`` ``(B,)`` int64 global sample indices; ``epoch``, from 0, of
+    the first sample.
 
     Args:
         prompt_key: where the prompt is in ``.json`` members; None: ``prompt``, else ``caption``.
@@ -45,12 +38,9 @@ class PromptDataset(SampleStream):
     def kind(self) -> str:
         return " ".join([super().kind, *map(repr, self.keys)])
 
-    def read(self, file: Path, bad: BadSamples) -> Iterator[str]:
-        return (located.prompt for located in locate_prompts(file, bad, self.keys))
-
     def scan(self, file: Path, bad: BadSamples) -> Iterator[Span]:
         for _, offset, data, kind in locate_prompts(file, bad, self.keys):
-            yield Span(offset, len(data), checksum(data), kind)
+            yield Span(offset, len(data), checksum(data), kind, data)
 
     def parse(self, data: bytes, tag: int, file: Path) -> str:
         try:
@@ -58,7 +48,7 @@ class PromptDataset(SampleStream):
         except ValueError as error:
             raise DataError(f"{file}: a member {error}") from error
 
-    def collate(self, items: list[str], index: torch.Tensor, epochs: list[int]) -> PromptBatch:
+    def collate(self, items: list[str], index: torch.Tensor, epochs: list[int]) -> dict[str, Any]:
         return {"prompts": items, "index": index, "epoch": epochs[0]}
 
 
@@ -69,7 +59,7 @@ def build_prompt_loader(
     worker_timeout_seconds: float = WORKER_TIMEOUT_SECONDS,
     **options: Any,
 ) -> StreamLoader:
-    """Return the loader of this rank's :class:`PromptBatch`; ``options`` are the arguments of :class:`PromptDataset`.
+    """Return the loader of this rank's batches; ``options`` are the arguments of :class:`PromptDataset`.
 
     The stream is the same for every ``num_workers``; 0 is enough beside any diffusion model.
 
@@ -95,7 +85,7 @@ def read_prompts(
     files = expand_paths(paths, check=bad.shard_policy == "error")
     located = chain.from_iterable(locate_prompts(file, bad, _keys(prompt_key)) for file in files)
     prompts = [one.prompt for one in islice(located, limit)]
-    warn_of(bad.notes, 0)
+    warn_of(bad.summary())
     if not prompts and limit != 0:
         raise DataError(
             f"{files[0]}: not one usable prompt in {len(files)} file(s); set on_bad_sample=error to see why"

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import gzip
-import io
 import os
 import re
 import shutil
 import tarfile
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import IO, cast
 
 from nemo_aligner_diffusion.data.paths import SHARD_SUFFIXES
 from nemo_aligner_diffusion.data.prompt_files import clean_prompt
@@ -158,37 +156,43 @@ def _members(prompts: Iterable[str]) -> Iterator[Sample]:
             raise DataError(f"prompt {number} {error}") from error
 
 
+def tar_sample(sample: Sample) -> bytes:
+    """The blocks that hold a sample in a tar; mode 0644, time 0, owner 0."""
+    blocks = []
+    for name, content in sample:
+        header = tarfile.TarInfo(name)
+        header.size = len(content)
+        blocks += [header.tobuf(tarfile.USTAR_FORMAT), content, bytes(-len(content) % tarfile.BLOCKSIZE)]
+    return b"".join(blocks)
+
+
 def _write_all(
-    samples_in: Iterator[Sample], folder: Path, samples: int | None, size: int | None, compress: bool
+    samples: Iterator[Sample], folder: Path, most_samples: int | None, most_bytes: int | None, compress: bool
 ) -> Iterator[tuple[Path, int]]:
     """Write shard after shard; yield each with its number of samples once it is complete and on disk."""
-    waiting = next(samples_in, None)
+    blocks = map(tar_sample, samples)
+    waiting = next(blocks, None)
     number = 0
     while waiting is not None:
         path = folder / f"{number}.tar"
-        count = 0
-        used = 2 * tarfile.BLOCKSIZE  # the end marker
+        count = used = 0
         with open(path, "wb") as file:
-            with ExitStack() as stack:
-                stream: IO[bytes] = file
-                if compress:  # no name and no time in the header, where they would make equal shards differ
-                    stream = cast(IO[bytes], stack.enter_context(gzip.GzipFile("", "wb", 6, file, mtime=0)))
-                tar = stack.enter_context(tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT))
+            # no name and no time in the header, where they would make equal shards differ
+            with gzip.GzipFile("", "wb", 6, file, mtime=0) if compress else nullcontext(file) as stream:
                 while waiting is not None:
-                    used += sum(
-                        tarfile.BLOCKSIZE * (1 + -(-len(content) // tarfile.BLOCKSIZE)) for _, content in waiting
-                    )
-                    padded = -(-used // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
-                    if count and (count == samples or (size is not None and padded > size)):
+                    if count and (count == most_samples or (most_bytes and _padded(used + len(waiting)) > most_bytes)):
                         break
-                    for name, content in waiting:
-                        header = tarfile.TarInfo(name)  # mode 0644, time 0, owner 0 by default
-                        header.size = len(content)
-                        tar.addfile(header, io.BytesIO(content))
-                    tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
+                    stream.write(waiting)
+                    used += len(waiting)
                     count += 1
-                    waiting = next(samples_in, None)
+                    waiting = next(blocks, None)
+                stream.write(bytes(_padded(used) - used))
             file.flush()
             os.fsync(file.fileno())
         yield path, count
         number += 1
+
+
+def _padded(size: int) -> int:
+    """Bytes of a tar of ``size`` bytes of members, with its end marker."""
+    return -(-(size + 2 * tarfile.BLOCKSIZE) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE

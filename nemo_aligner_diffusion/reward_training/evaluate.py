@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from nemo_aligner_diffusion.data.bad_samples import BadSamples, OnBadSample
+from nemo_aligner_diffusion.data.bad_samples import BadSamples, OnBadSample, warn_of
 from nemo_aligner_diffusion.data.paths import PathSpec, expand_paths
 from nemo_aligner_diffusion.errors import DataError
 from nemo_aligner_diffusion.evaluation.curves import Curve, curve_plot
@@ -120,6 +120,7 @@ def score_pairs(
             values = torch.cat([reward(picture, [prompt]) for picture, prompt in zip(both, prompts, strict=True)])
         scores.append(values.view(-1, 2).float().cpu())
         labels.append(torch.tensor([pair.label for pair in batch]))
+    warn_of(bad.summary())
     return torch.cat(scores), torch.cat(labels)
 
 

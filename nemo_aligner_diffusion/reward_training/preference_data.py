@@ -17,10 +17,11 @@ from torch import Tensor
 
 from nemo_aligner_diffusion.data.bad_samples import BadSamples
 from nemo_aligner_diffusion.data.datamodule import StreamDataModule
-from nemo_aligner_diffusion.data.epoch_reader import SpanReader
 from nemo_aligner_diffusion.data.paths import PathSpec
 from nemo_aligner_diffusion.data.sample_stream import SampleStream
-from nemo_aligner_diffusion.data.shard_index import Span, checksum
+from nemo_aligner_diffusion.data.shard_index import is_compressed
+from nemo_aligner_diffusion.data.shards import tar_sample
+from nemo_aligner_diffusion.data.spans import Span, SpanReader, checksum
 from nemo_aligner_diffusion.data.stream_loader import WORKER_TIMEOUT_SECONDS, StreamLoader
 from nemo_aligner_diffusion.errors import DataError
 from nemo_aligner_diffusion.formats.pictures import decode_picture
@@ -28,6 +29,7 @@ from nemo_aligner_diffusion.reward_training.preference_shards import (
     PreferencePair,
     locate_pairs,
     pair_in,
+    pair_members,
     read_preference_file,
 )
 from nemo_aligner_diffusion.rewards.support.preprocessing import Preprocessing
@@ -54,8 +56,7 @@ class PreferenceDataset(SampleStream):
     Args:
         preprocessing: the model's; its statistics are left to the training step.
 
-    Under ``on_bad_sample="skip"`` the process that makes the index decodes every picture, once; of compressed shards
-    every process decodes every picture, to agree on which are left out.
+    Under ``on_bad_sample="skip"`` the process that makes the index decodes every picture, once.
     """
 
     noun = "pair"
@@ -64,18 +65,19 @@ class PreferenceDataset(SampleStream):
         self.preprocessing = preprocessing
         super().__init__(paths, **stream)
 
-    def read(self, file: Path, bad: BadSamples) -> Iterator[PreferencePair]:
-        return read_preference_file(file, bad, decode=bad.policy == "skip")
-
     def scan(self, file: Path, bad: BadSamples) -> Iterator[Span]:
-        """An unusable pair that is an error is one when its turn comes: no picture is read before that."""
-        decode = bad.policy == "skip"
+        decode = bad.policy == "skip"  # else an unusable pair is an error when its turn comes, and its pictures unread
+        if is_compressed(file):
+            for sample in pair_members(read_preference_file(file, bad, decode)):
+                data = tar_sample(sample)
+                yield Span(0, len(data), checksum(data), 0, data)
+            return
         with closing(SpanReader([file])) as reader:
             for start, size in locate_pairs(file, bad, decode):
                 yield Span(start, size, checksum(reader.read(0, start, size, 0)) if decode else 0, 0)
 
     def parse(self, data: bytes, tag: int, file: Path) -> PreferencePair:
-        return pair_in(data, file, BadSamples(self.on_bad_sample, quiet=True))
+        return pair_in(data, file, BadSamples(self.on_bad_sample))
 
     def collate(self, items: list[PreferencePair], index: Tensor, epochs: list[int]) -> PreferenceBatch:
         return {

@@ -18,7 +18,6 @@ Imports neither torch nor webdataset: the writing tools start at once.
 from __future__ import annotations
 
 import io
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -79,10 +78,11 @@ def write_preference_shards(
         OutputError: ``output`` cannot be written, or holds shards of this prefix already and ``overwrite`` is not set.
     """
     each = DEFAULT_PAIRS_PER_SHARD if samples_per_shard is None else samples_per_shard
-    return write_sample_shards(_members(pairs), output, "pair", each, None, False, prefix, overwrite)
+    return write_sample_shards(pair_members(pairs), output, "pair", each, None, False, prefix, overwrite)
 
 
-def _members(pairs: Iterable[PreferencePair]) -> Iterator[Sample]:
+def pair_members(pairs: Iterable[PreferencePair]) -> Iterator[Sample]:
+    """The members of each pair, named by its number."""
     for number, pair in enumerate(pairs):
         try:
             first, second = (picture_format(picture) for picture in pair.pictures)
@@ -196,9 +196,9 @@ def _pair(members: dict[str, bytes], origin: str) -> PreferencePair:
             raise ValueError("lacks its prompt; expected a .txt member, or .json with a string prompt or caption")
         prompt = clean_prompt(text)
     if "label" in members:
-        label = parse_label(members["label"].decode("utf-8", "replace"))
+        label = read_label(*members["label"].decode("utf-8", "replace").strip().split("/"))
     elif "label_0" in extra:
-        label = check_label(extra["label_0"], extra.get("label_1"))
+        label = read_label(extra["label_0"], extra.get("label_1"))
     else:
         raise ValueError("lacks its label; expected a .label member such as 1/0, or .json with label_0")
     return PreferencePair((pictures[0], pictures[1]), prompt, label, origin)
@@ -214,38 +214,30 @@ def _json(data: bytes) -> dict[str, Any]:
     return content
 
 
-def parse_label(text: str) -> tuple[float, float]:
-    """``1/0``, ``0/1``, ``0.5/0.5``, … as two numbers.
+def read_label(*shares: Any) -> tuple[float, float]:
+    """Two shares of 1, given as numbers or text; of a single one the other is the complement.
 
     Raises:
-        ValueError: anything else; the message says what was expected, without naming the place.
+        ValueError: they are no such shares; the message says what was expected, without naming the place.
     """
-    parts = text.strip().split("/")
+    given = [share for share in shares if share is not None]
     try:
-        first, second = (float(part) for part in parts)
-    except ValueError:
-        raise ValueError(f"has the label {text.strip()[:40]!r}; expected 1/0, 0/1, or 0.5/0.5 for a tie") from None
-    return check_label(first, second)
-
-
-def check_label(first: Any, second: Any = None) -> tuple[float, float]:
-    """Two shares of 1, the second the complement of the first where it is None.
-
-    Raises:
-        ValueError: one is no number, negative or not finite, or they do not sum to 1.
-    """
-    values = [first, 1 - first if second is None and isinstance(first, (int, float)) else second]
-    if any(isinstance(value, bool) or not isinstance(value, (int, float)) for value in values):
-        raise ValueError(f"has the label {first!r}/{second!r}; expected two numbers that sum to 1")
-    if not all(math.isfinite(value) and value >= 0 for value in values) or abs(sum(values) - 1) > LABEL_TOLERANCE:
+        if any(isinstance(share, bool) for share in given):
+            raise TypeError
+        numbers = [float(share) for share in given]
+        first, second = numbers if len(numbers) > 1 else (numbers[0], 1 - numbers[0])
+    except (TypeError, ValueError, IndexError):
+        written = "/".join(map(str, given))[:40]
+        raise ValueError(f"has the label {written!r}; expected 1/0, 0/1, or 0.5/0.5 for a tie") from None
+    if not (first >= 0 and second >= 0 and abs(first + second - 1) <= LABEL_TOLERANCE):  # nor NaN
         raise ValueError(
-            f"has the label {values[0]:g}/{values[1]:g}, which sums to {sum(values):g}; expected two shares of 1, such "
-            "as 1/0, 0/1, or 0.5/0.5 for a tie"
+            f"has the label {first:g}/{second:g}, which sums to {first + second:g}; expected two shares of 1, such as "
+            "1/0, 0/1, or 0.5/0.5 for a tie"
         )
-    return float(values[0]), float(values[1])
+    return first, second
 
 
 def format_label(label: tuple[float, float]) -> str:
     """``1/0`` and the like, checked; reading it back gives the same numbers."""
-    first, second = check_label(*label)
+    first, second = read_label(*label)
     return "/".join(f"{value:g}" if float(f"{value:g}") == value else repr(value) for value in (first, second))

@@ -1,19 +1,22 @@
-"""The end of a process: told once among several, at once, and with the exit code that it is to have."""
+"""The end of a command and its process: told once among several, at once, and with the exit code that it is to have."""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import hashlib
 import json
 import multiprocessing
 import os
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from nemo_aligner_diffusion.errors import ConfigurationError
+from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError
 from nemo_aligner_diffusion.runtime.process import this_process
+from nemo_aligner_diffusion.streams import take_screen
 
 CLAIMS_VARIABLE = "NAD_CLAIMS"  # a folder of the processes that our own launcher has started
 
@@ -104,3 +107,39 @@ class EndAtExit:
     def _end(self) -> None:
         if self.code is not None and getattr(sys, "last_type", None) is None:
             end(self.code)
+
+
+def command(interrupted: str) -> Callable[[Callable[[Sequence[str]], int]], Callable[..., int]]:
+    """Decorator of a ``main(argv)`` that gives an exit code.
+
+    ``argv`` defaults to the words after the command's name; the exit code then becomes the process's, and nothing of
+    the caller's follows. An :class:`AlignerError` is printed as ``error: …``, by one of the processes that have it, and
+    gives its own exit code; Ctrl-C prints ``interrupted`` and gives 130.
+
+    Args:
+        interrupted: what a user who pressed Ctrl-C should know, such as what became of the files.
+    """
+
+    def decorate(main: Callable[[Sequence[str]], int]) -> Callable[..., int]:
+        @functools.wraps(main)
+        def guarded(argv: Sequence[str] | None = None) -> int:
+            if argv is None:
+                take_screen()
+            ending = EndAtExit()  # before anything that registers what is to come before it
+            try:
+                code = main(sys.argv[1:] if argv is None else argv)
+                ending.code = code if argv is None else None
+                return code
+            except AlignerError as error:
+                if not error.said and is_first_to_say(str(error)):
+                    print(f"error: {error}", file=sys.stderr)
+                write_error_file(f"error: {error}")
+                end(error.exit_code)
+                return error.exit_code
+            except KeyboardInterrupt:
+                print(interrupted, file=sys.stderr)
+                return 130
+
+        return guarded
+
+    return decorate

@@ -20,11 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_aligner_diffusion.command_line import command
 from nemo_aligner_diffusion.errors import OutputError, printable
 from nemo_aligner_diffusion.evaluation.report.view import build_view
 from nemo_aligner_diffusion.evaluation.run_files import read_run
 from nemo_aligner_diffusion.evaluation.text import format_gain, format_number
+from nemo_aligner_diffusion.runtime.ending import command
 from nemo_aligner_diffusion.runtime.files import write_atomic
 
 
