@@ -155,8 +155,8 @@ def spread_reward(layout: Any) -> dict[str, float]:
     from tiny.stable_diffusion import tiny_stable_diffusion
     from torch.distributed.device_mesh import init_device_mesh
 
-    from nemo_aligner_diffusion.parallel.gradients import local_part
     from nemo_aligner_diffusion.parallel.parallelism import Parallelism
+    from nemo_aligner_diffusion.parallel.placements import local_part
     from nemo_aligner_diffusion.rewards.augmentation import Augmentation
     from nemo_aligner_diffusion.rewards.clip.reward import CLIPReward
     from nemo_aligner_diffusion.rewards.support.augmented import AugmentedReward

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from nemo_aligner_diffusion.errors import ConfigurationError
-from nemo_aligner_diffusion.parallel import gradients
 from nemo_aligner_diffusion.parallel.layout import Layout
-from nemo_aligner_diffusion.parallel.placements import Placement, placements
+from nemo_aligner_diffusion.parallel.placements import Placement, local_part, placements
+from nemo_aligner_diffusion.runtime.health.progress import waiting
 
 Named = Sequence[tuple[str, Parameter]]
+BUCKET_BYTES = 64 * 2**20  # of one all-reduce: large enough for the link's full speed, small beside the model
 
 
 class Parallelism:
@@ -102,9 +103,9 @@ class Parallelism:
         if self.mesh is None:
             return
         if not self.layout.fsdp:
-            gradients.average(_gradients(parameters), self.data_group)
+            _average(_gradients(parameters), self.data_group)
         if self.layout.tensor > 1:
-            gradients.average(_gradients(self._whole(parameters)), self.tensor_group)
+            _average(_gradients(self._whole(parameters)), self.tensor_group)
 
     def gradient_norm(self, parameters: Named) -> float:
         """The 2-norm of the whole gradient, each number of it counted once; equal on every rank."""
@@ -112,7 +113,7 @@ class Parallelism:
             return float(torch.nn.utils.get_total_norm(_gradients(parameters)))
         whole = self._whole(parameters)
         cut = [(name, parameter) for name, parameter in parameters if self.placement(name).cut is not None]
-        held = [[gradients.local_part(gradient) for gradient in _gradients(part)] for part in (whole, cut)]
+        held = [[local_part(gradient) for gradient in _gradients(part)] for part in (whole, cut)]
         norms = [torch.nn.utils.get_total_norm(part).to(parameters[0][1].device) for part in held]
         squares = torch.stack(norms).double().square()
         if self.layout.fsdp:
@@ -130,7 +131,7 @@ class Parallelism:
         factor = min(limit / (norm + 1e-6), 1.0)
         if factor < 1.0:
             for gradient in _gradients(parameters):
-                gradients.local_part(gradient).mul_(factor)
+                local_part(gradient).mul_(factor)
 
     def _cut_reward(self, reward: nn.Module) -> None:
         from nemo_aligner_diffusion.parallel.tensor.plans import TENSOR_PLANS, apply_tensor_parallel
@@ -152,3 +153,30 @@ class Parallelism:
 
 def _gradients(parameters: Named) -> list[Tensor]:
     return [parameter.grad for _, parameter in parameters if parameter.grad is not None]
+
+
+def _average(tensors: Sequence[Tensor], group: Any) -> None:
+    """Replace each tensor by its mean over ``group``, in place; few large messages instead of many small ones."""
+    size = dist.get_world_size(group)
+    if size == 1:
+        return
+    for bucket in _buckets([local_part(tensor) for tensor in tensors]):
+        flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+        with waiting():  # the others' slowness is not this rank's work
+            dist.all_reduce(flat, group=group)
+        flat /= size
+        for tensor, mean in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+            tensor.copy_(mean.view_as(tensor))
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if bucket and (size + tensor.nbytes > BUCKET_BYTES or tensor.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.nbytes
+    if bucket:
+        yield bucket

@@ -114,6 +114,11 @@ def placements(root: nn.Module) -> dict[str, Placement]:
     return found
 
 
+def local_part(value: Tensor) -> Tensor:
+    """What this rank holds of it, sharing its memory; a plain tensor as it is."""
+    return value.to_local() if is_sharded(value) else value  # type: ignore[attr-defined]
+
+
 def is_sharded(value: Tensor) -> bool:
     """Whether FSDP2 holds a part of it here (a ``DTensor``)."""
     from torch.distributed.tensor import DTensor

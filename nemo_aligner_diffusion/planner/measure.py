@@ -23,8 +23,8 @@ from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.diffusion.plan import Plan
 from nemo_aligner_diffusion.diffusion.taps import detached
 from nemo_aligner_diffusion.diffusion.trajectory import reward_gradient
-from nemo_aligner_diffusion.parallel.gradients import local_part
 from nemo_aligner_diffusion.parallel.parallelism import Parallelism
+from nemo_aligner_diffusion.parallel.placements import local_part
 from nemo_aligner_diffusion.parallel.simulated import group_names, simulated_mesh
 from nemo_aligner_diffusion.planner.kernels import gpu_kernels
 from nemo_aligner_diffusion.planner.ledger import Ledger, Record

@@ -61,7 +61,7 @@ class InterruptionCallback(pl.Callback):
         # one rank may see the signal a step before another, or alone: all must stop at the same one
         over = time.monotonic() - self._started >= self._seconds
         mine = torch.tensor([int(self.interruption.requested or 0), int(over)], device=pl_module.device)
-        number, any_over = trainer.strategy.reduce(mine, reduce_op="max").tolist()  # type: ignore[union-attr]
+        number, any_over = trainer.strategy.reduce(mine, reduce_op="max").tolist()
         if number:
             self.interruption.note_signal_elsewhere(signal.Signals(number))
             self.interruption.stopped_training = True
