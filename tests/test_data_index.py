@@ -223,6 +223,14 @@ def test_compressed_and_plain_shards_together(tmp_path: Path) -> None:
         assert [batch["prompts"] for batch in resumed] == [batch["prompts"] for batch in whole[7:]]
 
 
+def test_a_compressed_bomb_does_not_fill_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_index, "UNPACKED_BYTES", 0)
+    tar(tmp_path / "a.tar", {f"{n}.txt": "x" * 60_000 for n in range(50)}, "w:gz")
+    with pytest.raises(DataError, match=r"a\.tar: its samples have more than 100 times its size"):
+        index_of(tmp_path / "a.tar", tmp_path / "cache")
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
 def test_compressed_shards_need_a_folder(tmp_path: Path) -> None:
     tar(tmp_path / "a.tar", {"0.txt": "p"}, "w:gz")
     (tmp_path / "file").write_text("x")

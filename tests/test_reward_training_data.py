@@ -148,6 +148,23 @@ def test_pictures_are_decoded_whole_only_when_used(tmp_path: Path) -> None:
     assert data.index.left_out["samples"] == 1
 
 
+@pytest.mark.parametrize("policy", ["error", "skip"])
+def test_compressed_shards_give_the_same_pairs(tmp_path: Path, policy: str) -> None:
+    batches = []
+    for gzip in (False, True):
+        folder = tmp_path / str(gzip)
+        write_preference_shards(blue_pairs(6), folder, samples_per_shard=4, gzip=gzip)
+        options: dict[str, Any] = {"micro_batch_size": 3, "epochs": 1, "on_bad_sample": policy}
+        data = PreferenceDataset(
+            str(folder), preprocessing=Preprocessing(32), index_folder=tmp_path / "index", **options
+        )
+        batches.append(list(data))
+    for plain, packed in zip(*batches, strict=True):
+        assert plain["prompts"] == packed["prompts"]
+        assert torch.equal(plain["images"], packed["images"])
+        assert torch.equal(plain["labels"], packed["labels"])
+
+
 def test_huge_pictures_are_refused_by_their_header() -> None:
     for side, said in ((8_500, "8500 × 8500"), (20_000, "more than 67,108,864 pixels")):
         stream = io.BytesIO()

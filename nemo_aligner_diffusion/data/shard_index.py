@@ -38,6 +38,10 @@ from nemo_aligner_diffusion.formats.tar import GZIP_MAGIC
 logger = logging.getLogger(__name__)
 
 IN_MEMORY_BYTES = 32 << 20  # of files; some 32,000 prompts in shards, indexed in a third of a second
+UNPACKED_TIMES, UNPACKED_BYTES = (
+    100,
+    64 << 20,
+)  # samples of a compressed file: at most so many times its size, and so many
 LOCK_SECONDS = 3600.0  # the longest wait for another process's index
 _VERSION = 3
 _RECORD = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc", "<u4"), ("tag", "u1")])  # packed: 17 bytes a sample
@@ -146,13 +150,21 @@ def build_index(
     with open(folder / _SAMPLES, "wb") if folder is not None else contextlib.nullcontext() as samples:
         for number, file in enumerate(files):
             before = len(columns[0])
+            most = 0
+            if number in unpacked and samples is not None:
+                most = samples.tell() + UNPACKED_BYTES + UNPACKED_TIMES * os.path.getsize(file)
             for span in scan(file, bad):
                 if span.size >= 1 << 32:
                     raise DataError(f"{file}: a sample of {span.size:,} bytes; expected less than 4 GiB")
                 offset = span.offset
-                if number in unpacked and samples is not None:
+                if most and samples is not None:
                     offset = samples.tell()
                     samples.write(span.data)
+                    if samples.tell() > most:
+                        raise DataError(
+                            f"{file}: its samples have more than {UNPACKED_TIMES} times its size; expected text or "
+                            "pictures, not a file made to fill the disk: unpack it yourself if it is meant so"
+                        )
                 for column, value in zip(columns, (offset, span.size, span.crc, span.tag), strict=True):
                     column.append(value)
             counts[number] = len(columns[0]) - before

@@ -144,6 +144,6 @@ def preset_reward(name: str, **model_settings: Any) -> Reward:
 
     from nemo_aligner_diffusion.rewards.clip.reward import CLIPReward
 
-    config = CLIPConfig(**REWARDS[name])
+    config: Any = CLIPConfig(**REWARDS[name])
     tokenizer: Any = FixedLengthTokenizer(config.text_config.max_position_embeddings)
     return CLIPReward(CLIPModel(config), tokenizer, **model_settings)
