@@ -9,7 +9,13 @@ setup(
     ],
     package_dir={"nemo_aligner_diffusion.conf": "conf"},
     package_data={
-        "nemo_aligner_diffusion": ["py.typed", "assets/*", "assets/**/*", "evaluation/report/page.*"],
+        "nemo_aligner_diffusion": [
+            "py.typed",
+            "assets/*",
+            "assets/**/*",
+            "evaluation/report/page.*",
+            "planner/models.yaml",
+        ],
         "nemo_aligner_diffusion.conf": ["*.yaml", "**/*.yaml"],
     },
 )

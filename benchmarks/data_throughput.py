@@ -248,7 +248,6 @@ def main(arguments: list[str] | None = None) -> Result:
             given.workers,
             given.micro_batch_size,
             min(given.compared, given.prompts),
-            min(given.streamed, given.prompts),
         )
     finally:
         shutil.rmtree(folder)

@@ -34,10 +34,9 @@ from nemo_aligner_diffusion.parallel.layout import Layout
 from nemo_aligner_diffusion.planner.estimate import PhaseTime, add_device_time, micro_batch
 from nemo_aligner_diffusion.planner.gpus import GPUS
 from nemo_aligner_diffusion.planner.measure import Measurement, measure
-from nemo_aligner_diffusion.planner.plan import case_of
 from nemo_aligner_diffusion.planner.presets import ModelSpec, model_spec
 from nemo_aligner_diffusion.planner.schedule import StepCounts, step_counts
-from nemo_aligner_diffusion.planner.settings import Case, settings_from
+from nemo_aligner_diffusion.planner.settings import Case, case_of, settings_from
 from nemo_aligner_diffusion.rewards import build_reward
 from nemo_aligner_diffusion.training.build import build_model, build_module
 
@@ -110,7 +109,7 @@ def measured(cfg: Any) -> Figures:
 
 def planned(cfg: Any, layout: Layout | None = None) -> tuple[Figures, Measurement]:
     """The same step by the planner, for the plan that the run draws."""
-    settings = settings_from(cfg, spec_of(cfg), attention="cpu")
+    settings = settings_from(cfg, spec_of(cfg), on_gpu=False)
     counts, case = drawn_counts(cfg), case_of(cfg)
     if layout is not None:
         case = replace(case, layout=layout)

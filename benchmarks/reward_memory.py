@@ -1,4 +1,4 @@
-"""Peak memory of a reward's forward and backward pass against the number of pictures (rewards: micro_batches.py).
+"""Peak memory of a reward's forward and backward pass against the number of pictures (`rewards/base.py`).
 
 Sums the allocator's own events, as :mod:`benchmarks.memory_vs_active_steps` does. Weights and pictures exist before and
 do not count; the gradient in the pictures does, though it is the result: no way of computing saves it. Networks are of

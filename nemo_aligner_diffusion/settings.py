@@ -26,7 +26,25 @@ from typing import Any, ClassVar, TypeVar
 from nemo_aligner_diffusion.errors import ConfigurationError
 
 LOOP = "<loop>"  # in a key: the name of the training loop's section, which is the recipe's
+_LISTS = {"texts": "text", "ints": "int", "floats": "float"}  # of entries of a kind
 _DURATION = re.compile(r"\d+:\d\d:\d\d:\d\d")
+
+_IN_WORDS = {
+    "bool": "true or false",
+    "int": "an integer",
+    "float": "a number",
+    "text": "text",
+    "path": "a path",
+    "paths": "a path or a list of paths",
+    "texts": "a list of texts",
+    "ints": "a list of integers",
+    "floats": "a list of numbers",
+    "devices": "an integer >= 1 or a list of different device indices",
+    "batches": "a whole number of batches, or a fraction up to 1.0",
+    "duration": "days:hours:minutes:seconds such as 00:03:45:00",
+    "free": "a section of keys",
+    "any": "anything",
+}
 
 
 @dataclass(frozen=True)
@@ -34,9 +52,7 @@ class Kind:
     """One key's type and range.
 
     Attributes:
-        name: ``bool``, ``int``, ``float``, ``text``, ``path``, ``texts`` (list), ``ints``, ``floats`` (lists),
-            ``paths`` (one path or a list), ``devices``, ``batches``, ``duration``, ``free`` (a section of the user's
-            own keys), ``any``.
+        name: one of ``_IN_WORDS``; ``free`` is a section of the user's own keys.
         low, high: bounds, both included unless ``open_low``/``open_high``; of each entry for lists.
         choices: the only values, compared without regard to case; the spelling given here is what is kept.
         or_import_path: beside the choices, a ``module:name`` is a value.
@@ -59,22 +75,7 @@ class Kind:
         if self.choices:
             text = "one of " + ", ".join(self.choices) + (", or your own module:name" if self.or_import_path else "")
         else:
-            text = {
-                "bool": "true or false",
-                "int": "an integer",
-                "float": "a number",
-                "text": "text",
-                "path": "a path",
-                "paths": "a path or a list of paths",
-                "texts": "a list of texts",
-                "ints": "a list of integers",
-                "floats": "a list of numbers",
-                "devices": "an integer >= 1 or a list of different device indices",
-                "batches": "a whole number of batches, or a fraction up to 1.0",
-                "duration": "days:hours:minutes:seconds such as 00:03:45:00",
-                "free": "a section of keys",
-                "any": "anything",
-            }[self.name]
+            text = _IN_WORDS[self.name]
             if self.length is not None:
                 text = text.replace("a list of", f"a list of {self.length}")
             bounds = []
@@ -95,8 +96,10 @@ class Kind:
             if self.nullable or self.name == "any":
                 return None
             raise self._wrong(key, value)
-        reader = getattr(self, f"_read_{self.name}")
-        result = reader(value)
+        if self.name in _LISTS:
+            result = self._list(value, getattr(self, f"_read_{_LISTS[self.name]}"))
+        else:
+            result = getattr(self, f"_read_{self.name}")(value)
         if result is None:
             hint = ""
             if value == "" and self.name in ("path", "paths"):
@@ -162,18 +165,10 @@ class Kind:
             return self._list(value, self._read_path)
         return self._read_path(value)
 
-    def _read_texts(self, value: Any) -> list[str] | None:
-        return self._list(value, self._read_text)
-
-    def _read_ints(self, value: Any) -> list[int] | None:
-        return self._list(value, self._read_int)
-
-    def _read_floats(self, value: Any) -> list[float] | None:
-        return self._list(value, self._read_float)
-
     def _read_devices(self, value: Any) -> int | list[int] | None:
         if isinstance(value, Sequence) and not isinstance(value, str):
-            indices = Kind("ints", low=0)._read_ints(value)
+            first = Kind("int", low=0)
+            indices = first._list(value, first._read_int)
             return indices if indices and len(set(indices)) == len(indices) else None
         return Kind("int", low=1)._read_int(value)
 

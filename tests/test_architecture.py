@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from house import ROOMS, ROOT, arrows, imported, modules, picture, room_of
 
-# Where processes meet. Checkpoints are written and read by all of them at once.
-MAY_COMMUNICATE = ("parallel.", "runtime.", "training.checkpoints.")
+# Where processes meet.
+MAY_COMMUNICATE = ("parallel.", "runtime.")
 MOST_FILES = 15
 
 

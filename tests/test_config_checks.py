@@ -14,6 +14,7 @@ from test_config import message
 
 from nemo_aligner_diffusion.config.load import load_config, load_settings
 from nemo_aligner_diffusion.errors import ConfigurationError
+from nemo_aligner_diffusion.keys import unflatten
 
 
 @settings(max_examples=25)
@@ -244,21 +245,17 @@ WORDS = ["2024_01_15", "1e5", "3.10", "1_1_1", "007", "true", "-0", "0x10", "1.0
 
 
 @pytest.mark.parametrize("words", WORDS)
-@pytest.mark.parametrize(
-    "key",
-    [
-        "name", "exp_manager.explicit_log_dir", "exp_manager.version", "rm.model.restore_from_path",
-        "model.unet_config.from_pretrained", "model.data.train.webdataset.local_root_path",
-        "model.data.webdataset.local_root_path",
-    ],
-)  # fmt: skip
-def test_text_and_paths_keep_the_words_that_were_typed(key: str, words: str, tmp_path: Path) -> None:
-    asked = {"model.data.webdataset.local_root_path": "model.data.train.webdataset.local_root_path"}.get(key, key)
-    assert OmegaConf.select(load_config("draftp_sd", [f"{key}={words}"]), asked) == words
-    *sections, last = key.split(".")
-    lines = [f"{'  ' * depth}{section}:" for depth, section in enumerate(sections)]
-    (tmp_path / "mine.yaml").write_text("\n".join([*lines, f"{'  ' * len(sections)}{last}: {words}"]))
-    assert OmegaConf.select(load_config("mine", config_dir=tmp_path), asked) == words
+def test_text_and_paths_keep_the_words_that_were_typed(words: str, tmp_path: Path) -> None:
+    path = "model.data.train.webdataset.local_root_path"
+    keys = ["name", "exp_manager.explicit_log_dir", "exp_manager.version", "rm.model.restore_from_path",
+            "model.unet_config.from_pretrained", path, "model.data.webdataset.local_root_path"]  # fmt: skip
+    (tmp_path / "mine.yaml").write_text(
+        OmegaConf.to_yaml(unflatten(dict.fromkeys(keys, "x"))).replace(": x", f": {words}")
+    )
+    typed = load_config("draftp_sd", [f"{key}={words}" for key in keys])
+    for cfg in (typed, load_config("mine", config_dir=tmp_path)):
+        assert {OmegaConf.select(cfg, key) for key in keys[:-1]} == {words}
+    assert load_config("draftp_sd", [f"{keys[-1]}={words}"]).model.data.train.webdataset.local_root_path == words
 
 
 def test_words_are_kept_in_lists_and_parts_and_numbers_stay_numbers(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 from omegaconf import OmegaConf
+from settings_page import documented_keys, tables
 
-from nemo_aligner_diffusion.config.docs import documented_keys, tables
 from nemo_aligner_diffusion.config.load import load_config, load_settings
 from nemo_aligner_diffusion.config.recipes import conf_directory, recipes
 from nemo_aligner_diffusion.config.schema import KEYS, vocabulary
@@ -142,7 +142,7 @@ def test_every_key_that_composes_is_in_the_schema(recipe: str) -> None:
 def test_the_documentations_tables_are_current() -> None:
     text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     current = text.split("<!-- keys: begin -->\n")[1].split("<!-- keys: end -->")[0]
-    assert current == tables(), "run: python -m nemo_aligner_diffusion.config.docs docs"
+    assert current == tables(), "run: python tests/settings_page.py docs"
 
 
 @pytest.mark.parametrize("name", sorted(rewards()))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import io
 import os
-import random
 import subprocess
 import tarfile
 import zipfile
@@ -201,14 +200,14 @@ def test_split_and_distributed_weights_say_what_to_do(tmp_path: Path) -> None:
         archive.state_dict()
     with pytest.raises(ArchiveError, match=r"distributed checkpoint.*save_nemo"):
         load_nemo(write_tar(tmp_path / "y.nemo", config | {"./model_weights/__0_0.distcp": b"x"}))
-    for names, message in (
-        (("mp_rank_01",), "lacks some of its tensor-parallel ranks"),
-        (("mp_rank_00", "mp_rank_02"), "lacks some of its tensor-parallel ranks"),
-        (("mp_rank_00", "mp_rank_000"), "holds a rank twice"),
-        (("tp_rank_00_pp_rank_000", "tp_rank_00_pp_rank_001"), "pipeline stages.*Merge"),
+    for names in (
+        ("mp_rank_01",),
+        ("mp_rank_00", "mp_rank_02"),
+        ("mp_rank_00", "mp_rank_000"),
+        ("tp_rank_00_pp_rank_000", "tp_rank_00_pp_rank_001"),
     ):
         members = {f"./{name}/model_weights.ckpt": weights_bytes() for name in names}
-        with pytest.raises(ArchiveError, match=message):
+        with pytest.raises(ArchiveError, match=f"split as '{names[0]}/.*without a gap.*Merge"):
             load_nemo(write_tar(tmp_path / "z.nemo", config | members))
 
 
@@ -314,29 +313,6 @@ def test_extra_state_and_wrapped_state_dicts(tmp_path: Path) -> None:
     value = {"state_dict": {**STATE, "layer._extra_state": torch.zeros(2)}}
     path = write_tar(tmp_path / "x.nemo", good_members(**{"model_weights.ckpt": weights_bytes(value)}))
     assert_same_state(load_nemo(path).state_dict(), STATE)
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_mutated_archives_load_right_or_are_refused(tmp_path: Path, packed: bool) -> None:
-    content = save_nemo(tmp_path / "x.nemo", CONFIG, STATE, {"vocab.json": VOCAB}, gzip=packed).read_bytes()
-    generator = random.Random(0)
-    refused = 0
-    for _ in range(150):
-        mutated = bytearray(content)
-        for _ in range(generator.choice((1, 1, 2, 30))):
-            place = generator.randrange(len(mutated) or 1)
-            if generator.random() < 0.8 and mutated:
-                mutated[place] = generator.randrange(256)
-            else:
-                del mutated[place : place + generator.randrange(1, 600)]
-        (tmp_path / "m.nemo").write_bytes(mutated)
-        try:
-            loaded = load_nemo(tmp_path / "m.nemo").state_dict()
-        except ArchiveError:
-            refused += 1
-        else:
-            assert_same_state(loaded, STATE)
-    assert refused > 20
 
 
 def test_a_record_that_pytorch_takes_for_a_folder(tmp_path: Path) -> None:

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import yaml
 from omegaconf import OmegaConf
+from settings_page import method_table
 
 import nemo_aligner_diffusion as package
 from nemo_aligner_diffusion.algorithms.registry import method_of, methods, title_of
 from nemo_aligner_diffusion.config import schema
-from nemo_aligner_diffusion.config.docs import method_table
 from nemo_aligner_diffusion.config.load import load_config
 from nemo_aligner_diffusion.config.recipes import conf_directory
 from nemo_aligner_diffusion.diffusion.plan import check_plan
@@ -193,7 +193,7 @@ def test_settings_are_checked_in_python_too() -> None:
 
 def test_the_page_is_current() -> None:
     current = PAGE.split("<!-- keys: begin -->\n")[1].split("<!-- keys: end -->")[0]
-    assert current == method_table(), "run: python -m nemo_aligner_diffusion.config.docs docs"
+    assert current == method_table(), "run: python tests/settings_page.py docs"
 
 
 def test_a_new_method_is_one_python_file_and_one_yaml(tmp_path: Path) -> None:
@@ -224,7 +224,8 @@ def test_a_new_method_is_one_python_file_and_one_yaml(tmp_path: Path) -> None:
         "from nemo_aligner_diffusion.errors import ConfigurationError\n"
         "from nemo_aligner_diffusion.evaluation.report.view import title_of\n"
         "from nemo_aligner_diffusion.config.load import load_config\n"
-        "from nemo_aligner_diffusion.config.docs import method_table\n"
+        "import sys; sys.path.append('tests')\n"
+        "from settings_page import method_table\n"
         f"assert method_of(load_config('mine', config_dir={str(tmp_path)!r})) == package.FirstSteps(3)\n"
         "assert method_of(load_config('draftp_sd', ['model.algorithm=first_steps'])) == package.FirstSteps()\n"
         "try:\n"

@@ -89,6 +89,8 @@ def test_tokens_are_open_clips(theirs: Path) -> None:
 def test_pictures_are_prepared_as_torchvision_does(theirs: Path, size: int) -> None:
     made = np.load(theirs / "pictures.npz")
     picture = torch.round(photograph(303, 200) * 255).unsqueeze(0) / 255
+    uncut = Preprocessing(size, resize="pad_uncut").square(picture)[0]
+    assert torch.equal(uncut, torch.from_numpy(made[f"pad_uncut{size}"])), "HPSv2's own transform, bit for bit"
     for resize in ("crop", "pad"):
         ours = Preprocessing(size, (0, 0, 0), (1, 1, 1), resize=resize)(picture)[0]
         expected = torch.from_numpy(made[f"{resize}{size}"]).permute(2, 0, 1) / 255

@@ -232,7 +232,7 @@ def test_from_a_hugging_face_folder(tmp_path: Path, reward: CLIPReward) -> None:
     for name, content in toy_tokenizer_files().items():
         (folder / name).write_bytes(content)
     (folder / "preprocessor_config.json").write_text(
-        '{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25], "resample": 2}'
+        '{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25], "resample": 2, "size": 32, "crop_size": 32}'
     )
     loaded = load_hugging_face_clip(folder)
     prepared = Preprocessing(32, (0.5,) * 3, (0.25,) * 3, "bilinear", "crop_down")

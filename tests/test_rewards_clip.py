@@ -197,19 +197,6 @@ def test_gradient_in_float64(archive_path: Path) -> None:
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in reward.parameters())
 
 
-def test_micro_batches_and_checkpointing_change_nothing(archive_path: Path, images: torch.Tensor) -> None:
-    gradients, scores = [], []
-    for settings in ({}, {"micro_batch_size": 2, "activation_checkpointing": True}):
-        leaf = images.clone().requires_grad_()
-        score = restored(archive_path, **settings)(leaf, PROMPTS)
-        score.sum().backward()
-        scores.append(score.detach())
-        gradients.append(leaf.grad)
-    assert torch.allclose(*scores, atol=1e-5)
-    assert torch.allclose(*gradients, atol=1e-5)
-    assert gradients[0].abs().max() > 1e-4
-
-
 def test_half_precision_archives_compute_in_the_dtype_asked_for(tmp_path: Path, images: torch.Tensor) -> None:
     path = convert_hf_clip_to_nemo(toy_clip(), tokenizer_files(), tmp_path / "half.nemo", dtype=torch.float16)
     full, half = restored(path), restored(path, dtype=torch.bfloat16)
@@ -271,8 +258,9 @@ def _set(path: str, value: Any) -> Callable[..., None]:
     ("path", "value", "message"),
     [
         ("target", "nemo_aligner_diffusion.rewards.clip.ClipReward", "did you mean .*CLIPReward"),
-        ("target", "os.system", "'os.system' is no reward"),
+        ("target", "os.system", "its target 'os.system' is no reward that can be restored"),
         ("target", "evil.MegatronCLIPModel", "is no reward"),
+        ("target", "nemo_aligner_diffusion.rewards.custom.load", "is no reward"),
         ("clip", 3, "expected a mapping"),
         ("clip.text_config.hidden_size", 48, r"text_model.* is \(.*24.*and should be \(.*48"),
         ("clip.text_config.hidden_size", "wide", "no network can be built"),
@@ -365,10 +353,3 @@ def test_limits_can_be_changed_for_an_archive_that_is_trusted(tmp_path: Path) ->
     with pytest.raises(ArchiveError, match="at most 20 records"):
         restore_reward(path, limits=Limits(records=20))
     restore_reward(path, limits=Limits(records=20_000))
-
-
-def test_a_target_that_is_not_in_the_table_is_refused_by_name(tmp_path: Path) -> None:
-    for target in ("os.system", "nemo_aligner_diffusion.rewards.custom.load", "evil.MegatronCLIPModel"):
-        path = save_nemo(tmp_path / "x.nemo", {"target": target}, {"a": torch.zeros(1)})
-        with pytest.raises(ArchiveError, match=f"its target '{target}' is no reward that can be restored"):
-            restore_reward(path)

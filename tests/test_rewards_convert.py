@@ -121,8 +121,10 @@ def test_clipscore_its_prefix_and_the_image_processor(tmp_path: Path, images: Te
     mean, std = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
     processor = {"image_mean": mean, "image_std": std, "resample": 2, "size": {"shortest_edge": 32}, "crop_size": 32}
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
-    path = convert("clipscore", folder, tmp_path / "c.nemo", "--prompt-prefix", "a cat ", "--name", "clip_b32")
-    reward = restored(path)
+    words = ("--prompt-prefix", "a cat ", "--name", "clip_b32")
+    half = convert("clipscore", folder, tmp_path / "half.nemo", "--dtype", "float16", *words)
+    assert load_nemo(half).state_dict()["visual_projection.weight"].dtype == torch.float16
+    reward = restored(convert("clipscore", folder, tmp_path / "c.nemo", *words))
     how = {"mean": mean, "std": std, "interpolation": "bilinear"}
     with torch.no_grad():
         pixels = Preprocessing(32, **how)(images)
@@ -339,7 +341,7 @@ def test_what_is_refused_and_how(tmp_path: Path, tokenizer: Path, capsys: pytest
 
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "siglip"}))
-    assert "'siglip'; expected 'clip'" in refused(capsys, *start, folder)
+    assert "'siglip'; expected clip" in refused(capsys, *start, folder)
     config["text_config"]["num_hidden_layers"] = 3
     (folder / "config.json").write_text(json.dumps(config))
     assert "text_model.encoder.layers.2" in refused(capsys, *start, folder)
@@ -353,16 +355,18 @@ def test_descriptions_beside_the_weights_that_cannot_be_followed(
     toy_clip().save_pretrained(folder)
     words = ("--kind", "clip", "--source", folder, "--output", output)
     processor = folder / "preprocessor_config.json"
+    sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
     for content, message in (
-        ({"resample": 1}, "Pillow's filter 1"),
-        ({"size": {"shortest_edge": 48}, "crop_size": {"height": 32, "width": 32}}, "resizes to {'shortest_edge': 48}"),
-        ({"image_mean": [0.5]}, "preprocessing.mean"),
-        ([1], "holds a JSON list"),
+        ({**sizes, "resample": 1}, "Pillow's filter 1"),
+        ({**sizes, "size": {"shortest_edge": 48}}, "resizes to 48 and crops to (32, 32)"),
+        ({**sizes, "image_mean": [0.5]}, "preprocessing.mean"),
+        ({}, "resizes to 224"),
+        ({**sizes, "rescale_factor": 1}, "expected 32 pixels"),
     ):
         processor.write_text(json.dumps(content))
         assert message in refused(capsys, *words)
     processor.write_text("{")
-    assert "is not valid JSON" in refused(capsys, *words)
+    assert "an image processor cannot be had from it" in refused(capsys, *words)
     processor.unlink()
     (folder / "model.safetensors").rename(tmp_path / "model.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../model.safetensors"}}))
@@ -400,16 +404,6 @@ def test_nothing_is_overwritten_unasked_and_nothing_half_written(
     assert main([*map(str, words), "--overwrite"]) == 0
     assert load_nemo(output).config["converted"] == {"kind": "clip", "source": "clip"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clip", "out.nemo"]
-
-
-def test_saved_in_half_precision(tmp_path: Path, images: Tensor) -> None:
-    folder = write_tokenizer(tmp_path / "clip")
-    toy_clip().save_pretrained(folder)
-    full = convert("clip", folder, tmp_path / "full.nemo")
-    half = convert("clip", folder, tmp_path / "half.nemo", "--dtype", "float16")
-    assert half.stat().st_size < 0.6 * full.stat().st_size
-    assert load_nemo(half).state_dict()["visual_projection.weight"].dtype == torch.float16
-    assert torch.allclose(restored(half)(images, PROMPTS), restored(full)(images, PROMPTS), atol=2e-2)
 
 
 def test_tokenizer_json_alone(tmp_path: Path, images: Tensor) -> None:
@@ -457,7 +451,10 @@ def test_repositories_in_the_cache_need_no_network(
     ("change", "message"),
     [
         ({"layers.2.bias": torch.zeros(3)}, r"head.1.bias is \(3,\) and should be \(12,\)"),
-        ({"layers.7.weight": torch.zeros(2, 4), "layers.7.bias": torch.zeros(2)}, "its head goes from 20 to 2 numbers"),
+        (
+            {"layers.7.weight": torch.zeros(2, 4), "layers.7.bias": torch.zeros(2)},
+            r"its weights are of \[20, .*, 2\]",
+        ),
         ({"classifier.weight": torch.zeros(2)}, "classifier.weight .* has no place"),
         ({"layers.8.weight": torch.zeros(1, 1), "layers.8.bias": torch.zeros(1)}, "--head-activation"),
     ],

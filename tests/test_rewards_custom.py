@@ -17,7 +17,7 @@ from nemo_aligner_diffusion.config.load import load_config
 from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError, RewardError
 from nemo_aligner_diffusion.rewards import build_reward
 from nemo_aligner_diffusion.rewards.registry import import_paths
-from nemo_aligner_diffusion.rewards.support.custom import CustomReward, load_custom
+from nemo_aligner_diffusion.rewards.support.custom import CustomReward
 from nemo_aligner_diffusion.training.run import run_training
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -183,7 +183,7 @@ def score(images, prompts, scale=1.0): return images.mean((1, 2, 3))
 def test_an_installed_module_is_never_hidden_by_a_file_here(here: Path) -> None:
     (here / "colorsys.py").write_text("raise RuntimeError('the wrong one')", encoding="utf-8")
     with pytest.raises(RewardError, match="has no 'nothing'"):
-        load_custom("colorsys:nothing")
+        custom("colorsys:nothing")
 
 
 # What it must give

@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 from tiny.clip import tokenizer_files, toy_clip
-from tiny.pictures import photograph
 from tiny.reward_networks import LABELS, classifier_folder, detector_folder
 from torch import Tensor
 from transformers import AutoTokenizer, Owlv2ForObjectDetection, OwlViTForObjectDetection, ViTForImageClassification
@@ -24,7 +23,6 @@ from transformers.models.mobilevit.image_processing_pil_mobilevit import MobileV
 from transformers.models.owlv2.image_processing_pil_owlv2 import Owlv2ImageProcessorPil
 from transformers.models.owlvit.image_processing_pil_owlvit import OwlViTImageProcessorPil
 from transformers.models.perceiver.image_processing_pil_perceiver import PerceiverImageProcessorPil
-from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from nemo_aligner_diffusion.config.load import load_config
@@ -159,26 +157,6 @@ def test_preprocessing_is_transformers(processor: Any, height: int, width: int) 
     assert (ours - theirs).abs().max() < 2e-2 * scale
 
 
-@pytest.mark.parametrize(
-    "processor",
-    [
-        CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=SIDES, do_normalize=False),
-        ViTImageProcessorPil(size=SIDES, resample=3, do_normalize=False),
-        LevitImageProcessorPil(size={"shortest_edge": 24}, crop_size=SIDES, do_normalize=False),
-        SegformerImageProcessorPil(size=SIDES, do_normalize=False),
-    ],
-    ids=lambda processor: type(processor).__name__,
-)
-def test_hard_edges_are_cut_as_pillow_cuts_them(processor: Any) -> None:
-    """Black and white side by side: bicubic overshoots by 0.06 there, and no 8-bit picture holds that."""
-    picture = photograph(120, 90)
-    picture[:, 30:70, 20:45] = 1
-    picture[:, 30:70, 45:70] = 0
-    ours = ImageProcessor.of(processor, "test")(picture[None])
-    theirs = processor(to_pil(picture), return_tensors="pt").pixel_values
-    assert (ours - theirs).abs().max() < 6e-3
-
-
 def test_owlv2_preprocessing_is_transformers() -> None:
     """Its processor needs scipy: these are the red values, times 255, that it gave (transformers 5.23, scipy 1.17)."""
     theirs = [
@@ -195,16 +173,8 @@ def test_owlv2_preprocessing_is_transformers() -> None:
     torch.testing.assert_close(ours, torch.tensor(theirs), rtol=0, atol=6e-3)
 
 
-@pytest.mark.parametrize(
-    "processor",
-    [
-        CLIPImageProcessorPil(size={"shortest_edge": 6}, crop_size={"height": 5, "width": 5}),
-        Owlv2ImageProcessorPil(size={"height": 5, "width": 5}),
-    ],
-    ids=["clip", "owlv2"],
-)
-def test_preprocessing_has_a_gradient(processor: Any) -> None:
-    steps = ImageProcessor.of(processor, "test")
+def test_owlv2_preprocessing_has_a_gradient() -> None:
+    steps = ImageProcessor.of(Owlv2ImageProcessorPil(size={"height": 5, "width": 5}), "test")
     picture = torch.rand(1, 3, 9, 12, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(steps, picture)
 
@@ -267,25 +237,6 @@ def test_views_are_averaged_and_micro_batches_change_nothing(vit: Path) -> None:
     assert (whole.flatten(1).abs().sum(1) > 0).all()
 
 
-def test_following_the_classifiers_gradient_raises_the_class(vit: Path) -> None:
-    reward = classifier(vit, "banana")
-    picture = pictures(1, 32, 32)
-    before = reward(picture, [""])
-    for _ in range(10):
-        picture.requires_grad_()
-        (gradient,) = torch.autograd.grad(reward(picture, [""]).sum(), picture)
-        picture = (picture + 0.01 * gradient.sign()).clamp(0, 1).detach()
-    assert reward(picture, [""]) > before + 0.1
-
-
-def test_half_precision_stays_close(vit: Path) -> None:
-    section = {"name": "classifier", "model": {"from_pretrained": str(vit)}, "target_class": 0}
-    batch = pictures(2, 32, 32)
-    low = build_reward({**section, "trainer": {"precision": "bf16"}})(batch, ["", ""])
-    assert low.dtype == torch.float32
-    torch.testing.assert_close(low, build_reward(section)(batch, ["", ""]), rtol=0.1, atol=0.1)
-
-
 def test_a_users_own_network_is_a_class_of_settings(vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_network.py").write_text(
         """
@@ -338,10 +289,13 @@ def test_an_unknown_class_lists_the_nearest(vit: Path) -> None:
     [
         ({"target_class": None}, "needs rm.target_class"),
         ({"model": {}}, "needs rm.model.from_pretrained"),
-        ({"model": {"from_pretrained": "/no/such"}}, "expected the folder of a transformers model"),
+        ({"model": {"from_pretrained": "/no/such"}}, "Give the path of the folder of a transformers model"),
         ({"model": {"restore_from_path": "x.nemo"}}, "which restores no file"),
         ({"views": 11}, "<= 10"),
-        ({"model": {"from_pretrained": "nobody/has-this"}}, "cannot be had from the hub"),
+        (
+            {"model": {"from_pretrained": "nobody/has-this"}},
+            "the folder of a transformers model, an image classifier .* could not be had",
+        ),
     ],
 )
 def test_what_a_classifier_cannot_be_made_of(vit: Path, change: dict[str, Any], expected: str) -> None:
@@ -355,17 +309,19 @@ def test_a_folder_that_is_no_classifier_is_named(vit: Path, owl: tuple[str, Path
         with pytest.raises(RewardError, match=expected):
             classifier(folder, "0")
 
-    fails(owl[1], "an image classifier cannot be had from the folder")
-    fails(tmp_path, "has no config.json")
+    fails(owl[1], "an image classifier cannot be had from it")
+    fails(tmp_path, "config.json")
     headless = tmp_path / "headless"
     ViTForImageClassification.from_pretrained(vit).vit.save_pretrained(headless)
     fails(headless, r"lacks 2 weights of an image classifier, e\.g\. classifier\.bias")
     remote = classifier_folder(tmp_path / "remote")
     config = json.loads((remote / "config.json").read_text())
+    (remote / "config.json").write_text(json.dumps({**config, "vision": {"_attn_implementation": "evil/kernel"}}))
+    fails(remote, "names code on the hub, vision._attn_implementation = 'evil/kernel'")
     config |= {"model_type": "mine", "auto_map": {"AutoConfig": "evil.Config"}}
     (remote / "config.json").write_text(json.dumps(config))
     (remote / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    fails(remote, "cannot be had from the folder")
+    fails(remote, "cannot be had from it")
     assert not (tmp_path / "ran").exists()
 
 
@@ -420,26 +376,6 @@ def test_removing_is_the_opposite_and_levels_off(owl: tuple[str, Path]) -> None:
     pieces = detector(folder, "cat", micro_batch_size=1, activation_checkpointing=True)
     (again,) = torch.autograd.grad(pieces(batch, ["", ""]).sum(), batch)
     torch.testing.assert_close(again, up, rtol=1e-3, atol=1e-7)
-
-
-def test_a_smooth_maximum_reaches_every_box_that_is_close(owl: tuple[str, Path]) -> None:
-    batch = pictures(1, 32, 32)
-    counts = []
-    for temperature in (0.0, 10.0):
-        reward = detector(owl[1], "cat", temperature=temperature)
-        logits = box_logits(reward, batch, [""]).requires_grad_()
-        best = temperature * (logits / temperature).logsumexp(1) if temperature else logits.amax(1)
-        (gradient,) = torch.autograd.grad(best.sum(), logits)
-        counts.append(int((gradient > 1e-3).sum()))
-    assert counts[0] == 1 < counts[1]
-
-
-def test_long_queries_are_truncated_and_counted(owl: tuple[str, Path], caplog: pytest.LogCaptureFixture) -> None:
-    reward = detector(owl[1])
-    score = reward(pictures(1, 32, 32), ["a very long prompt about cats and apples"])
-    assert torch.isfinite(score).all()
-    assert reward.truncated_prompts == 1
-    assert "truncated" in caplog.text
 
 
 @pytest.mark.parametrize(

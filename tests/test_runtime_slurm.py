@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from nemo_aligner_diffusion.rewards import restore_reward
 from nemo_aligner_diffusion.runtime.directory import RunDirectory, read_state
 from nemo_aligner_diffusion.runtime.process import check_agrees, this_process
 from nemo_aligner_diffusion.runtime.settings import RequeueSettings, RunDirectorySettings
+from nemo_aligner_diffusion.runtime.signals import SIGNALS
 from nemo_aligner_diffusion.runtime.slurm import EXIT_REQUEUE, Requeue, SlurmJob
 
 RUNNING = {"JobState": "RUNNING", "Requeue": "1", "Restarts": "0", "BatchFlag": "1", "PreemptTime": "None"}
@@ -59,6 +61,15 @@ def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scontrol:
     folder = tmp_path / "slurm"
     folder.mkdir()
     return Scontrol(folder, monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before() -> Iterator[None]:
+    """A run that goes on in another start takes no notice of signals from then on: its process is to end."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def test_a_running_job_is_put_back_after_it_is_recorded(scontrol: Scontrol) -> None:

@@ -83,6 +83,22 @@ def test_a_finished_run_is_neither_overwritten_nor_marked_by_what_is_refused(tmp
         assert contents(run) == before
 
 
+NAME = """
+import logging, sys
+from nemo_aligner_diffusion.command_line import command
+@command(interrupted="")
+def main(argv):
+    logging.getLogger("nemo_aligner_diffusion.somewhere").warning("%s is left out", "a\\x1b[2J\\rb")
+    return 0
+sys.exit(main())
+"""
+
+
+def test_a_name_in_a_warning_does_not_act_on_the_terminal() -> None:
+    done = subprocess.run([sys.executable, "-c", NAME], capture_output=True, text=True, check=True)
+    assert done.stderr == "a\\x1b[2J\\rb is left out\n"
+
+
 @pytest.mark.parametrize("words", [["--help"], ["--cfg"]])
 def test_who_reads_a_line_of_the_help_and_goes_sees_no_error(words: list[str]) -> None:
     with subprocess.Popen([*TRAIN, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

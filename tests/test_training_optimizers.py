@@ -73,8 +73,8 @@ def test_fused_adam_is_decoupled_adamw() -> None:
 def test_fused_and_unfused_agree() -> None:
     settings = OptimizerSettings(name="fused_adam", lr=0.01, weight_decay=0.1)
     first, second = _network(), _network()
-    fused = _train(first, build_optimizer(first.parameters(), settings))
-    plain = _train(second, build_optimizer(second.parameters(), settings, allow_fused=False))
+    fused = _train(first, build_optimizer(first.named_parameters(), settings))
+    plain = _train(second, build_optimizer(second.named_parameters(), settings, allow_fused=False))
     torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-7)
 
 
@@ -104,6 +104,7 @@ def test_frozen_parameters_are_left_out() -> None:
         ({"betas": [0.9]}, r"betas = \[0\.9\]: expected a list of 2 numbers"),
         ({"betas": [0.9, 1.0]}, "< 1"),
         ({"name": "sgd", "nesterov": True}, "momentum above 0"),
+        ({"lr": 0.1, "sched": ScheduleSettings(min_lr=1.0)}, "is above"),
     ],
 )
 def test_bad_optimizer_settings(settings: dict[str, Any], message: str) -> None:
@@ -111,10 +112,10 @@ def test_bad_optimizer_settings(settings: dict[str, Any], message: str) -> None:
         OptimizerSettings(**settings)
 
 
-def _rates(sched: dict[str, Any] | None, max_steps: int | None, steps: int, lr: float = 0.1) -> list[float]:
+def _rates(sched: dict[str, Any], max_steps: int, steps: int, lr: float = 0.1) -> list[float]:
     """The rate used at each optimizer step."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr)
-    schedule = build_schedule(optimizer, None if sched is None else ScheduleSettings(**sched), max_steps)
+    schedule = build_schedule(optimizer, ScheduleSettings(**sched), max_steps)
     rates = []
     for _ in range(steps):
         rates.append(optimizer.param_groups[0]["lr"])
@@ -132,7 +133,6 @@ def test_warmup_hold() -> None:
     assert _rates({"name": "WarmupHoldPolicy", "warmup_ratio": 0.5}, 6, 6) == pytest.approx(
         [0.025, 0.05, 0.075, 0.1, 0.1, 0.1]
     )
-    assert _rates({"name": "WarmupHoldPolicy"}, None, 3) == [0.1] * 3
 
 
 def test_cosine() -> None:
@@ -158,7 +158,7 @@ def test_cosine_with_hold() -> None:
 
 
 def test_constant() -> None:
-    assert _rates(None, 10, 3) == _rates({"name": "constant"}, 10, 3) == [0.1] * 3
+    assert _rates({"name": "constant"}, 10, 3) == [0.1] * 3
     assert _rates({"name": "constant", "warmup_steps": 1}, 10, 3) == pytest.approx([0.05, 0.1, 0.1])
 
 
@@ -186,14 +186,12 @@ def test_the_state_of_a_schedule_holds_no_settings() -> None:
     ("sched", "max_steps", "message"),
     [
         ({"name": "WarmupHold"}, 10, "expected one of WarmupHoldPolicy"),
-        ({"name": "CosineAnnealing"}, None, "needs the length of the run"),
         ({"name": "CosineAnnealing", "warmup_steps": 10}, 10, "leave no step"),
         ({"name": "WarmupHoldPolicy", "warmup_steps": 1, "warmup_ratio": 0.1}, 10, "not both"),
         ({"name": "WarmupHoldPolicy", "warmup_steps": -1}, 10, "an integer >= 0"),
         ({"name": "WarmupHoldPolicy", "warmup_ratio": 1.5}, 10, "<= 1"),
-        ({"name": "WarmupHoldPolicy", "min_lr": 1.0}, 10, "is above"),
     ],
 )
-def test_bad_schedules(sched: dict[str, Any], max_steps: int | None, message: str) -> None:
+def test_bad_schedules(sched: dict[str, Any], max_steps: int, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         _rates(sched, max_steps, 1)

@@ -13,7 +13,7 @@ from nemo_aligner_diffusion.training.callbacks import progress
 from nemo_aligner_diffusion.training.callbacks.progress import TrainingProgress
 from nemo_aligner_diffusion.training.checkpoints.resume import find_resume_point
 
-LINE = re.compile(r"step \d+/\d+  reward -?\d+\.\d{4}  KL [\d.e+-]+  \d+\.\d\d images/s  (\d+:\d\d left|took .*)")
+LINE = re.compile(r"step \d+/\d+  reward -?[\d.]+  KL [\d.e+-]+  \d+\.\d\d images/s  (\d+:\d\d left|took .*)")
 
 
 def test_a_log_file_gets_whole_lines(tmp_path: Path) -> None:
@@ -60,6 +60,6 @@ def test_a_terminal_gets_one_live_line(tmp_path: Path) -> None:
     text = stream.getvalue()
     assert "\r" in text
     redrawn = text.split("\r")
-    assert any(re.search(r"training 5/5 \|.*reward -\d+\.\d{4}  KL 0  .*images/s \[", part) for part in redrawn)
+    assert any(re.search(r"training 5/5 \|.*reward -[\d.]+  KL 0  .*images/s \[", part) for part in redrawn)
     assert any("validation at step 5: reward" in part for part in redrawn)
     assert text.count("\n") <= 3  # the validation's line and the bar's end

@@ -306,3 +306,19 @@ def test_pictures_decoded_one_by_one_are_the_same():
     )
     assert sizes == [3, 1, 1, 1]
     assert torch.allclose(together, single, atol=1e-6)
+
+
+def test_a_report_that_fails_leaves_a_finished_run_finished(pipeline, prompts, tmp_path, monkeypatch, caplog):
+    def broken(directory):
+        raise ValueError("no pictures")
+
+    monkeypatch.setattr("nemo_aligner_diffusion.training.run.write_report", broken)
+    more = ["trainer.draftp_sd.max_steps=1", "trainer.draftp_sd.val_check_interval=0"]
+    assert run(pipeline, prompts, tmp_path / "run", *more, "report.enable=true") == 0
+    state = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (state["status"], state["step"], state["report_error"]) == ("finished", 1, "no pictures")
+    assert "everything but the report is complete" in caplog.text
+    more += ["trainer.draftp_sd.max_steps=2", "model.seed=5", "exp_manager.resume_if_exists=true"]
+    assert run(pipeline, prompts, tmp_path / "run", *more) == 0
+    assert "resuming with model.seed = 5; it was" in caplog.text
+    assert "model.seed has changed: what is drawn at random" in caplog.text

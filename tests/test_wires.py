@@ -141,7 +141,8 @@ def test_closing_work_is_known_to_the_watch_over_ranks(tmp_path: Path) -> None:
     def export() -> None:
         seen.append((progress.position().place, progress.position().limit))
 
-    assert frame.carry_out(pl.Trainer(accelerator="cpu", logger=False, barebones=True), 7, train, [export]) == 0
+    frame.trainer = pl.Trainer(accelerator="cpu", logger=False, barebones=True, max_steps=7)
+    assert frame.carry_out(train, [export]) == 0
     assert seen == [("export", 3600.0)]
 
 

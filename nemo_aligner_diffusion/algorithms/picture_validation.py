@@ -59,7 +59,6 @@ class PictureValidation(ParallelModule):
         self.measure_validation: Callable[[ValidationPictures], dict[str, float]] = lambda pictures: {}
         self.validation_prompts: list[str] = []  # prompt of each row of the validation set
         self.validation_pictures: ValidationPictures | None = None
-        self.validated_step = -1
         self._base_images: dict[int, Tensor] = {}  # row of the validation set -> the base model's picture
         self._base_rewards: dict[int, Tensor] = {}
         self._validated: list[tuple[int, str, int, Tensor, Tensor]] = []

@@ -48,6 +48,7 @@ def method_of(cfg: Mapping[str, Any]) -> Method:
     return methods()[name].from_tree(tree)
 
 
+@functools.cache
 def method_keys() -> dict[str, Kind]:
     """Dotted key -> kind, of every method."""
     keys: dict[str, Kind] = {}

@@ -10,9 +10,8 @@ import sys
 from collections.abc import Sequence
 
 from nemo_aligner_diffusion.cli.train import parse_arguments
-from nemo_aligner_diffusion.command_line import Parser, whole_number
+from nemo_aligner_diffusion.command_line import Parser
 from nemo_aligner_diffusion.planner.gpus import GPUS, gpu_named
-from nemo_aligner_diffusion.planner.options import Options
 from nemo_aligner_diffusion.planner.presets import MODELS, REWARDS, model_spec
 from nemo_aligner_diffusion.runtime.ending import command
 
@@ -32,10 +31,6 @@ examples:
 Assumptions and what was checked: docs/planner.md"""
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(map(whole_number, text.split(",")))
-
-
 def _parser() -> Parser:
     parser = Parser(DESCRIPTION, EPILOG, add_help=False)
     add = parser.add_argument
@@ -43,18 +38,10 @@ def _parser() -> Parser:
         "the embedded model")  # fmt: skip
     add("--reward", choices=(*REWARDS, "recipe"), help="the size of PickScore and HPSv2 is clip-h; recipe: what its rm "
         "section builds; default: clip-h for a named model whose recipe names no reward file")  # fmt: skip
-    add("--gpu", metavar="NAME", help=f"{', '.join(GPUS)}; default {Options.gpu}")
-    add("--gpus-per-node", metavar="N", type=whole_number, help="GPUs in a server; default: trainer.devices")
+    add("--gpu", metavar="NAME", default="h100-80gb", help=f"{', '.join(GPUS)}; default %(default)s")
     add("--layouts", action="store_true", help="also search every layout of trainer.devices × trainer.num_nodes GPUs "
         "for model.global_batch_size")  # fmt: skip
-    add("--tensor-sizes", metavar="N,N", type=_numbers, help="tensor-parallel sizes to search; default 1, 2, 4, 8, up "
-        "to the first that fits")  # fmt: skip
-    add("--no-sharding", action="store_false", dest="sharding", help="leave FSDP out of the search")
-    add(
-        "--attention", choices=("auto", "math"), help="auto: FlashAttention or memory-efficient; math: holds the scores"
-    )
     add("--json", action="store_true", help="print JSON")
-    parser.set_defaults(**vars(Options()))
     return parser
 
 
@@ -62,22 +49,23 @@ def _parser() -> Parser:
 def main(argv: Sequence[str]) -> int:
     """Console command ``nad-plan``."""
     parser = _parser()
-    arguments = parse_arguments("draftp_sd", argv, parser)
-    if arguments.show_help:
+    options = parse_arguments("draftp_sd", argv, parser)
+    if options.show_help:
         parser.print_help()
         return 0
-    options = Options(**{name: getattr(arguments, name) for name in vars(Options())})
-    gpu_named(options.gpu)
+    gpu = gpu_named(options.gpu)
     from nemo_aligner_diffusion.config.load import load_settings
 
-    run = load_settings(arguments.config_name, arguments.overrides, config_dir=arguments.config_path)
+    run = load_settings(options.config_name, options.overrides, config_dir=options.config_path)
     from nemo_aligner_diffusion.embedded_assets import embedded_model_path
 
     spec = model_spec(options.model or run.model.from_pretrained or str(embedded_model_path()))
     from nemo_aligner_diffusion.planner.answer import as_json, show
     from nemo_aligner_diffusion.planner.plan import make_plan  # torch and all, only now
+    from nemo_aligner_diffusion.planner.settings import settings_from
 
-    plan = make_plan(run, spec, options, lambda line: print(f"measuring: {line}", file=sys.stderr, flush=True))
+    settings = settings_from(run, spec, options.reward)
+    plan = make_plan(settings, gpu, options.layouts, _say)
     if options.json:
         print(json.dumps(as_json(plan), indent=2))
     else:
@@ -85,3 +73,7 @@ def main(argv: Sequence[str]) -> int:
     if plan.error is not None:
         raise plan.error
     return 0
+
+
+def _say(line: str) -> None:
+    print(f"measuring: {line}", file=sys.stderr, flush=True)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 from abc import ABC, abstractmethod
-from typing import Any, Literal
+from typing import Any
 
 import pytorch_lightning as pl
 
-from nemo_aligner_diffusion.data.bad_samples import OnBadSample
 from nemo_aligner_diffusion.data.paths import PathSpec
 from nemo_aligner_diffusion.data.prompts import build_prompt_loader
 from nemo_aligner_diffusion.data.sample_stream import SampleStream
@@ -32,10 +30,8 @@ class StreamDataModule(pl.LightningDataModule, ABC):
         train: what :func:`~nemo_aligner_diffusion.data.paths.expand_paths` accepts.
         validation: the same, or None for no validation loader.
         micro_batch_size: samples a training batch on one rank.
-        global_batch_size: samples an optimizer step over all ranks; see
-            :class:`~nemo_aligner_diffusion.data.sample_stream.SampleStream` for this and for ``seed``,
-            ``shuffle_buffer``, ``epochs``, ``incomplete``, which concern training, and for ``on_bad_sample``,
-            ``on_bad_shard`` and ``index_folder``.
+        seed, shuffle_buffer, stream: arguments of :class:`~nemo_aligner_diffusion.data.sample_stream.SampleStream`, for
+            training; ``on_bad_sample``, ``on_bad_shard`` and ``index_folder`` for validation too.
         num_workers, worker_timeout_seconds: see :class:`~nemo_aligner_diffusion.data.stream_loader.StreamLoader`;
             training only.
         validation_batch_size: samples a validation batch on one rank; ``micro_batch_size`` by default. Validation
@@ -43,7 +39,7 @@ class StreamDataModule(pl.LightningDataModule, ABC):
         start_sample: global samples to leave out at the start; a loaded checkpoint overrides it.
 
     Raises:
-        DataError: at ``setup`` when files are missing, the first prompt cannot be read, or sizes do not fit.
+        DataError: at ``setup`` when files are missing, a sample cannot be read, or sizes do not fit.
     """
 
     def __init__(
@@ -52,20 +48,15 @@ class StreamDataModule(pl.LightningDataModule, ABC):
         validation: PathSpec | None = None,
         *,
         micro_batch_size: int,
-        global_batch_size: int | None = None,
         seed: int = 0,
         shuffle_buffer: int = 10_000,
         num_workers: int = 0,
-        epochs: int | None = None,
-        incomplete: Literal["drop", "wrap"] = "drop",
-        on_bad_sample: OnBadSample = "error",
-        on_bad_shard: OnBadSample | None = None,
-        index_folder: str | os.PathLike[str] | None = None,
         worker_timeout_seconds: float = WORKER_TIMEOUT_SECONDS,
         validation_batch_size: int | None = None,
         start_sample: int = 0,
         rank: int | None = None,
         world_size: int | None = None,
+        **stream: Any,
     ) -> None:
         super().__init__()
         if (rank is None) != (world_size is None):
@@ -74,20 +65,10 @@ class StreamDataModule(pl.LightningDataModule, ABC):
         self.validation = validation
         self.micro_batch_size = micro_batch_size
         self.validation_batch_size = validation_batch_size or micro_batch_size
-        self.num_workers = num_workers
-        self.worker_timeout_seconds = worker_timeout_seconds
-        self._files: dict[str, Any] = {
-            "on_bad_sample": on_bad_sample,
-            "on_bad_shard": on_bad_shard,
-            "index_folder": index_folder,
-        }
         self.start_sample = start_sample
-        self._order: dict[str, Any] = {"seed": seed, "shuffle_buffer": shuffle_buffer}
-        self._end: dict[str, Any] = {
-            "epochs": epochs,
-            "incomplete": incomplete,
-            "global_batch_size": global_batch_size,
-        }
+        self._order = {"seed": seed, "shuffle_buffer": shuffle_buffer}
+        self._workers = {"num_workers": num_workers, "worker_timeout_seconds": worker_timeout_seconds}
+        self._stream = stream
         self._layout = None if rank is None or world_size is None else (rank, world_size)
         self._batches_before = 0  # the trainer's count when the current training loader was made
         self._train_samples: SampleStream | None = None
@@ -123,16 +104,14 @@ class StreamDataModule(pl.LightningDataModule, ABC):
         if stage in (None, "fit"):
             self._make_train_loader()
         if stage in (None, "fit", "validate") and self.validation is not None:
-            rank, world_size = self.data_parallel
-            self._validation_loader = self.build_loader(
+            shared = ("on_bad_sample", "on_bad_shard", "index_folder")
+            self._validation_loader = self._make_loader(
                 self.validation,
                 micro_batch_size=self.validation_batch_size,
                 shuffle_buffer=0,
-                rank=rank,
-                world_size=world_size,
                 epochs=1,
                 incomplete="wrap",
-                **self._files,
+                **{name: self._stream[name] for name in shared if name in self._stream},
             )
 
     def train_dataloader(self) -> StreamLoader:
@@ -171,19 +150,18 @@ class StreamDataModule(pl.LightningDataModule, ABC):
                     saved,
                 )
 
-    def _make_train_loader(self) -> StreamLoader:
+    def _make_loader(self, paths: PathSpec, **options: Any) -> StreamLoader:
         rank, world_size = self.data_parallel
-        loader = self.build_loader(
+        return self.build_loader(paths, rank=rank, world_size=world_size, **options)
+
+    def _make_train_loader(self) -> StreamLoader:
+        loader = self._make_loader(
             self.train,
             micro_batch_size=self.micro_batch_size,
-            rank=rank,
-            world_size=world_size,
-            num_workers=self.num_workers,
-            worker_timeout_seconds=self.worker_timeout_seconds,
             start_sample=self.start_sample,
-            **self._files,
             **self._order,
-            **self._end,
+            **self._workers,
+            **self._stream,
         )
         index = loader.stream.index
         self._contents = {"samples": len(index), "digest": index.digest}

@@ -97,27 +97,23 @@ def _expand_one(text: str, check: bool) -> list[Path]:
     if os.path.exists(text):
         return _file_or_folder(Path(text), check)
     names = list(_expand_braces(text))
-    missing = [name for name in names if not glob.has_magic(name) and not os.path.exists(name)]
+    missing = {name: None for name in names if not glob.has_magic(name) and not os.path.exists(name)}
     if missing and (check or len(missing) == len(names)):
         if len(names) == 1:
             raise DataError(
                 f"{text} does not exist ({_nearest_existing(Path(text))}); expected a shard, a folder, or a glob"
             )
-        shown = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
+        shown = ", ".join(list(missing)[:3]) + (", …" if len(missing) > 3 else "")
         raise DataError(
             f"{text} names {len(names)} files, of which {len(missing)} do not exist: {shown}; "
             "correct the range or copy the missing shards"
         )
     files: list[Path] = []
-    absent = set(missing)
     for name in names:
-        if os.path.exists(name):
-            files.extend(_file_or_folder(Path(name), check))
-            continue
-        if name in absent:
+        if name in missing:
             files.append(Path(name))
             continue
-        matches = sorted(glob.glob(name, recursive=True))
+        matches = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
         if not matches:
             raise DataError(f"{name} matches nothing; expected a glob that matches at least one shard or .txt file")
         for match in matches:

@@ -5,16 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from nemo_aligner_diffusion.settings import (
-    PATH,
-    PATHS,
-    Kind,
-    Settings,
-    choice,
-    integer,
-    number,
-    setting,
-)
+from nemo_aligner_diffusion.settings import PATH, PATHS, Kind, Settings, choice, integer, number, setting
 
 OnBad = Literal["error", "skip"]
 
@@ -26,19 +17,13 @@ class ReadingSettings(Settings):
     section = "model.data"
 
     num_workers: int = setting(
-        0,
-        integer(0),
-        "processes that read prompts beside the training; integer >= 0; 0 suits local disks",
+        0, integer(0), "processes that read prompts beside the training; integer >= 0; 0 suits local disks"
     )
     shuffle_buffer: int = setting(
-        10000,
-        integer(0),
-        "prompts shuffled together; integer >= 0; 0: the order of the files and in them",
+        10000, integer(0), "prompts shuffled together; integer >= 0; 0: the order of the files and in them"
     )
     on_bad_sample: OnBad = setting(
-        "error",
-        choice("error", "skip"),
-        "an unusable prompt: error stops the run, skip warns, counts and goes on",
+        "error", choice("error", "skip"), "an unusable prompt: error stops the run, skip warns, counts and goes on"
     )
     on_bad_shard: OnBad | None = setting(
         None,
@@ -46,14 +31,10 @@ class ReadingSettings(Settings):
         "a shard that is unreadable, damaged or vanishes: error or skip; null: as on_bad_sample",
     )
     index_folder: str | None = setting(
-        None,
-        PATH,
-        "where indexes of shards are kept; a path, null: ~/.cache/nemo_aligner_diffusion/shard_index",
+        None, PATH, "where indexes of shards are kept; a path, null: ~/.cache/nemo_aligner_diffusion/shard_index"
     )
     worker_timeout_seconds: float = setting(
-        600.0,
-        number(0),
-        "longest wait for a batch of num_workers, then the run stops; >= 0; 0: no limit",
+        600.0, number(0), "longest wait for a batch of num_workers, then the run stops; >= 0; 0: no limit"
     )
     train_path: str | tuple[str, ...] | None = setting(
         None,

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemo_aligner_diffusion.errors import first_line
-from nemo_aligner_diffusion.formats.files import parse_json, read_bytes
+from nemo_aligner_diffusion.errors import AlignerError, first_line
+from nemo_aligner_diffusion.formats.files import read_json
 from nemo_aligner_diffusion.formats.yaml_reader import read_yaml
 from nemo_aligner_diffusion.runtime.csv_table import read_rows
 
@@ -133,9 +133,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    value = parse_json(read_bytes(path))
-    if not isinstance(value, dict):
-        raise ValueError("expected a JSON object")
+    value = read_json(path, AlignerError)
     _check_depth(value, _DEEPEST)
     return value
 

@@ -77,10 +77,10 @@ def hf_layout(
         name = _WHOLE.get(name.removesuffix(".weight"), name)
         for old, new in _RENAMED.items():
             name = name.replace(old, new)
-        tower = name.split(".")[0]
-        if tower in towers and ".self_attention.query_key_value." in name:
-            interleaved = not (text if tower == "text_model" else vision).get("megatron_legacy", True)
-            heads = towers[tower]["num_attention_heads"]
+        model = name.split(".")[0]
+        if model in towers and ".self_attention.query_key_value." in name:
+            interleaved = not (text if model == "text_model" else vision).get("megatron_legacy", True)
+            heads = towers[model]["num_attention_heads"]
             converted.update(_split_qkv(archive, name, tensor, heads, interleaved))
         else:
             converted[name] = tensor  # unknown: named as misfitting by whoever compares with the model

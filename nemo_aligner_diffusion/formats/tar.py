@@ -131,33 +131,33 @@ def walk_stream(
         if not _checksum_is_right(header):
             if not last and long_name is None:
                 raise _not_a_tar(path, header)
-            raise DataError(f"{path} is damaged {_after(last)}: no valid tar header there; copy or write it again")
+            raise _damaged(path, last, "no valid tar header there")
         kind_flag, size = header[156:157], _number(header[124:136])
         if size < 0:
-            raise DataError(f"{path} is damaged {_after(last)}: a member of {size} bytes; copy or write it again")
+            raise _damaged(path, last, f"a member of {size} bytes")
 
         if kind_flag in (PAX_LOCAL, PAX_GLOBAL, GNU_LONG_NAME, GNU_LONG_LINK):
             if size > MAX_EXTENSION_BYTES:
-                raise DataError(
-                    f"{path}: a tar extension header of {size:,} bytes {_after(last)}; expected at most "
-                    f"{MAX_EXTENSION_BYTES:,}: the file is damaged or hostile"
+                raise _damaged(
+                    path, last, f"a tar extension header of {size:,} bytes (at most {MAX_EXTENSION_BYTES:,})"
                 )
             header_blocks += size // BLOCK
             body = _read_data(path, stream, size, last)
             if kind_flag == GNU_LONG_NAME:
                 long_name = _text(body)
             elif kind_flag == PAX_LOCAL:
-                records = _pax_records(path, body, last)
+                try:
+                    records = _pax_records(body)
+                    long_size = _pax_size(records["size"]) if "size" in records else long_size
+                except ValueError as error:
+                    raise _damaged(path, last, str(error)) from error
                 long_name = records.get("path", long_name)
                 sparse = any(keyword.startswith("GNU.sparse.") for keyword in records)
-                if "size" in records:
-                    long_size = _pax_size(path, records["size"], last)
             continue
 
         name = _text(header[:100])
-        if (
-            header[257:262] == b"ustar" and header[263:265] == b"00" and header[345:346] != b"\0"
-        ):  # not GNU, which keeps times there
+        is_posix = header[257:262] == b"ustar" and header[263:265] == b"00"  # GNU's keep times in the prefix's place
+        if is_posix and header[345:346] != b"\0":
             name = f"{_text(header[345:500])}/{name}"
         name = long_name if long_name is not None else name
         size = long_size if long_size is not None else size
@@ -171,11 +171,9 @@ def walk_stream(
         if kind in ("folder", "link"):
             size = 0  # whatever their size field says, no data follows
         offset = stream.tell()
-        if wanted(name, kind, size):
-            data: bytes | None = _read_data(path, stream, size, name)
-        else:
+        data = _read_data(path, stream, size, name) if wanted(name, kind, size) else None
+        if data is None:
             _skip_data(path, stream, size, name, file_size)
-            data = None
         member = Member(name, kind, size, data, end, offset, part)
         yield member
         last, end = printable(name), member.end
@@ -227,8 +225,8 @@ def _skip_data(path: Path, stream: IO[bytes], size: int, name: str, file_size: i
         left -= len(chunk)
 
 
-def _pax_records(path: Path, body: bytes, last: str) -> dict[str, str]:
-    """Records ``"<length> <keyword>=<value>\\n"``, the length counting itself."""
+def _pax_records(body: bytes) -> dict[str, str]:
+    """Records ``"<length> <keyword>=<value>\\n"``, the length counting itself; ValueError for anything else."""
     records: dict[str, str] = {}
     start, end_of_records = 0, len(body.rstrip(b"\0"))
     while start < end_of_records:  # by position: cutting the front off each time would copy the rest each time
@@ -239,21 +237,20 @@ def _pax_records(path: Path, body: bytes, last: str) -> dict[str, str]:
         whole = start < blank < end - 1 and body[end - 1 : end] == b"\n"
         keyword, equals, value = body[blank + 1 : end - 1].partition(b"=") if whole else (b"", b"", b"")
         if not equals:
-            raise DataError(
-                f"{path} is damaged {_after(last)}: a pax header that cannot be read; write the shard again"
-            )
+            raise ValueError("a pax header that cannot be read")
         records[keyword.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
         start = end
     return records
 
 
-def _pax_size(path: Path, text: str, last: str) -> int:
+def _pax_size(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) <= MAX_NUMBER_DIGITS):
-        raise DataError(
-            f"{path} is damaged {_after(last)}: its pax header gives the size '{printable(text, 40)}'; write "
-            "the shard again"
-        )
+        raise ValueError(f"its pax header gives the size '{printable(text, 40)}'")
     return int(text)
+
+
+def _damaged(path: Path, last: str, what: str) -> DataError:
+    return DataError(f"{path} is damaged {_after(last)}: {what}; copy or write it again")
 
 
 def _after(last: str) -> str:

@@ -1,10 +1,8 @@
-"""Loading once per node: one process of each node reads files, the others receive what it loaded, tensor by tensor.
+"""What processes tell one another outside of training's own messages; above all, loading once per node.
 
-Without it every process of a node reads the same files (on a shared file system, all processes of all nodes at once)
-and holds a copy of the weights in host memory before moving it to its device. Here the first process of each node, its
-*leader*, loads as if it were alone; the others get the loaded module's structure (pickled, without its tensors) and
-then one tensor after the other, each placed on its own device before the next one comes: beside the leader's copy a
-node holds one tensor a process. No other process opens a file, those of tokenizers and configurations included.
+The first process of each node, its *leader*, reads files as if it were alone; the others get the loaded module's
+structure (pickled, without its tensors) and then one tensor after the other, each placed on its own device before the
+next one comes: beside the leader's copy a node's host memory holds one tensor a process.
 """
 
 from __future__ import annotations
@@ -39,9 +37,8 @@ def load_once(
 ) -> _Module:
     """The module that ``load()`` makes, on ``device``, in every process; ``load`` runs in one process of each node.
 
-    A collective call of all processes. Values, dtypes, tied parameters, buffers (those that no state dict holds
-    included) and everything else about the module are the leader's. With one process, or without a process group, it is
-    ``load().to(device)``. A module that cannot be pickled (a user's own code) is loaded by every process for itself.
+    A collective call of all processes. Everything about the module is the leader's, ties and buffers included. A module
+    that cannot be pickled (a user's own code) is loaded by every process for itself.
 
     Args:
         load: reads files and builds a module on the CPU; must do the same in every process.

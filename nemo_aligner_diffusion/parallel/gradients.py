@@ -1,8 +1,8 @@
-"""Gradients under any layout: averaged over replicas, one global norm, clipped by it."""
+"""Gradients under any layout, averaged over replicas."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -35,17 +35,6 @@ def average(tensors: Iterable[Tensor], group: Any) -> None:
 def local_part(tensor: Tensor) -> Tensor:
     """What this rank holds of it, sharing its memory; a plain tensor as it is."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
-
-
-def sum_of_squares(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Over what this rank holds of all of them, a scalar."""
-    return torch.nn.utils.get_total_norm(map(local_part, tensors)).square().to(device)
-
-
-def scale(tensors: Iterable[Tensor], factor: float) -> None:
-    """Multiply each in place."""
-    for tensor in tensors:
-        local_part(tensor).mul_(factor)
 
 
 def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:

@@ -32,7 +32,12 @@ class ParallelModule(pl.LightningModule, ABC):
         optimizer_factory: named parameters → ``(optimizer, learning-rate schedule per optimizer step or None)``.
         guard: what becomes of NaN and infinite values and gradients; ``None``: the policy with its default.
         parallel: how the model is spread over processes; ``None``: one process.
+
+    Attributes:
+        validated_step: optimizer steps at the last validation.
     """
+
+    validated_step = -1
 
     def __init__(
         self,

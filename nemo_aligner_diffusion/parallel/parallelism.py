@@ -110,12 +110,11 @@ class Parallelism:
         """The 2-norm of the whole gradient, each number of it counted once; equal on every rank."""
         if self.mesh is None:
             return float(torch.nn.utils.get_total_norm(_gradients(parameters)))
-        whole = {name for name, _ in self._whole(parameters)}
-        cut = [(name, parameter) for name, parameter in parameters if name not in whole]
-        device = parameters[0][1].device
-        squares = torch.stack(
-            [gradients.sum_of_squares(_gradients(part), device) for part in (self._whole(parameters), cut)]
-        )
+        whole = self._whole(parameters)
+        cut = [(name, parameter) for name, parameter in parameters if self.placement(name).cut is not None]
+        held = [[gradients.local_part(gradient) for gradient in _gradients(part)] for part in (whole, cut)]
+        norms = [torch.nn.utils.get_total_norm(part).to(parameters[0][1].device) for part in held]
+        squares = torch.stack(norms).double().square()
         if self.layout.fsdp:
             dist.all_reduce(squares, group=self.data_group)
         if self.layout.tensor > 1:
@@ -130,7 +129,8 @@ class Parallelism:
             return
         factor = min(limit / (norm + 1e-6), 1.0)
         if factor < 1.0:
-            gradients.scale(_gradients(parameters), factor)
+            for gradient in _gradients(parameters):
+                gradients.local_part(gradient).mul_(factor)
 
     def _cut_reward(self, reward: nn.Module) -> None:
         from nemo_aligner_diffusion.parallel.tensor.plans import TENSOR_PLANS, apply_tensor_parallel

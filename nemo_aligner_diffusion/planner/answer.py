@@ -1,4 +1,4 @@
-"""A plan as tables on the screen, and as JSON."""
+"""A plan as JSON, and as tables on the screen."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from nemo_aligner_diffusion.planner.estimate import ASSUMED
 from nemo_aligner_diffusion.planner.plan import Plan
 from nemo_aligner_diffusion.planner.search import Candidate
 
@@ -23,17 +22,15 @@ SENT = {
 
 def as_json(plan: Plan) -> dict[str, Any]:
     """Bytes, floating-point operations and seconds, nothing rounded."""
-    step, held, counts = plan.asked.step, plan.asked.memory, plan.counts
-    pictures = plan.asked.case.micro_batch_size * plan.asked.accumulation
+    asked, counts, run = plan.asked, plan.counts, plan.settings.run
     return {
         "model": plan.settings.spec.name,
         "parameters": plan.measured.parameters,
         "trained_parameters_per_rank": plan.measured.trained_elements,
-        "algorithm": plan.algorithm,
-        "precision": plan.settings.precision,
+        "algorithm": run.model.algorithm,
+        "precision": run.trainer.precision,
         "gpu": plan.machines.gpu.name,
         "gpus": plan.machines.world,
-        "layout": _layout(plan.asked),
         "per_micro_batch": {
             "network_calls": counts.network_calls,
             "reference_calls": counts.references,
@@ -41,40 +38,22 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "reads": counts.reads,
         },
         "bytes_per_rank": {
-            "parts": held.parts,
-            "phases": held.phases,
-            "transient": {name: record.peak for name, record in plan.measured.phases.items()},
-            "replay_with_activation_checkpointing_the_other_way": plan.other_replay,
-            "peak": held.peak,
-            "peak_phase": held.peak_phase,
-            "needed_on_device": held.needed,
+            "parts": asked.memory.parts,
+            "phases": asked.memory.phases,
+            "peak": asked.memory.peak,
+            "peak_phase": asked.memory.peak_phase,
+            "needed_on_device": asked.memory.needed,
             "device": plan.machines.gpu.memory_bytes,
-            "fits": plan.asked.fits,
         },
-        "bytes_sent_per_rank_and_step": step.sent,
-        "flops_per_step_and_rank": step.flops,
-        "flops_per_picture": sum(step.flops.values()) * plan.asked.case.layout.tensor / pictures,
-        "seconds": {name: time.total for name, time in step.times.items()},
-        "seconds_per_step": step.seconds,
-        "pictures_per_second": plan.global_batch_size / step.seconds,
-        "bottleneck": {"what": step.bottleneck[0], "share": step.bottleneck[1]},
-        "assumptions": vars(ASSUMED),
-        "layouts": [
-            {
-                **_layout(item),
-                "peak_bytes": item.memory.peak,
-                "peak_phase": item.memory.peak_phase,
-                "fits": item.fits,
-                "seconds_per_step": item.step.seconds,
-                "pictures_per_second": plan.global_batch_size / item.step.seconds,
-                "bottleneck": item.step.bottleneck[0],
-            }
-            for item in plan.layouts
-        ],
+        "bytes_sent_per_rank_and_step": asked.step.sent,
+        "flops_per_step_and_rank": asked.step.flops,
+        "seconds": {name: time.total for name, time in asked.step.times.items()},
+        **_layout(plan, asked),
+        "layouts": [_layout(plan, item) for item in plan.layouts],
     }
 
 
-def _layout(item: Candidate) -> dict[str, Any]:
+def _layout(plan: Plan, item: Candidate) -> dict[str, Any]:
     return {
         "tensor": item.case.layout.tensor,
         "data": item.case.layout.data,
@@ -83,6 +62,12 @@ def _layout(item: Candidate) -> dict[str, Any]:
         "accumulation": item.accumulation,
         "activation_checkpointing": item.case.activation_checkpointing,
         "decode_micro_batch_size": item.case.decode_micro_batch_size,
+        "fits": item.fits,
+        "peak_bytes": item.memory.peak,
+        "peak_phase": item.memory.peak_phase,
+        "seconds_per_step": item.step.seconds,
+        "pictures_per_second": plan.settings.run.model.global_batch_size / item.step.seconds,
+        "bottleneck": item.step.bottleneck[0],
     }
 
 
@@ -91,11 +76,12 @@ def show(plan: Plan) -> None:
     console = Console()
     if not console.is_terminal:
         console.width = WIDTH_OF_A_FILE
-    asked, layout, batch = plan.asked, plan.asked.case.layout, plan.global_batch_size
+    asked, layout, run = plan.asked, plan.asked.case.layout, plan.settings.run
+    batch = run.model.global_batch_size
     console.print(
         f"[bold]{plan.settings.spec.name}[/bold], {plan.measured.parameters / 1e6:,.0f} M parameters in the denoiser, "
-        f"{plan.measured.trained_elements / 1e6:,.1f} M trained on a rank; {plan.algorithm}, precision "
-        f"{plan.settings.precision}"
+        f"{plan.measured.trained_elements / 1e6:,.1f} M trained on a rank; {run.model.algorithm}, precision "
+        f"{run.trainer.precision}"
     )
     console.print(
         f"{layout.world_size} × {plan.machines.gpu.name}: tensor {layout.tensor} × data {layout.data}"
@@ -132,13 +118,9 @@ def _memory_table(plan: Plan) -> Table:
     for name, size in held.parts.items():
         table.add_row(name, human(size))
     table.add_section()
-    for name, size in held.phases.items():
+    for name, peak in held.phases.items():
         mark = "  [bold]<- peak[/bold]" if name == held.peak_phase else ""
-        table.add_row(f"in {name}{mark}", human(size))
-        if name == "replay":
-            replays = [record.peak for phase, record in plan.measured.phases.items() if phase.startswith("replay")]
-            way = "without" if plan.asked.case.activation_checkpointing else "with"
-            table.add_row(f"  {way} activation checkpointing", human(size - max(replays) + plan.other_replay))
+        table.add_row(f"in {name}{mark}", human(peak))
     table.add_section()
     table.add_row("needed, context and fragmentation included", human(held.needed))
     verdict = "[green]fits[/green]" if plan.asked.fits else "[red]does not fit[/red]"
@@ -148,24 +130,18 @@ def _memory_table(plan: Plan) -> Table:
 
 def _time_table(plan: Plan) -> Table:
     step, counts = plan.asked.step, plan.counts
-    pictures = plan.asked.case.micro_batch_size * plan.asked.accumulation / plan.asked.case.layout.tensor
-    times = {
-        "rollout": _times(counts.network_calls, "call"),
-        "reference": _times(counts.references, "call"),
-        "decode and reward": _times(counts.reads, "read"),
-        "replay": _times(counts.replays, "step"),
+    calls = {
+        "rollout": counts.network_calls,
+        "reference": counts.references,
+        "decode and reward": counts.reads,
+        "replay": counts.replays,
     }
-    table = _table("an optimizer step of a rank", "phase", "a micro-batch", ">TFLOP", ">a picture", ">seconds",
-                   "limited by")  # fmt: skip
-
-    def add_row(name: str, flops: float, seconds: float, limit: str) -> None:
-        numbers = (flops / 1e12, flops / 1e12 / pictures, seconds)
-        table.add_row(name, times.get(name, ""), *map(_in_short, numbers), limit)
-
+    table = _table("an optimizer step of a rank", "phase", ">times", ">TFLOP", ">seconds", "limited by")
     for name, time in step.times.items():
-        add_row(name, step.flops.get(name, 0.0), time.total, time.limit)
+        times = f"{calls[name]:g}" if name in calls else ""
+        table.add_row(name, times, f"{step.flops.get(name, 0) / 1e12:.3g}", f"{time.total:.3g}", time.limit)
     table.add_section()
-    add_row("sum", sum(step.flops.values()), step.seconds, "")
+    table.add_row("sum", "", f"{sum(step.flops.values()) / 1e12:.3g}", f"{step.seconds:.3g}", "")
     return table
 
 
@@ -175,29 +151,13 @@ def _layouts_table(plan: Plan) -> Table:
                    ">micro-batch", ">accumulation", ">checkpointing", ">peak", "in", ">s a step", ">pictures/s",
                    "most time in")  # fmt: skip
     for item in fitting[:SHOWN]:
-        table.add_row(
-            str(item.case.layout.tensor),
-            str(item.case.layout.data),
-            "yes" if item.case.layout.fsdp else "no",
-            str(item.case.micro_batch_size),
-            str(item.accumulation),
-            "yes" if item.case.activation_checkpointing else "no",
-            human(item.memory.peak),
-            item.memory.peak_phase,
-            f"{item.step.seconds:.3g}",
-            f"{plan.global_batch_size / item.step.seconds:.3g}",
-            item.step.bottleneck[0],
-        )
+        row = _layout(plan, item)
+        numbers = [str(row[name]) for name in ("tensor", "data")]
+        numbers += ["yes" if row["fsdp"] else "no", str(row["micro_batch_size"]), str(row["accumulation"])]
+        numbers += ["yes" if row["activation_checkpointing"] else "no", human(row["peak_bytes"]), row["peak_phase"]]
+        numbers += [f"{row['seconds_per_step']:.3g}", f"{row['pictures_per_second']:.3g}", row["bottleneck"]]
+        table.add_row(*numbers)
     return table
-
-
-def _in_short(number: float) -> str:
-    """Two decimals, or two digits of what is smaller than one."""
-    return f"{number:,.2f}" if number >= 1 else f"{number:.2g}"
-
-
-def _times(number: float, what: str) -> str:
-    return f"{number:g} {what}{'' if number == 1 else 's'}"
 
 
 def human(size: float) -> str:

@@ -70,14 +70,14 @@ class Memory:
     """
 
     parts: dict[str, int]
-    phases: dict[str, int]
+    phases: Mapping[str, float]
 
     @property
     def peak_phase(self) -> str:
         return max(self.phases, key=self.phases.__getitem__)
 
     @property
-    def peak(self) -> int:
+    def peak(self) -> float:
         return max(self.phases.values())
 
     @property
@@ -169,8 +169,11 @@ TRAFFIC = {
 def memory(settings: Settings, measured: Measurement, accumulation: int, micro_batch_size: int) -> Memory:
     """What a process holds, in the steady state (from the second optimizer step on)."""
     phases, gradients = measured.phases, measured.trained
-    optimizer = settings.optimizer_states * measured.trained
-    average = 4 * measured.trained_elements if settings.ema_on_device else 0
+    optim, ema = settings.run.model.optim, settings.run.exp_manager.ema
+    optimizer = optim.state_tensors * measured.trained
+    average = 4 * measured.trained_elements if ema.enable and not ema.cpu_offload else 0
+    # a fused optimizer makes no temporary of the parameters' size
+    temporary = 0 if optim.name == "fused_adam" and not settings.autocast else measured.trained
     parts = {f"{name} weights": size for name, size in measured.weights.items() if size}
     parts |= {"optimizer": optimizer, "moving average": average}
     always = sum(parts.values())
@@ -179,7 +182,7 @@ def memory(settings: Settings, measured: Measurement, accumulation: int, micro_b
         "rollout": kept + max(phases[name].peak for name in ("text", "call", "reference") if name in phases),
         "decode and reward": kept + phases["decode"].peak,
         "replay": kept + max(phases[name].peak for name in ("replay", "replay_next") if name in phases),
-        "optimizer": max(phases["average"].peak, gradients + (0 if settings.fused_optimizer else measured.trained)),
+        "optimizer": max(phases["average"].peak, gradients + temporary),
     }
     if "validation" in phases:
         larger = max(1.0, settings.validation_batch_size / micro_batch_size)
@@ -220,7 +223,7 @@ def estimate(
     times["optimizer"] = update = PhaseTime()
     for message, count in measured.phases["average"].collectives.items():
         _add_message(update, sent, message, count, layout, machines)
-    touched = measured.trained * (3 + 2 * settings.optimizer_states) + (8 * measured.trained_elements)
+    touched = measured.trained * (3 + 2 * settings.run.model.optim.state_tensors) + (8 * measured.trained_elements)
     update.bandwidth += touched / (machines.gpu.bandwidth * ASSUMED.bandwidth)
     return StepEstimate(flops, dict(sent), times)
 

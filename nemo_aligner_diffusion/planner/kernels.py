@@ -15,7 +15,7 @@ FLASH_HEAD_DIM = 256  # the largest head that FlashAttention-2 takes
 
 
 @contextmanager
-def gpu_kernels(attention: str = "auto") -> Iterator[None]:
+def gpu_kernels() -> Iterator[None]:
     """Within, networks call what PyTorch picks on a CUDA device, whatever the device of their tensors.
 
     Attention: FlashAttention for 16-bit inputs without a mask and heads of up to 256, else the memory-efficient kernel;
@@ -24,12 +24,9 @@ def gpu_kernels(attention: str = "auto") -> Iterator[None]:
 
     ``torch.nn.functional`` is changed for that while the context lasts: a ``TorchFunctionMode`` would not see what
     activation checkpointing recomputes inside a backward pass.
-
-    Args:
-        attention: ``auto`` for the above, ``math`` for the kernel that holds the scores.
     """
     replaced: dict[str, Callable[..., Tensor]] = {
-        "scaled_dot_product_attention": partial(_attention, attention == "math"),
+        "scaled_dot_product_attention": _attention,
         "group_norm": partial(_in_float32, functional.group_norm),
         "layer_norm": partial(_in_float32, functional.layer_norm),
     }
@@ -48,7 +45,6 @@ def _in_float32(normalise: Callable[..., Tensor], input: Tensor, *args: Any, **k
 
 
 def _attention(
-    math: bool,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -66,8 +62,6 @@ def _attention(
     if enable_gqa:
         key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
     given = (query, key, value)
-    if math:
-        return aten._scaled_dot_product_attention_math(*given, attn_mask, dropout_p, is_causal, scale=scale)[0]
     half = query.dtype in (torch.float16, torch.bfloat16)
     if half and attn_mask is None and query.shape[-1] <= FLASH_HEAD_DIM:
         return aten._scaled_dot_product_flash_attention(*given, dropout_p, is_causal, False, scale=scale)[0]

@@ -123,7 +123,7 @@ class _Phases:
         self._phase, self._running = contextlib.ExitStack(), ""
 
     def run(self, plan: Plan, only: Sequence[str]) -> dict[str, Record]:
-        kernels = contextlib.nullcontext() if self.settings.attention == "cpu" else gpu_kernels(self.settings.attention)
+        kernels = gpu_kernels() if self.settings.on_gpu else contextlib.nullcontext()
         with kernels, self.ledger:
             self._run(plan, only)
         return self.found
@@ -131,7 +131,7 @@ class _Phases:
     def _run(self, plan: Plan, only: Sequence[str]) -> None:
         model, settings = self.model, self.settings
         if self.case.layout.fsdp or set(only) - {"replay", "replay_next"}:
-            self._rollout(reference="reference" in only and bool(settings.kl_coeff))
+            self._rollout(reference="reference" in only and bool(settings.run.model.kl_coeff))
         if "decode" in only:
             self._reward_gradient()
             if plan.renoise and not plan.own_step:
@@ -162,8 +162,8 @@ class _Phases:
         self._running = ""
 
     def _pipeline(self, steps: int, network: Any, **taps: Any) -> Tensor:
-        settings = self.settings
-        inputs = self.model.inputs(self.prompts, steps, settings.guidance_scale, settings.height, settings.width)
+        infer = self.settings.run.model.infer
+        inputs = self.model.inputs(self.prompts, steps, infer.unconditional_guidance_scale, infer.height, infer.width)
         with self._precision(), torch.no_grad():
             return call_pipeline(self.model, inputs, network, **taps)
 
@@ -252,9 +252,10 @@ class _Phases:
 
         latents = self._pipeline(active, network, stepped=predictions.append)
         surrogate = (latents * torch.ones_like(latents)).sum()
-        if self.settings.kl_coeff:  # the distance to the reference's predictions, whatever they are
+        kl_coeff = self.settings.run.model.kl_coeff
+        if kl_coeff:  # the distance to the reference's predictions, whatever they are
             distances = [(e - torch.zeros_like(e)).square().mean() for e in predictions]
-            surrogate = surrogate + self.settings.kl_coeff * torch.stack(distances).mean()
+            surrogate = surrogate + kl_coeff * torch.stack(distances).mean()
         del latents
         predictions.clear()
         self._begin(name)
@@ -263,15 +264,14 @@ class _Phases:
 
     def _precision(self, cache: bool = True) -> Any:
         """What Lightning puts around a training step. Counted on the CPU's autocast; see :mod:`.kernels`."""
-        _, compute, autocast = self.settings.arithmetic
-        if not autocast:
+        if not self.settings.autocast:
             return contextlib.nullcontext()
-        return torch.autocast("cpu", getattr(torch, compute), cache_enabled=cache)
+        return torch.autocast("cpu", getattr(torch, self.settings.precision[1]), cache_enabled=cache)
 
 
 def _model(settings: Settings, case: Case) -> DiffusionModel:
     """As ``training.build`` does, from an architecture instead of weights."""
-    model = build_model(settings.spec, **settings.pipeline)
+    model = build_model(settings.spec, **settings.run.model.pipeline.declared())
     if settings.lora is not None:
         tuning = settings.lora
         targets = list(tuning.target_modules or model.lora_targets)
@@ -281,9 +281,7 @@ def _model(settings: Settings, case: Case) -> DiffusionModel:
         model.keep_reference()
     if case.activation_checkpointing:
         model.denoiser.enable_gradient_checkpointing()
-    weights, _, autocast = settings.arithmetic
-    if weights != "float32" and not autocast:  # the reward has a precision of its own
-        model.to(getattr(torch, weights))
+    model.to(getattr(torch, settings.precision[0]))  # the reward has a precision of its own
     model.denoiser.train()
     return model
 
@@ -291,20 +289,21 @@ def _model(settings: Settings, case: Case) -> DiffusionModel:
 def _reward(settings: Settings) -> Reward:
     from nemo_aligner_diffusion.rewards.augmentation import Augmentation
     from nemo_aligner_diffusion.rewards.registry import build_reward
-    from nemo_aligner_diffusion.rewards.settings import PRECISIONS as REWARD_PRECISIONS
+    from nemo_aligner_diffusion.rewards.settings import PRECISIONS
     from nemo_aligner_diffusion.rewards.support.augmented import augmented
 
-    if settings.reward is not None:
-        given = settings.rm.get("model", {})
-        reward = preset_reward(
-            settings.reward,
-            micro_batch_size=given.get("micro_batch_size"),
-            activation_checkpointing=bool(given.get("activation_checkpointing", False)),
-        )
-        precision = REWARD_PRECISIONS[str(settings.rm.get("trainer", {}).get("precision", 32))]
-        return augmented(reward.to(getattr(torch, precision)), Augmentation(**settings.rm.get("augment", {})))
-    with torch.device("cpu"):
-        return build_reward(settings.rm)
+    rm = settings.run.rm
+    if settings.reward is None:
+        with torch.device("cpu"):
+            return build_reward(rm)
+    model, trainer = rm.get("model", {}), rm.get("trainer", {})
+    reward = preset_reward(
+        settings.reward,
+        micro_batch_size=model.get("micro_batch_size"),
+        activation_checkpointing=bool(model.get("activation_checkpointing", False)),
+    )
+    precision = PRECISIONS[str(trainer.get("precision", 32))]
+    return augmented(reward.to(getattr(torch, precision)), Augmentation(**rm.get("augment", {})))
 
 
 def _recomputed(network: Any, args: Any, kwargs: Any, handle: Tensor) -> Any:

@@ -144,7 +144,6 @@ def preset_reward(name: str, **model_settings: Any) -> Reward:
 
     from nemo_aligner_diffusion.rewards.clip.reward import CLIPReward
 
-    text, vision = REWARDS[name]
-    config: Any = CLIPConfig(text_config=text, vision_config=vision, projection_dim=text["projection_dim"])
+    config = CLIPConfig(**REWARDS[name])
     tokenizer: Any = FixedLengthTokenizer(config.text_config.max_position_embeddings)
     return CLIPReward(CLIPModel(config), tokenizer, **model_settings)

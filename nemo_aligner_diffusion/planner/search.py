@@ -1,26 +1,23 @@
-"""Which layouts fit on a GPU, and which of them is fastest.
+"""Which layouts fit on a GPU, which of them is fastest, and what helps where none does.
 
-Every tensor-parallel size is measured at two micro-batches without sharding and once with it; in between, operations
-and bytes are straight lines in the number of pictures (:func:`_line`). The layout asked for is measured itself.
+Every tensor-parallel size is measured at two micro-batches, with sharding and without; the bytes and seconds of others
+are on straight lines through these. The layout asked for is measured itself.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
 
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.parallel.layout import Layout
-from nemo_aligner_diffusion.planner.estimate import Machines, Memory, StepEstimate, estimate, memory
-from nemo_aligner_diffusion.planner.ledger import Collective, Op, Record
+from nemo_aligner_diffusion.planner.estimate import Machines, Memory, PhaseTime, StepEstimate, estimate, memory
 from nemo_aligner_diffusion.planner.measure import Measurement, measure
 from nemo_aligner_diffusion.planner.schedule import StepCounts
 from nemo_aligner_diffusion.planner.settings import Case, Settings
 
-T = TypeVar("T", Op, Collective)
 SMALL, LARGE = 1, 3  # micro-batches that are measured
+TENSOR_SIZES = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -34,16 +31,15 @@ class Candidate:
     fits: bool
 
 
-def candidate(
-    settings: Settings,
-    case: Case,
-    measured: Measurement,
-    counts: StepCounts,
-    global_batch_size: int,
-    machines: Machines,
-) -> Candidate:
-    """What ``measured`` means on ``machines``."""
-    accumulation = max(1, global_batch_size // (case.micro_batch_size * case.layout.data))
+def candidate(settings: Settings, case: Case, measured: Measurement, counts: StepCounts, machines: Machines,
+              micro_batch_size: int | None = None) -> Candidate:  # fmt: skip
+    """What ``measured`` means on ``machines``.
+
+    Args:
+        micro_batch_size: pictures by which the global batch is accumulated; ``None``: the case's.
+    """
+    pictures = (micro_batch_size or case.micro_batch_size) * case.layout.data
+    accumulation = max(1, settings.run.model.global_batch_size // pictures)
     held = memory(settings, measured, accumulation, case.micro_batch_size)
     step = estimate(settings, measured, counts, case.layout, accumulation, machines)
     return Candidate(case, accumulation, held, step, held.needed <= machines.gpu.memory_bytes)
@@ -52,12 +48,10 @@ def candidate(
 def search(
     settings: Settings,
     counts: StepCounts,
-    global_batch_size: int,
     machines: Machines,
-    tensor_sizes: Sequence[int],
-    with_sharding: bool,
     progress: Callable[[str], None],
     asked: Case,
+    tensor_sizes: Sequence[int] = TENSOR_SIZES,
 ) -> list[Candidate]:
     """Every layout of ``machines`` for the global batch, those that fit first, fastest first.
 
@@ -68,15 +62,15 @@ def search(
     found: list[Candidate] = []
     for tensor in tensor_sizes:
         data = machines.world // tensor
-        if machines.world % tensor or global_batch_size % data:
+        if machines.world % tensor or settings.run.model.global_batch_size % data:
             continue
-        for fsdp in (False, True) if with_sharding and data > 1 else (False,):
+        for fsdp in (False, True) if data > 1 else (False,):
             for checkpointing in (False, True):
                 layout = _as_asked(asked.layout, data, tensor, fsdp)
                 progress(f"tensor {tensor} × data {data}{', sharded' if fsdp else ''}"
                          f"{', activation checkpointing' if checkpointing else ''}")  # fmt: skip
                 case = Case(layout, SMALL, checkpointing, asked.decode_micro_batch_size)
-                found += _sweep(settings, case, counts, global_batch_size, machines)
+                found += _sweep(settings, case, counts, machines)
         if any(item.fits for item in found):
             break
     return sorted(found, key=lambda item: (not item.fits, item.step.seconds, item.memory.peak))
@@ -87,61 +81,32 @@ def _as_asked(layout: Layout, data: int, tensor: int, fsdp: bool) -> Layout:
     return replace(layout, data=data, tensor=tensor, fsdp=fsdp, sharded_frozen=frozen, cut_reward=cut)
 
 
-def _sweep(
-    settings: Settings, case: Case, counts: StepCounts, global_batch_size: int, machines: Machines
-) -> Iterator[Candidate]:
-    share = global_batch_size // case.layout.data
+def _sweep(settings: Settings, case: Case, counts: StepCounts, machines: Machines) -> Iterator[Candidate]:
+    """Every micro-batch that divides the share of a data rank."""
+    share = settings.run.model.global_batch_size // case.layout.data
     sizes = [size for size in range(1, share + 1) if share % size == 0]
+    larger = replace(case, micro_batch_size=LARGE)
     small = measure(settings, case, counts.plan)
-    large = small if len(sizes) == 1 else measure(settings, replace(case, micro_batch_size=LARGE), counts.plan)
+    large = measure(settings, larger, counts.plan) if len(sizes) > 1 else small
     for size in sizes:
-        measured = _line(small, large, size) if size != SMALL else small
-        yield candidate(settings, replace(case, micro_batch_size=size), measured, counts, global_batch_size, machines)
+        low = candidate(settings, case, small, counts, machines, size)
+        high = candidate(settings, larger, large, counts, machines, size)
+        yield low if size == SMALL else between(low, high, size, machines)
 
 
-def _line(small: Measurement, large: Measurement, size: int) -> Measurement:
-    """Through two measurements, at another micro-batch: every operator's work is a straight line in the batch."""
+def between(low: Candidate, high: Candidate, size: int, machines: Machines) -> Candidate:
+    """Of micro-batch ``size``, on the line through two that are measured."""
     share = (size - SMALL) / (LARGE - SMALL)
-    phases = {name: _record_line(small.phases[name], large.phases[name], share) for name in small.phases}
-    return replace(small, phases=phases)
 
+    def line(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
+        return {name: a[name] + share * (b[name] - a[name]) for name in a}
 
-def _record_line(small: Record, large: Record, share: float) -> Record:
-    return Record(
-        calls_line(small.ops, large.ops, share, ("flops", "moved")),
-        round(small.peak + share * (large.peak - small.peak)),
-        calls_line(small.collectives, large.collectives, share, ("size",)),
-    )
-
-
-def calls_line(small: Counter[T], large: Counter[T], share: float, numbers: Sequence[str]) -> Counter[T]:
-    """Calls with the same operators in the same order of size: of each kind, rank by rank, ``numbers`` are on a line.
-
-    Where there are more calls of a kind in the larger batch (one for each picture), their number is on a line.
-    """
-    found: Counter[T] = Counter()
-    lows, highs = _by_kind(small, numbers), _by_kind(large, numbers)
-    for kind in lows | highs:
-        low, high = lows.get(kind, []), highs.get(kind, [])
-        if len(low) != len(high):
-            for calls, weight in ((low, 1 - share), (high, share)):
-                for call in calls:
-                    found[call] += weight  # type: ignore[assignment]
-            continue
-        for one, other in zip(low, high, strict=True):
-            pairs = {name: (getattr(one, name), getattr(other, name)) for name in numbers}
-            between: dict[str, Any] = {name: round(a + share * (b - a)) for name, (a, b) in pairs.items()}
-            found[replace(one, **between)] += 1
-    return found
-
-
-def _by_kind(calls: Counter[T], numbers: Sequence[str]) -> dict[T, list[T]]:
-    """In order of ``numbers``; of a kind is what differs in them alone."""
-    kinds: dict[T, list[T]] = {}
-    nothing: dict[str, Any] = dict.fromkeys(numbers, 0)
-    for call in sorted(calls.elements(), key=lambda call: [getattr(call, name) for name in numbers]):
-        kinds.setdefault(replace(call, **nothing), []).append(call)
-    return kinds
+    one, other = low.step, high.step
+    times = {name: PhaseTime(**line(vars(time), vars(other.times[name]))) for name, time in one.times.items()}
+    step = StepEstimate(line(one.flops, other.flops), line(one.sent, other.sent), times)
+    held = Memory(low.memory.parts, line(low.memory.phases, high.memory.phases))
+    case = replace(low.case, micro_batch_size=size)
+    return Candidate(case, low.accumulation, held, step, held.needed <= machines.gpu.memory_bytes)
 
 
 def nothing_fits(
@@ -179,7 +144,7 @@ def _advice(nearest: Candidate, settings: Settings, searched: bool) -> Iterator[
         yield "fewer pictures at once (model.micro_batch_size)"
     if settings.lora is None:
         yield "LoRA instead of every weight (peft=sdlora)"
-    if settings.precision not in ("bf16-true", "16-true"):
+    if settings.precision[0] == "float32":
         yield "weights in 16 bits (trainer.precision=bf16-true)"
     if not case.layout.fsdp and case.layout.data > 1:
         yield "model.fsdp=true"

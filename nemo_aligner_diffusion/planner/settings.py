@@ -1,25 +1,15 @@
-"""What of a configuration a plan depends on. No torch here."""
+"""What a plan is made of: a run's settings for an architecture, and what of its layout is measured. No torch here."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from nemo_aligner_diffusion.diffusion.settings import LoRASettings
 from nemo_aligner_diffusion.parallel.layout import Layout
 from nemo_aligner_diffusion.planner.presets import REWARDS, ModelSpec
+from nemo_aligner_diffusion.rewards.settings import PRECISIONS
 from nemo_aligner_diffusion.runtime.settings import lightning_precision
 from nemo_aligner_diffusion.training.settings import RunSettings
-
-# Lightning's name of trainer.precision -> (weights, what matrix products are computed in, autocast)
-PRECISIONS: dict[str, tuple[str, str, bool]] = {
-    "32-true": ("float32", "float32", False),
-    "16-mixed": ("float32", "float16", True),
-    "bf16-mixed": ("float32", "bfloat16", True),
-    "16-true": ("float16", "float16", False),
-    "bf16-true": ("bfloat16", "bfloat16", False),
-    "64-true": ("float64", "float64", False),
-}
 
 
 @dataclass(frozen=True)
@@ -39,51 +29,48 @@ class Case:
     decode_micro_batch_size: int | None
 
 
+def case_of(run: RunSettings) -> Case:
+    """What ``run`` asks of a process."""
+    model = run.model
+    return Case(run.layout, model.micro_batch_size, model.activation_checkpointing, model.decode_micro_batch_size)
+
+
 @dataclass(frozen=True)
 class Settings:
-    """The rest: what does not change from layout to layout.
+    """What does not change from layout to layout.
 
     Attributes:
         spec: the architecture.
-        reward: a preset of ``presets.REWARDS``; ``None``: what the ``rm`` section says is built.
-        rm: the ``rm`` section.
-        precision: ``trainer.precision``.
-        lora: ``model.peft.lora_tuning``; ``None``: every weight of the denoiser is trained.
-        pipeline: the ``model.pipeline`` section: what is declared about the pipeline.
-        guidance_scale: ``None``: the pipeline's default.
-        attention: see :func:`.kernels.gpu_kernels`; ``cpu``: PyTorch's own choice on this machine.
-        optimizer_states: tensors of a parameter's size that the optimizer keeps for it.
+        reward: a preset of ``presets.REWARDS``; ``None``: what the run's ``rm`` section says is built.
         validation_batch_size: pictures at a time in validation; 0: none.
+        on_gpu: plan for a CUDA device's kernels (:func:`.kernels.gpu_kernels`), not for this machine's.
     """
 
+    run: RunSettings
     spec: ModelSpec
     reward: str | None
-    rm: dict[str, Any]
-    precision: str
-    lora: LoRASettings | None
-    pipeline: dict[str, Any]
-    guidance_scale: float | None
-    kl_coeff: float
-    height: int | None
-    width: int | None
-    optimizer: str
-    optimizer_states: int
-    ema_on_device: bool
     validation_batch_size: int
-    attention: str = "auto"
+    on_gpu: bool = True
 
     @property
-    def arithmetic(self) -> tuple[str, str, bool]:
-        """Of :data:`PRECISIONS`."""
-        return PRECISIONS[lightning_precision(self.precision)]
+    def lora(self) -> LoRASettings | None:
+        """``None``: every weight of the denoiser is trained."""
+        peft = self.run.model.peft
+        return peft.lora_tuning if peft.is_lora else None
 
     @property
-    def fused_optimizer(self) -> bool:
-        """Whether the optimizer makes no temporary of the parameters' size."""
-        return self.optimizer == "fused_adam" and not self.arithmetic[2]
+    def precision(self) -> tuple[str, str]:
+        """dtypes of the weights and of matrix products; autocast where these differ."""
+        name = lightning_precision(self.run.trainer.precision)
+        return "float32" if name.endswith("-mixed") else PRECISIONS[name], PRECISIONS[name]
+
+    @property
+    def autocast(self) -> bool:
+        weights, products = self.precision
+        return weights != products
 
 
-def settings_from(run: RunSettings, spec: ModelSpec, reward: str | None = None, attention: str = "auto") -> Settings:
+def settings_from(run: RunSettings, spec: ModelSpec, reward: str | None = None, on_gpu: bool = True) -> Settings:
     """What ``run`` says, for the architecture ``spec``.
 
     Args:
@@ -93,21 +80,5 @@ def settings_from(run: RunSettings, spec: ModelSpec, reward: str | None = None, 
     if reward is None and run.rm.get("name") == "clip" and not run.rm["model"].get("restore_from_path"):
         reward = spec.reward
     assert reward in (None, "recipe", *REWARDS)
-    model, ema = run.model, run.exp_manager.ema
-    return Settings(
-        spec=spec,
-        reward=None if reward == "recipe" else reward,
-        rm=run.rm,
-        precision=run.trainer.precision,
-        lora=model.peft.lora_tuning if model.peft.is_lora else None,
-        pipeline=model.pipeline.declared(),
-        guidance_scale=model.infer.unconditional_guidance_scale,
-        kl_coeff=model.kl_coeff,
-        height=model.infer.height,
-        width=model.infer.width,
-        optimizer=model.optim.name,
-        optimizer_states=model.optim.state_tensors,
-        ema_on_device=ema.enable and not ema.cpu_offload,
-        validation_batch_size=model.validation_batch_size if run.loop.val_check_interval else 0,
-        attention=attention,
-    )
+    validated = run.model.validation_batch_size if run.loop.val_check_interval else 0
+    return Settings(run, spec, None if reward == "recipe" else reward, validated, on_gpu)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 
 from nemo_aligner_diffusion.embedded_assets import embedded_reward_path
-from nemo_aligner_diffusion.errors import ArchiveError, CheckpointError, ConfigurationError
+from nemo_aligner_diffusion.errors import ArchiveError, CheckpointError, ConfigurationError, RewardError
 from nemo_aligner_diffusion.formats.open_clip import OpenClipChoices
 from nemo_aligner_diffusion.reward_training.configuration import RewardModelSettings
 from nemo_aligner_diffusion.rewards.clip.archive import convert_hf_clip_to_nemo
@@ -58,7 +57,7 @@ def load_hugging_face_clip(folder: str | Path) -> CLIPReward:
         files = read_tokenizer_files(folder)
         tokenizer = tokenizer_from_bytes(files["vocab.json"], files["merges.txt"], str(folder))
         return CLIPReward(model, tokenizer, preprocessing=preprocessing).float()
-    except (ArchiveError, CheckpointError) as error:
+    except (ArchiveError, CheckpointError, RewardError) as error:
         raise CheckpointError(f"model.from_pretrained (a Hugging Face CLIP folder): {error}") from error
 
 
@@ -87,5 +86,4 @@ def save_clip_reward(
 
 def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
     """``vocab.json`` and ``merges.txt`` of a byte-pair tokenizer, wherever it was loaded from."""
-    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    return pair_of_files(model["vocab"], model["merges"])
+    return pair_of_files(tokenizer.backend_tokenizer.to_str().encode(), "the reward's tokenizer")

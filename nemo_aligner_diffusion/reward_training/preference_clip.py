@@ -95,7 +95,6 @@ class PreferenceCLIP(ParallelModule):
             clip.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.last_metrics: dict[str, float] = {}
         self.last_validation: dict[str, float] = {}
-        self.validated_step = -1
         self._sums = torch.zeros(4)  # over the running optimizer step: loss, correct, decided, pairs
         self._step_started = 0.0
         self._validated: list[tuple[Tensor, Tensor, Tensor]] = []

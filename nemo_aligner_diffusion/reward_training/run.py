@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.callbacks import EarlyStopping
 
 from nemo_aligner_diffusion.parallel.broadcast import load_once, on_every_process
@@ -35,16 +34,6 @@ log = logging.getLogger(__name__)
 
 COLUMNS = ("step", "loss", "accuracy", "ties", "grad_norm", "lr", "logit_scale", "images_per_second")
 VALIDATION_COLUMNS = ("step", "loss", "accuracy", "calibration_error", "pairs", "ties")
-
-
-class PreferenceProgress(TrainingProgress):
-    """:class:`TrainingProgress` with the figures of this training."""
-
-    def describe(self, figures: Mapping[str, Any]) -> str:
-        if "loss" not in figures:
-            return ""
-        speed = figures["images"] / figures["seconds"] if figures.get("seconds") else float("nan")
-        return f"loss {figures['loss']:.4f}  accuracy {figures['accuracy']:.3f}  {speed:.0f} images/s"
 
 
 class ConfiguredEarlyStopping(EarlyStopping):
@@ -103,7 +92,7 @@ def _run(settings: RewardTrainingSettings, frame: RunFrame) -> int:
     callbacks: list[pl.Callback] = [
         best,
         MetricsCSV(directory.path, COLUMNS, VALIDATION_COLUMNS),
-        PreferenceProgress(),
+        TrainingProgress({"loss": "loss", "accuracy": "accuracy"}),
     ]
     if validates and stopping.patience > 0:
         callbacks.append(
@@ -117,19 +106,20 @@ def _run(settings: RewardTrainingSettings, frame: RunFrame) -> int:
             )
         )
     # what early stopping and the best weights learn from a validation is not in the checkpoint that comes before it
-    trainer = frame.trainer(loop, layout, settings.accumulation, callbacks, validates=validates, validate_again=True)
+    trainer = frame.make_trainer(
+        loop, layout, settings.accumulation, callbacks, validates=validates, validate_again=True
+    )
     if trainer.is_global_zero:
         trained = sum(p.numel() for _, p in module.trainable_parameters())
         log.info("training %s of %s parameters", f"{trained:,}", f"{sum(p.numel() for p in module.parameters()):,}")
     figures: dict[str, Any] = {}
 
     def train() -> None:
-        torch.manual_seed(section.seed)
-        trainer.fit(module, datamodule=data, ckpt_path=frame.checkpoint)
+        frame.fit(module, data, section.seed)
 
     def validate() -> None:
-        if validates and module.validated_step != trainer.global_step and not frame.cut_short:
-            trainer.validate(module, datamodule=data, verbose=False)
+        if validates:
+            frame.validate(module, data)
 
     def export() -> None:
         figures["optimizer steps"] = trainer.global_step
@@ -147,10 +137,10 @@ def _run(settings: RewardTrainingSettings, frame: RunFrame) -> int:
             log.info("exported %s", target)
 
     def record() -> None:
-        frame.record(trainer, best_step=best.step, skipped_steps=policy.skipped, non_finite_events=policy.events)
+        frame.record(best_step=best.step, skipped_steps=policy.skipped, non_finite_events=policy.events)
 
     def report() -> None:
         if settings.report.enable:
-            frame.report(trainer, lambda: write_reward_report(directory.path, figures))
+            frame.report(lambda: write_reward_report(directory.path, figures))
 
-    return frame.carry_out(trainer, loop.max_steps, train, [validate, export, record, report])
+    return frame.carry_out(train, [validate, export, record, report])

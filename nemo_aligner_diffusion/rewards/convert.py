@@ -165,7 +165,7 @@ def _write(conversion: Conversion, path: Path) -> None:
 
 def _write_clip(conversion: Conversion, source: str, path: Path, common: dict[str, Any]) -> None:
     from nemo_aligner_diffusion.rewards.clip.archive import convert_hf_clip_to_nemo
-    from nemo_aligner_diffusion.rewards.clip.tokenizer import locate_tokenizer, read_tokenizer_files
+    from nemo_aligner_diffusion.rewards.clip.tokenizer import read_tokenizer_files
 
     kind = KINDS[conversion.kind]
     origin, model, preprocessing = _clip(conversion, source)
@@ -174,7 +174,7 @@ def _write_clip(conversion: Conversion, source: str, path: Path, common: dict[st
     given = conversion.tokenizer or (beside if has_its_own else kind.tokenizer)
     convert_hf_clip_to_nemo(
         model,
-        read_tokenizer_files(locate_tokenizer(given)),
+        read_tokenizer_files(given),
         path,
         score=conversion.score or kind.score,
         prompt_prefix=conversion.prompt_prefix or "",

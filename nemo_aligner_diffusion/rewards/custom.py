@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from nemo_aligner_diffusion.errors import RewardError
+from nemo_aligner_diffusion.import_path import load_callable
 from nemo_aligner_diffusion.rewards.settings import RewardSettings
 from nemo_aligner_diffusion.settings import Kind, setting
 
@@ -21,7 +23,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Custom(RewardSettings):
-    """A class, a function or an object at ``package.module:name``, see :func:`.support.custom.load_custom`."""
+    """The reward at ``package.module:name``.
+
+    A class is called with ``kwargs`` and gives the reward, or settings that make it. A function *is* the reward,
+    ``kwargs`` are handed to it as keyword arguments with each call. Anything else callable is the reward as it stands,
+    without ``kwargs``. The current directory is searched after everything that is installed.
+    """
 
     name = "custom"
     needs: ClassVar = {"import_path": "my_package.my_module:my_reward"}
@@ -38,6 +45,9 @@ class Custom(RewardSettings):
         return f"the reward {self.import_path}"
 
     def make(self, where: str, device: str | torch.device, dtype: torch.dtype) -> Reward:
-        from nemo_aligner_diffusion.rewards.support.custom import load_custom
+        from nemo_aligner_diffusion.rewards.support.custom import CustomReward
 
-        return load_custom(self.import_path or "", self.kwargs, where)
+        origin, arguments = f"{where}.import_path = {self.import_path!r}", ("images", "prompts")
+        kwargs = dict(self.kwargs)
+        judge = load_callable(self.import_path or "", kwargs, origin, f"{where}.kwargs", arguments, RewardError)
+        return CustomReward(judge.build(where=where) if isinstance(judge, RewardSettings) else judge, origin)

@@ -32,6 +32,7 @@ RESTORERS = {
     "nemo_aligner_diffusion.rewards.aesthetic.AestheticReward": "clip.aesthetic:restore_aesthetic",
     "nemo_aligner_diffusion.rewards.image_reward.ImageReward": "image_reward.archive:restore_image_reward",
 }
+SCORES = ("pickscore", "hps", "clipscore")  # of a CLIP
 # What NeMo and NeMo-Aligner call their CLIP models, under whichever package path.
 MEGATRON_CLASSES = ("MegatronCLIPModel", "MegatronCLIPRewardModel")
 
@@ -70,7 +71,7 @@ class Restored(RestoredSettings):
 
     formula: str | None = setting(
         None,
-        choice("pickscore", "hps", "clipscore", nullable=True),
+        choice(*SCORES, nullable=True),
         "pickscore, hps (cosine) or clipscore (2.5·max(cosine, 0)); null: the file's own",
         "rm.model.score",
     )
@@ -140,7 +141,7 @@ def _restorer(archive: NemoArchive) -> Callable[..., ModelReward]:
     target = archive.target
     home = RESTORERS.get(target)
     if target.split(".")[0] in ("nemo", "nemo_aligner") and target.split(".")[-1] in MEGATRON_CLASSES:
-        home = "clip.archive:restore_megatron_clip"
+        home = "clip.archive:restore_clip"
     if home is None:
         known = (*RESTORERS, *(f"nemo….{name}" for name in MEGATRON_CLASSES))
         found = f"its target {target[:200]!r} is no reward that can be restored" if target else "it names no target"

@@ -20,6 +20,7 @@ from typing import Any
 
 from nemo_aligner_diffusion.errors import ConfigurationError, RankLostError, printable
 from nemo_aligner_diffusion.runtime.ending import CLAIMS_VARIABLE
+from nemo_aligner_diffusion.runtime.health.processes import signal_name
 from nemo_aligner_diffusion.runtime.process import LAUNCHER_VARIABLE, this_process
 
 STORE_VARIABLE = "NAD_STORE"  # rank 0's number of the bound socket at which it is to serve the others
@@ -137,10 +138,7 @@ def _exit_code(process: subprocess.Popen[bytes]) -> int | None:
 
 
 def _how(code: int) -> str:
-    if code > 128:
-        with contextlib.suppress(ValueError):
-            return f"was ended by {signal.Signals(code - 128).name}"
-    return f"failed with exit code {code}"
+    return f"was ended by {signal_name(code - 128)}" if code > 128 else f"failed with exit code {code}"
 
 
 @contextlib.contextmanager

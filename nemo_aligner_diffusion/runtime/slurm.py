@@ -170,40 +170,34 @@ class Requeue:
         if not self.is_writer:
             self._exit_code = 0
             return True
-        job = self.job
+        job, state = self.job, None
         try:
             state = job.state()
-        except FileNotFoundError:
+            refusal = _refusal(state, job, reason, steps)
+        except FileNotFoundError:  # no scontrol, as in most containers: the job script is asked
             refusal = "" if reason == "SIGTERM" else _no_progress(steps)
-            if refusal:
-                log.warning("%s: job %s is not put back into the queue: %s", reason, job.job_id, refusal)
-                return False
-            log.warning(
-                "%s: scontrol is not at hand here, so exit status %d asks the job script to requeue job %s",
-                *(reason, EXIT_REQUEUE, job.job_id),
-            )
-            record()
-            self._exit_code = EXIT_REQUEUE
-            return True
         except (OSError, ValueError) as error:
-            log.warning("%s: job %s is not put back into the queue, since its state is unknown: %s", reason, job, error)
-            return False
-        if state.restarts > job.restarts:
-            log.info("%s: Slurm has put job %s back into the queue; the next start resumes", reason, job.job_id)
-            record()
-            self._exit_code = 0
-            return True
-        refusal = _refusal(state, reason, steps)
+            refusal = f"its state is unknown: {error}"
         if refusal:
             log.warning("%s: job %s is not put back into the queue: %s", reason, job.job_id, refusal)
             return False
         record()
-        try:
-            job.requeue()
-        except OSError as error:
-            log.warning("%s: job %s could not be put back into the queue: %s", reason, job.job_id, error)
-            return False
-        log.info("%s: put job %s back into the queue; the next start resumes", reason, job.job_id)
+        if state is None:
+            log.warning(
+                "%s: scontrol is not at hand here, so exit status %d asks the job script to requeue job %s",
+                *(reason, EXIT_REQUEUE, job.job_id),
+            )
+            self._exit_code = EXIT_REQUEUE
+            return True
+        who = "Slurm has put"
+        if state.restarts <= job.restarts:
+            who = "put"
+            try:
+                job.requeue()
+            except OSError as error:
+                log.warning("%s: job %s could not be put back into the queue: %s", reason, job.job_id, error)
+                return False
+        log.info("%s: %s job %s back into the queue; the next start resumes", reason, who, job.job_id)
         self._exit_code = 0
         return True
 
@@ -212,8 +206,10 @@ class Requeue:
         return otherwise if self._exit_code is None else self._exit_code
 
 
-def _refusal(state: JobState, reason: str, steps: Sequence[int | None] | None) -> str:
-    """Why a job must not be put back; empty if it may be."""
+def _refusal(state: JobState, job: SlurmJob, reason: str, steps: Sequence[int | None] | None) -> str:
+    """Why a job must not be put back; empty if it may be, or has been already by Slurm."""
+    if state.restarts > job.restarts:
+        return ""
     if state.state not in _AT_WORK:
         return f"it is {state.state}: cancelled, or at its time limit (sbatch --signal=USR1@120 warns before it)"
     if not state.is_batch:

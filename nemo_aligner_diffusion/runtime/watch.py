@@ -22,7 +22,7 @@ from datetime import timedelta
 
 from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError, OutputError, first_line
 from nemo_aligner_diffusion.runtime.directory import RunDirectory, unusable_disk
-from nemo_aligner_diffusion.runtime.ending import is_first_to_say, write_error_file
+from nemo_aligner_diffusion.runtime.ending import is_first_to_say, leave, write_error_file
 from nemo_aligner_diffusion.runtime.files import write_atomic
 from nemo_aligner_diffusion.runtime.health.client import HealthClient
 from nemo_aligner_diffusion.runtime.health.messages import Fault
@@ -130,7 +130,11 @@ class RunWatch:
             self._report(error, Fault("error", self.client.member, place, reason, details, code))
         if not self.process.is_rank_zero:
             self.client.wait_for_rank_0()
-        self.client.end_process(code, within=_CLOSING_SECONDS if self.process.is_rank_zero else 0.0)
+            self.client.close()
+            leave(code)
+        last = threading.Timer(_CLOSING_SECONDS, leave, (code,))  # closing work may wait for ranks that are gone
+        last.daemon = True
+        last.start()
 
     def _report(self, error: Exception, fault: Fault) -> None:
         lines = [fault.headline]
@@ -210,6 +214,8 @@ def explained(error: Exception, directory: RunDirectory | None) -> Exception:
     """``error`` itself, or what it means to the user."""
     if isinstance(error, AlignerError) and not (isinstance(error, OutputError) and directory is not None):
         return error  # nothing of the run was there to be written
+    if isinstance(error, OutputError) and "resume_if_exists" in str(error):
+        return error  # it says already how to go on
     return unusable_disk(error, directory.path if directory is not None else None) or error
 
 

@@ -16,8 +16,6 @@ from nemo_aligner_diffusion.training.schedules import ScheduleSettings
 if TYPE_CHECKING:
     import torch
 
-    Parameters = Iterable[torch.nn.Parameter | tuple[str, torch.nn.Parameter]]
-
 log = logging.getLogger(__name__)
 
 OPTIMIZERS = ("fused_adam", "adamw", "adam", "sgd")
@@ -61,12 +59,11 @@ class OptimizerSettings(Settings):
 
 
 def build_optimizer(
-    params: Parameters, settings: OptimizerSettings, *, allow_fused: bool = True
+    named: Iterable[tuple[str, torch.nn.Parameter]], settings: OptimizerSettings, *, allow_fused: bool = True
 ) -> torch.optim.Optimizer:
     """The optimizer that ``model.optim`` names, over the parameters that require gradients.
 
     Args:
-        params: parameters, or ``(name, parameter)`` pairs as ``named_parameters()`` gives them.
         settings: its ``sched`` is for :func:`.build_schedule`.
         allow_fused: False keeps to unfused kernels, which Lightning's float16 mixed precision needs to clip gradients.
 
@@ -81,7 +78,7 @@ def build_optimizer(
     """
     import torch
 
-    trained = [p for p in (item[1] if isinstance(item, tuple) else item for item in params) if p.requires_grad]
+    trained = [parameter for _, parameter in named if parameter.requires_grad]
     if not trained:
         raise ConfigurationError(
             "nothing to train: no parameter of the model requires a gradient. Check model.peft.peft_scheme "

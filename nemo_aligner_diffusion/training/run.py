@@ -166,18 +166,16 @@ def _train(settings: RunSettings, frame: RunFrame, startup: Startup, given: Give
         TrainingProgress(silent=given.silent),
     ]
     startup.enter("trainer")
-    validates = loop.val_check_interval > 0
-    trainer = frame.trainer(loop, layout, settings.accumulation, callbacks, validates=validates, saves=given.keep)
+    validates = bool(data.validation_prompts)
+    trainer = frame.make_trainer(loop, layout, settings.accumulation, callbacks, validates=validates, saves=given.keep)
 
     def fit() -> None:
         # dropout masks differ between samples, and are the same where processes share a sample
-        torch.manual_seed(section.seed + trainer.global_rank // layout.tensor)
-        trainer.fit(module, datamodule=data, ckpt_path=frame.checkpoint)
+        frame.fit(module, data, section.seed + trainer.global_rank // layout.tensor)
 
     def validate() -> None:
-        due = data.validation_prompts and module.validated_step != trainer.global_step
-        if due and not frame.cut_short:
-            trainer.validate(module, datamodule=data, verbose=False)
+        if validates:
+            frame.validate(module, data)
 
     def export() -> None:
         if frame.interruption.at_once and not module.parallel.holds_whole_weights:
@@ -197,7 +195,6 @@ def _train(settings: RunSettings, frame: RunFrame, startup: Startup, given: Give
                 model.prompt_limit,
             )
         frame.record(
-            trainer,
             pipeline=model.described(),
             truncated_prompts=model.truncated_prompts,
             skipped_steps=policy.skipped,
@@ -206,7 +203,7 @@ def _train(settings: RunSettings, frame: RunFrame, startup: Startup, given: Give
 
     def report() -> None:
         if settings.report.enable:
-            frame.report(trainer, lambda: write_report(directory.path))
+            frame.report(lambda: write_report(directory.path))
 
     def salvage() -> None:
         if module.parallel.holds_whole_weights:  # else all processes would have to take part
@@ -214,7 +211,7 @@ def _train(settings: RunSettings, frame: RunFrame, startup: Startup, given: Give
         report()
 
     closing = [validate, export, record, report] if given.keep else [validate, record]
-    code = frame.carry_out(trainer, loop.max_steps, fit, closing, salvage if given.keep else lambda: None)
+    code = frame.carry_out(fit, closing, salvage if given.keep else lambda: None)
     if ema is not None:
         ema.settle(module)
     return Ended(code, module, device, directory.path, trainer.global_step)

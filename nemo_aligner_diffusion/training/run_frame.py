@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from nemo_aligner_diffusion.errors import AlignerError, first_line
 from nemo_aligner_diffusion.parallel.broadcast import gather, on_every_process
 from nemo_aligner_diffusion.parallel.layout import Layout
+from nemo_aligner_diffusion.parallel.module import ParallelModule
 from nemo_aligner_diffusion.parallel.strategy import LaunchedProcesses, ParallelStrategy
 from nemo_aligner_diffusion.runtime.directory import RunDirectory, read_state, resolve_run_directory
 from nemo_aligner_diffusion.runtime.join import AgentNotes, find_device, join
@@ -45,6 +46,7 @@ class RunFrame:
         device: this process's.
         resume: the checkpoint to go on from, if any.
         inputs: names of files that were put into the directory before the run began.
+        trainer: from :meth:`make_trainer`.
     """
 
     settings: ProgramSettings
@@ -55,6 +57,7 @@ class RunFrame:
     resume: ResumePoint | None
     notes: AgentNotes
     inputs: list[str] = field(default_factory=list, init=False)
+    trainer: pl.Trainer = field(init=False)
     _requeue: Requeue | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -138,7 +141,7 @@ class RunFrame:
         self._requeue = Requeue.for_this_run(section, section, self.directory.is_writer)
         self.interruption.patient = self._requeue is not None
 
-    def trainer(
+    def make_trainer(
         self,
         loop: LoopSettings,
         layout: Layout,
@@ -170,7 +173,7 @@ class RunFrame:
             callbacks.append(TrainingCheckpoint(self.directory.checkpoints, loop.save_interval, resume=resume, **kept))
         if self.watch.progress is not None:
             callbacks.append(HealthCallback(self.watch))
-        return pl.Trainer(
+        self.trainer = pl.Trainer(
             accelerator=machine.accelerator,
             devices=machine.lightning_devices,
             num_nodes=machine.num_nodes,
@@ -194,26 +197,34 @@ class RunFrame:
             enable_model_summary=False,
             enable_checkpointing=saves,
         )
+        return self.trainer
 
-    @property
-    def checkpoint(self) -> str | None:
-        """``ckpt_path`` of ``trainer.fit``."""
-        return None if self.resume is None else str(self.resume.path)
+    def fit(self, module: ParallelModule, data: pl.LightningDataModule, seed: int) -> None:
+        """Train, from the checkpoint on if there is one; ``seed``: of this process's dropout and the like."""
+        torch.manual_seed(seed)
+        checkpoint = None if self.resume is None else str(self.resume.path)
+        self.trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+
+    def validate(self, module: ParallelModule, data: pl.LightningDataModule) -> None:
+        """The last step, unless it has been; not of a run that was ended before its time."""
+        if module.validated_step != self.trainer.global_step and not self.cut_short:
+            self.trainer.validate(module, datamodule=data, verbose=False)
 
     @property
     def cut_short(self) -> bool:
         """Whether training was ended before its time, by a signal or by ``exp_manager.max_time_per_run``."""
         return self.interruption.stopped_training or self._ending.out_of_time
 
-    def record(self, trainer: pl.Trainer, **figures: Any) -> None:
+    def record(self, **figures: Any) -> None:
         """How the run ended, for ``run.json``."""
-        out_of_time = self._ending.out_of_time and trainer.global_step < trainer.max_steps
+        step = self.trainer.global_step
+        out_of_time = self._ending.out_of_time and step < self.trainer.max_steps
         status = "interrupted" if self.interruption.requested or out_of_time else "finished"
-        self.directory.finish(status, step=trainer.global_step, **figures)
+        self.directory.finish(status, step=step, **figures)
 
-    def report(self, trainer: pl.Trainer, write: Callable[[], Path]) -> None:
+    def report(self, write: Callable[[], Path]) -> None:
         """Write the report; without one a run that has ended well has still ended well."""
-        if not trainer.is_global_zero:
+        if not self.directory.is_writer:
             return
         try:
             log.info("report: %s", write())
@@ -223,27 +234,22 @@ class RunFrame:
             self.directory.finish(ended, report_error=first_line(error))
 
     def carry_out(
-        self,
-        trainer: pl.Trainer,
-        max_steps: int,
-        train: Callable[[], None],
-        closing: list[Callable[[], None]],
-        salvage: Callable[[], None] = lambda: None,
+        self, train: Callable[[], None], closing: list[Callable[[], None]], salvage: Callable[[], None] = lambda: None
     ) -> int:
         """Train, close, and give this process's exit code.
 
         Args:
-            max_steps: a run that has done so many is complete, and not put back into the queue.
-            train: calls ``trainer.fit``.
-            closing: what follows it: validation, export, :meth:`record`, :meth:`report`.
+            train: :meth:`fit`.
+            closing: what follows it: :meth:`validate`, export, :meth:`record`, :meth:`report`.
             salvage: saves what was learnt when an error of the user's, or of the numbers, has ended training.
 
         Raises:
             Interrupted: a signal came before training began; nothing has been closed.
         """
+        trainer = self.trainer
         try:
             steps = [self._marked(step) for step in closing]
-            code = run_then_close(self.interruption, train, steps, lambda: self._leave(trainer, max_steps))
+            code = run_then_close(self.interruption, train, steps, self._leave)
             if self.interruption.at_once:  # perhaps before it was recorded
                 self.directory.finish("interrupted", step=trainer.global_step)
             code = code if self._requeue is None else self._requeue.exit_code(code)
@@ -270,11 +276,12 @@ class RunFrame:
 
         return marked
 
-    def _leave(self, trainer: pl.Trainer, max_steps: int) -> bool:
+    def _leave(self) -> bool:
         """Whether the run goes on in another start of its Slurm job."""
-        requeue = self._requeue
-        ended = self.interruption.stopped_training or (self.cut_short and requeue is not None and requeue.on_max_time)
-        if requeue is None or not ended or trainer.global_step >= max_steps:
+        requeue, trainer = self._requeue, self.trainer
+        if requeue is None or trainer.global_step >= trainer.max_steps:
+            return False
+        if not (self.interruption.stopped_training or (self._ending.out_of_time and requeue.on_max_time)):
             return False
         left = requeue.leave(
             self.interruption.reason or "exp_manager.max_time_per_run",

@@ -89,40 +89,39 @@ class ScheduleSettings(Settings):
         reason = f"model.optim.sched.name={self.name} does not read it"
         return {field: reason for field in self.kinds() if field not in read}
 
-    def factor(self, max_steps: int | None) -> Factor:
-        """The schedule of a run of ``max_steps`` optimizer steps; ``None`` or -1: open (no ratios and no cosine then).
+    def factor(self, max_steps: int) -> Factor:
+        """The schedule of a run of ``max_steps`` optimizer steps.
 
         Raises:
             ConfigurationError: the numbers do not fit together.
         """
-        total = None if max_steps is None or max_steps < 0 else max_steps
-        warmup = self._steps("warmup", total)
-        if self.name == "WarmupHoldPolicy":
-            return _warmup_hold(warmup, total)
-        if self.name == "constant":
-            return _warmup_hold(warmup, None)
-        hold = self._steps("hold", total)
-        return _cosine(warmup, 0 if hold >= _FOREVER else hold, self._steps("constant", total), total)
+        warmup = self._steps("warmup", max_steps)
+        if self.name != "CosineAnnealing":
+            return _warmup_hold(warmup, max_steps if self.name == "WarmupHoldPolicy" else None)
+        hold, constant = self._steps("hold", max_steps), self._steps("constant", max_steps)
+        hold = 0 if hold >= _FOREVER else hold
+        decay = max_steps - warmup - hold - constant
+        if decay <= 0:
+            raise ConfigurationError(
+                f"model.optim.sched: warmup_steps={warmup}, hold_steps={hold} and constant_steps={constant} leave no "
+                f"step of max_steps={max_steps} for the cosine; lower them or raise max_steps"
+            )
+        return _cosine(warmup, hold, decay, from_zero=constant > 0)
 
-    def _steps(self, which: str, total: int | None) -> int:
+    def _steps(self, which: str, max_steps: int) -> int:
         steps, ratio = getattr(self, f"{which}_steps"), getattr(self, f"{which}_ratio")
         if ratio is None:
             return steps or 0
         if steps:
             raise ConfigurationError(f"model.optim.sched: give {which}_steps or {which}_ratio, not both")
-        if total is None:
-            raise ConfigurationError(f"model.optim.sched.{which}_ratio needs trainer.max_steps")
-        return int(ratio * total)
+        return int(ratio * max_steps)
 
 
-def build_schedule(
-    optimizer: torch.optim.Optimizer, settings: ScheduleSettings | None, max_steps: int | None
-) -> LRScheduler:
+def build_schedule(optimizer: torch.optim.Optimizer, settings: ScheduleSettings, max_steps: int) -> LRScheduler:
     """The schedule, to be stepped once per optimizer step (Lightning ``interval: step``).
 
     Args:
         optimizer: its groups' ``lr`` is the peak rate.
-        settings: ``None``: constant.
         max_steps: as for :meth:`ScheduleSettings.factor`.
 
     Raises:
@@ -130,15 +129,8 @@ def build_schedule(
     """
     from torch.optim.lr_scheduler import LambdaLR
 
-    settings = settings or ScheduleSettings(name="constant")
     factor = settings.factor(max_steps)
-    functions = []
-    for group in optimizer.param_groups:
-        peak = float(group["lr"])
-        if settings.min_lr > peak:
-            raise ConfigurationError(f"{settings.given('min_lr')} is above model.optim.lr = {peak}")
-        functions.append(_scaled(factor, settings.min_lr / peak if peak else 0.0))
-    return LambdaLR(optimizer, functions)
+    return LambdaLR(optimizer, [_scaled(factor, settings.min_lr / group["lr"]) for group in optimizer.param_groups])
 
 
 def _scaled(factor: Factor, floor: float) -> Callable[[int], float]:
@@ -149,30 +141,19 @@ def _scaled(factor: Factor, floor: float) -> Callable[[int], float]:
     return at
 
 
-def _warmup_hold(warmup: int, total: int | None) -> Factor:
+def _warmup_hold(warmup: int, end: int | None) -> Factor:
     def factor(step: int, floor: float) -> float:
         if warmup > 0 and step <= warmup:
             return (step + 1) / (warmup + 1)
-        return floor if total is not None and step > total else 1.0
+        return floor if end is not None and step > end else 1.0
 
     return factor
 
 
-def _cosine(warmup: int, hold: int, constant: int, total: int | None) -> Factor:
-    if total is None:
-        raise ConfigurationError(
-            "model.optim.sched.name=CosineAnnealing needs the length of the run: set trainer.max_steps"
-        )
-    decay = total - warmup - hold - constant
-    if decay <= 0:
-        raise ConfigurationError(
-            f"model.optim.sched: warmup_steps={warmup}, hold_steps={hold} and constant_steps={constant} leave no step "
-            f"of max_steps={total} for the cosine; lower them or raise max_steps"
-        )
-
+def _cosine(warmup: int, hold: int, decay: int, from_zero: bool) -> Factor:
     def factor(step: int, floor: float) -> float:
         if warmup > 0 and step <= warmup:
-            return step / warmup if constant else (step + 1) / (warmup + 1)
+            return step / warmup if from_zero else (step + 1) / (warmup + 1)
         done = min(max((step - warmup - hold) / decay, 0.0), 1.0)
         return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * done))
 

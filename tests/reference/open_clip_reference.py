@@ -98,6 +98,10 @@ def main(folder: Path, given: Path, output: Path) -> None:
         padding = [columns // 2, rows // 2, columns - columns // 2, rows - rows // 2]
         small = vision.resize(picture, target, InterpolationMode.BICUBIC)
         made[f"pad{size}"] = np.asarray(vision.pad(small, padding, fill=0))
+        small = vision.resize(
+            vision.to_tensor(picture), target, InterpolationMode.BICUBIC
+        )  # as it does: ToTensor first
+        made[f"pad_uncut{size}"] = vision.pad(small, padding, fill=0).numpy()
     np.savez(output / "pictures.npz", **made)
 
 

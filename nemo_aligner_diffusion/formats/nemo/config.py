@@ -1,4 +1,4 @@
-"""``model_config.yaml`` of a ``.nemo``: bytes to plain values and back, without running anything.
+"""``model_config.yaml`` of a ``.nemo``: bytes to plain values, without running anything.
 
 NeMo writes it with OmegaConf, so numbers such as ``1e-5`` and references such as ``${model.output_dim}`` must mean what
 they mean there (:mod:`..yaml_reader`); resolvers (``${oc.env:…}``) are never run.
@@ -7,7 +7,6 @@ they mean there (:mod:`..yaml_reader`); resolvers (``${oc.env:…}``) are never 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
 from typing import Any
 
 from nemo_aligner_diffusion.formats.yaml_reader import parse_yaml
@@ -28,24 +27,6 @@ def parse_config(content: bytes) -> dict[str, Any]:
     resolved = _resolve(plain, plain, ())
     assert isinstance(resolved, dict)
     return resolved
-
-
-def serialise_config(config: Mapping[str, Any], transform: Callable[[Any], Any]) -> tuple[str, dict[str, Any]]:
-    """``(YAML text, plain values)`` of ``config`` after ``transform``; keys keep their order.
-
-    Raises:
-        ValueError: a value is no YAML scalar, list or mapping.
-    """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    try:
-        container = OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else dict(config)
-        plain = transform(container)
-        return OmegaConf.to_yaml(OmegaConf.create(plain)), plain
-    except (OmegaConfBaseException, YAMLError, ValueError) as error:
-        raise ValueError(" ".join(str(error).split())[:200]) from error
 
 
 def _resolve(node: Any, root: Any, at: tuple[Any, ...]) -> Any:

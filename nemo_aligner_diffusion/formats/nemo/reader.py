@@ -267,34 +267,25 @@ class NemoArchive:
         """The weights, or their tensor-parallel shards in order of rank."""
         if WEIGHTS_NAME in self._index:
             return (self._index[WEIGHTS_NAME],)
-        ranked: dict[tuple[int, int], _Member] = {}  # (pipeline stage, tensor-parallel rank)
-        for name, member in self._index.items():
-            if match := _RANK_FOLDER.fullmatch(name):
-                place = int(match["stage"] or 0), int(match["rank"] or match["tensor_rank"])
-                if place in ranked:
-                    raise self._error(f"holds a rank twice: {ranked[place].name!r} and {name!r}", "Save it again.")
-                ranked[place] = member
+        ranked = sorted(
+            (int(match["stage"] or 0), int(match["rank"] or match["tensor_rank"]), name)
+            for name in self._index
+            if (match := _RANK_FOLDER.fullmatch(name))
+        )
         if not ranked:
             raise self._error(
                 f"lacks {WEIGHTS_NAME} (it holds {listing(self._index)})",
                 f"A .nemo needs {CONFIG_NAME} and {WEIGHTS_NAME}, the latter perhaps under mp_rank_00/.",
             )
-        if len(ranked) > self._limits.ranks:
+        names = [name for _, _, name in ranked]
+        wanted = [(0, rank, name) for rank, name in enumerate(names)]
+        if ranked != wanted or len(ranked) > self._limits.ranks:
             raise self._error(
-                f"holds weights split over {len(ranked)} ranks; at most {self._limits.ranks} are put together",
+                f"holds weights split as {listing(names)}; expected tensor-parallel ranks from 0, without a gap, each "
+                f"once, at most {self._limits.ranks}, and no pipeline stages",
                 _HOW_TO_MERGE,
             )
-        if any(stage for stage, _ in ranked):
-            raise self._error(
-                f"holds weights split over pipeline stages ({listing(member.name for member in ranked.values())})",
-                _HOW_TO_MERGE,
-            )
-        if sorted(ranked) != [(0, rank) for rank in range(len(ranked))]:
-            raise self._error(
-                f"lacks some of its tensor-parallel ranks (it holds {listing(m.name for m in ranked.values())})",
-                "Ranks count from 0 without a gap; save the archive again.",
-            )
-        return tuple(ranked[key] for key in sorted(ranked))
+        return tuple(self._index[name] for name in names)
 
     def _error(self, found: str, remedy: str) -> ArchiveError:
         return archive_error(self.path, found, remedy)

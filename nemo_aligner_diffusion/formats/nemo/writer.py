@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip as gzip_module
 import io
 import os
@@ -11,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from nemo_aligner_diffusion.errors import ArchiveError
+from nemo_aligner_diffusion.errors import ArchiveError, first_line
 from nemo_aligner_diffusion.formats.nemo.common import (
     ARTIFACT_SCHEME,
     CONFIG_NAME,
@@ -20,7 +21,6 @@ from nemo_aligner_diffusion.formats.nemo.common import (
     artifact_digest,
     listing,
 )
-from nemo_aligner_diffusion.formats.nemo.config import serialise_config
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +49,9 @@ def save_nemo(
         ArchiveError: ``config`` has no target, an artifact is missing or unused, or the folder cannot be written to.
     """
     import torch
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     path = Path(path)
     stored_names: dict[str, str] = {}
@@ -82,9 +85,11 @@ def save_nemo(
         return value
 
     try:
-        yaml_text, plain = serialise_config(config, lambda plain: {**rename(plain), "nemo_version": OUR_VERSION})
-    except ValueError as error:
-        raise ArchiveError(f"{path}: the config cannot be written as YAML: {error}") from error
+        container = OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else dict(config)
+        plain = {**rename(container), "nemo_version": OUR_VERSION}
+        yaml_text = OmegaConf.to_yaml(OmegaConf.create(plain))
+    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+        raise ArchiveError(f"{path}: the config cannot be written as YAML: {first_line(error)}") from error
     if not isinstance(plain.get("target"), str):
         raise ArchiveError(f"{path}: the config has no 'target', the dotted name of the class that restores it.")
     if unused := sorted(set(stored_names) - used):
@@ -120,22 +125,18 @@ def save_nemo(
 def _write_tar(
     output: IO[bytes], yaml_text: str, weights: IO[bytes], artifacts: Mapping[str, bytes], gzip: bool
 ) -> None:
-    def add(tar: tarfile.TarFile, name: str, content: IO[bytes]) -> None:
-        info = tarfile.TarInfo(f"./{name}")  # NeMo's own writer prefixes "./"; owner, time and mode are fixed
-        info.size = content.seek(0, io.SEEK_END)
-        info.mode = 0o644
-        content.seek(0)
-        tar.addfile(info, content)
-
-    def fill(stream: Any) -> None:
-        with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as tar:
-            add(tar, CONFIG_NAME, io.BytesIO(yaml_text.encode()))
-            for name in sorted(artifacts):
-                add(tar, name, io.BytesIO(artifacts[name]))
-            add(tar, WEIGHTS_NAME, weights)
-
-    if gzip:
-        with gzip_module.GzipFile(filename="", mode="wb", fileobj=output, mtime=0) as packed:
-            fill(packed)
-    else:
-        fill(output)
+    members: list[tuple[str, IO[bytes]]] = [
+        (CONFIG_NAME, io.BytesIO(yaml_text.encode())),
+        *((name, io.BytesIO(artifacts[name])) for name in sorted(artifacts)),
+        (WEIGHTS_NAME, weights),
+    ]
+    with contextlib.ExitStack() as stack:
+        stream: Any = output
+        if gzip:
+            stream = stack.enter_context(gzip_module.GzipFile(filename="", mode="wb", fileobj=output, mtime=0))
+        tar = stack.enter_context(tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT))
+        for name, content in members:
+            info = tarfile.TarInfo(f"./{name}")  # NeMo's own writer prefixes "./"; owner, time and mode are fixed
+            info.size = content.seek(0, io.SEEK_END)
+            content.seek(0)
+            tar.addfile(info, content)

@@ -85,8 +85,6 @@ class _ShareOfGradient(torch.autograd.Function):
 def share_input(module: nn.Module, names: tuple[str, ...], group: ProcessGroup) -> None:
     """Let the column layers of ``module`` read inputs that are copied to the group once, at the module's own call.
 
-    The query, key and value of self-attention then cost one all-reduce in the backward pass instead of three.
-
     Args:
         names: the arguments that they read, in the order in which the module takes them.
     """

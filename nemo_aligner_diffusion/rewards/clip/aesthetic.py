@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
 TARGET = "nemo_aligner_diffusion.rewards.aesthetic.AestheticReward"
 ACTIVATIONS = ("identity", "relu")
-_MOST_LAYERS, _LARGEST_WIDTH = 32, 1 << 16
 # Places of the linear layers in the published heads' nn.Sequential: dropout stands between those of the first, ReLU and
 # dropout between those of the second.
 _PUBLISHED: dict[tuple[int, ...], str] = {(0, 2, 4, 6, 7): "identity", (0, 3, 6, 9, 11): "relu"}
@@ -101,27 +100,23 @@ def restore_aesthetic(archive: NemoArchive, *ignored: object) -> AestheticReward
     config = archive.config
     state = stored_tensors(archive.state_dict())
     vision = tower_fields(archive, mapping(archive, config, "clip"), "vision_config", VISION_KEYS, len(state))
+    layers = {key: value for key, value in state.items() if key.startswith("head.")}
+    tower = {key: value for key, value in state.items() if key not in layers}
     section = mapping(archive, config, "head")
     widths, activation = section.get("widths"), section.get("activation", "identity")
-    if not isinstance(widths, list) or not 2 <= len(widths) <= _MOST_LAYERS or not all(map(_is_width, widths)):
+    found = _widths(layers)
+    if widths != found or found[-1] != 1 or found[0] != vision.get("projection_dim"):
         raise ArchiveError(
-            f"{archive.path}: head.widths is {str(widths)[:200]}; expected the sizes between its layers, from the "
-            "embedding's to 1, such as [768, 1024, 128, 64, 16, 1]."
-        )
-    if widths[-1] != 1 or widths[0] != vision.get("projection_dim"):
-        raise ArchiveError(
-            f"{archive.path}: its head goes from {widths[0]} to {widths[-1]} numbers, its CLIP's embeddings have "
-            f"{vision.get('projection_dim')!r} (clip.vision_config.projection_dim) and a rating is 1."
+            f"{archive.path}: head.widths is {str(widths)[:200]}, its weights are of {found}; expected both "
+            f"to go from {vision.get('projection_dim')!r}, its CLIP's projection_dim, to 1, the rating."
         )
     if activation not in ACTIVATIONS:
         raise ArchiveError(
             f"{archive.path}: head.activation is {str(activation)[:100]!r}; known are {', '.join(ACTIVATIONS)}."
         )
-    layers = {key: value for key, value in state.items() if key.startswith("head.")}
-    tower = {key: value for key, value in state.items() if key not in layers}
     model = filled(lambda: CLIPVisionModelWithProjection(CLIPVisionConfig(**vision)), tower, archive.path)
     head = filled(
-        lambda: nn.ModuleList(nn.Linear(*pair) for pair in itertools.pairwise(widths)),
+        lambda: nn.ModuleList(nn.Linear(*pair) for pair in itertools.pairwise(found)),
         layers,
         archive.path,
         stored_name=lambda key: f"head.{key}",
@@ -162,11 +157,11 @@ def convert_aesthetic_to_nemo(
             "The head's layers stand where neither published head has them, so what lies between them is unknown. "
             f"Give --head-activation, one of {', '.join(ACTIVATIONS)}."
         )
-    weights = [layers[f"head.{number}.weight"] for number in range(len(places))]
+    widths = _widths(layers)
     embedding: int = model.visual_projection.out_features
-    if weights[0].shape[1] != embedding:
+    if widths[0] != embedding:
         raise CheckpointError(
-            f"The head takes embeddings of {weights[0].shape[1]} numbers, the CLIP gives {embedding}. Give the CLIP "
+            f"The head takes embeddings of {widths[0]} numbers, the CLIP gives {embedding}. Give the CLIP "
             "that the head was trained on: OpenAI's ViT-L/14 (openai/clip-vit-large-patch14) for the published ones."
         )
     tower = ("vision_model.", "visual_projection.")
@@ -180,7 +175,7 @@ def convert_aesthetic_to_nemo(
             "target": TARGET,
             "name": name,
             "clip": {"vision_config": {**fields(vision, VISION_KEYS), "projection_dim": embedding}},
-            "head": {"widths": [embedding, *(len(weight) for weight in weights)], "activation": activation},
+            "head": {"widths": widths, "activation": activation},
             "preprocessing": (preprocessing or Preprocessing(vision.image_size)).as_config(),
         },
         {key: tensor if dtype is None else tensor.to(dtype) for key, tensor in state.items()},
@@ -208,5 +203,8 @@ def _head_layers(head: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[i
     return {f"head.{places.index(place)}.{kind}": tensor for (place, kind), tensor in found.items()}, places
 
 
-def _is_width(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _LARGEST_WIDTH
+def _widths(layers: Mapping[str, Tensor]) -> list[int]:
+    """The sizes between a head's layers, from the embedding's to the rating's."""
+    weights = [layers.get(f"head.{number}.weight") for number in range(len(layers) // 2)]
+    shapes = [tuple(weight.shape) for weight in weights if weight is not None and weight.ndim == 2]
+    return [shapes[0][1], *(shape[0] for shape in shapes)] if shapes else [0]

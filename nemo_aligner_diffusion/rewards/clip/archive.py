@@ -28,8 +28,9 @@ from nemo_aligner_diffusion.errors import ArchiveError, RewardError
 from nemo_aligner_diffusion.formats.megatron_clip import hf_layout
 from nemo_aligner_diffusion.formats.megatron_shards import merged_state
 from nemo_aligner_diffusion.formats.nemo import NemoArchive, save_nemo
-from nemo_aligner_diffusion.rewards.clip.reward import SCORES, CLIPReward
+from nemo_aligner_diffusion.rewards.clip.reward import CLIPReward
 from nemo_aligner_diffusion.rewards.clip.tokenizer import load_tokenizer, read_tokenizer_files
+from nemo_aligner_diffusion.rewards.restore import SCORES
 from nemo_aligner_diffusion.rewards.support.archive import filled, mapping, stored_tensors
 from nemo_aligner_diffusion.rewards.support.preprocessing import Preprocessing
 
@@ -48,18 +49,14 @@ TEXT_KEYS = (*_TOWER_KEYS, "vocab_size", "max_position_embeddings", "pad_token_i
 VISION_KEYS = (*_TOWER_KEYS, "image_size", "patch_size", "num_channels")
 
 
-def restore_clip(
-    archive: NemoArchive, tokenizer: str | Path | None, score: str | None, megatron: bool = False
-) -> CLIPReward:
-    """A CLIP reward from an archive; raises :class:`ArchiveError` where something doesn't fit.
+def restore_clip(archive: NemoArchive, tokenizer: str | Path | None, score: str | None) -> CLIPReward:
+    """A CLIP reward from an archive, ours or NeMo's; raises :class:`ArchiveError` where something doesn't fit.
 
-    Args:
-        tokenizer, score: see :func:`.restore_reward`.
-        megatron: NeMo or NeMo-Aligner wrote it.
+    ``tokenizer`` and ``score``: see :func:`.restore_reward`.
     """
     from transformers import CLIPConfig, CLIPModel
 
-    config = archive.config
+    config, megatron = archive.config, archive.target != TARGET
     state = merged_state(archive, config) if megatron else archive.state_dict()
     tokens = load_tokenizer(archive, tokenizer)
     if megatron:
@@ -90,11 +87,6 @@ def restore_clip(
         max_length=max_length,
         preprocessing=read_preprocessing(archive, config, vision.image_size),
     )
-
-
-def restore_megatron_clip(archive: NemoArchive, tokenizer: str | Path | None, score: str | None) -> CLIPReward:
-    """A CLIP reward from an archive that NeMo or NeMo-Aligner wrote."""
-    return restore_clip(archive, tokenizer, score, megatron=True)
 
 
 def convert_hf_clip_to_nemo(

@@ -21,12 +21,11 @@ from torch import Tensor
 
 from nemo_aligner_diffusion.errors import RewardError
 from nemo_aligner_diffusion.rewards.base import ModelReward, unit_length
+from nemo_aligner_diffusion.rewards.restore import SCORES
 from nemo_aligner_diffusion.rewards.support.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, PreTrainedTokenizerBase
-
-SCORES = ("pickscore", "hps", "clipscore")
 
 
 class CLIPReward(ModelReward):

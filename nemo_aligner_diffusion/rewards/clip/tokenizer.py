@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +40,7 @@ def load_tokenizer(archive: NemoArchive, folder: str | Path | None = None) -> Pr
     name = section.get("type")
     if isinstance(name, str) and is_hub_name(name):
         try:
-            files = read_tokenizer_files(locate_tokenizer(name))
+            files = read_tokenizer_files(name)
         except AlignerError as error:
             raise ArchiveError(
                 f"{archive.path}: it holds no tokenizer files and names {name!r}, which could not be loaded ({error}) "
@@ -54,26 +53,24 @@ def load_tokenizer(archive: NemoArchive, folder: str | Path | None = None) -> Pr
     )
 
 
-def locate_tokenizer(source: str | Path) -> Path:
-    """The folder of a CLIP tokenizer given as a folder or as ``owner/name`` on the Hugging Face Hub."""
-    return locate(
-        source,
-        ((VOCAB_FILE, MERGES_FILE, FAST_FILE),),
-        lambda folder: _has_pair(folder) or (folder / FAST_FILE).is_file(),
-        f"a folder with CLIP's {VOCAB_FILE} and {MERGES_FILE}",
-    )
-
-
-def read_tokenizer_files(folder: str | Path) -> dict[str, bytes]:
+def read_tokenizer_files(source: str | Path) -> dict[str, bytes]:
     """``vocab.json`` and ``merges.txt`` of a folder; where it holds ``tokenizer.json`` only, made out of that.
 
+    Args:
+        source: the folder, or ``owner/name`` on the Hugging Face Hub.
+
     Raises:
-        ArchiveError: neither is there, or ``tokenizer.json`` is not of CLIP's kind.
+        ArchiveError, CheckpointError: neither is there, or ``tokenizer.json`` is not of CLIP's kind.
     """
-    folder = Path(folder)
+    folder = locate(
+        source,
+        ((VOCAB_FILE, MERGES_FILE, FAST_FILE),),
+        lambda found: _has_pair(found) or (found / FAST_FILE).is_file(),
+        f"a folder with CLIP's {VOCAB_FILE} and {MERGES_FILE}",
+    )
     try:
         if not _has_pair(folder) and (folder / FAST_FILE).is_file():
-            return _from_fast_file(folder / FAST_FILE)
+            return pair_of_files(read_bytes(folder / FAST_FILE), folder / FAST_FILE)
         return {name: read_bytes(folder / name) for name in (VOCAB_FILE, MERGES_FILE)}
     except OSError as error:
         raise ArchiveError(
@@ -86,28 +83,22 @@ def _has_pair(folder: Path) -> bool:
     return (folder / VOCAB_FILE).is_file() and (folder / MERGES_FILE).is_file()
 
 
-def _from_fast_file(path: Path) -> dict[str, bytes]:
-    """What transformers 5 saves instead of the two files, taken apart again."""
+def pair_of_files(fast_file: bytes, origin: object) -> dict[str, bytes]:
+    """``vocab.json`` and ``merges.txt`` of what transformers 5 saves instead, ``tokenizer.json``."""
     try:
-        model = parse_json(read_bytes(path))["model"]
-        vocabulary, merges = model["vocab"], model["merges"]
+        model = parse_json(fast_file)["model"]
         if model["type"] != "BPE" or model["end_of_word_suffix"] != "</w>":
             raise ValueError("no byte-pair encoding with </w> at the end of words")
-        return pair_of_files(vocabulary, merges)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        lines = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+        return {
+            VOCAB_FILE: json.dumps(model["vocab"], ensure_ascii=False).encode(),
+            MERGES_FILE: "\n".join(["#version: 0.2", *lines, ""]).encode(),
+        }
+    except (ValueError, KeyError, TypeError) as error:
         raise ArchiveError(
-            f"{path}: not the tokenizer of a CLIP ({type(error).__name__}: {str(error)[:200]}). "
+            f"{origin}: not the tokenizer of a CLIP ({type(error).__name__}: {str(error)[:200]}). "
             f"Give a folder with CLIP's {VOCAB_FILE} and {MERGES_FILE}."
         ) from error
-
-
-def pair_of_files(vocabulary: Mapping[str, int], merges: Iterable[Any]) -> dict[str, bytes]:
-    """``vocab.json`` and ``merges.txt``; a merge is ``"a b"`` or ``("a", "b")``."""
-    lines = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
-    return {
-        VOCAB_FILE: json.dumps(vocabulary, ensure_ascii=False).encode(),
-        MERGES_FILE: "\n".join(["#version: 0.2", *lines, ""]).encode(),
-    }
 
 
 def tokenizer_from_bytes(vocab: bytes, merges: bytes, origin: str) -> PreTrainedTokenizerBase:

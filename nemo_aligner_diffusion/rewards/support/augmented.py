@@ -96,7 +96,7 @@ class AugmentedReward(Reward):
     def scores(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         check_images(images, prompts)
         keys = current_keys(len(images))
-        if keys is None or not self.augmentation.perturbs:
+        if keys is None:
             return self.reward.scores(images, prompts)
         views = []
         for view in range(self.augmentation.views):

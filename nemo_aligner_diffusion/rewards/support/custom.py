@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nemo_aligner_diffusion.errors import RewardError
-from nemo_aligner_diffusion.import_path import load_callable
 from nemo_aligner_diffusion.rewards.base import Reward, check_images, wide
-from nemo_aligner_diffusion.rewards.settings import RewardSettings
 
 
 class CustomReward(Reward):
@@ -81,19 +79,3 @@ class CustomReward(Reward):
             "in it cuts the graph: torch.no_grad or inference_mode, .detach(), .item(), torch.tensor(…), a comparison, "
             "argmax, or a way through NumPy or PIL. Compute the score from the given images with torch operations."
         )
-
-
-def load_custom(import_path: str, kwargs: Mapping[str, Any] | None = None, where: str = "rm") -> CustomReward:
-    """The reward at ``package.module:name``.
-
-    A class is called with ``kwargs`` and gives the reward, or settings that make it. A function *is* the reward,
-    ``kwargs`` are handed to it as keyword arguments with each call. Anything else callable is the reward as it stands,
-    without ``kwargs``. The current directory is searched after everything that is installed.
-
-    Raises:
-        RewardError: the path cannot be imported, or what stands there cannot be a reward.
-    """
-    origin = f"{where}.import_path = {import_path!r}"
-    arguments = ("images", "prompts")
-    judge = load_callable(import_path, dict(kwargs or {}), origin, f"{where}.kwargs", arguments, RewardError)
-    return CustomReward(judge.build(where=where) if isinstance(judge, RewardSettings) else judge, origin)

@@ -60,6 +60,11 @@ class ImageProcessor:
     std: tuple[float, ...] | None
     reverse_channels: bool = False
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it resizes, crops and normalises values in ``[0, 1]``, and does nothing else."""
+        return self.kind in PLAIN and (self.scale, self.offset) == (1 / 255, 0)
+
     @classmethod
     def of(cls, processor: Any, where: str) -> ImageProcessor:
         """The steps of a transformers image processor."""

@@ -42,11 +42,12 @@ class PartedReward(Reward):
         self.name = settings.name
         self.label = label
         self.parts = tuple(rewards)
-        self.shapings = {name: part.shaping for name, part in settings.members.items()}
         # A list, not a ModuleDict: part names are the user's and may hold dots.
         self.rewards = nn.ModuleList(rewards.values())
         self.statistics: dict[str, tuple[float, float]] = {
-            name: shaping.normalize for name, shaping in self.shapings.items() if isinstance(shaping.normalize, tuple)
+            name: part.shaping.normalize
+            for name, part in settings.members.items()
+            if isinstance(part.shaping.normalize, tuple)
         }
         self.freeze()
 
@@ -65,11 +66,10 @@ class PartedReward(Reward):
 
     def measured(self) -> dict[str, dict[str, Any]]:
         """What was measured, by place: ``mean``, ``std``, and ``of``, which tells what reward it was."""
+        known = {name: self.statistics[name] for name in self._by_base() if name in self.statistics}
         return {
-            self.place(name): dict(zip(("mean", "std"), self.statistics[name], strict=True))
-            | {"of": self._identity(name)}
-            for name in self._by_base()
-            if name in self.statistics
+            self.place(name): {"mean": mean, "std": std, "of": self._identity(name)}
+            for name, (mean, std) in known.items()
         }
 
     def take(self, statistics: Mapping[str, Mapping[str, Any]]) -> None:
@@ -88,7 +88,7 @@ class PartedReward(Reward):
             self.statistics[name] = (mean, std)
 
     def _by_base(self) -> list[str]:
-        return [name for name, shaping in self.shapings.items() if shaping.normalize == BY_BASE]
+        return [name for name, part in self.settings.members.items() if part.shaping.normalize == BY_BASE]
 
     def _identity(self, name: str) -> str:
         """Changes when a part's settings do, as far as its scores depend on them."""
@@ -99,6 +99,7 @@ class PartedReward(Reward):
 
     def scores(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         check_images(images, prompts)
+        check_measured(self)
         components: dict[str, Tensor] = {}
         shaped: list[Tensor] = []
         for name in self.parts:
@@ -106,16 +107,11 @@ class PartedReward(Reward):
             components[name] = score
             if len(inner) > 1:
                 components.update({f"{name}/{key}": value for key, value in inner.items()})
-            shaped.append(self._shaped(name, score))
+            if name in self.statistics:
+                mean, std = self.statistics[name]
+                score = (score - mean) / std
+            shaped.append(self.settings.members[name].shaping.bounded(score))
         return self.settings.combine(shaped), components
-
-    def _shaped(self, name: str, score: Tensor) -> Tensor:
-        shaping = self.shapings[name]
-        if shaping.normalize is not None:
-            check_measured(self)
-            mean, std = self.statistics[name]
-            score = (score - mean) / std
-        return shaping.bounded(score)
 
 
 def _scored_by(value: Any) -> Any:

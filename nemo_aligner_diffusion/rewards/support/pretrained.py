@@ -1,4 +1,4 @@
-"""Networks from Hugging Face folders or hub ids, for the rewards that take any network of a kind.
+"""Networks out of Hugging Face folders and repositories.
 
 No code of a model repository is ever run (``trust_remote_code`` stays off), safetensors come before pickles, and
 pickled weights are read as tensors only.
@@ -7,19 +7,23 @@ pickled weights are read as tensors only.
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nemo_aligner_diffusion.errors import RewardError, first_line
+from nemo_aligner_diffusion.errors import CheckpointError, RewardError, first_line, printable
+from nemo_aligner_diffusion.formats.files import read_json
+from nemo_aligner_diffusion.formats.hub import locate
+from nemo_aligner_diffusion.keys import flatten
 from nemo_aligner_diffusion.rewards.base import NetworkReward
 from nemo_aligner_diffusion.rewards.settings import HuggingFaceSettings
 from nemo_aligner_diffusion.rewards.support.image_processor import ImageProcessor
+from nemo_aligner_diffusion.runtime.messages import with_quiet_libraries
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_SMALL_FILES = ("*.json", "merges.txt", "vocab.txt")
+PATTERNS = ((*_SMALL_FILES, "model*.safetensors"), (*_SMALL_FILES, "pytorch_model*.bin"))
 
 
 def load_network(settings: HuggingFaceSettings, where: str = "rm.model.from_pretrained") -> NetworkReward:
@@ -28,85 +32,83 @@ def load_network(settings: HuggingFaceSettings, where: str = "rm.model.from_pret
     Raises:
         RewardError: there is no such network, its preprocessing is not known here, or the settings don't fit it.
     """
-    import transformers
-
-    source = existing_source(settings.from_pretrained or "", where)
-    if settings.model_types:
-        config = load_processor(transformers.AutoConfig, source, where, f"the configuration of {settings.what}")
-        if config.model_type not in settings.model_types:
-            raise RewardError(
-                f"{where} = {source!r} is a model of type {config.model_type!r}; expected one of "
-                f"{', '.join(settings.model_types)}, such as {settings.needs['from_pretrained']}."
-            )
-    model = load_model(getattr(transformers, settings.auto_class), source, where, settings.what)
-    tokenizer = (
-        load_processor(transformers.AutoTokenizer, source, where, "its tokenizer") if settings.reads_prompts else None
-    )
-    processor = load_processor(transformers.AutoImageProcessor, source, where, "an image processor")
+    files = "config.json, model.safetensors, preprocessor_config.json"
+    wanted = f"the folder of a transformers model, {settings.what} ({files})"
+    try:
+        folder = locate(settings.from_pretrained or "", PATTERNS, holds_weights, wanted)
+    except CheckpointError as error:
+        raise RewardError(f"{where}: {error}") from error
+    place = f"{where} = {str(folder)!r}"
+    model = load_model(settings.auto_class, folder, place, settings.what, settings.model_types, torch.float32)
+    tokenizer = load_processor("AutoTokenizer", folder, place, "its tokenizer") if settings.reads_prompts else None
+    processor = load_processor("AutoImageProcessor", folder, place, "an image processor")
     return NetworkReward(settings, model, ImageProcessor.of(processor, where), tokenizer)
 
 
-def existing_source(source: str | Path, where: str) -> str:
-    """``source`` as transformers takes it: an existing folder, or something that can be a hub id.
-
-    Raises:
-        RewardError: it is neither.
-    """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise RewardError(
-                f"{where} = {str(source)!r}: the folder has no config.json, so it is no transformers model."
-            )
-        return str(path)
-    if path.exists() or not _HUB_ID.fullmatch(str(source)) or str(source).endswith((".nemo", ".pt", ".safetensors")):
-        raise RewardError(
-            f"{where} = {str(source)!r}: expected the folder of a transformers model (config.json, model.safetensors, "
-            "preprocessor_config.json), or a model's id on the Hugging Face hub such as google/vit-base-patch16-224."
-        )
-    return str(source)
+def holds_weights(folder: Path) -> bool:
+    return any(any(folder.glob(pattern)) for pattern in ("model*.safetensors", "pytorch_model*.bin"))
 
 
-def load_model(auto_class: Any, source: str, where: str, kind: str) -> Any:
-    """A model in float32 and evaluation mode, all of whose weights came from ``source``.
+def load_model(
+    auto_class: str,
+    folder: Path,
+    place: str,
+    what: str,
+    model_types: tuple[str, ...] = (),
+    dtype: torch.dtype | str = "auto",
+) -> Any:
+    """A network all of whose weights came from ``folder``, in evaluation mode.
 
     Args:
-        auto_class: a class of transformers with ``from_pretrained``.
-        source: from :func:`existing_source`.
-        where: the key that named it, for messages.
-        kind: what it should be, in words.
+        auto_class: of transformers, which loads it.
+        place, what: where it was looked for and what it should be, for messages.
+        model_types: of ``config.json`` that will do; empty: any that ``auto_class`` loads.
+        dtype: to convert to; ``auto``: as it was saved.
 
     Raises:
-        RewardError: there is no such model, it is of another kind, or weights are missing.
+        RewardError: there is no such network, it is of another kind, or weights are missing or left over.
     """
-    with _explained(source, where, kind):
-        model, report = auto_class.from_pretrained(
-            source, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+    import transformers
+
+    config = read_json(folder / "config.json", RewardError)
+    if model_types and config.get("model_type") not in model_types:
+        raise RewardError(
+            f"{place} is a model of type {printable(config.get('model_type'))!r}; expected {' or '.join(model_types)}."
+        )
+    for key, value in flatten(config, dotted=True).items():
+        if key.endswith("attn_implementation") and "/" in str(value):  # transformers would fetch and run it
+            raise RewardError(
+                f"{place}: its config.json names code on the hub, {key} = {printable(value)!r}. Remove it."
+            )
+    for index in folder.glob("*.index.json"):
+        names = (read_json(index, RewardError).get("weight_map") or {"": ""}).values()
+        if any(Path(str(name)).name != name for name in names):
+            raise RewardError(f"{index}: its weight_map names no files of this folder.")
+    with _explained(place, what), with_quiet_libraries():
+        model, report = getattr(transformers, auto_class).from_pretrained(
+            folder, dtype=dtype, trust_remote_code=False, output_loading_info=True
         )
     missing = sorted(report.get("missing_keys", ()))
     if missing:  # transformers fills them with random numbers, after a warning
+        architectures = getattr(model.config, "architectures", None) or ["no architecture"]
         raise RewardError(
-            f"{where} = {source!r} lacks {len(missing)} weights of {kind}, e.g. {missing[0]}: its config.json names "
-            f"{_architecture(model)}. Give a model that was trained for this task."
+            f"{place} lacks {len(missing)} weights of {what}, e.g. {missing[0]}: its config.json names "
+            f"{', '.join(map(str, architectures))}. Give a model that was trained for this task."
         )
     return model.eval()
 
 
-def load_processor(auto_class: Any, source: str, where: str, kind: str) -> Any:
-    """A tokenizer or an image processor's settings, from the same place as the model."""
-    with _explained(source, where, kind):
-        return auto_class.from_pretrained(source, trust_remote_code=False)
+def load_processor(auto_class: str, folder: Path, place: str, what: str) -> Any:
+    """A tokenizer or an image processor's settings, from the same folder as the model."""
+    import transformers
+
+    with _explained(place, what):
+        return getattr(transformers, auto_class).from_pretrained(folder, trust_remote_code=False)
 
 
 @contextlib.contextmanager
-def _explained(source: str, where: str, kind: str) -> Iterator[None]:
+def _explained(place: str, what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, AttributeError) as error:
-        place = "the folder" if Path(source).is_dir() else "the hub (is it reachable, and is the id right?)"
-        raise RewardError(f"{where} = {source!r}: {kind} cannot be had from {place}: {first_line(error)}") from error
-
-
-def _architecture(model: Any) -> str:
-    names = getattr(model.config, "architectures", None) or []
-    return ", ".join(map(str, names)) or "no architecture"
+        raise RewardError(f"{place}: {what} cannot be had from it: {first_line(error)}") from error

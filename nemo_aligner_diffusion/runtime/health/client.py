@@ -119,15 +119,6 @@ class HealthClient(threading.Thread):
         if self._is_to_wait and self.process.rank != 0:
             self.join(_CLOSING_TIME)  # rank 0 says goodbye
 
-    def end_process(self, code: int, within: float) -> None:
-        """End this process now, or after ``within`` seconds if it is still there, waiting for ranks that are gone."""
-        if within <= 0:
-            self.close()
-            leave(code)
-        timer = threading.Timer(within, leave, (code,))
-        timer.daemon = True
-        timer.start()
-
     def close(self) -> None:
         """Goodbye: from here on this process is not missed."""
         self._closing.set()
@@ -142,6 +133,8 @@ class HealthClient(threading.Thread):
     def run(self) -> None:
         try:
             self._line = self._connect()
+            if self._closing.is_set():  # which took so long that this process has come to its end
+                self._line.send("bye")
         except Exception as error:
             self._settled.set()
             if not self._closing.wait(_NOT_OVER_WITHIN) and not self._raised.is_set():

@@ -34,7 +34,7 @@ def death_of(pid: int, patience: float = 2.0) -> str:
         if fields[0] == "Z":
             status = int(fields[49])
             if status & 0x7F:
-                return f"killed by {_signal_name(status & 0x7F)}"
+                return f"killed by {signal_name(status & 0x7F)}"
             return f"it exited with code {status >> 8}" if status >> 8 else ""
         time.sleep(0.005)
     return ""
@@ -80,7 +80,7 @@ def _stat(pid: int) -> list[str] | None:
     return text.rpartition(")")[2].split()  # the command, in brackets, may hold anything
 
 
-def _signal_name(number: int) -> str:
+def signal_name(number: int) -> str:
     try:
         return signal.Signals(number).name
     except ValueError:

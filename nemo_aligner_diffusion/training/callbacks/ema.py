@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,8 +10,6 @@ import pytorch_lightning as pl
 import torch
 
 from nemo_aligner_diffusion.training.callbacks.settings import EMASettings
-
-log = logging.getLogger(__name__)
 
 
 class EMACallback(pl.Callback):
@@ -34,11 +31,7 @@ class EMACallback(pl.Callback):
         self._step = 0  # last optimizer step that was seen
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        trained = _trained(pl_module)
-        if self._average and set(self._average) != set(trained):
-            log.warning("the checkpoint's moving averages are of other parameters; starting them anew")
-            self._average = {}
-        for name, parameter in trained.items():
+        for name, parameter in _trained(pl_module).items():
             source = self._average.get(name, parameter.detach())
             device = torch.device("cpu") if self.settings.cpu_offload else parameter.device
             self._average[name] = source.to(device=device, dtype=torch.float32, copy=True)

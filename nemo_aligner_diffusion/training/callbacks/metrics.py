@@ -94,7 +94,7 @@ class MetricsCSV(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         figures = _floats(getattr(pl_module, "last_validation", {}))
-        if trainer.sanity_checking or self._validation is None or not figures:
+        if self._validation is None or not figures:
             return
         step = trainer.global_step
         self._validation.drop(lambda other: other == step)

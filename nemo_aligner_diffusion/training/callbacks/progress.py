@@ -12,6 +12,7 @@ from pytorch_lightning.callbacks import ProgressBar
 from tqdm.auto import tqdm
 
 SECONDS_BETWEEN_LINES = 10.0  # in a log file, at least
+REWARD = {"reward": "reward", "kl_penalty": "KL"}
 SHORT_RUN = 200  # steps of a run that gets a line for each
 
 
@@ -26,12 +27,14 @@ class TrainingProgress(ProgressBar):
     ``ProgressBar``, it takes the place of Lightning's own.
 
     Args:
+        shown: figures of a step that the line shows, and the words for them.
         stream: where to write; standard output by default.
         silent: show nothing.
     """
 
-    def __init__(self, stream: TextIO | None = None, silent: bool = False) -> None:
+    def __init__(self, shown: Mapping[str, str] = REWARD, stream: TextIO | None = None, silent: bool = False) -> None:
         super().__init__()
+        self.shown = shown
         self._given_stream = stream
         self._enabled = not silent
         self._bar: Any = None
@@ -61,30 +64,6 @@ class TrainingProgress(ProgressBar):
         else:
             print(text, file=self.stream, flush=True)
 
-    def describe(self, figures: Mapping[str, Any]) -> str:
-        """The figures of a training step, as the line shows them."""
-        parts = []
-        if "reward" in figures:
-            parts.append(f"reward {float(figures['reward']):.4f}")
-        if "kl_penalty" in figures:
-            parts.append(f"KL {float(figures['kl_penalty']):.3g}")
-        if figures.get("images") and figures.get("seconds"):
-            parts.append(f"{float(figures['images']) / float(figures['seconds']):.2f} images/s")
-        return "  ".join(parts)
-
-    def describe_validation(self, figures: Mapping[str, Any]) -> str:
-        """The figures of a validation: the reward beside the base model's, then all others."""
-        parts = []
-        if "reward" in figures:
-            parts.append(f"reward {float(figures['reward']):.4f}")
-        if "reward" in figures and "base_reward" in figures:
-            gain = float(figures["reward"]) - float(figures["base_reward"])
-            parts.append(f"base {float(figures['base_reward']):.4f} ({gain:+.4f})")
-        for name, value in figures.items():
-            if name not in ("step", "reward", "base_reward") and isinstance(value, (int, float)):
-                parts.append(f"{name} {float(value):.4g}")
-        return ", ".join(parts)
-
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step = self._first_step = trainer.global_step
         self._total = int(trainer.estimated_stepping_batches)
@@ -111,7 +90,7 @@ class TrainingProgress(ProgressBar):
         self._step = trainer.global_step
         if not self._enabled:
             return
-        figures = self.describe(getattr(pl_module, "last_metrics", {}))
+        figures = self._figures(getattr(pl_module, "last_metrics", {}))
         if self._bar is not None:
             self._bar.set_postfix_str(figures, refresh=False)
             self._bar.update(self._step - self._bar.n)
@@ -126,7 +105,7 @@ class TrainingProgress(ProgressBar):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         figures = getattr(pl_module, "last_validation", None)
         if figures:
-            self.print(f"validation at step {trainer.global_step}: {self.describe_validation(figures)}")
+            self.print(f"validation at step {trainer.global_step}: {_validated(figures)}")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._close()
@@ -142,3 +121,23 @@ class TrainingProgress(ProgressBar):
     def _time_left(self, spent: float) -> str:
         left = spent / (self._step - self._first_step) * (self._total - self._step)
         return f"{tqdm.format_interval(left)} left" if left > 0 else f"took {tqdm.format_interval(spent)}"
+
+    def _figures(self, figures: Mapping[str, Any]) -> str:
+        parts = [f"{word} {float(figures[name]):.5g}" for name, word in self.shown.items() if name in figures]
+        if figures.get("images") and figures.get("seconds"):
+            parts.append(f"{float(figures['images']) / float(figures['seconds']):.2f} images/s")
+        return "  ".join(parts)
+
+
+def _validated(figures: Mapping[str, Any]) -> str:
+    """The figures of a validation; a reward comes first, with the base model's beside it."""
+    parts = []
+    if "reward" in figures:
+        parts.append(f"reward {float(figures['reward']):.4f}")
+    if "reward" in figures and "base_reward" in figures:
+        gain = float(figures["reward"]) - float(figures["base_reward"])
+        parts.append(f"base {float(figures['base_reward']):.4f} ({gain:+.4f})")
+    for name, value in figures.items():
+        if name not in ("step", "reward", "base_reward") and isinstance(value, (int, float)):
+            parts.append(f"{name} {float(value):.4g}")
+    return ", ".join(parts)

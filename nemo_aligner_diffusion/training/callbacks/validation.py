@@ -27,15 +27,12 @@ def validation_loader(
     pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
     share = -(-len(pairs) // world_size)
     rows = [(rank + world_size * i) % len(pairs) for i in range(share)]
-
-    def collate(chosen: list[int]) -> dict[str, Any]:
-        return {
-            "prompts": [pairs[row][0] for row in chosen],
-            "seeds": [pairs[row][1] for row in chosen],
-            "rows": chosen,
-        }
-
-    return DataLoader(rows, batch_size=batch_size, collate_fn=collate)  # type: ignore[arg-type]
+    batches = []
+    for start in range(0, share, batch_size):
+        chosen = rows[start : start + batch_size]
+        texts, numbers = zip(*(pairs[row] for row in chosen), strict=True)
+        batches.append({"prompts": list(texts), "seeds": list(numbers), "rows": chosen})
+    return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
 
 
 class ValidationFiles(pl.Callback):
@@ -53,7 +50,7 @@ class ValidationFiles(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, RewardTuning)
         pictures = pl_module.validation_pictures
-        if pictures is None or trainer.sanity_checking or not trainer.is_global_zero:
+        if pictures is None or not trainer.is_global_zero:
             return
         step = trainer.global_step
         self._write_grid(pictures, step)

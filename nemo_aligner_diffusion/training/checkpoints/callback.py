@@ -134,7 +134,7 @@ class TrainingCheckpoint(Checkpoint):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         reward = getattr(pl_module, "last_validation", {}).get("reward")
-        if self.save_top_k <= 0 or reward is None or not trainer.is_global_zero or trainer.sanity_checking:
+        if self.save_top_k <= 0 or reward is None or not trainer.is_global_zero:
             return
         if trainer.global_step == self._saved_step:
             scores = {**self._scores(), trainer.global_step: float(reward)}

@@ -1,6 +1,6 @@
 """The tables of ``docs/configuration.md``, of the classes of settings, and of ``docs/algorithms.md``.
 
-python -m nemo_aligner_diffusion.config.docs docs
+python tests/settings_page.py docs
 """
 
 from __future__ import annotations
