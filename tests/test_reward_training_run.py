@@ -119,7 +119,10 @@ def exported(run: Path) -> dict[str, torch.Tensor]:
     return restore_reward(run / "export" / "reward.nemo").state_dict()
 
 
-@pytest.mark.parametrize(("stop", "async_save"), [(7, True), (10, False)])  # 10: where a validation is due
+@pytest.mark.parametrize(
+    ("stop", "async_save"),
+    [pytest.param(7, False, marks=pytest.mark.slow), (10, True)],  # 10: where a validation is due
+)
 def test_resuming_is_exact(folder: Path, stop: int, async_save: bool) -> None:
     whole, parts = folder / f"whole_{stop}", folder / f"parts_{stop}"
     changed: dict[str, Any] = {"trainer__max_steps": 12, "trainer__early_stopping__patience": 0}

@@ -42,8 +42,7 @@ def main(argv: Sequence[str]) -> int:
         summary = {"reward": str(arguments.reward), "shards": list(arguments.shards), **figures.as_dict()}
         write_atomic(arguments.output / "figures.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
         if figures.pairs > figures.ties:
-            title = f"accuracy {figures.accuracy:.3f}, calibration error {figures.calibration_error:.3f}"
-            reliability_plot(arguments.output / "reliability.png", figures, title)
+            reliability_plot(arguments.output / "reliability.png", figures)
         print(f"written                     {arguments.output}/figures.json, reliability.png")
     return 0
 

@@ -18,19 +18,11 @@ from nemo_aligner_diffusion.evaluation.request import Adapter, Request, annealed
 from nemo_aligner_diffusion.runtime.ending import command
 
 EXAMPLES = """\
-examples:
+examples (docs/using_the_result.md has more):
   generate.py --prompt "red apple" --num-images 4
       four pictures from the embedded model
   generate.py --lora results/run/export --compare --prompt "red apple" --prompt animal
       base above tuned, with rewards
-  generate.py --lora results/run/export --scales 0,0.5,1,1.5 --prompt animal
-      less and more of what was learnt
-  generate.py --lora a/export:0.7 --lora b.safetensors:0.5 --prompt animal
-      two adapters mixed
-  generate.py --lora results/run/export --weights base,draft,linear,power_2,0.5 --prompt animal
-      from the base model to the tuned one along the sampling steps
-  generate.py --unet results/run/export/unet --compare --prompt animal
-      a full fine-tune
 """
 
 

@@ -192,9 +192,8 @@ def _with_common(parser: argparse.ArgumentParser, columns: Sequence[str]) -> arg
         option = f"--{name.replace('_', '-')}"
         parser.add_argument(option, default=column, metavar="COLUMN", help="default: %(default)s")
     parser.add_argument("--samples-per-shard", type=whole_number, metavar="N", help="pairs a shard (default: 1000)")
-    parser.add_argument("--prefix", default="preferences", help="start of the shards' names (default: %(default)s)")
     parser.add_argument("--skip-bad-rows", action="store_true", help="leave out and report unusable rows")
-    parser.add_argument("--overwrite", action="store_true", help="replace all shards of this prefix in the folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace earlier shards in the folder")
     return parser
 
 
@@ -209,7 +208,6 @@ def _convert(arguments: argparse.Namespace, rows: Iterator[Row], left_out: Count
         usable_pairs(rows, bad),
         arguments.output,
         samples_per_shard=arguments.samples_per_shard,
-        prefix=arguments.prefix,
         overwrite=arguments.overwrite,
     )
     print(f"pairs written      {written.samples:,} in {time.perf_counter() - started:.2f} s")

@@ -27,7 +27,7 @@ class BestWeights(pl.Callback):
         self._weights: dict[str, torch.Tensor] = {}
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        value: float = pl_module.last_validation[self.metric]  # type: ignore[union-attr, assignment, index]
+        value: float = pl_module.last_validation[self.metric]  # type: ignore[assignment, index]
         better = value < self.value if self.metric == "loss" else value > self.value
         if better or (self.step < 0 and not math.isnan(value)):
             self.step, self.value = trainer.global_step, value

@@ -124,14 +124,14 @@ def score_pairs(
     return torch.cat(scores), torch.cat(labels)
 
 
-def reliability_plot(path: str | Path, figures: PreferenceFigures, title: str = "Reliability") -> Path:
+def reliability_plot(path: str | Path, figures: PreferenceFigures) -> Path:
     """Accuracy over confidence, a point a bin, with the diagonal of perfect calibration."""
     filled = [part for part in figures.bins if part["pairs"]]
     confidence, accuracy = ([100 * part[name] for part in filled] for name in ("confidence", "accuracy"))
     curves = [
         Curve("perfectly calibrated", [50, 100], [50, 100], "base"),
-        Curve("this reward", confidence, accuracy, markers=True),
+        Curve(f"this reward, error {figures.calibration_error:.3f}", confidence, accuracy, markers=True),
     ]
     x_label = "confidence: predicted probability of the preferred picture, %"
-    data, _ = curve_plot(curves, title=title, x_label=x_label, y_label="accuracy, %")
+    data, _ = curve_plot(curves, title="Reliability", x_label=x_label, y_label="accuracy, %")
     return write_atomic(path, data)

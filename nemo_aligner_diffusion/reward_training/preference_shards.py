@@ -65,7 +65,6 @@ def write_preference_shards(
     pairs: Iterable[PreferencePair],
     output: str | os.PathLike[str],
     samples_per_shard: int | None = None,
-    prefix: str = "preferences",
     overwrite: bool = False,
 ) -> WrittenShards:
     """Write ``output/preferences-0000.tar``, …: all of them complete under their names, or none.
@@ -75,10 +74,10 @@ def write_preference_shards(
 
     Raises:
         DataError: a pair is unusable (names it), or there is none.
-        OutputError: ``output`` cannot be written, or holds shards of this prefix already and ``overwrite`` is not set.
+        OutputError: ``output`` cannot be written, or holds such shards already and ``overwrite`` is not set.
     """
     each = DEFAULT_PAIRS_PER_SHARD if samples_per_shard is None else samples_per_shard
-    return write_sample_shards(pair_members(pairs), output, "pair", each, None, False, prefix, overwrite)
+    return write_sample_shards(pair_members(pairs), output, "pair", each, None, False, "preferences", overwrite)
 
 
 def pair_members(pairs: Iterable[PreferencePair]) -> Iterator[Sample]:

@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from PIL import Image
 from torch import Tensor
 
 from nemo_aligner_diffusion.data.prompts import read_prompts
@@ -72,7 +73,7 @@ def make_rule_preferences(
     def pairs(chosen: Sequence[str]) -> Iterator[PreferencePair]:
         for prompt, images in _pictures(chosen, seeds_per_prompt, seed, steps):
             values = RULES[rule](images, ()).tolist()
-            encoded = [_png(images[number]) for number in range(len(images))]
+            encoded = [_png(picture) for picture in to_pictures(images)]
             for i, j in itertools.combinations(range(len(values)), 2):
                 first, second = (i, j) if (i + j) % 2 else (j, i)  # so that neither side is the earlier seed's
                 gap = values[first] - values[second]
@@ -95,7 +96,7 @@ def _pictures(prompts: Sequence[str], count: int, seed: int, steps: int) -> Iter
         yield from zip(some, images.split(count), strict=True)
 
 
-def _png(image: Tensor) -> bytes:
+def _png(picture: Image.Image) -> bytes:
     stream = io.BytesIO()
-    to_pictures(image)[0].save(stream, "PNG")  # lossless: the rule holds for what is stored
+    picture.save(stream, "PNG")  # lossless: the rule holds for what is stored
     return stream.getvalue()

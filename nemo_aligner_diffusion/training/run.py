@@ -244,15 +244,10 @@ def _build_data(settings: RunSettings) -> RunData:
         micro_batch_size=sizes.micro_batch_size,
         global_batch_size=sizes.global_batch_size,
         seed=sizes.seed,
-        shuffle_buffer=section.shuffle_buffer,
-        num_workers=section.num_workers,
         epochs=settings.loop.max_epochs,
-        on_bad_sample=section.on_bad_sample,
-        on_bad_shard=section.on_bad_shard,
         prompt_key=section.prompt_key,
-        index_folder=section.index_folder,
-        worker_timeout_seconds=section.worker_timeout_seconds,
         validation_batch_size=sizes.validation_batch_size,
+        **section.reading,
     )
 
 
