@@ -66,7 +66,7 @@ def load_model(
         dtype: to convert to; ``auto``: as it was saved.
 
     Raises:
-        RewardError: there is no such network, it is of another kind, or weights are missing or left over.
+        RewardError: there is no such network, it is of another kind, or weights are missing.
     """
     import transformers
 
