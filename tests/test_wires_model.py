@@ -185,7 +185,7 @@ def test_the_data_are_as_configured(pipeline: Path, tmp_path: Path) -> None:
     assert (data.validation_prompts, data.validation_seeds) == (lines[:2], [5])
     loader = data.train_dataloader()
     assert loader.num_workers == 1
-    assert loader.stream.index.bad_samples == 1
+    assert loader.stream.index.left_out["samples"] == 1
     assert (loader.stream.step_size, loader.stream.global_batch_size) == (2, 4)
     assert prompts_of(data, 6) == lines
     orders = [prompts_of(_build_data(configured(pipeline, *common, f"seed={seed}")), 6) for seed in (1, 1, 2)]
