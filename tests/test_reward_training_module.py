@@ -243,5 +243,5 @@ def test_from_a_hugging_face_folder(tmp_path: Path, reward: CLIPReward) -> None:
     with pytest.raises(CheckpointError, match=r"from_pretrained.*expected config\.json"):
         load_hugging_face_clip(tmp_path)
     (folder / "model.safetensors").write_bytes(b"broken")
-    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"clip'?: a CLIP cannot be had from it: .*header"):
         load_hugging_face_clip(folder)

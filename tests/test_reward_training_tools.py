@@ -270,5 +270,5 @@ def test_the_whole_loop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert rule_cli.judge_main(words) == 0
     assert (tmp_path / "judged" / "grid.png").is_file()
     printed = capsys.readouterr().out
-    assert re.search(r"mean, tuned: .* above base on \d+ of 24\)", printed)
+    assert re.search(r"mean reward .*, tuned: .* above base on \d+ of 24\)", printed)
     assert re.search(r"original CLIP, tuned: finds the prompt first 0\.\d{3}", printed)

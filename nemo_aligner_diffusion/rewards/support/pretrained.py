@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from nemo_aligner_diffusion.errors import CheckpointError, RewardError, first_line, printable
 from nemo_aligner_diffusion.formats.files import read_json
@@ -22,6 +23,8 @@ from nemo_aligner_diffusion.rewards.settings import HuggingFaceSettings
 from nemo_aligner_diffusion.rewards.support.image_processor import ImageProcessor
 from nemo_aligner_diffusion.runtime.messages import with_quiet_libraries
 
+# what transformers and the libraries below it raise for files that they cannot use
+_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, AttributeError, SafetensorError)
 _SMALL_FILES = ("*.json", "merges.txt", "vocab.txt")
 PATTERNS = ((*_SMALL_FILES, "model*.safetensors"), (*_SMALL_FILES, "pytorch_model*.bin"))
 
@@ -110,5 +113,5 @@ def load_processor(auto_class: str, folder: Path, place: str, what: str) -> Any:
 def _explained(place: str, what: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, AttributeError) as error:
+    except _ERRORS as error:
         raise RewardError(f"{place}: {what} cannot be had from it: {first_line(error)}") from error
