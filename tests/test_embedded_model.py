@@ -121,7 +121,7 @@ def test_the_reward_prefers_the_right_caption(model, reward, settings, specific)
     assert (right > wrong).float().mean() >= 0.75
 
 
-@pytest.mark.parametrize("recipe", ["draftp_sd", "drtune_sd"])
+@pytest.mark.parametrize("recipe", ["draftp_sd", pytest.param("drtune_sd", marks=pytest.mark.slow)])
 def test_a_few_steps_raise_the_reward_on_prompts_that_were_not_trained_on(recipe, tmp_path):
     overrides = [
         "rm=symmetry",

@@ -392,7 +392,7 @@ def test_what_a_detector_cannot_be_made_of(owl: tuple[str, Path], change: dict[s
 
 
 def test_a_classifier_is_no_detector(vit: Path) -> None:
-    with pytest.raises(RewardError, match="a model of type 'vit'; expected one of owlvit, owlv2"):
+    with pytest.raises(RewardError, match="a model of type 'vit'; expected owlvit or owlv2"):
         detector(vit, "cat")
 
 

@@ -127,7 +127,7 @@ def test_a_rank_that_leaves_without_a_word_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("victim", [1, 0])
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_stopped_rank_is_told_from_a_dead_one_and_does_not_stay(tmp_path: Path, victim: int) -> None:
     with Run("stop", tmp_path) as run:
         run.all_work()
@@ -155,6 +155,7 @@ def test_a_rank_that_hangs_is_named_with_the_line_it_hangs_in(tmp_path: Path) ->
     assert sum("in a collective call" in line for line in run.fault()) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 def test_a_rank_that_holds_the_interpreter_shows_its_stack_all_the_same(tmp_path: Path) -> None:
     with Run("hold", tmp_path) as run:
