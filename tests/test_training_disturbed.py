@@ -85,7 +85,7 @@ def test_a_finished_run_is_neither_overwritten_nor_marked_by_what_is_refused(tmp
 
 NAME = """
 import logging, sys
-from nemo_aligner_diffusion.command_line import command
+from nemo_aligner_diffusion.runtime.ending import command
 @command(interrupted="")
 def main(argv):
     logging.getLogger("nemo_aligner_diffusion.somewhere").warning("%s is left out", "a\\x1b[2J\\rb")
