@@ -20,21 +20,20 @@ from nemo_aligner_diffusion.runtime.health.client import HealthClient
 
 
 def delay_ranks(seconds: dict[str, list[float]], rank: int) -> None:
-    connect, agree = HealthClient._connect, broadcast._agree
+    connect, gather = HealthClient._connect, broadcast.gather
 
     def connect_late(client: HealthClient) -> Any:
         time.sleep(seconds["connect"][rank])
         return connect(client)
 
-    def raise_late(failure: Exception | None, node: Any) -> None:
-        try:
-            agree(failure, node)
-        except Exception:
+    def raise_late(value: Any, group: Any = None) -> list[Any]:  # on_every_process gathers its failures, and raises
+        values = gather(value, group)
+        if any(isinstance(failure, Exception) for failure in values):
             time.sleep(seconds["raise"][rank])
-            raise
+        return values
 
     HealthClient._connect = connect_late  # type: ignore[method-assign]
-    broadcast._agree = raise_late
+    broadcast.gather = raise_late  # type: ignore[assignment]
 
 
 if __name__ == "__main__":
