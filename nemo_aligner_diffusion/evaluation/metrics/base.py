@@ -133,6 +133,8 @@ class Step:
 class TrainingMetric(Metric):
     """Measured at each optimizer step: what the training step reports under this name, or what ``measure`` returns."""
 
+    noisy = True  # from step to step: the chart draws a running mean over it
+
     def measure(self, step: Step) -> float | None:
         return step.reported.get(self.name)
 
@@ -140,7 +142,7 @@ class TrainingMetric(Metric):
         return column(run.metrics, self.name)
 
     def curves(self, run: RunFiles) -> list[Curve]:
-        return [Curve(self.title, run.metrics.get("step", []), self.values(run), self.colour, smooth=True)]
+        return [Curve(self.title, run.metrics.get("step", []), self.values(run), self.colour, smooth=self.noisy)]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ class LearningRate(TrainingMetric):
     name, title, order = "lr", "Learning rate", 60
     colour = "fourth"
     from_zero = True
+    noisy = False
 
     def measure(self, step: Step) -> float:
         return step.learning_rate

@@ -15,6 +15,7 @@ class PeakMemory(TrainingMetric):
     name, title, unit, direction, order = "peak_memory_bytes", "Peak memory", "GiB", "lower", 90
     colour = "second"
     from_zero = True
+    noisy = False
     main = False
     caption = "Of the first process: allocated by torch on a GPU, resident on a CPU."
 
