@@ -38,10 +38,8 @@ from nemo_aligner_diffusion.formats.tar import GZIP_MAGIC
 logger = logging.getLogger(__name__)
 
 IN_MEMORY_BYTES = 32 << 20  # of files; some 32,000 prompts in shards, indexed in a third of a second
-UNPACKED_TIMES, UNPACKED_BYTES = (
-    100,
-    64 << 20,
-)  # samples of a compressed file: at most so many times its size, and so many
+# samples of a compressed file: at most so many times its size, and so many bytes more
+UNPACKED_TIMES, UNPACKED_BYTES = 100, 64 << 20
 LOCK_SECONDS = 3600.0  # the longest wait for another process's index
 _VERSION = 3
 _RECORD = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc", "<u4"), ("tag", "u1")])  # packed: 17 bytes a sample
