@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.errors import CheckpointError, ConfigurationError, first_line, printable
 from nemo_aligner_diffusion.formats.checkpoints import component_config, empty_module, load_component
 from nemo_aligner_diffusion.formats.files import read_json
+from nemo_aligner_diffusion.runtime.messages import with_quiet_libraries
 
 log = logging.getLogger(__name__)
 
@@ -51,9 +51,24 @@ def load_model(
             transformers.
         ConfigurationError: the pipeline makes no pictures from prompts, or has no such component or argument.
     """
-    import diffusers
+    import diffusers  # noqa: F401 -- what has been imported can be kept quiet
+    import transformers  # noqa: F401
 
     folder = _local(folder)
+    with with_quiet_libraries():  # what a user must know of the weights is checked here
+        pipe = _load(folder, denoiser_path, vae_path, dtype, trained)
+    return DiffusionModel(pipe, trained, stateless, arguments)
+
+
+def _load(
+    folder: Path,
+    denoiser_path: str | Path | None,
+    vae_path: str | Path | None,
+    dtype: torch.dtype,
+    trained: str | None,
+) -> Any:
+    import diffusers
+
     index = _read_index(folder)
     pipeline_class = _pipeline_class(folder, index)
     parts: dict[str, Any] = {name: None for name in _LEFT_OUT if name in index}
@@ -72,19 +87,17 @@ def load_model(
             parts[name] = empty_module(partial(part_class.from_config, config), dtype)
             load_component(parts[name], name, path)
         _check_parts(folder, index, parts, pipeline_class)
-        with _no_progress_bar():
-            parts |= _networks(folder, index, parts, dtype)
+        parts |= _networks(folder, index, parts, dtype)
         _give_size(folder, parts.get("unet"))
-        with _no_progress_bar():
-            pipe = pipeline_class.from_pretrained(folder, dtype=dtype, local_files_only=True, **parts)
+        pipe = pipeline_class.from_pretrained(folder, dtype=dtype, local_files_only=True, **parts)
         _check_tokenizers(folder, pipe)
+        return pipe
     except (CheckpointError, ConfigurationError):
         raise
     except Exception as error:  # diffusers and transformers raise a dozen types for what is damaged or missing
         raise CheckpointError(
             f"{folder}: not a complete {pipeline_class.__name__} folder: {first_line(error)}"
         ) from error
-    return DiffusionModel(pipe, trained, stateless, arguments)
 
 
 def _networks(
@@ -119,19 +132,6 @@ def _networks(
                 + f". Copy it again; if another transformers than {transformers.__version__} saved it, use that."
             )
     return networks
-
-
-@contextlib.contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    from diffusers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def is_hub_id(folder: str | Path) -> bool:
