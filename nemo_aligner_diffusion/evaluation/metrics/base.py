@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
@@ -67,7 +68,7 @@ class Finding:
     text: str
 
 
-class Metric:
+class Metric(ABC):
     """Of a step or of a validation; see the two kinds below.
 
     Attributes:
@@ -96,8 +97,9 @@ class Metric:
         better = f" {self.direction.capitalize()} is better." if self.direction else ""
         return self.caption + better
 
+    @abstractmethod
     def curves(self, run: RunFiles) -> list[Curve]:
-        raise NotImplementedError
+        """What its chart draws."""
 
     def charts(self, run: RunFiles) -> list[Chart]:
         """The report leaves out charts without a figure, or of zeros only."""
