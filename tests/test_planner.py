@@ -247,7 +247,7 @@ def test_a_ledger_counts_operations_and_bytes_moved_but_no_views():
 
 @pytest.mark.parametrize(
     ("name", "denoiser", "vae"),
-    [("sd15", 859.52, 83.65), ("sd21", 865.91, 83.65), ("sdxl", 2567.46, 83.65), ("dit-12b", 11901.41, 83.82)],
+    [("sd15", 859.52, 83.65), ("sd21", 865.91, 83.65), ("sdxl", 2567.46, 83.65), ("flux1", 11901.41, 83.82)],
 )
 def test_presets_have_the_published_numbers_of_parameters(name, denoiser, vae):
     from nemo_aligner_diffusion.planner.networks import build_model
@@ -262,7 +262,7 @@ def test_presets_have_the_published_numbers_of_parameters(name, denoiser, vae):
     ("name", "component", "smaller", "times"),
     [
         ("sdxl", "unet", {"transformer_layers_per_block": 1}, 2),
-        ("dit-12b", "transformer", {"num_layers": 1, "num_single_layers": 1}, 1),  # guidance is an input of the network
+        ("flux1", "transformer", {"num_layers": 1, "num_single_layers": 1}, 1),  # guidance is an input of the network
     ],
 )
 def test_guidance_costs_what_it_costs_in_the_pipeline(name, component, smaller, times):

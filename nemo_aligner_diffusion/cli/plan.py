@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from nemo_aligner_diffusion.cli.train import parse_arguments
 from nemo_aligner_diffusion.command_line import Parser
 from nemo_aligner_diffusion.planner.gpus import GPUS, gpu_named
-from nemo_aligner_diffusion.planner.presets import MODELS, REWARDS, model_spec
+from nemo_aligner_diffusion.planner.presets import MODELS, REWARDS, model_name, model_spec
 from nemo_aligner_diffusion.runtime.ending import command
 
 DESCRIPTION = """\
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
     run = load_settings(options.config_name, options.overrides, config_dir=options.config_path)
     from nemo_aligner_diffusion.embedded_assets import embedded_model_path
 
-    spec = model_spec(options.model or run.model.from_pretrained or str(embedded_model_path()))
+    spec = model_spec(options.model or model_name(run.model) or str(embedded_model_path()))
     from nemo_aligner_diffusion.planner.answer import as_json, show
     from nemo_aligner_diffusion.planner.plan import make_plan  # torch and all, only now
     from nemo_aligner_diffusion.planner.settings import settings_from

@@ -151,7 +151,13 @@ class WeightsSettings(Settings):
     section = "model"
 
     from_pretrained: str | None = setting(
-        None, PATH, "diffusers folder of the whole pipeline, or hub id; null: the embedded model"
+        None,
+        PATH,
+        "whole pipeline: diffusers folder, hub id or one file (.safetensors, .ckpt); null: what unet_config's weights "
+        "are of, else the embedded model",
+    )
+    revision: str | None = setting(
+        None, Kind("text", nullable=True), "branch, tag or commit of a hub id; null: its main branch"
     )
     denoiser_path: str | None = setting(
         None,
@@ -161,6 +167,13 @@ class WeightsSettings(Settings):
         key="model.unet_config.from_pretrained",
     )
     vae_path: str | None = setting(None, PATH, "as above", key="model.first_stage_config.from_pretrained")
+    text_path: str | None = setting(
+        None,
+        PATH,
+        "folder or hub id of text encoders and tokenizers; path, null: the model's, or those its architecture is "
+        "published with",
+        key="model.cond_stage_config.from_pretrained",
+    )
     pipeline: PipelineSettings = part(PipelineSettings)
     infer: SamplingSettings = part(SamplingSettings)
     peft: TunedSettings = part(TunedSettings)

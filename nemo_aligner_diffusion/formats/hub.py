@@ -19,7 +19,13 @@ def is_hub_name(text: str) -> bool:
     return _HUB_NAME.fullmatch(text) is not None
 
 
-def locate(source: str | Path, choices: Sequence[Sequence[str]], complete: Callable[[Path], bool], wanted: str) -> Path:
+def locate(
+    source: str | Path,
+    choices: Sequence[Sequence[str]],
+    complete: Callable[[Path], bool],
+    wanted: str,
+    revision: str | None = None,
+) -> Path:
     """The local path of ``source``, fetched first where it names a repository that isn't at hand.
 
     Args:
@@ -27,6 +33,7 @@ def locate(source: str | Path, choices: Sequence[Sequence[str]], complete: Calla
         choices: file patterns to fetch, a group at a time until ``complete``; the preferred group first.
         complete: whether a folder holds what is needed.
         wanted: what is looked for, in words, for errors.
+        revision: branch, tag or commit of a repository; ``None``: its main branch.
 
     Raises:
         CheckpointError: there is no such path, and no such repository can be had.
@@ -45,7 +52,10 @@ def locate(source: str | Path, choices: Sequence[Sequence[str]], complete: Calla
     for local_files_only in (True, False):
         for patterns in choices:
             try:
-                folder = Path(snapshot_download(name, allow_patterns=list(patterns), local_files_only=local_files_only))
+                fetched = snapshot_download(
+                    name, revision=revision, allow_patterns=list(patterns), local_files_only=local_files_only
+                )
+                folder = Path(fetched)
             # Network, cache, access and validation errors of several libraries, which share no base.
             except Exception as error:
                 problem = f"{type(error).__name__}: {first_line(error)}"

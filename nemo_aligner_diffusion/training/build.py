@@ -15,7 +15,6 @@ from nemo_aligner_diffusion.diffusion.loading import load_model
 from nemo_aligner_diffusion.diffusion.lora import add_lora
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.diffusion.settings import SamplingSettings
-from nemo_aligner_diffusion.embedded_assets import embedded_model_path
 from nemo_aligner_diffusion.parallel.broadcast import load_once
 from nemo_aligner_diffusion.parallel.module import OptimizerFactory
 from nemo_aligner_diffusion.parallel.non_finite import NonFinitePolicy
@@ -46,9 +45,11 @@ def build_model(
     else:
         model = load_once(
             lambda: load_model(
-                section.from_pretrained or embedded_model_path(),
+                section.from_pretrained,
                 denoiser_path=section.denoiser_path,
                 vae_path=section.vae_path,
+                text_path=section.text_path,
+                revision=section.revision,
                 **declared,
             ),
             device,
