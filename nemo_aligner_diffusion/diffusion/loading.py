@@ -10,10 +10,15 @@ from typing import Any
 
 import torch
 
-from nemo_aligner_diffusion.diffusion.assembly import assemble, marked
+from nemo_aligner_diffusion.diffusion.files.assembly import assemble, marked
 from nemo_aligner_diffusion.diffusion.families import DENOISERS, family_of
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
-from nemo_aligner_diffusion.diffusion.parts import check_tokenizers, network_of_file, network_of_folder, text_parts
+from nemo_aligner_diffusion.diffusion.files.parts import (
+    check_tokenizers,
+    network_of_file,
+    network_of_folder,
+    text_parts,
+)
 from nemo_aligner_diffusion.diffusion.recognition import (
     EMBEDDED,
     INDEX,
@@ -75,7 +80,7 @@ def load_model(
     vae = None if vae_path is None else own_folder(vae_path, "vae")
     whole = embedded_model_path() if source is None else _local(source, revision)
     with with_quiet_libraries():  # what a user must know of the weights is checked here
-        found = Recognised(EMBEDDED, "")
+        found = Recognised(EMBEDDED, "", "")
         if whole.is_file() or (source is None and denoiser is not None):
             found = of_file(whole if denoiser is None else denoiser)
         if whole.is_file():

@@ -7,14 +7,15 @@ names are ``diffusers``' or the makers' own (as in ``CHECKPOINT_KEY_NAMES`` of `
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_aligner_diffusion.diffusion.architectures import ARCHITECTURES
+from nemo_aligner_diffusion.diffusion.files.architectures import ARCHITECTURES
 from nemo_aligner_diffusion.diffusion.settings import WeightsSettings
-from nemo_aligner_diffusion.errors import CheckpointError
+from nemo_aligner_diffusion.embedded_assets import embedded_model_path
+from nemo_aligner_diffusion.errors import CheckpointError, printable
 from nemo_aligner_diffusion.formats.files import read_json
 from nemo_aligner_diffusion.formats.hub import locate
 from nemo_aligner_diffusion.formats.weight_files import (
@@ -33,7 +34,10 @@ INDEX = "model_index.json"
 # what is read to find out what a pipeline's folder is, and to build it without its weights
 SMALL_FILES = ("*.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.jinja")
 
+_PLAIN = "StableDiffusionPipeline"  # of two architectures, told apart by their text encoders' width or projections
+_OF_WIDTH = {768: "sd15", 1024: "sd21"}
 _PIPELINES = {
+    "StableDiffusionXLPipeline": "sdxl",
     "StableDiffusion3Pipeline": "sd35",
     "FluxPipeline": "flux1",
     "Flux2Pipeline": "flux2",
@@ -69,69 +73,94 @@ V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"  # names of empty tensors that say ho
 
 @dataclass(frozen=True)
 class Recognised:
-    """Attributes:
-    architecture: ``embedded``, one of ``architectures.yaml`` or of families without their sizes there; ``""``:
-        another pipeline, or weights that are not there.
-    pipeline: the pipeline's class; ``""``: not known.
-    v_prediction, zero_snr: marked in the file: it predicts v; its last noise level has no signal.
+    """What a checkpoint is.
+
+    Attributes:
+        architecture: ``embedded``, ``sd15``, ``sd21``, ``sdxl``, ``sd35``, ``flux1``, ``flux2``, ``flux2_klein``,
+            ``qwen_image``, ``z_image``; empty: another, or not known.
+        pipeline: name of the ``diffusers`` pipeline class; empty: not known.
+        because: by what it was recognised, half a sentence.
+        v_prediction, zero_snr: marked in a file: it predicts v; its last noise level has no signal.
     """
 
     architecture: str
     pipeline: str
+    because: str
     v_prediction: bool = False
     zero_snr: bool = False
 
 
-def recognise(weights: WeightsSettings) -> Recognised:
-    """What ``model`` names; a hub id has its small files fetched where they are not at hand.
+def recognise(weights: WeightsSettings, fetch: bool = False) -> Recognised:
+    """The architecture of the model that ``weights`` names.
+
+    Args:
+        fetch: ask the hub for a repository's small files where the local cache has none of them.
 
     Raises:
         CheckpointError: a file that is damaged or no model's, or a model that makes no pictures from prompts alone.
+            What is missing is not this function's business.
     """
     source = weights.from_pretrained or weights.denoiser_path
     if source is None:
-        return Recognised(EMBEDDED, "StableDiffusionPipeline")
+        return Recognised(EMBEDDED, _PLAIN, "no model is named")
     try:
-        if weights.from_pretrained is not None:
-            path = locate(source, (SMALL_FILES,), lambda folder: (folder / INDEX).exists(), INDEX, weights.revision)
+        if weights.from_pretrained is None:
+            path = own_folder(source, "unet", fetch)
         else:
-            path = own_folder(source, "unet")
+            path = locate(
+                source, (SMALL_FILES,), lambda folder: (folder / INDEX).exists(), INDEX, weights.revision, fetch
+            )
     except CheckpointError:
-        return Recognised("", "")  # the loader says so, with what else it tried
+        return Recognised("", "", f"{source} is not here")
+    if path.is_dir() and path.resolve() == embedded_model_path().resolve():
+        return Recognised(EMBEDDED, _PLAIN, f"{path} is the embedded model")
     if weights.from_pretrained is not None and path.is_dir():
-        return of_folder(path) if (path / INDEX).exists() else Recognised("", "")
+        return of_folder(path)
+    if path.is_dir() and not has_weights(path) and not has_weights(path / "unet"):
+        config = read_json(path / "config.json", CheckpointError) if (path / "config.json").exists() else {}
+        found = of_pipeline(_PLAIN, lambda part: config)
+        return (
+            found if found.architecture else Recognised(EMBEDDED, _PLAIN, "its denoiser has the embedded one's place")
+        )
     return of_file(path)
 
 
-def own_folder(source: str | Path, component: str) -> Path:
+def own_folder(source: str | Path, component: str, fetch: bool = True) -> Path:
     """The file or folder of one network's weights, fetched where ``source`` is a hub id (as of many a VAE)."""
     patterns = [("*.json", *weight_patterns("", variant)) for variant in VARIANTS]
-    return locate(source, patterns, has_weights, f"the {component}'s weights")
+    return locate(source, patterns, has_weights, f"the {component}'s weights", fetch=fetch)
 
 
 def of_folder(folder: Path) -> Recognised:
     """What the ``model_index.json`` of a pipeline's folder says."""
-    pipeline = read_json(folder / INDEX, CheckpointError).get("_class_name")
-    if not isinstance(pipeline, str):
-        return Recognised("", "")
-    architecture = _PIPELINES.get(pipeline, "")
-    config = folder / "unet" / "config.json"
-    if not architecture and pipeline in ("StableDiffusionPipeline", "StableDiffusionXLPipeline") and config.exists():
-        architecture = _of_config(read_json(config, CheckpointError))
-    return Recognised(architecture, pipeline)
+    kind = read_json(folder / INDEX, CheckpointError).get("_class_name") if (folder / INDEX).exists() else None
+    if not isinstance(kind, str):
+        return Recognised("", "", f"{folder} has no {INDEX} that names a pipeline")
+
+    def config_of(part: str) -> Mapping[str, Any]:
+        file = folder / part / "config.json"
+        return read_json(file, CheckpointError) if file.exists() else {}
+
+    return of_pipeline(kind, config_of)
 
 
-def _of_config(config: Mapping[str, Any]) -> str:
-    """A UNet's architecture by its ``config.json``."""
-    levels, linear = config.get("block_out_channels"), bool(config.get("use_linear_projection"))
-    levels = len(levels) if isinstance(levels, list) else 0
-    if config.get("in_channels", 4) != 4:
-        return ""
-    if config.get("addition_embed_type") == "text_time":
-        return "sdxl" if levels == 3 and config.get("transformer_layers_per_block") == [1, 2, 10] else ""
-    if levels != 4 or config.get("class_embed_type") or config.get("time_cond_proj_dim"):
-        return ""
-    return "sd21" if linear else "sd15"
+def of_pipeline(kind: str, config_of: Callable[[str], Mapping[str, Any]]) -> Recognised:
+    """The architecture of a pipeline.
+
+    Args:
+        kind: name of its class.
+        config_of: component's name -> its configuration.
+    """
+    if kind != _PLAIN:
+        return Recognised(_PIPELINES.get(kind, ""), kind, f"it is a {printable(kind, 80)}")
+    config = config_of("unet")
+    width, levels = config.get("cross_attention_dim"), config.get("block_out_channels")
+    architecture = _OF_WIDTH.get(width, "") if isinstance(width, int) else ""
+    if not architecture and isinstance(levels, list | tuple) and len(levels) == 4:
+        architecture = "sd21" if config.get("use_linear_projection") else "sd15"
+    if config.get("in_channels", 4) != 4 or config.get("class_embed_type"):
+        architecture = ""
+    return Recognised(architecture, kind, f"it is a {kind} with a text encoder {printable(width, 20)} wide")
 
 
 def of_file(path: Path) -> Recognised:
@@ -150,12 +179,13 @@ def of_file(path: Path) -> Recognised:
         )
     known = ARCHITECTURES.get(architecture)
     pipeline = known.pipeline if known else next((p for p, a in _PIPELINES.items() if a == architecture), "")
-    return Recognised(architecture, pipeline or "StableDiffusionPipeline", *_marks(shapes))
+    title = known.title if known else architecture
+    return Recognised(architecture, pipeline or _PLAIN, f"{path} holds the weights of {title}", *_marks(shapes))
 
 
 def marks_of(path: Path, component: str) -> Recognised:
     """The marks alone, of weights that go into a pipeline which is known."""
-    return Recognised("", "", *_marks(read_shapes(find_weights(path, component)[0])))
+    return Recognised("", "", "", *_marks(read_shapes(find_weights(path, component)[0])))
 
 
 def _marks(shapes: Shapes) -> tuple[bool, bool]:

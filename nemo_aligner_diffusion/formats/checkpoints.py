@@ -199,34 +199,33 @@ def component_tensors(tensors: Mapping[str, Tensor], module: Any, component: str
     """
     names, expected = list(tensors), list(module.state_dict())
     anchor, before = _ORIGINAL.get(_original_class(module), ("", ""))
-    if anchor and (found := inner_names(names, anchor)):
-        inner = found[_chosen(found, {prefix: len(held) for prefix, held in found.items()}, component, source)]
+    found = inner_names(names, anchor) if anchor else {}
+    found = {prefix: inner for prefix, inner in found.items() if "control_model" not in prefix}
+    if found:
+        inner = found[_chosen({prefix: len(held) for prefix, held in found.items()}, component, source)]
         return _converted({f"{before}{name}": tensors[full] for name, full in inner.items()}, module, component, source)
-    matches: dict[str, int] = {}
-    found = {}
     for name in {max(expected, key=len), *expected[:: max(1, len(expected) // 8)]}:  # some may be missing or renamed
         found |= inner_names(names, name)
-    for prefix, inner in found.items():
-        matches[prefix] = sum(name in inner for name in expected)
-    if not found:
+    matches = {prefix: sum(name in inner for name in expected) for prefix, inner in found.items()}
+    if not found or 4 * max(matches.values()) < len(expected):
         raise CheckpointError(
             f"{source}: holds no {component} ({type(module).__name__}); what it holds looks like {what_is_in(names)}. "
             f"Give the {component}'s weights"
         )
-    inner = found[_chosen(found, matches, component, source)]
+    inner = found[_chosen(matches, component, source)]
     state = {name: tensors[full] for name, full in inner.items()}
     # attention of before diffusers 0.16: query, key, value, proj_attn; diffusers' own renaming
     getattr(module, "_fix_state_dict_keys_on_load", lambda state: None)(state)
     return state
 
 
-def _chosen(found: Mapping[str, Any], matches: Mapping[str, int], component: str, source: Path) -> str:
+def _chosen(matches: Mapping[str, int], component: str, source: Path) -> str:
     """The prefix with the most matches; of equal ones the weights themselves rather than their moving average."""
-    ranked = sorted(found, key=lambda p: ("control_model" in p, -matches[p], "ema" in p, len(p)))
-    best = ranked[0]
-    if len(ranked) > 1 and matches[ranked[1]] == matches[best] and "control_model" not in ranked[1]:
-        log.info("%s: holds the %s %d times; takes '%s'", source, component, len(ranked), printable(best))
-    return best
+    ranked = sorted(matches, key=lambda prefix: (-matches[prefix], "ema" in prefix, len(prefix)))
+    times = sum(count == matches[ranked[0]] for count in matches.values())
+    if times > 1:
+        log.info("%s: holds the %s %d times; takes '%s'", source, component, times, printable(ranked[0]))
+    return ranked[0]
 
 
 def _original_class(module: Any) -> str:

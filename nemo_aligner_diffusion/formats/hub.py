@@ -25,6 +25,7 @@ def locate(
     complete: Callable[[Path], bool],
     wanted: str,
     revision: str | None = None,
+    fetch: bool = True,
 ) -> Path:
     """The local path of ``source``, fetched first where it names a repository that isn't at hand.
 
@@ -34,6 +35,7 @@ def locate(
         complete: whether a folder holds what is needed.
         wanted: what is looked for, in words, for errors.
         revision: branch, tag or commit of a repository; ``None``: its main branch.
+        fetch: ask the network for what the cache has not.
 
     Raises:
         CheckpointError: there is no such path, and no such repository can be had.
@@ -49,7 +51,7 @@ def locate(
     from huggingface_hub import snapshot_download
 
     problem = "its files are not among those of the repository"
-    for local_files_only in (True, False):
+    for local_files_only in (True, False) if fetch else (True,):
         for patterns in choices:
             try:
                 fetched = snapshot_download(

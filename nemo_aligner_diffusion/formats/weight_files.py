@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nemo_aligner_diffusion.errors import AlignerError, CheckpointError, printable
-from nemo_aligner_diffusion.formats.files import MAX_DOCUMENT_BYTES, open_regular, read_json
+from nemo_aligner_diffusion.formats.files import MAX_DOCUMENT_BYTES, open_regular, read_json, what_instead
 from nemo_aligner_diffusion.keys import flatten
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -19,13 +19,10 @@ _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 _WEIGHTS = re.compile(rf"({'|'.join(_STEMS)})(?:\.([\w-]+))?\.(safetensors|bin)")
 _INDEX = re.compile(rf"({'|'.join(_STEMS)})\.(safetensors|bin)\.index(?:\.([\w-]+))?\.json")
 VARIANTS = ("", "bf16", "fp16", "non_ema")  # the first that there is; any other one comes last
-_PAGES = (b"<!doctype", b"<html", b"<?xml", b"<head")
 _NOT_WEIGHTS = {  # first bytes -> what such a file is
-    b"version https://git-lfs": "a Git LFS pointer, not the weights themselves; fetch them with git lfs pull",
     b"GGUF": "a GGUF file of quantized weights; give the original .safetensors",
     b"\x1f\x8b": "a gzip archive; give the weights inside it (a .nemo holds model_weights.ckpt)",
     b"\x89HDF": "an HDF5 file of TensorFlow or Keras; give the PyTorch weights",
-    b"version https://": "a pointer to a file, not the weights themselves; fetch them",
 }
 
 
@@ -60,8 +57,8 @@ def kind_of(path: Path) -> str:
     for mark, what in _NOT_WEIGHTS.items():
         if start.startswith(mark):
             raise CheckpointError(f"{path}: this is {what}")
-    if start.lstrip().lower().startswith(_PAGES):
-        raise CheckpointError(f"{path}: this is a web page, not weights; download the file itself, not its page")
+    if instead := what_instead(start):
+        raise CheckpointError(f"{path}: no weights, but {instead}")
     if start[257:262] == b"ustar":
         raise CheckpointError(f"{path}: this is a tar archive; give the weights inside it (in a .nemo: *.ckpt)")
     if start[:1] == b"\x80" and start[1] < 6:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemo_aligner_diffusion.diffusion.architectures import ARCHITECTURES, REWARDS, plain
+from nemo_aligner_diffusion.diffusion.files.architectures import ARCHITECTURES, REWARDS, plain
 from nemo_aligner_diffusion.diffusion.recognition import recognise
 from nemo_aligner_diffusion.diffusion.settings import WeightsSettings
 from nemo_aligner_diffusion.errors import ConfigurationError

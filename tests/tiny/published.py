@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tiny_pipelines.parts import clip, t5
 from torch import Tensor, nn
 
-from nemo_aligner_diffusion.diffusion.architectures import ARCHITECTURES
+from nemo_aligner_diffusion.diffusion.files.architectures import ARCHITECTURES
 
 WIDTH = 16  # of each text encoder
 # heads that the published configurations state divide these
@@ -69,7 +69,7 @@ def narrow(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def save_text(pipe: Any, folder: Path, weights: bool = True) -> Path:
-    """Text encoders and tokenizers as a pipeline's folder has them; without weights, what a single file needs beside."""
+    """Text encoders and tokenizers as a pipeline's folder has them; without weights: what a whole file needs beside."""
     for name, part in pipe.components.items():
         if name.startswith("tokenizer"):
             part.save_pretrained(folder / name)

@@ -14,7 +14,7 @@ import yaml
 
 from nemo_aligner_diffusion.formats.weight_files import Shapes
 
-_KNOWN = yaml.safe_load(Path(__file__).with_name("architectures.yaml").read_text("utf-8"))
+_KNOWN = yaml.safe_load((Path(__file__).parents[1] / "architectures.yaml").read_text("utf-8"))
 REWARDS: dict[str, dict[str, Any]] = _KNOWN["rewards"]  # of CLIPConfig
 
 

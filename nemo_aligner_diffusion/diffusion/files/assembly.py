@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from nemo_aligner_diffusion.diffusion.architectures import ARCHITECTURES, Architecture, fitted
-from nemo_aligner_diffusion.diffusion.parts import network_of_file, text_parts
+from nemo_aligner_diffusion.diffusion.files.architectures import ARCHITECTURES, Architecture, fitted, plain
+from nemo_aligner_diffusion.diffusion.files.parts import network_of_file, text_parts
 from nemo_aligner_diffusion.diffusion.recognition import Recognised, denoiser_shapes, vae_shapes
 from nemo_aligner_diffusion.errors import CheckpointError, printable
 from nemo_aligner_diffusion.formats.checkpoints import component_config
@@ -142,4 +142,4 @@ def marked(scheduler: Any, found: Recognised) -> Any:
     if not set(changes) <= set(inspect.signature(kind.__init__).parameters):  # PNDM cannot begin without signal
         kind = diffusers.DDIMScheduler
     log.info("marked in the file: %s", ", ".join(f"{name} = {value}" for name, value in changes.items()))
-    return kind.from_config({**scheduler.config, **changes})
+    return kind.from_config({**plain(dict(scheduler.config)), **changes})
