@@ -92,8 +92,8 @@ def files(parts: dict[str, Any], kind: str, place: Path) -> Path:
 
 @pytest.mark.parametrize(
     "kind",
-    ["shards", "shards, bin", "index", "non_ema", "fp16", "bf16", "fp16 shards", "safetensors named .ckpt", ".SAFETENSORS",
-     "pickle named .safetensors"],
+    ["shards", "shards, bin", "index", "non_ema", "fp16", "bf16", "fp16 shards", "safetensors named .ckpt",
+     ".SAFETENSORS", "pickle named .safetensors"],
 )  # fmt: skip
 def test_files(parts: dict[str, Any], kind: str, tmp_path: Path) -> None:
     loaded = tiny_parts()["unet"]

@@ -225,8 +225,8 @@ def _of_unet(shapes: Shapes, source: Path, edm: bool) -> str:
     theirs = "input_blocks.0.0.weight" in shapes
     first = shapes["input_blocks.0.0.weight" if theirs else "conv_in.weight"] if _has_first(shapes) else (0, 4)
     channels = first[1]
-    halvings = ".0.op.weight" if theirs else ".downsamplers.0.conv.weight"
-    levels = 1 + sum(name.endswith(halvings) for name in shapes)
+    side, halving = ("input_blocks.", ".0.op.weight") if theirs else ("down_blocks.", ".downsamplers.0.conv.weight")
+    levels = 1 + sum(name.startswith(side) and name.endswith(halving) for name in shapes)
     sized = "label_emb.0.0.weight" in shapes or "add_embedding.linear_1.weight" in shapes
     linear = any(name.endswith(".proj_in.weight") and len(shape) == 2 for name, shape in shapes.items())
     blocks = [match for name in shapes if (match := re.search(r"\.transformer_blocks\.(\d+)\.", name))]

@@ -207,7 +207,7 @@ def component_tensors(tensors: Mapping[str, Tensor], module: Any, component: str
     for name in {max(expected, key=len), *expected[:: max(1, len(expected) // 8)]}:  # some may be missing or renamed
         found |= inner_names(names, name)
     matches = {prefix: sum(name in inner for name in expected) for prefix, inner in found.items()}
-    if not found or 4 * max(matches.values()) < len(expected):
+    if not found or 2 * max(matches.values()) < len(expected):
         raise CheckpointError(
             f"{source}: holds no {component} ({type(module).__name__}); what it holds looks like {what_is_in(names)}. "
             f"Give the {component}'s weights"
