@@ -23,7 +23,7 @@ from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.diffusion.noise import plan_random, sample_generator
 from nemo_aligner_diffusion.diffusion.plan import PlanRule
 from nemo_aligner_diffusion.diffusion.schedule import path_of
-from nemo_aligner_diffusion.diffusion.trajectory import Rollout, check_repeatable, rollout
+from nemo_aligner_diffusion.diffusion.trajectory import Rollout, check_repeatable, distance_of_training, rollout
 from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError
 from nemo_aligner_diffusion.parallel.module import OptimizerFactory
 from nemo_aligner_diffusion.parallel.non_finite import NonFinitePolicy
@@ -186,7 +186,17 @@ class RewardTuning(PictureValidation):
         self.eval()
         drawn(self.plan_rule, path_of(self.model.pipe.scheduler, self.sampling.steps), plan_random(self.seed, 0))
         prompt = next(iter(self.validation_prompts), "a picture")
-        check_repeatable(self.model, self.model.inputs([prompt], **vars(self.sampling)))
+        inputs = self.model.inputs([prompt], **vars(self.sampling))
+        check_repeatable(self.model, inputs)
+        if self.model.decoder.other_picture:
+            mean, most = distance_of_training(self.model, inputs)
+            log.info(
+                "in training the reward scores %s; the first is %.2g from the VAE's on average, %.2g at most "
+                "(pixels in [0, 1]); validation and exports are of the VAE",
+                self.model.decoder.other_picture,
+                mean,
+                most,
+            )
 
     # Lightning's hooks
 

@@ -10,6 +10,7 @@ import torch
 
 from nemo_aligner_diffusion.algorithms.base import Method
 from nemo_aligner_diffusion.algorithms.reward_tuning import RewardTuning
+from nemo_aligner_diffusion.diffusion.decoding import load_small_decoder, set_up_decoder
 from nemo_aligner_diffusion.diffusion.generate import Sampling
 from nemo_aligner_diffusion.diffusion.loading import load_model
 from nemo_aligner_diffusion.diffusion.lora import add_lora
@@ -54,6 +55,10 @@ def build_model(
             device,
             phase,
         )
+    small = section.decoder.small_decoder
+    set_up_decoder(
+        model, section.decoder, None if small is None else load_once(lambda: load_small_decoder(small), device)
+    )
     _prepare(section, model)
     for _, parameter in model.trainable_parameters():  # of a pipeline in half precision; peft computes either way
         if parameter.dtype in (torch.float16, torch.bfloat16):
