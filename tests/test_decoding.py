@@ -110,10 +110,11 @@ def test_tiles_are_those_of_diffusers_with_their_gradient(name: str, checkpointi
     for picture, slope in found:
         assert (picture - expected).abs().max() < 1e-12
         assert relative(slope, direction) < 1e-12
-    # how far that is from the plain decoding: norms and attention see a tile, not the picture
+    # how far that is from the plain decoding: norms and attention see a tile, not the picture. Of random weights and
+    # noise up to 0.7 of the pixels' standard deviation; a run logs it of its own VAE
     plain = decode(vae, latents, None, return_dict=False)[0]
     far = (plain - expected.detach()).abs()
-    assert 1e-3 < float(far.mean() / plain.std()) < 0.5
+    assert 1e-3 < float(far.mean() / plain.std()) < 1.0
     assert torch.allclose(plain, named(name).build(torch.float64).vae.decode(latents, return_dict=False)[0])
 
 
@@ -315,6 +316,21 @@ def test_the_decoder_is_as_configured_and_the_log_says_what_the_reward_sees(
         built("tiling=100")
     both = DecoderSettings(tiling=64, small_decoder="x")
     assert both.unread_keys() == {"model.first_stage_config.tiling": "a small decoder decodes whole"}
+
+
+def test_what_overflows_in_float16_is_named_once(pipeline: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Not of SDXL's kind: its pipeline leaves the VAE in float16."""
+    cfg = load_settings("draftp_sd", [f"model.from_pretrained={pipeline}", "rm=symmetry", "model.micro_batch_size=2",
+                                      "model.infer.inference_steps=2", "model.truncation_steps=1"])  # fmt: skip
+    model = build_model(cfg)
+    module = build_module(cfg, model, build_reward(cfg.rm), 10)
+    overflowing(model.pipe.vae)
+    with torch.autocast("cpu", torch.float16):
+        losses = [module.training_step({"prompts": ["a", "b"], "index": torch.arange(2)}, 0) for _ in range(2)]
+    assert all(torch.isnan(loss) for loss in losses)
+    said = [record.message for record in caplog.records if "not finite, in float16" in record.message]
+    assert said == ["a reward is not finite, in float16: the decoder or the reward overflows, the latents are finite; "
+                    "expected trainer.precision=bf16 or 32"]  # fmt: skip
 
 
 def test_each_way_to_decode_needs_less_and_is_counted_as_it_is() -> None:
