@@ -99,13 +99,16 @@ class Parallelism:
 
         FSDP2 has averaged over the data group already. A parameter that is whole on every rank of a tensor group has
         the same gradient there but for the order in which a device sums; the mean keeps its copies from drifting apart.
+        One that each rank reads for its own heads has a part of its gradient there.
         """
         if self.mesh is None:
             return
         if not self.layout.fsdp:
             _average(_gradients(parameters), self.data_group)
         if self.layout.tensor > 1:
-            _average(_gradients(self._whole(parameters)), self.tensor_group)
+            for partial in (False, True):
+                alike = [named for named in self._whole(parameters) if self.placement(named[0]).partial == partial]
+                _average(_gradients(alike), self.tensor_group, divide=not partial)
 
     def gradient_norm(self, parameters: Named) -> float:
         """The 2-norm of the whole gradient, each number of it counted once; equal on every rank."""
@@ -155,8 +158,9 @@ def _gradients(parameters: Named) -> list[Tensor]:
     return [parameter.grad for _, parameter in parameters if parameter.grad is not None]
 
 
-def _average(tensors: Sequence[Tensor], group: Any) -> None:
-    """Replace each tensor by its mean over ``group``, in place; few large messages instead of many small ones."""
+def _average(tensors: Sequence[Tensor], group: Any, divide: bool = True) -> None:
+    """Replace each tensor by its mean (or sum) over ``group``, in place; few large messages instead of many small ones.
+    """
     size = dist.get_world_size(group)
     if size == 1:
         return
@@ -164,7 +168,8 @@ def _average(tensors: Sequence[Tensor], group: Any) -> None:
         flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
         with waiting():  # the others' slowness is not this rank's work
             dist.all_reduce(flat, group=group)
-        flat /= size
+        if divide:
+            flat /= size
         for tensor, mean in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
             tensor.copy_(mean.view_as(tensor))
 
