@@ -49,8 +49,9 @@ class Parallelism:
                 from nemo_aligner_diffusion.parallel.tensor.plans import apply_tensor_parallel
 
                 apply_tensor_parallel(denoiser, self.tensor_group)
-        if self.layout.cut_reward:
-            self._cut_reward(frozen["reward"])
+        for part in ("reward", "text_encoder"):
+            if getattr(self.layout, f"cut_{part}"):
+                self._cut_frozen(part, frozen[part])
         self._placements = placements(denoisers[0])
         if self.layout.fsdp:
             from nemo_aligner_diffusion.parallel.sharding import shard_denoiser, shard_frozen
@@ -136,19 +137,18 @@ class Parallelism:
             for gradient in _gradients(parameters):
                 local_part(gradient).mul_(factor)
 
-    def _cut_reward(self, reward: nn.Module) -> None:
-        from nemo_aligner_diffusion.parallel.tensor.plans import TENSOR_PLANS, apply_tensor_parallel
+    def _cut_frozen(self, name: str, part: nn.Module) -> None:
+        from nemo_aligner_diffusion.parallel.tensor.plans import apply_tensor_parallel, outermost_with_plan
 
-        towers = [module for module in reward.modules() if type(module).__name__ in TENSOR_PLANS]
+        key, towers = f"model.tensor_parallel_{name}", outermost_with_plan(part)
         if not towers:
+            kinds = ", ".join(sorted({type(module).__name__ for module in (part, *part.children())}))
             raise ConfigurationError(
-                f"model.tensor_parallel_reward = true, but no part of the reward {type(reward).__name__} can be cut: "
-                f"there are plans for {', '.join(TENSOR_PLANS)}; set it to false"
+                f"{key} = true, but there is no tensor-parallel plan for any part of the {name.replace('_', ' ')} "
+                f"({kinds}); set it to false"
             )
         for tower in towers:
-            apply_tensor_parallel(
-                tower, self.tensor_group, key="model.tensor_parallel_reward: model.tensor_model_parallel_size"
-            )
+            apply_tensor_parallel(tower, self.tensor_group, key=f"{key}: model.tensor_model_parallel_size")
 
     def _whole(self, parameters: Named) -> list[tuple[str, Parameter]]:
         return [(name, parameter) for name, parameter in parameters if self.placement(name).cut is None]

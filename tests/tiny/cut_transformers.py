@@ -47,8 +47,8 @@ def built(name: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     return model, tuple(tree_map(leaf, value) for value in args), {**given, "return_dict": False}
 
 
-def adapt(model: Any, name: str, dtype: torch.dtype | None = None) -> None:
-    """LoRA on every layer that its family adapts, and B not zero."""
+def adapt(model: Any, name: str) -> None:
+    """LoRA on every layer that its family adapts, B not zero; float32 over bfloat16, as training has it."""
     from tiny_pipelines import named
 
     from nemo_aligner_diffusion.diffusion.lora import add_lora
@@ -58,8 +58,14 @@ def adapt(model: Any, name: str, dtype: torch.dtype | None = None) -> None:
     with torch.no_grad():
         for path, parameter in model.named_parameters():
             if "lora_" in path:
-                parameter.data = parameter.data.to(dtype or parameter.dtype)
+                if parameter.dtype == torch.bfloat16:
+                    parameter.data = parameter.data.float()
                 parameter.copy_(0.2 * torch.randn_like(parameter))
+
+
+def _in_bf16(value: Any) -> Any:
+    floating = isinstance(value, Tensor) and value.is_floating_point()
+    return value.detach().to(torch.bfloat16).requires_grad_(value.requires_grad) if floating else value
 
 
 def results(model: Any, args: Any, kwargs: Any, parallel: Any = None) -> dict[str, Tensor]:
@@ -92,12 +98,14 @@ def compare(name: str, what: str, fsdp: bool, tensor: int, checkpointing: bool =
     from nemo_aligner_diffusion.parallel.placements import local_part
 
     # Z-Image asks for float32 where the others follow; what the backward pass recomputes leaves double precision
-    exact = name != "z-image" and not checkpointing
+    exact = name != "z-image" and what != "bf16" and not checkpointing
     with double_precision() if exact else contextlib.nullcontext():
         model, args, kwargs = built(name)
         model.requires_grad_(True)
         if what != "full":
-            adapt(model, name)
+            adapt(model.to(torch.bfloat16) if what == "bf16" else model, name)
+        if what == "bf16":
+            args, kwargs = tree_map(_in_bf16, (args, kwargs))
         if checkpointing:
             model.enable_gradient_checkpointing()
             model.train()
@@ -120,3 +128,49 @@ def compare(name: str, what: str, fsdp: bool, tensor: int, checkpointing: bool =
     norm = abs(float(found.pop("norm") / expected.pop("norm")) - 1)
     worst = largest_difference(found, expected)
     return {"difference": worst, "exact": exact, "compared": len(found), "held": held, "norm": norm}
+
+
+def compare_text_encoder(kind: str) -> tuple[float, float]:
+    """How far a text encoder's states are when it is cut, and the share of its layers' numbers that a rank holds."""
+    import torch.distributed as dist
+    from tiny_pipelines.parts import language_model_config, qwen_vl, t5_config, t5_tokenizer
+    from torch.distributed.device_mesh import init_device_mesh
+    from transformers import Qwen3Config, Qwen3ForCausalLM, T5EncoderModel
+
+    from nemo_aligner_diffusion.parallel.layout import Layout
+    from nemo_aligner_diffusion.parallel.parallelism import Parallelism
+
+    torch.manual_seed(0)
+    if kind == "t5":
+        config = t5_config(t5_tokenizer())
+        config.num_layers, config.num_heads = 2, 4
+        encoder: Any = T5EncoderModel(config)
+    elif kind == "qwen3":  # more heads of queries than of keys and values
+        encoder = Qwen3ForCausalLM(Qwen3Config(**{**language_model_config(40), "num_attention_heads": 4}))
+    else:
+        encoder, _ = qwen_vl()
+    encoder.eval()
+    tokens = torch.randint(1, 40, (2, 7), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(tokens)
+    mask[1, 5:] = 0
+    # torch's attention on the CPU wants heads of 8 and more to be exact: double precision is compared
+    encoder.double().requires_grad_(False)
+
+    def states() -> Tensor:
+        found = encoder(input_ids=tokens, attention_mask=mask, output_hidden_states=True).hidden_states
+        return torch.stack([layer[mask.bool()] for layer in found])
+
+    def held() -> int:
+        return sum(p.numel() for n, p in encoder.named_parameters() if ".layers." in n or ".block." in n)
+
+    expected, whole = states(), held()
+    size = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (1, size), mesh_dim_names=("data_parallel", "tensor_parallel"))
+    parts = {"text_encoder": torch.nn.ModuleDict({"text_encoder": torch.nn.Linear(2, 2), "text_encoder_2": encoder})}
+    from tiny.stable_diffusion import tiny_stable_diffusion
+
+    layout = Layout(tensor=size, cut_text_encoder=True)
+    Parallelism(layout).apply(mesh, [tiny_stable_diffusion().denoiser], parts)
+    found = states()
+    assert expected.std() > 0.01
+    return float((found - expected).abs().max() / expected.abs().max()), held() / whole

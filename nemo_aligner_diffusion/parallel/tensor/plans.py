@@ -75,6 +75,13 @@ def has_plan(model: nn.Module) -> bool:
     return type(model).__name__ in TENSOR_PLANS or table_of(model) is not None
 
 
+def outermost_with_plan(part: nn.Module) -> list[nn.Module]:
+    """``part`` itself, or what in it can be cut."""
+    if has_plan(part):
+        return [part]
+    return [found for child in part.children() for found in outermost_with_plan(child)]
+
+
 def _blocks(model: nn.Module) -> list[Block]:
     rules = TENSOR_PLANS.get(type(model).__name__)
     if rules is None:

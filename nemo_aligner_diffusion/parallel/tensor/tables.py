@@ -27,7 +27,8 @@ from typing import Any
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.parallel.tensor.blocks import Block, Shares, base_layer, refuse
 
-_WHOLE = ("colwise_gather_output", "replicated_with_grad_allreduce")  # transformers' styles that need no cut here
+# transformers' styles that need no cut here: word embeddings, the head of a language model, norms of one head
+_WHOLE = ("embedding_rowwise", "colwise_gather_output", "replicated_with_grad_allreduce")
 # attributes of an attention or feed-forward module that count what is cut
 _COUNTS = ("heads", "inner_dim", "inner_kv_dim", "sliceable_head_dim", "mlp_hidden_dim", "num_heads", "n_heads",
            "num_key_value_heads")  # fmt: skip
@@ -62,6 +63,17 @@ TABLES: dict[str, Mapping[str, Any]] = {
         "*.*.feed_forward.w1": "colwise",
         "*.*.feed_forward.w3": "colwise",
         "*.*.feed_forward.w2": "rowwise",
+    },
+    "T5EncoderModel": {
+        "encoder.block.*.layer.0.SelfAttention.q": "colwise",
+        "encoder.block.*.layer.0.SelfAttention.k": "colwise",
+        "encoder.block.*.layer.0.SelfAttention.v": "colwise",
+        "encoder.block.*.layer.0.SelfAttention.relative_attention_bias": "colwise",  # a feature is a head
+        "encoder.block.*.layer.0.SelfAttention.o": "rowwise",
+        "encoder.block.*.layer.1.DenseReluDense.wi": "colwise",
+        "encoder.block.*.layer.1.DenseReluDense.wi_0": "colwise",
+        "encoder.block.*.layer.1.DenseReluDense.wi_1": "colwise",
+        "encoder.block.*.layer.1.DenseReluDense.wo": "rowwise",
     },
 }
 
