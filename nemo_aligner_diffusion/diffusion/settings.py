@@ -200,6 +200,11 @@ class WeightsSettings(Settings):
         key="model.unet_config.from_pretrained",
     )
     vae_path: str | None = setting(None, PATH, "as above", key="model.first_stage_config.from_pretrained")
+    frozen_precision: str | None = setting(
+        None,
+        choice("32", "bf16", nullable=True),
+        "of weights that are not trained (text encoders, VAE, the base under LoRA): 32 or bf16; null: as loaded",
+    )
     decoder: DecoderSettings = part(DecoderSettings)
     pipeline: PipelineSettings = part(PipelineSettings)
     infer: SamplingSettings = part(SamplingSettings)

@@ -28,6 +28,8 @@ from nemo_aligner_diffusion.training.optimizers import OptimizerSettings, build_
 from nemo_aligner_diffusion.training.schedules import build_schedule
 from nemo_aligner_diffusion.training.settings import ModelSettings, RunSettings
 
+_DTYPES = {None: None, "32": torch.float32, "bf16": torch.bfloat16}  # model.frozen_precision
+
 
 def build_model(
     settings: RunSettings,
@@ -42,6 +44,7 @@ def build_model(
     """
     section = settings.model
     declared = section.pipeline.declared()
+    frozen = _DTYPES[section.frozen_precision]
     if pipe is not None:
         model = DiffusionModel(pipe, **declared).to(device)
     else:
@@ -50,6 +53,7 @@ def build_model(
                 section.from_pretrained or embedded_model_path(),
                 denoiser_path=section.denoiser_path,
                 vae_path=section.vae_path,
+                dtype=(frozen if section.peft.is_lora else None) or torch.float32,  # none of it is trained
                 **declared,
             ),
             device,
@@ -60,10 +64,26 @@ def build_model(
         model, section.decoder, None if small is None else load_once(lambda: load_small_decoder(small), device)
     )
     _prepare(section, model)
+    if frozen is not None:
+        _convert_frozen(model, frozen)
     for _, parameter in model.trainable_parameters():  # of a pipeline in half precision; peft computes either way
         if parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.float()
     return model
+
+
+def _convert_frozen(model: DiffusionModel, dtype: torch.dtype) -> None:
+    """Frozen weights in ``dtype``, but what a class of ``diffusers`` keeps in float32, and no buffers: rotary
+    frequencies in bfloat16 are wrong ones."""
+    kept: set[torch.nn.Parameter] = set()
+    for network in model.modules():
+        names = getattr(network, "_keep_in_fp32_modules_strict", None)  # transformers' other list is for float16 alone
+        names = getattr(network, "_keep_in_fp32_modules", None) if names is None else names
+        if names:
+            kept |= {p for name, p in network.named_parameters() if set(names) & set(name.split("."))}
+    for parameter in model.parameters():
+        if not parameter.requires_grad and parameter.is_floating_point() and parameter not in kept:
+            parameter.data = parameter.data.to(dtype)
 
 
 def _prepare(section: ModelSettings, model: DiffusionModel) -> None:
