@@ -60,6 +60,7 @@ class DiffusionModel(nn.Module):
         self.stateless = {*stateless, *self.family.stateless}
         self.truncated_prompts = 0  # prompts so far that were longer than the tokenizer's limit
         self.reference_denoiser: Any = None  # frozen copy, full fine-tuning only
+        self.notes: dict[str, str] = {}  # for the metadata of its exports
         self._as_reference = False
         names = [name for name, part in pipe.components.items() if isinstance(part, nn.Module)]
         self._check_kind()
