@@ -138,10 +138,11 @@ def comfy_flux() -> set[str]:
     return names | {f"transformer.single_transformer_blocks.{block}.{part}" for block in range(3) for part in single}
 
 
-def sd15_unet() -> UNet2DConditionModel:
+def sd15_unet(**changes: Any) -> UNet2DConditionModel:
     """The published configuration, narrow."""
-    return UNet2DConditionModel(block_out_channels=(4, 8, 12, 12), norm_num_groups=4, cross_attention_dim=8,
-                                attention_head_dim=2, layers_per_block=2)  # fmt: skip
+    config = {"block_out_channels": (4, 8, 12, 12), "norm_num_groups": 4, "cross_attention_dim": 8,
+              "attention_head_dim": 2, "layers_per_block": 2, **changes}  # fmt: skip
+    return UNet2DConditionModel(**config)
 
 
 def sdxl_unet() -> UNet2DConditionModel:
@@ -166,7 +167,12 @@ def published(family: str) -> tuple[Any, set[str]]:
     return adapted(flux_transformer(num_layers=2, num_single_layers=3), targets), comfy_flux()
 
 
-FAMILIES_READ = ["StableDiffusion", pytest.param("StableDiffusionXL", marks=pytest.mark.slow), "StableDiffusion3", "Flux"]
+FAMILIES_READ = [
+    "StableDiffusion",
+    pytest.param("StableDiffusionXL", marks=pytest.mark.slow),
+    "StableDiffusion3",
+    "Flux",
+]
 
 
 @pytest.mark.parametrize("family", FAMILIES_READ)
@@ -217,5 +223,3 @@ def test_the_headers_agree_with_the_tensors_and_the_files_have_the_usual_mode(tm
             described = json.loads(header["lora_adapter_metadata"])
             assert described["unet.r"] == described["unet.lora_alpha"] == RANK
     assert sorted(path.name for path in tmp_path.iterdir()) == [KOHYA_NAME, WEIGHT_NAME]
-
-

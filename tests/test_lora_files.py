@@ -110,7 +110,9 @@ def test_names_of_other_trainers(spelling: str, unet: Any, tmp_path: Path) -> No
 def test_mixed_ranks_each_with_its_alpha(unet: Any, tmp_path: Path) -> None:
     made = pairs(unet, ranks=(2, 4, 8))
     tensors = spelt(unet, made, "kohya")
-    assert same(read_lora(write(tmp_path / "none.safetensors", tensors), unet), made)  # no alpha: scale 1, whatever rank
+    assert same(
+        read_lora(write(tmp_path / "none.safetensors", tensors), unet), made
+    )  # no alpha: scale 1, whatever rank
     alphas = {f"lora_unet_{name.replace('.', '_')}.alpha": torch.tensor(3.0 + i) for i, name in enumerate(made)}
     lora = read_lora(write(tmp_path / "some.safetensors", {**tensors, **alphas}), unet)
     assert same(lora, made, {name: (3.0 + i) / len(pair[0]) for i, (name, pair) in enumerate(made.items())})
@@ -150,7 +152,7 @@ def test_text_encoders_layers_are_named_and_the_rest_is_used(
 ) -> None:
     made = pairs(unet)
     for name in ("lora_te_text_model_encoder_layers_0_mlp_fc1", "lora_te2_text_projection", "text_encoder.x.q_proj"):
-        down, up = (("lora_A", "lora_B") if "." in name else ("lora_down", "lora_up"))
+        down, up = ("lora_A", "lora_B") if "." in name else ("lora_down", "lora_up")
         texts = {f"{name}.{down}.weight": torch.zeros(2, 4), f"{name}.{up}.weight": torch.zeros(4, 2)}
         caplog.clear()
         file = write(tmp_path / "a.safetensors", {**spelt(unet, made, "kohya"), **texts})
@@ -173,7 +175,9 @@ def test_text_encoders_layers_are_named_and_the_rest_is_used(
         ({f"lora_unet_{BLOCK.replace('.', '_')}_attn1_to_q.lora_down.weight": torch.zeros(4, 16)}, "1 of its 15"),
     ],
 )
-def test_no_tensor_is_passed_over_in_silence(change: dict[str, Tensor], message: str, unet: Any, tmp_path: Path) -> None:
+def test_no_tensor_is_passed_over_in_silence(
+    change: dict[str, Tensor], message: str, unet: Any, tmp_path: Path
+) -> None:
     file = write(tmp_path / "a.safetensors", {**spelt(unet, pairs(unet), "diffusers"), **change})
     with pytest.raises(CheckpointError, match=rf"a\.safetensors: this LoRA .*{message}"):
         read_lora(file, unet, pipeline_class=StableDiffusionPipeline)

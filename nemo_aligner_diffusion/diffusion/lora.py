@@ -140,9 +140,7 @@ def load_lora_weights(denoiser: Any, path: Path, adapter_name: str, pipeline_cla
     attach_lora(denoiser, read_lora(path, denoiser, lora_component(pipeline_class), pipeline_class), adapter_name)
 
 
-def continue_lora(
-    denoiser: Any, path: Path, settings: LoRASettings, pipeline_class: Any = None
-) -> None:
+def continue_lora(denoiser: Any, path: Path, settings: LoRASettings, pipeline_class: Any = None) -> None:
     """Go on with the adapter of a file (``model.peft.restore_from_path``): the same function, trained as configured.
 
     Its layers and ranks are the file's; its alpha is the setting's, B divided accordingly, so that a learning rate means
@@ -167,7 +165,9 @@ def continue_lora(
             f"{settings.given('target_modules')} leaves out; its layers are trained, so leave that null"
         )
     if any("lora_magnitude_vector" in layer for layer in lora.layers.values()):
-        raise ConfigurationError(f"model.peft.restore_from_path = {path}: is DoRA, which can be used but not trained on here")
+        raise ConfigurationError(
+            f"model.peft.restore_from_path = {path}: is DoRA, which can be used but not trained on here"
+        )
     attach_lora(denoiser, lora, ADAPTER, settings.alpha, settings.dropout)
 
 
@@ -212,7 +212,9 @@ def lora_component(pipeline_class: Any) -> str:
 
     writer = getattr(pipeline_class or diffusers.StableDiffusionPipeline, "save_lora_weights", None)
     # a pipeline without a LoRA loader: as most transformers
-    return "unet" if writer is not None and "unet_lora_layers" in inspect.signature(writer).parameters else "transformer"
+    return (
+        "unet" if writer is not None and "unet_lora_layers" in inspect.signature(writer).parameters else "transformer"
+    )
 
 
 def mix(denoiser: Any, weights: Mapping[str, float]) -> None:

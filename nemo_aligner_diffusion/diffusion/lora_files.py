@@ -16,7 +16,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,13 @@ class Lora:
         """The most frequent one."""
         return Counter(self.ranks.values()).most_common(1)[0][0]
 
+    def scaled(self, weight: float) -> Lora:
+        """``W + weight·B·A``."""
+        return replace(self, layers={
+            module: {part: tensor * weight if part.startswith("lora_B") else tensor for part, tensor in layer.items()}
+            for module, layer in self.layers.items()
+        })  # fmt: skip
+
 
 def read_lora(path: Path, denoiser: Any, component: str = "unet", pipeline_class: Any = None) -> Lora:
     """The adapter in a file or a folder (``export/``, PEFT's) for ``denoiser``.
@@ -80,7 +87,9 @@ def read_lora(path: Path, denoiser: Any, component: str = "unet", pipeline_class
     Raises:
         CheckpointError: missing or unreadable; made for another network, in whole or in part; of another kind than LoRA.
     """
-    file = _lora_file(path)
+    file = lora_file(path)
+    if file is None:
+        raise CheckpointError(f"{path}: no such LoRA file; expected an export folder or a .safetensors file")
     tensors, header = read_tensors(file), _header(file)
     modules = _modules(denoiser)
     spelt = _spellings(modules, denoiser)
@@ -111,15 +120,16 @@ def read_lora(path: Path, denoiser: Any, component: str = "unet", pipeline_class
     return Lora({name: _layer(file, name, parts, modules[name], metadata) for name, parts in found.items()}, header)
 
 
-def _lora_file(path: Path) -> Path:
-    if path.is_dir():
-        path = path / "export" if (path / "export" / WEIGHT_NAME).is_file() else path  # of a run
-        given = sorted(path.glob("[!.]*.safetensors"))
-        usual = [file for name in (WEIGHT_NAME, _PEFT_NAME) for file in given if file.name == name]
-        path = usual[0] if usual else given[0] if len(given) == 1 else path / WEIGHT_NAME
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such LoRA file; expected an export folder or a .safetensors file")
-    return path
+def lora_file(path: Path) -> Path | None:
+    """The LoRA file that ``path`` is or holds: a file, an ``export/`` folder or its run's, a folder with one alone."""
+    if not path.is_dir():
+        return path if path.is_file() else None
+    for folder in (path, path / "export"):
+        files = sorted(folder.glob("[!.]*.safetensors"))
+        usual = [file for name in (WEIGHT_NAME, _PEFT_NAME) for file in files if file.name == name]
+        if usual or (len(files) == 1 and not (folder / "config.json").exists()):  # a network's own folder
+            return (usual or files)[0]
+    return None
 
 
 def _header(file: Path) -> dict[str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from nemo_aligner_diffusion.diffusion.lora import has_lora, lora_state_dict, save_lora_weights
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.parallel.parallelism import Parallelism
-from nemo_aligner_diffusion.runtime.files import UNFINISHED, remove_leftovers
+from nemo_aligner_diffusion.runtime.files import atomic_folder, remove_leftovers
 
 if TYPE_CHECKING:
     from nemo_aligner_diffusion.training.settings import RunSettings
@@ -83,6 +82,7 @@ def export_notes(settings: RunSettings, model: DiffusionModel) -> dict[str, str]
     shown = settings.shown["model"]
     method = section.algorithm.replace("+", "_plus")
     noted = {key: shown[key] for key in (*_NOTED, method, section.algorithm) if key in shown}
+    noted["peft"] = {"lora_tuning": shown["peft"]["lora_tuning"]}
     notes = {
         "ss_output_name": settings.name,
         "ss_sd_model_name": Path(source).name if source else "the embedded model",
@@ -123,9 +123,6 @@ def whole_adapter(denoiser: Any, parallel: Parallelism) -> dict[str, Tensor]:
 
 
 def _write_denoiser(denoiser: Any, weights: dict[str, Tensor], directory: Path, component: str) -> Path:
-    names = (component, f".{component}{UNFINISHED}", f".{component}.old{UNFINISHED}")
-    target, fresh, old = (directory / name for name in names)
-    directory.mkdir(parents=True, exist_ok=True)
     remove_leftovers(directory)
     import diffusers
 
@@ -134,9 +131,6 @@ def _write_denoiser(denoiser: Any, weights: dict[str, Tensor], directory: Path, 
         kind = denoiser.config.get("_class_name", type(denoiser).__name__)
         plain = getattr(diffusers, kind).from_config(denoiser.config)
     plain.load_state_dict(weights, assign=True)
-    plain.save_pretrained(fresh, safe_serialization=True)
-    if target.exists():
-        target.rename(old)
-    fresh.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
-    return target
+    with atomic_folder(directory / component) as folder:
+        plain.save_pretrained(folder, safe_serialization=True)
+    return directory / component
