@@ -136,7 +136,7 @@ class TunedSettings(Settings):
     restore_from_path: str | None = setting(
         None,
         PATH,
-        "LoRA to go on with: an export folder or a .safetensors file (diffusers', kohya's, PEFT's names); null: a new one",
+        "LoRA to go on with: an export folder or a .safetensors file of any trainer; null: a new one",
     )
     lora_tuning: LoRASettings = part(LoRASettings)
 
