@@ -138,7 +138,9 @@ def test_adapters_of_other_trainers_are_applied_or_refused(
     assert torch.allclose(made["tuned"], expected, atol=1e-5)
     assert not torch.allclose(made["base"], expected, atol=1e-2)
     save_file({**state, "unet.down_blocks.7.attn1.to_q.lora_A.weight": torch.zeros(2, 8)}, file)
-    with pytest.raises(CheckpointError, match=r"a\.safetensors: .* 1 of its \d+ tensors have no place .*down_blocks\.7"):
+    with pytest.raises(
+        CheckpointError, match=r"a\.safetensors: .* 1 of its \d+ tensors have no place .*down_blocks\.7"
+    ):
         run(pipeline_folder, tmp_path / "out", "--lora", str(file))
     save_file({**state, "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_A.weight": torch.zeros(2, 8)}, file)
     made = run(pipeline_folder, tmp_path / "out", "--lora", str(file)).images
