@@ -82,8 +82,8 @@ def test_plain_diffusers_makes_the_same_pictures(name: str, way: str, exports: P
     assert (pictures(row, pipe) - expected).abs().max() < 1e-3
 
 
-# ComfyUI (comfy/lora.py: model_lora_keys_unet; comfy/utils.py: unet_to_diffusers, mmdit_to_diffusers, flux_to_diffusers):
-# the names under which it looks for an adapter of each layer, written out from the published architectures.
+# The names under which ComfyUI looks for an adapter of each layer (comfy/lora.py: model_lora_keys_unet; comfy/utils.py:
+# unet_to_diffusers, mmdit_to_diffusers, flux_to_diffusers), written out from the published architectures.
 TRANSFORMER = [f"attn{n}_to_{x}" for n in (1, 2) for x in ("q", "k", "v", "out_0")] + ["ff_net_0_proj", "ff_net_2"]
 
 

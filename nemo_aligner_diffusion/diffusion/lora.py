@@ -143,8 +143,8 @@ def load_lora_weights(denoiser: Any, path: Path, adapter_name: str, pipeline_cla
 def continue_lora(denoiser: Any, path: Path, settings: LoRASettings, pipeline_class: Any = None) -> None:
     """Go on with the adapter of a file (``model.peft.restore_from_path``): the same function, trained as configured.
 
-    Its layers and ranks are the file's; its alpha is the setting's, B divided accordingly, so that a learning rate means
-    what it means in a run from the start.
+    Its layers and ranks are the file's; its alpha is the setting's, B divided accordingly, so that a learning rate
+    means what it means in a run from the start.
 
     Raises:
         CheckpointError: unreadable, or of another model.
@@ -161,8 +161,8 @@ def continue_lora(denoiser: Any, path: Path, settings: LoRASettings, pipeline_cl
     targets = settings.target_modules
     if targets and (others := [m for m in lora.layers if not any(m == t or m.endswith(f".{t}") for t in targets)]):
         raise ConfigurationError(
-            f"model.peft.restore_from_path = {path}: has an adapter on {others[0]} and {len(others) - 1} more layers that "
-            f"{settings.given('target_modules')} leaves out; its layers are trained, so leave that null"
+            f"model.peft.restore_from_path = {path}: has an adapter on {others[0]} and {len(others) - 1} more layers "
+            f"that {settings.given('target_modules')} leaves out; its layers are trained, so leave that null"
         )
     if any("lora_magnitude_vector" in layer for layer in lora.layers.values()):
         raise ConfigurationError(
@@ -211,10 +211,8 @@ def lora_component(pipeline_class: Any) -> str:
     import diffusers
 
     writer = getattr(pipeline_class or diffusers.StableDiffusionPipeline, "save_lora_weights", None)
-    # a pipeline without a LoRA loader: as most transformers
-    return (
-        "unet" if writer is not None and "unet_lora_layers" in inspect.signature(writer).parameters else "transformer"
-    )
+    takes = inspect.signature(writer).parameters if writer is not None else ()  # without a loader: as most transformers
+    return "unet" if "unet_lora_layers" in takes else "transformer"
 
 
 def mix(denoiser: Any, weights: Mapping[str, float]) -> None:

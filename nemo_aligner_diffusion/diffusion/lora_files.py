@@ -1,9 +1,9 @@
 """LoRA files of any trainer, read for one network: names, ranks and scales brought to one form, every tensor accounted.
 
 Read are the names of ``diffusers`` (old and new), kohya's sd-scripts (``lora_unet_…``, of ``diffusers``' modules and of
-LDM's), PEFT (``base_model.model.…``, ``….default.…``), OneTrainer (``lora_transformer_…``) and, by the pipeline class's own
-converter, whatever else it knows (BFL's fused projections, for one). A name is looked up among the network's modules, so
-one that fits no module is seen, and is an error.
+LDM's), PEFT (``base_model.model.…``, ``….default.…``), OneTrainer (``lora_transformer_…``) and, by the pipeline class's
+own converter, whatever else it knows (BFL's fused projections, for one). A name is looked up among the network's modules,
+so one that fits no module is seen, and is an error.
 
 The scale is ``alpha / rank`` of the tensor ``….alpha``; else what PEFT's metadata says; else 1, as every reader does.
 """
@@ -51,7 +51,8 @@ class Lora:
     """An adapter: by module name, the tensors that PEFT knows of it, with a scale of 1: ``W + B·A``.
 
     Attributes:
-        layers: ``lora_A.weight`` (r × …), ``lora_B.weight`` (… × r), perhaps ``lora_B.bias``, ``lora_magnitude_vector``.
+        layers: ``lora_A.weight`` (r × …), ``lora_B.weight`` (… × r); perhaps ``lora_B.bias`` and DoRA's
+            ``lora_magnitude_vector``.
         header: the file's own notes.
     """
 
@@ -85,7 +86,7 @@ def read_lora(path: Path, denoiser: Any, component: str = "unet", pipeline_class
         pipeline_class: whose converter is asked about names that are nobody's module.
 
     Raises:
-        CheckpointError: missing or unreadable; made for another network, in whole or in part; of another kind than LoRA.
+        CheckpointError: missing or unreadable; made for another network, in whole or in part; no LoRA.
     """
     file = lora_file(path)
     if file is None:
@@ -105,15 +106,16 @@ def read_lora(path: Path, denoiser: Any, component: str = "unet", pipeline_class
             found, texts, unknown = again if not again[2] else (found, texts, unknown)
     if unknown or not found:
         shown = ", ".join(printable(name, 120) for name in [*unknown, *texts][:3])
-        raise CheckpointError(
-            f"{file}: this LoRA does not fit the denoiser: "
-            + (f"{len(unknown)} of its {len(tensors)} tensors have no place in {type(denoiser).__name__}, such as {shown}; "
-               "it was made for another model, or is of a kind that is not applied here (LoHa, LoKr, kohya's DoRA)"
-               if unknown else f"it has tensors of text encoders alone ({len(texts)}, such as {shown})")
-        )  # fmt: skip
+        reason = (
+            f"{len(unknown)} of its {len(tensors)} tensors have no place in {type(denoiser).__name__}, such as {shown}; it "
+            "was made for another model, or is of a kind that is not applied here (LoHa, LoKr, kohya's DoRA)"
+            if unknown
+            else f"it has tensors of text encoders alone ({len(texts)}, such as {shown})"
+        )
+        raise CheckpointError(f"{file}: this LoRA does not fit the denoiser: {reason}")
     if texts:
         log.warning(
-            "%s: %d of its %d tensors are of text encoders, such as %s; they are passed over: only the denoiser's are used",
+            "%s: %d of its %d tensors are of text encoders, such as %s: passed over, only the denoiser's are used",
             file, len(texts), len(tensors), printable(texts[0], 120),
         )  # fmt: skip
     metadata = _Metadata.of(file, header, component, tensors)
@@ -296,12 +298,12 @@ def write_lora(lora: Lora, file: Path, component: str, kohya: bool = False) -> P
     """Write ``lora`` with the names of ``diffusers``, or with those of kohya's trainers (``kohya``).
 
     The scale is in B, and alpha, wherever a file says it, is the rank. So no reader can be wrong about it: not one that
-    takes ``alpha / rank``, of a tensor or of the header, nor one that knows no alpha and takes 1; not a dict of tensors,
-    which has no header; not ``diffusers``, whose Stable Diffusion loader refuses tensors ``….alpha`` beside its own names.
+    takes ``alpha / rank``, of a tensor or of the header, nor one that knows no alpha and takes 1; not a dict of
+    tensors, which has no header; not ``diffusers``, whose Stable Diffusion loader refuses ``….alpha`` beside its names.
 
-    kohya's names of a UNet are ``lora_unet_<path with underscores>.lora_down``, ``.lora_up``, ``.alpha``, for SDXL, too,
-    which sd-scripts itself writes with LDM's block names: readers take both. For transformers ComfyUI and Forge read
-    ``diffusers``' names; these files differ by ``.alpha`` alone.
+    kohya's names of a UNet are ``lora_unet_<path with underscores>.lora_down``, ``.lora_up``, ``.alpha``; for SDXL,
+    too, which sd-scripts itself writes with LDM's block names: readers take both. For transformers ComfyUI and Forge
+    read ``diffusers``' names; these files differ by ``.alpha`` alone.
     """
     tensors: dict[str, Tensor] = {}
     for module, layer in lora.layers.items():

@@ -131,7 +131,7 @@ def _convert(name: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 def open_clip_text_layout(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The way back, for a text encoder: Hugging Face's tensors under OpenCLIP's names, as SD 2.x and SDXL files have it.
+    """The way back, for a text encoder: Hugging Face's tensors under OpenCLIP's names (SD 2.x, SDXL).
 
     A position count (``position_ids``), which old versions saved, is left out.
     """

@@ -107,8 +107,10 @@ def export_notes(settings: RunSettings, model: DiffusionModel) -> dict[str, str]
 
 
 def fingerprint(network: Any) -> str:
-    """SHA-256 of the names, shapes and first 64 values (in float32) of all weights: a moment's work, whatever files they
-    came from, and another one for every fine-tune. It is no hash of a file."""
+    """SHA-256 of the names, shapes and first 64 values (in float32) of all weights, whatever files they came from.
+
+    A moment's work, and another one for every fine-tune. It is no hash of a file.
+    """
     digest = hashlib.sha256()
     for name, weight in sorted(network.named_parameters(), key=lambda pair: pair[0]):
         first = (weight.detach()[:1] if weight.ndim else weight.detach()).reshape(-1)[:64]
