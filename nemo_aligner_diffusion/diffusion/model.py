@@ -63,6 +63,7 @@ class DiffusionModel(nn.Module):
         self.reference_denoiser: Any = None  # frozen copy, full fine-tuning only
         self.decoder = DecoderSettings()  # of the pictures in training: see decoding.set_up_decoder
         self.small_decoder: Any = None
+        self.notes: dict[str, str] = {}  # for the metadata of its exports
         self._as_reference = False
         names = [name for name, part in pipe.components.items() if isinstance(part, nn.Module)]
         self._check_kind()

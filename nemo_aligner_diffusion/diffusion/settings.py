@@ -172,7 +172,20 @@ class TunedSettings(Settings):
     peft_scheme: str = setting(
         "sdlora", choice("sdlora", "none"), "sdlora: LoRA; none: train every weight of the denoiser"
     )
+    restore_from_path: str | None = setting(
+        None,
+        PATH,
+        "LoRA to go on with: an export folder or a .safetensors file of any trainer; null: a new one",
+    )
     lora_tuning: LoRASettings = part(LoRASettings)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.restore_from_path is not None and not self.is_lora:
+            raise ConfigurationError(
+                f"{self.given('restore_from_path')} with peft_scheme=none: an adapter is gone on with as one "
+                "(peft_scheme=sdlora); to train every weight from it, merge it first: nad-export --to pipeline"
+            )
 
     @property
     def is_lora(self) -> bool:
