@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_aligner_diffusion.algorithms.registry import methods
+from nemo_aligner_diffusion.config.families import family_layer
 from nemo_aligner_diffusion.rewards.augmentation import Augmentation
 from nemo_aligner_diffusion.rewards.registry import rewards
 from nemo_aligner_diffusion.settings import LOOP, Settings
@@ -23,6 +24,7 @@ _OF_NO_CLASS = {
                  "becomes of its score: weight, normalize, clip, clip_mode ([rewards.md](rewards.md))"),
     "rm.kwargs": ("{}", "keyword arguments of a custom reward; any names"),
 }  # fmt: skip
+FAMILYS = "its family's"  # of conf/family
 BEGIN, END = "<!-- keys: begin -->\n", "<!-- keys: end -->"
 
 
@@ -49,6 +51,7 @@ def _add(section: type[Settings], title: str, tables: dict[str, dict[str, tuple[
 def _entries(section: type[Settings]) -> dict[str, tuple[str, str]]:
     defaults, meanings = section.defaults(), section.meanings()
     defaults |= dict.fromkeys(getattr(section, "needs", ()), "???")
+    defaults |= {field: FAMILYS for field, key in section.keys().items() if key in family_layer("embedded").leaves}
     return {key: (_written(defaults[field]), meanings[field]) for field, key in section.keys().items()}
 
 

@@ -36,11 +36,12 @@ class Override:
 
 @dataclass
 class Layer:
-    """Settings of one source, by dotted key. ``origin`` names it in messages."""
+    """Settings of one source, by dotted key. ``origin`` names it in messages; ``composed``: groups are among them."""
 
     leaves: dict[str, Any]
     origin: str
     deletions: list[str] = field(default_factory=list)
+    composed: bool = False
 
 
 def parse_override(text: str) -> Override:

@@ -56,6 +56,7 @@ def _without_end(value: Any) -> Any:
 _TRAIN_PATH = "model.data.train.webdataset.local_root_path"
 
 ALIASES: dict[str, Alias] = {
+    "family": Alias("model.family"),  # as other groups of conf/ are picked
     # The user guide's spelling of the published command's data key.
     "model.data.webdataset.local_root_path": Alias(_TRAIN_PATH),
     # The 0.3-era launch scripts give the shard both ways; the webdataset key counts.

@@ -75,7 +75,8 @@ class DiffusionModel(nn.Module):
         for name in names:
             self.add_module(self._names[name], pipe.components[name])
         self.requires_grad_(False).eval()
-        self.arguments = {**self.family.arguments, **(arguments or {})}
+        given = {name: _as_pipelines_write(value) for name, value in (arguments or {}).items()}
+        self.arguments = {**self.family.arguments, **given}
         for name in self.arguments:
             self._check_argument(name)
 
@@ -153,7 +154,7 @@ class DiffusionModel(nn.Module):
     def inputs(
         self,
         prompts: Sequence[str],
-        steps: int,
+        steps: int | None = None,
         guidance_scale: float | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -171,6 +172,17 @@ class DiffusionModel(nn.Module):
             if name.startswith("negative_prompt") and isinstance(value, str):
                 given[name] = [value] * len(prompts)
         return {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def default_steps(self) -> int:
+        """The pipeline's own number of sampling steps."""
+        default = self._signature["num_inference_steps"].default
+        if not isinstance(default, int):
+            raise ConfigurationError(
+                f"{type(self.pipe).__name__} has no number of sampling steps of its own; give one, such as "
+                "model.infer.inference_steps=30"
+            )
+        return default
 
     def described(self) -> dict[str, Any]:
         """What ``run.json`` says of the pipeline: how plain ``diffusers`` is to be called."""
@@ -239,3 +251,9 @@ class DiffusionModel(nn.Module):
             free = [known for known in self._signature if known != "self" and known not in _OURS]
             hint = closest(name, free) or f"; it takes {', '.join(free)}"
             raise ConfigurationError(f"{given} is no argument of {kind}{hint}")
+
+
+def _as_pipelines_write(value: Any) -> Any:
+    """Sizes as tuples, which pipelines add to other tuples; a configuration has lists only."""
+    numbers = isinstance(value, list) and all(isinstance(entry, int | float) for entry in value)
+    return tuple(value) if numbers else value
