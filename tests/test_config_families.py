@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from settings_page import BEGIN, END, recipe_table
 
 from nemo_aligner_diffusion.algorithms.registry import methods
 from nemo_aligner_diffusion.config.families import sampling_of
@@ -136,7 +137,7 @@ def test_a_family_in_a_users_yaml_and_a_shown_configuration(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("recipe", sorted(set(recipes()) - {"refl_imagereward_sd"}))
 def test_a_recipe_leaves_the_families_their_numbers(recipe: str) -> None:
-    words = ["family=sd15", "rm=symmetry"]
+    words = ["family=sd15", "rm=symmetry"]  # hpsv2 needs its file
     assert load_config(recipe, words).model.infer == load_config("draft_sd", words).model.infer
 
 
@@ -187,3 +188,8 @@ def test_generate_samples_as_the_family_does(tmp_path: Path) -> None:
     with (conf_directory() / "family" / "sdxl.yaml").open(encoding="utf-8") as file:
         infer = yaml.safe_load(file)["infer"]
     assert sampling_of("sdxl").inference_steps == infer["inference_steps"] == 40
+
+
+def test_the_table_in_the_documentation_is_current() -> None:
+    text = (Path(__file__).resolve().parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
+    assert text.split(BEGIN)[1].split(END)[0] == recipe_table(), "run: python tests/settings_page.py docs"

@@ -81,3 +81,9 @@ def lora_targets(family: Family, trained: str) -> tuple[str, ...]:
 def family_of(pipeline_class: type) -> Family:
     """The row of a pipeline class; an empty one where there is none."""
     return FAMILIES.get(pipeline_class.__name__.removesuffix("Pipeline"), Family())
+
+
+def as_pipelines_write(value: Any) -> Any:
+    """Sizes as tuples, which pipelines add to other tuples; a configuration has lists only."""
+    numbers = isinstance(value, list) and all(isinstance(entry, int | float) for entry in value)
+    return tuple(value) if numbers else value

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
-from nemo_aligner_diffusion.diffusion.families import DENOISERS, Family, family_of, lora_targets
+from nemo_aligner_diffusion.diffusion.families import DENOISERS, Family, as_pipelines_write, family_of, lora_targets
 from nemo_aligner_diffusion.diffusion.lora import adapters_off, has_lora
 from nemo_aligner_diffusion.diffusion.schedule import build_scheduler
 from nemo_aligner_diffusion.errors import ConfigurationError
@@ -75,7 +75,7 @@ class DiffusionModel(nn.Module):
         for name in names:
             self.add_module(self._names[name], pipe.components[name])
         self.requires_grad_(False).eval()
-        given = {name: _as_pipelines_write(value) for name, value in (arguments or {}).items()}
+        given = {name: as_pipelines_write(value) for name, value in (arguments or {}).items()}
         self.arguments = {**self.family.arguments, **given}
         for name in self.arguments:
             self._check_argument(name)
@@ -251,9 +251,3 @@ class DiffusionModel(nn.Module):
             free = [known for known in self._signature if known != "self" and known not in _OURS]
             hint = closest(name, free) or f"; it takes {', '.join(free)}"
             raise ConfigurationError(f"{given} is no argument of {kind}{hint}")
-
-
-def _as_pipelines_write(value: Any) -> Any:
-    """Sizes as tuples, which pipelines add to other tuples; a configuration has lists only."""
-    numbers = isinstance(value, list) and all(isinstance(entry, int | float) for entry in value)
-    return tuple(value) if numbers else value
