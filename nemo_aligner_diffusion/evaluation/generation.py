@@ -141,7 +141,7 @@ def plan_variants(request: Request) -> list[Variant]:
 
 
 def resolve_settings(request: Request, run: RunFiles | None) -> Settings:
-    """The command line over the settings of the run that made the adapter, over the shipped ones.
+    """The command line over the settings of the run that made the adapter, without one over those of the family.
 
     Raises:
         ConfigurationError: weights that the run was based on have moved, or its settings are none.
@@ -149,6 +149,7 @@ def resolve_settings(request: Request, run: RunFiles | None) -> Settings:
     config = run.config if run else {}
     try:
         infer, pipeline = SamplingSettings.from_tree(config), PipelineSettings.from_tree(config).declared()
+        infer = request.usual if run is None or run.setting("model.infer") is None else infer
     except ConfigurationError as error:
         raise ConfigurationError(f"{run.folder if run else ''}/config.yaml: {error}") from error
 
@@ -192,7 +193,7 @@ def run_of(request: Request) -> RunFiles | None:
             problems: list[str] = []
             run = RunFiles(folder, read_config(folder, problems))
             for problem in problems:
-                text = f"{folder}: {problem}; the pictures are made with the shipped settings, not with the run's"
+                text = f"{folder}: {problem}; the pictures are made with the model family's settings, not with the run's"
                 print(f"warning: {printable(text, 600)}", file=sys.stderr)
             return run
     return None
@@ -326,7 +327,7 @@ def _describe(settings: Settings) -> str:
     steps, scale, eta = settings.sampling.steps, settings.sampling.guidance_scale, settings.sampling.eta
     sampler = "the pipeline's own sampler" if settings.sampler is None else settings.sampler.lower()
     guidance = "the pipeline's own guidance" if scale is None else f"guidance {scale:g}"
-    return f"{steps} steps, {guidance}, {sampler}{f', eta {eta:g}' if eta else ''}"
+    return f"{steps or 'its own'} steps, {guidance}, {sampler}{f', eta {eta:g}' if eta else ''}"
 
 
 def _claim_folder(wanted: Path, overwrite: bool) -> Path:

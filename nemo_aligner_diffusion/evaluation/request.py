@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from nemo_aligner_diffusion.diffusion.settings import SamplingSettings
 from nemo_aligner_diffusion.errors import ConfigurationError
 
 
@@ -19,7 +20,7 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Request:
-    """The command line, checked. None: not given, so the run's own setting or the default holds."""
+    """The command line, checked. None: not given, so the run's own setting holds, without a run ``usual``."""
 
     prompts: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0])
@@ -42,6 +43,7 @@ class Request:
     reward: str | None = None
     output: Path = Path("generated")
     overwrite: bool = False
+    usual: SamplingSettings = SamplingSettings()  # of the model's family
 
 
 def annealed_weights(kind: str, steps: int) -> list[float]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from nemo_aligner_diffusion.diffusion.families import as_pipelines_write
 from nemo_aligner_diffusion.diffusion.settings import SAMPLER_ALIASES, SAMPLERS, SamplingSettings
 from nemo_aligner_diffusion.errors import ConfigurationError, printable
 from nemo_aligner_diffusion.evaluation.run_files import RunFiles
@@ -102,7 +103,8 @@ def _diffusers(run: RunFiles, export: str, denoiser: str | None, prompt: str) ->
 
 def _arguments(values: dict[str, Any]) -> str:
     """``, name=value`` of each; a name that comes from a file of others must not become code, which a reader runs."""
-    return "".join(f", {k}={v!r}" for k, v in values.items() if v is not None and k.isidentifier())
+    written = {name: as_pipelines_write(value) for name, value in values.items()}
+    return "".join(f", {k}={v!r}" for k, v in written.items() if v is not None and k.isidentifier())
 
 
 def _identifier(name: Any, otherwise: str) -> str:
