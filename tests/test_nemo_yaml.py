@@ -98,8 +98,8 @@ SMALL = ["trainer.accelerator=cpu", "trainer.precision=32", "trainer.draftp_sd.m
 def test_the_runs_start(name: str, pipeline: Path, sdxl: Path, prompts: Path, tmp_path: Path) -> None:
     """With tiny weights, pictures, one step and a processor in place of a GPU; all else is NeMo's."""
     directory = tmp_path / "run"
-    words = [f"model.from_pretrained={sdxl if name == 'draftp_sdxl' else pipeline}", *SMALL,
-             f"model.data.webdataset.local_root_path={prompts}", f"exp_manager.explicit_log_dir={directory}"]  # fmt: skip
+    words = [f"model.from_pretrained={sdxl if name == 'draftp_sdxl' else pipeline}", *SMALL]
+    words += [f"model.data.webdataset.local_root_path={prompts}", f"exp_manager.explicit_log_dir={directory}"]
     section = "model.sampling.base" if name == "draftp_sdxl" else "model.infer"
     steps = "steps" if name == "draftp_sdxl" else "inference_steps"
     words += [f"{section}.height=16", f"{section}.width=16", f"{section}.{steps}=2"]

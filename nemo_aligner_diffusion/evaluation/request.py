@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from nemo_aligner_diffusion.diffusion.settings import SamplingSettings
@@ -43,7 +43,7 @@ class Request:
     reward: str | None
     output: Path
     overwrite: bool
-    usual: SamplingSettings = SamplingSettings()  # of the model's family
+    usual: SamplingSettings = field(default_factory=SamplingSettings)  # of the model's family
 
 
 def annealed_weights(kind: str, steps: int) -> list[float]:
