@@ -1,9 +1,10 @@
 """Keys that users of NeMo and NeMo-Aligner bring, and what becomes of them here.
 
 Tables: :data:`ALIASES` (another spelling of a key we have), :data:`HALVES` (two that are one of ours),
-:data:`WITHOUT_EFFECT` (accepted, named in one warning with the reason) and :data:`NOT_YET` (harmless at its neutral value, an error at any other, because going on
-would train something else than what was asked for). Sources: NeMo-Aligner 0.7 ``draftp_sd.yaml``, ``draftp_sdxl.yaml``
-and its launch scripts; NeMo 2.0 ``exp_manager`` and ``nlp_overrides``.
+:data:`WITHOUT_EFFECT` (accepted, named in one warning with the reason) and :data:`NOT_YET` (harmless at its neutral
+value, an error at any other, because going on would train something else than what was asked for). Sources:
+NeMo-Aligner 0.7 ``draftp_sd.yaml``, ``draftp_sdxl.yaml``, what its code reads besides, and its launch scripts; NeMo 2.0
+``exp_manager`` and ``nlp_overrides``.
 """
 
 from __future__ import annotations
