@@ -220,7 +220,6 @@ NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
     "pretrained_checkpoint.restore_from_path": ((None, ""), _WHOLE_MODEL),
     "model.resume_from_checkpoint": ((None, ""), _RESUME),
     "exp_manager.resume_from_checkpoint": ((None, ""), _RESUME),
-    "model.peft.restore_from_path": ((None, ""), "use exp_manager.resume_if_exists=true to go on with a run's adapter"),
     "model.pipeline_model_parallel_size": ((None, 1), "leave it at 1"),
     "model.context_parallel_size": ((None, 1), "leave it at 1"),
     "model.data.webdataset.object_store": ((None, False), "copy the shards to a local disk"),

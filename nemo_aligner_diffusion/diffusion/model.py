@@ -15,6 +15,7 @@ from torch.nn import Parameter
 from nemo_aligner_diffusion.diffusion.families import DENOISERS, Family, as_pipelines_write, family_of, lora_targets
 from nemo_aligner_diffusion.diffusion.lora import adapters_off, has_lora
 from nemo_aligner_diffusion.diffusion.schedule import build_scheduler
+from nemo_aligner_diffusion.diffusion.settings import DecoderSettings
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.keys import closest
 
@@ -60,6 +61,9 @@ class DiffusionModel(nn.Module):
         self.stateless = {*stateless, *self.family.stateless}
         self.truncated_prompts = 0  # prompts so far that were longer than the tokenizer's limit
         self.reference_denoiser: Any = None  # frozen copy, full fine-tuning only
+        self.decoder = DecoderSettings()  # of the pictures in training: see decoding.set_up_decoder
+        self.small_decoder: Any = None
+        self.notes: dict[str, str] = {}  # for the metadata of its exports
         self._as_reference = False
         names = [name for name, part in pipe.components.items() if isinstance(part, nn.Module)]
         self._check_kind()
@@ -97,8 +101,8 @@ class DiffusionModel(nn.Module):
     def frozen_parts(self) -> dict[str, nn.Module]:
         """By the names that ``model.fsdp_frozen`` knows; several text encoders are one part."""
         encoders = {name: part for name, part in self.networks.items() if name.startswith("text_encoder")}
-        vae = self.networks.get("vae")
-        return {"text_encoder": nn.ModuleDict(encoders), **({"vae": vae} if vae is not None else {})}
+        decoders = [part for part in (self.networks.get("vae"), self.small_decoder) if part is not None]
+        return {"text_encoder": nn.ModuleDict(encoders), **({"vae": nn.ModuleList(decoders)} if decoders else {})}
 
     @property
     def device(self) -> torch.device:
@@ -186,6 +190,7 @@ class DiffusionModel(nn.Module):
             "guidance_argument": self.guidance_argument,
             "loads_lora": hasattr(self.pipe, "load_lora_weights"),
             "arguments": self.arguments,
+            **({"reward_sees": seen} if (seen := self.decoder.other_picture) else {}),
         }
 
     @property

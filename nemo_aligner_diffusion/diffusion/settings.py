@@ -7,6 +7,7 @@ from typing import Any
 
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.settings import (
+    BOOL,
     FRACTION,
     FREE,
     PATH,
@@ -122,6 +123,44 @@ class SamplingSettings(Settings):
 
 
 @dataclass(frozen=True)
+class DecoderSettings(Settings):
+    """How pictures are decoded for the reward in training; validation and generate.py use the plain VAE."""
+
+    section = "model.first_stage_config"
+
+    activation_checkpointing: bool = setting(
+        False, BOOL, "recompute the decoder's blocks in its backward pass: less memory, one forward pass more"
+    )
+    tiling: int | None = setting(
+        None,
+        Kind("int", low=64, nullable=True),
+        "in training, decode by tiles of so many pixels a side: least memory, another picture near seams; multiple of 64",
+    )
+    small_decoder: str | None = setting(
+        None,
+        PATH,
+        "in training, decode by this one (TAESD or like it: diffusers folder, or file); null: by the VAE",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tiling is not None and self.tiling % 64:
+            raise ConfigurationError(
+                f"{self.given('tiling')}: expected a multiple of 64 pixels, such as {self.tiling // 64 * 64}"
+            )
+
+    def unread(self) -> dict[str, str]:
+        return {} if self.small_decoder is None or self.tiling is None else {"tiling": "a small decoder decodes whole"}
+
+    @property
+    def other_picture(self) -> str | None:
+        """What the reward sees in training in the place of the VAE's picture, in words; ``None``: that picture."""
+        if self.small_decoder is not None:
+            return f"pictures of the small decoder {self.small_decoder}"
+        return None if self.tiling is None else f"pictures decoded by tiles of {self.tiling} pixels"
+
+
+@dataclass(frozen=True)
 class LoRASettings(Settings):
     """The adapters."""
 
@@ -151,7 +190,20 @@ class TunedSettings(Settings):
     peft_scheme: str = setting(
         "sdlora", choice("sdlora", "none"), "sdlora: LoRA; none: train every weight of the denoiser"
     )
+    restore_from_path: str | None = setting(
+        None,
+        PATH,
+        "LoRA to go on with: an export folder or a .safetensors file of any trainer; null: a new one",
+    )
     lora_tuning: LoRASettings = part(LoRASettings)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.restore_from_path is not None and not self.is_lora:
+            raise ConfigurationError(
+                f"{self.given('restore_from_path')} with peft_scheme=none: an adapter is gone on with as one "
+                "(peft_scheme=sdlora); to train every weight from it, merge it first: nad-export --to pipeline"
+            )
 
     @property
     def is_lora(self) -> bool:
@@ -187,6 +239,12 @@ class WeightsSettings(Settings):
         key="model.unet_config.from_pretrained",
     )
     vae_path: str | None = setting(None, PATH, "as above", key="model.first_stage_config.from_pretrained")
+    frozen_precision: str | None = setting(
+        None,
+        choice("32", "bf16", nullable=True),
+        "of weights that are not trained (text encoders, VAE, the base under LoRA): 32 or bf16; null: as loaded",
+    )
+    decoder: DecoderSettings = part(DecoderSettings)
     pipeline: PipelineSettings = part(PipelineSettings)
     infer: SamplingSettings = part(SamplingSettings)
     peft: TunedSettings = part(TunedSettings)

@@ -39,7 +39,7 @@ from nemo_aligner_diffusion.rewards.settings import RewardSettings
 from nemo_aligner_diffusion.rewards.support.parted import apply_statistics, check_measured, read_statistics
 from nemo_aligner_diffusion.runtime.messages import quiet_libraries
 
-_DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
+DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
 _MOST_IN_GRID = 240  # columns; the single pictures are written in any case
 _IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
@@ -91,11 +91,11 @@ def run_generation(request: Request) -> Result:
     Raises:
         AlignerError: a path, name or size that does not fit. Everything is checked and loaded before the first file.
     """
-    run = _run_of(request)
+    run = run_of(request)
     settings = resolve_settings(request, run)
     device = _device(request.device)
     quiet_libraries()
-    model = load_model(settings.model, settings.unet, settings.vae, _DTYPES[request.precision], **settings.pipeline)
+    model = load_model(settings.model, settings.unet, settings.vae, DTYPES[request.precision], **settings.pipeline)
     _set_sampler(model, settings)
     _check_size(model, settings.sampling)
     _load_tuned(model, request)
@@ -185,7 +185,7 @@ def resolve_settings(request: Request, run: RunFiles | None) -> Settings:
     )
 
 
-def _run_of(request: Request) -> RunFiles | None:
+def run_of(request: Request) -> RunFiles | None:
     """The run directory around the (first) adapter or the fine-tuned denoiser, if it is one; its settings alone."""
     path = request.adapters[0].path if request.adapters else request.unet
     for folder in list(path.absolute().parents)[:2] if path is not None else []:

@@ -184,7 +184,7 @@ def _train(settings: RunSettings, frame: RunFrame, startup: Startup, given: Give
             log.warning("stopped in the middle of a step, each process at another place: nothing is exported")
             return
         with ema.averaged_weights(module) if ema is not None else contextlib.nullcontext():
-            path = export_weights(model, directory.export, module.parallel, write=trainer.is_global_zero)
+            path = export_weights(model, directory.export, module.parallel, trainer.is_global_zero, trainer.global_step)
         if path is not None:
             log.info("exported %s", path)
 

@@ -18,6 +18,7 @@ from nemo_aligner_diffusion.algorithms.registry import method_of
 from nemo_aligner_diffusion.algorithms.settings import RewardTuningSettings
 from nemo_aligner_diffusion.data.settings import PromptSettings
 from nemo_aligner_diffusion.diffusion.settings import WeightsSettings
+from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.evaluation.settings import ReportSettings
 from nemo_aligner_diffusion.parallel.layout import Layout
 from nemo_aligner_diffusion.parallel.settings import LayoutSettings
@@ -177,7 +178,21 @@ class RunSettings(ProgramSettings):
 
     def check(self) -> None:
         self.model.accumulation(self.trainer)
+        self._check_frozen_precision()
         steps = self.model.infer.inference_steps  # of a pipeline's own number the loaded model knows
         if steps is not None and not is_import_path(self.model.algorithm):  # a user's module is imported in training
             self.method().check(steps)
         self.model.optim.sched.factor(self.loop.max_steps)
+
+    def _check_frozen_precision(self) -> None:
+        precision, kind = self.model.frozen_precision, self.trainer.lightning_precision
+        if precision is None:
+            return
+        given = f"model.frozen_precision = {precision} with {self.trainer.given('precision')}"
+        if kind.endswith("-true") and kind != "32-true":
+            raise ConfigurationError(f"{given}, which converts every weight: leave one of the two out")
+        if precision == "bf16" and kind == "32-true" and not self.model.peft.is_lora:
+            raise ConfigurationError(
+                f"{given} and model.peft.peft_scheme = none: the denoiser's float32 weights would meet bfloat16 text "
+                "states; expected trainer.precision=bf16, or LoRA"
+            )

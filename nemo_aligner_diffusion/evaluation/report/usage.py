@@ -12,7 +12,7 @@ from nemo_aligner_diffusion.diffusion.settings import SAMPLER_ALIASES, SAMPLERS,
 from nemo_aligner_diffusion.errors import ConfigurationError, printable
 from nemo_aligner_diffusion.evaluation.run_files import RunFiles
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
+LORA_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "kohya_lora_weights.safetensors"
 _GENERATE = "python examples/mm/stable_diffusion/generate.py"
 
 
@@ -44,6 +44,8 @@ def usage(run: RunFiles) -> dict[str, Any]:
             "# anneal from the base model to the tuned one along the sampling steps",
             f"{tuned} --weights base,draft,linear,power_2 {asked}",
         ]
+    if (run.folder / "export" / KOHYA_FILE).is_file():
+        commands.append(f"# for ComfyUI, Forge and A1111: {export}/{KOHYA_FILE}")
     return {
         "commands": _lines(commands),
         "code": _lines(_diffusers(run, export, None if is_lora else denoiser, prompt)),
