@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from tiny.runs import rows
 from tiny_pipelines import named
 
+from nemo_aligner_diffusion.api import _read_model
 from nemo_aligner_diffusion.config.load import load_config
 from nemo_aligner_diffusion.config.nemo_names import ALIASES, HALVES, NOT_YET, WITHOUT_EFFECT, pattern_of
 from nemo_aligner_diffusion.config.schema import vocabulary
@@ -110,6 +111,12 @@ def test_the_runs_start(name: str, pipeline: Path, sdxl: Path, prompts: Path, tm
     written = yaml.safe_load((directory / "config.yaml").read_text("utf-8"))
     assert written["model"]["family"] == ("sdxl" if name == "draftp_sdxl" else "other")
     assert written["exp_manager"]["ema"]["enable"] is True
+
+
+def test_a_pipeline_object_brings_its_family() -> None:
+    _, words = _read_model(named("flux").build())
+    model = load_config("draftp_sd", words).model
+    assert (model.family, model.family_because, model.infer.height) == ("flux1", "it is a FluxPipeline", 512)
 
 
 def test_size_and_crop_conditioning_reach_the_pipeline(sdxl: Path) -> None:
