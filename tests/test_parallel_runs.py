@@ -36,6 +36,7 @@ def train(devices: int, pipeline: Path, prompts: Path, directory: Path, more: li
         f"trainer.devices={devices}",
         "trainer.accelerator=cpu",
         f"model.from_pretrained={pipeline}",
+        "family=embedded",
         f"model.data.train.webdataset.local_root_path={prompts}",
         f"exp_manager.explicit_log_dir={directory}",
         "rm=symmetry",

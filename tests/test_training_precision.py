@@ -37,6 +37,7 @@ def test_the_precision_of_the_weights_is_not_that_of_the_reward(tmp_path, monkey
         "rm.import_path=judge_in_float32:Judge",
         "rm.augment.noise_std=0.1",
         f"model.from_pretrained={save_tiny_pipeline(tmp_path / 'pipeline')}",
+        "family=embedded",
         "model.data.validation.max_prompts=3",
         "model.infer.inference_steps=2",
         "model.truncation_steps=1",

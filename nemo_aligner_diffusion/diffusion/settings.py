@@ -30,7 +30,19 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "UniPC": ("UniPCMultistepScheduler", {}),
 }
 # model.family: what recognition.py tells apart, and all others
-FAMILIES = ("embedded", "sd15", "sd21", "sdxl", "sd35", "flux1", "flux2", "flux2_klein", "qwen_image", "z_image", "other")
+FAMILIES = (
+    "embedded",
+    "sd15",
+    "sd21",
+    "sdxl",
+    "sd35",
+    "flux1",
+    "flux2",
+    "flux2_klein",
+    "qwen_image",
+    "z_image",
+    "other",
+)
 SAMPLER_ALIASES = {"DPM": "DPM++2M", "DPMSolver++": "DPM++2M", "PARA_DDIM": "DDIM"}
 
 
