@@ -195,7 +195,8 @@ class RewardTuning(PictureValidation):
     def check_pipeline(self) -> None:
         """Draw a plan and make a picture twice, before anything is written: see :func:`.check_repeatable`."""
         self.eval()
-        drawn(self.plan_rule, path_of(self.model.pipe.scheduler, self.sampling.steps), plan_random(self.seed, 0))
+        steps = self.sampling.steps or self.model.default_steps
+        drawn(self.plan_rule, path_of(self.model.pipe.scheduler, steps), plan_random(self.seed, 0))
         prompt = next(iter(self.validation_prompts), "a picture")
         inputs = self.model.inputs([prompt], **vars(self.sampling))
         check_repeatable(self.model, inputs)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from nemo_aligner_diffusion.cli.train import parse_arguments
 from nemo_aligner_diffusion.command_line import Parser
+from nemo_aligner_diffusion.diffusion.settings import FAMILIES
 from nemo_aligner_diffusion.planner.gpus import GPUS, gpu_named
 from nemo_aligner_diffusion.planner.presets import MODELS, REWARDS, model_spec
 from nemo_aligner_diffusion.runtime.ending import command
@@ -57,7 +58,8 @@ def main(argv: Sequence[str]) -> int:
     gpu = gpu_named(options.gpu)
     from nemo_aligner_diffusion.config.load import load_settings
 
-    run = load_settings(options.config_name, options.overrides, config_dir=options.config_path)
+    named = [] if options.model is None else _named(options.model)
+    run = load_settings(options.config_name, [*named, *options.overrides], config_dir=options.config_path)
     from nemo_aligner_diffusion.embedded_assets import embedded_model_path
 
     spec = model_spec(options.model or run.model.from_pretrained or str(embedded_model_path()))
@@ -77,6 +79,15 @@ def main(argv: Sequence[str]) -> int:
     if plan.error is not None:
         raise plan.error
     return 0
+
+
+def _named(model: str) -> list[str]:
+    """``--model`` in words of the command line; the user's own count more."""
+    from nemo_aligner_diffusion.config.words import quoted
+
+    if model in MODELS:
+        return [f"family={model}"] if model in FAMILIES else []
+    return [f"model.from_pretrained={quoted(model)}"]
 
 
 def _say(line: str) -> None:

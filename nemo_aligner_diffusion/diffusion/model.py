@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
-from nemo_aligner_diffusion.diffusion.families import DENOISERS, Family, family_of, lora_targets
+from nemo_aligner_diffusion.diffusion.families import DENOISERS, Family, as_pipelines_write, family_of, lora_targets
 from nemo_aligner_diffusion.diffusion.lora import adapters_off, has_lora
 from nemo_aligner_diffusion.diffusion.schedule import build_scheduler
 from nemo_aligner_diffusion.diffusion.settings import DecoderSettings
@@ -63,6 +63,7 @@ class DiffusionModel(nn.Module):
         self.reference_denoiser: Any = None  # frozen copy, full fine-tuning only
         self.decoder = DecoderSettings()  # of the pictures in training: see decoding.set_up_decoder
         self.small_decoder: Any = None
+        self.notes: dict[str, str] = {}  # for the metadata of its exports
         self._as_reference = False
         names = [name for name, part in pipe.components.items() if isinstance(part, nn.Module)]
         self._check_kind()
@@ -78,7 +79,8 @@ class DiffusionModel(nn.Module):
         for name in names:
             self.add_module(self._names[name], pipe.components[name])
         self.requires_grad_(False).eval()
-        self.arguments = {**self.family.arguments, **(arguments or {})}
+        given = {name: as_pipelines_write(value) for name, value in (arguments or {}).items()}
+        self.arguments = {**self.family.arguments, **given}
         for name in self.arguments:
             self._check_argument(name)
 
@@ -156,7 +158,7 @@ class DiffusionModel(nn.Module):
     def inputs(
         self,
         prompts: Sequence[str],
-        steps: int,
+        steps: int | None = None,
         guidance_scale: float | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -174,6 +176,17 @@ class DiffusionModel(nn.Module):
             if name.startswith("negative_prompt") and isinstance(value, str):
                 given[name] = [value] * len(prompts)
         return {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def default_steps(self) -> int:
+        """The pipeline's own number of sampling steps."""
+        default = self._signature["num_inference_steps"].default
+        if not isinstance(default, int):
+            raise ConfigurationError(
+                f"{type(self.pipe).__name__} has no number of sampling steps of its own; give one, such as "
+                "model.infer.inference_steps=30"
+            )
+        return default
 
     def described(self) -> dict[str, Any]:
         """What ``run.json`` says of the pipeline: how plain ``diffusers`` is to be called."""

@@ -29,6 +29,8 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "DPM++2M_SDE": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}),
     "UniPC": ("UniPCMultistepScheduler", {}),
 }
+# model.family: what recognition.py tells apart, and all others
+FAMILIES = ("embedded", "sd15", "sd21", "sdxl", "sd35", "flux1", "flux2", "flux2_klein", "qwen_image", "z_image", "other")
 SAMPLER_ALIASES = {"DPM": "DPM++2M", "DPMSolver++": "DPM++2M", "PARA_DDIM": "DDIM"}
 
 
@@ -66,11 +68,15 @@ class SamplingSettings(Settings):
     section = "model.infer"
 
     unconditional_guidance_scale: float | None = setting(
-        2.0,
+        None,
         number(0, nullable=True),
-        "classifier-free guidance as the pipeline means it (usually 1: none); SD 1.5: 7.5; null: its default",
+        "classifier-free guidance as the pipeline means it (usually 1: none); null: the pipeline's default",
     )
-    inference_steps: int = setting(20, Kind("int", low=1, high=1000), "sampling steps T; integer >= 1")
+    inference_steps: int | None = setting(
+        None,
+        Kind("int", low=1, high=1000, nullable=True),
+        "sampling steps T; integer >= 1, null: the pipeline's default",
+    )
     sampler_type: str | None = setting(
         None,
         choice(*SAMPLERS, *SAMPLER_ALIASES, nullable=True),
@@ -172,7 +178,20 @@ class TunedSettings(Settings):
     peft_scheme: str = setting(
         "sdlora", choice("sdlora", "none"), "sdlora: LoRA; none: train every weight of the denoiser"
     )
+    restore_from_path: str | None = setting(
+        None,
+        PATH,
+        "LoRA to go on with: an export folder or a .safetensors file of any trainer; null: a new one",
+    )
     lora_tuning: LoRASettings = part(LoRASettings)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.restore_from_path is not None and not self.is_lora:
+            raise ConfigurationError(
+                f"{self.given('restore_from_path')} with peft_scheme=none: an adapter is gone on with as one "
+                "(peft_scheme=sdlora); to train every weight from it, merge it first: nad-export --to pipeline"
+            )
 
     @property
     def is_lora(self) -> bool:
@@ -189,6 +208,14 @@ class WeightsSettings(Settings):
 
     section = "model"
 
+    family: str | None = setting(
+        None,
+        choice(*FAMILIES, nullable=True),
+        "whose settings hold where nothing else is said: a file of conf/family; null: the checkpoint's",
+    )
+    family_because: str | None = setting(
+        None, Kind("text", nullable=True), "by what the family was recognised; the program writes it"
+    )
     from_pretrained: str | None = setting(
         None, PATH, "diffusers folder of the whole pipeline, or hub id; null: the embedded model"
     )

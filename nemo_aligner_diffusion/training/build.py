@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,17 +14,18 @@ from nemo_aligner_diffusion.algorithms.reward_tuning import RewardTuning
 from nemo_aligner_diffusion.diffusion.decoding import load_small_decoder, set_up_decoder
 from nemo_aligner_diffusion.diffusion.generate import Sampling
 from nemo_aligner_diffusion.diffusion.loading import load_model
-from nemo_aligner_diffusion.diffusion.lora import add_lora
+from nemo_aligner_diffusion.diffusion.lora import add_lora, continue_lora
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.diffusion.settings import SamplingSettings
 from nemo_aligner_diffusion.embedded_assets import embedded_model_path
-from nemo_aligner_diffusion.parallel.broadcast import load_once
+from nemo_aligner_diffusion.parallel.broadcast import load_once, on_every_process
 from nemo_aligner_diffusion.parallel.module import OptimizerFactory
 from nemo_aligner_diffusion.parallel.non_finite import NonFinitePolicy
 from nemo_aligner_diffusion.parallel.parallelism import Parallelism
 from nemo_aligner_diffusion.parallel.tensor.plans import check_tensor_parallel
 from nemo_aligner_diffusion.rewards.base import Reward
 from nemo_aligner_diffusion.runtime.settings import MachineSettings
+from nemo_aligner_diffusion.training.export import export_notes
 from nemo_aligner_diffusion.training.optimizers import OptimizerSettings, build_optimizer
 from nemo_aligner_diffusion.training.schedules import build_schedule
 from nemo_aligner_diffusion.training.settings import ModelSettings, RunSettings
@@ -63,6 +65,7 @@ def build_model(
     set_up_decoder(
         model, section.decoder, None if small is None else load_once(lambda: load_small_decoder(small), device)
     )
+    model.notes = export_notes(settings, model)
     _prepare(section, model)
     if frozen is not None:
         convert_frozen(model, frozen)
@@ -93,9 +96,14 @@ def _prepare(section: ModelSettings, model: DiffusionModel) -> None:
     model.set_scheduler(section.infer.sampler_type, section.infer.eta)
     if section.peft.is_lora:
         tuning = section.peft.lora_tuning
-        targets = list(tuning.target_modules or model.lora_targets)
-        torch.manual_seed(section.seed)  # the adapter's start is part of the run
-        add_lora(model.denoiser, tuning.adapter_dim, tuning.alpha, tuning.dropout, targets)
+        path = section.peft.restore_from_path
+        if path is not None:  # when a run is resumed, too: its checkpoint then brings the weights
+            file, kind = Path(path).expanduser(), type(model.pipe)
+            on_every_process(lambda: continue_lora(model.denoiser, file, tuning, kind))
+        else:
+            targets = list(tuning.target_modules or model.lora_targets)
+            torch.manual_seed(section.seed)  # the adapter's start is part of the run
+            add_lora(model.denoiser, tuning.adapter_dim, tuning.alpha, tuning.dropout, targets)
     else:
         model.denoiser.requires_grad_(True)
         model.keep_reference()  # validation shows the base model beside the tuned one, the KL term needs it

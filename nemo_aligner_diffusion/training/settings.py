@@ -179,8 +179,9 @@ class RunSettings(ProgramSettings):
     def check(self) -> None:
         self.model.accumulation(self.trainer)
         self._check_frozen_precision()
-        if not is_import_path(self.model.algorithm):  # a user's own module is imported when training begins
-            self.method().check(self.model.infer.inference_steps)
+        steps = self.model.infer.inference_steps  # of a pipeline's own number the loaded model knows
+        if steps is not None and not is_import_path(self.model.algorithm):  # a user's module is imported in training
+            self.method().check(steps)
         self.model.optim.sched.factor(self.loop.max_steps)
 
     def _check_frozen_precision(self) -> None:
