@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
     from nemo_aligner_diffusion.planner.settings import Settings, settings_from
 
     def changed(words: Sequence[str]) -> Settings:
-        more = load_settings(options.config_name, [*options.overrides, *words], config_dir=options.config_path)
+        more = load_settings(options.config_name, [*named, *options.overrides, *words], config_dir=options.config_path)
         return settings_from(more, spec, options.reward)
 
     plan = make_plan(settings_from(run, spec, options.reward), gpu, options.layouts, _say, changed)
