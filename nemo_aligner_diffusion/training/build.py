@@ -32,7 +32,7 @@ from nemo_aligner_diffusion.training.optimizers import OptimizerSettings, build_
 from nemo_aligner_diffusion.training.schedules import build_schedule
 from nemo_aligner_diffusion.training.settings import ModelSettings, RunSettings
 
-_DTYPES = {None: None, "32": torch.float32, "bf16": torch.bfloat16}  # model.frozen_precision
+FROZEN_DTYPES = {None: None, "32": torch.float32, "bf16": torch.bfloat16}  # model.frozen_precision
 
 
 def build_model(
@@ -48,7 +48,7 @@ def build_model(
     """
     section = settings.model
     declared = section.pipeline.declared()
-    frozen = _DTYPES[section.frozen_precision]
+    frozen = FROZEN_DTYPES[section.frozen_precision]
     if pipe is not None:
         model = DiffusionModel(pipe, **declared).to(device)
     else:
@@ -70,14 +70,14 @@ def build_model(
     model.notes = export_notes(settings, model)
     _prepare(section, model)
     if frozen is not None:
-        _convert_frozen(model, frozen)
+        convert_frozen(model, frozen)
     for _, parameter in model.trainable_parameters():  # of a pipeline in half precision; peft computes either way
         if parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.float()
     return model
 
 
-def _convert_frozen(model: DiffusionModel, dtype: torch.dtype) -> None:
+def convert_frozen(model: DiffusionModel, dtype: torch.dtype) -> None:
     """Frozen weights in ``dtype``, but what a class of ``diffusers`` keeps in float32, and no buffers: rotary
     frequencies in bfloat16 are wrong ones."""
     kept: set[torch.nn.Parameter] = set()
