@@ -18,12 +18,14 @@ import torch
 from nemo_aligner_diffusion.algorithms.base import Method
 from nemo_aligner_diffusion.algorithms.custom import CustomMethod
 from nemo_aligner_diffusion.algorithms.registry import methods
+from nemo_aligner_diffusion.config.families import family_of
 from nemo_aligner_diffusion.config.load import load_settings
 from nemo_aligner_diffusion.config.recipes import groups, recipes
 from nemo_aligner_diffusion.config.words import quoted
 from nemo_aligner_diffusion.data.paths import expand_paths
 from nemo_aligner_diffusion.data.prompt_files import clean_prompt
 from nemo_aligner_diffusion.diffusion.families import DENOISERS
+from nemo_aligner_diffusion.diffusion.recognition import of_pipeline
 from nemo_aligner_diffusion.errors import ConfigurationError, DataError, RewardError
 from nemo_aligner_diffusion.import_path import check_call
 from nemo_aligner_diffusion.keys import closest
@@ -168,14 +170,14 @@ def _load(recipe: str, words: list[str], settings: dict[str, tuple[str, Any]], o
     if isinstance(overrides, str):
         raise ConfigurationError(f"overrides={overrides!r} is one text; expected a list of them: [{overrides!r}]")
     chosen = {argument: (key, value) for argument, (key, value) in settings.items() if value is not None}
-    words = [*words, *(f"{key}={_written(value)}" for key, value in chosen.values())]
     batch_size = settings["batch_size"][1]
     if isinstance(batch_size, int) and batch_size > 0 and not any("micro_batch_size=" in word for word in overrides):
-        usual = load_settings(recipe).model.micro_batch_size
+        usual = load_settings(recipe, [*words, *overrides], fetch=True).model.micro_batch_size
         size = next(size for size in range(min(usual, batch_size), 0, -1) if batch_size % size == 0)
         words.append(f"model.micro_batch_size={size}")
+    words += [f"{key}={_written(value)}" for key, value in chosen.values()]
     try:
-        run = load_settings(recipe, [*words, *overrides])
+        run = load_settings(recipe, [*words, *overrides], fetch=True)
     except ConfigurationError as error:
         told = str(error)
         for argument, (key, _) in chosen.items():
@@ -254,7 +256,9 @@ def _read_model(model: Any) -> tuple[Any, list[str]]:
             f"model is a {type(model).__name__}; expected a diffusers pipeline, its folder or hub id, or None"
         )
     device: torch.device = model.device  # type: ignore[attr-defined]
-    return model, [f"trainer.devices=[{device.index}]"] if device.type == "cuda" and device.index else []
+    family, because = family_of(of_pipeline(type(model).__name__, lambda part: getattr(model, part).config))
+    words = [f"family={family}", f"model.family_because={quoted(because)}"]
+    return model, [*words, f"trainer.devices=[{device.index}]"] if device.type == "cuda" and device.index else words
 
 
 def _check_pipeline(pipe: Any, section: ModelSettings) -> None:

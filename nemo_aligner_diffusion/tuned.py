@@ -80,7 +80,7 @@ class Tuned:
             the file or folder.
         """
         try:
-            path = export_weights(self._model, Path(folder).expanduser())
+            path = export_weights(self._model, Path(folder).expanduser(), step=self._step)
         except OSError as error:
             raise OutputError(f"cannot write to {folder}: {error.strerror or error}") from error
         assert path is not None  # one process holds all

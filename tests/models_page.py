@@ -15,6 +15,7 @@ from tiny_pipelines import MAIN, ROWS, TinyPipeline
 
 from nemo_aligner_diffusion.diffusion.families import family_of, lora_targets
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
+from nemo_aligner_diffusion.diffusion.recognition import of_pipeline
 
 BEGIN, END = "<!-- table: tests/models_page.py -->", "<!-- end of table -->"
 
@@ -36,14 +37,15 @@ def how_tested(row: TinyPipeline) -> str:
     return "every method, exact" if row in MAIN else "a DRTune step"
 
 
-def makers(row: TinyPipeline) -> str:
-    family = family_of(row.pipeline)
-    said = {"{} steps": family.steps, "guidance {:g}": family.scale, "{0} × {0}": family.size}
-    return ", ".join(text.format(value) for text, value in said.items() if value is not None) or "–"
+def recipe(row: TinyPipeline) -> str:
+    """The family whose settings hold; the tiny Stable Diffusion itself is of none."""
+    kind = row.pipeline.__name__
+    found = "sd15, sd21" if kind == "StableDiffusionPipeline" else of_pipeline(kind, lambda part: {}).architecture
+    return found or "other"
 
 
 def table() -> str:
-    columns = ("pipeline", "makes", "trained", "guidance", "as its makers sample", "LoRA layers by default",
+    columns = ("pipeline", "makes", "trained", "guidance", "[recipe](#recipes)", "LoRA layers by default",
                "given or declared", "tested")  # fmt: skip
     lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
     for row in ROWS:
@@ -57,7 +59,7 @@ def table() -> str:
         layers = ", ".join(model.lora_targets if model else lora_targets(family, row.train))
         layers = layers if has_lora else "none: `peft=none`"
         guidance = f"`{row.guidance[0]}`" if row.guidance else "–"
-        cells = (f"`{row.pipeline.__name__}` ({row.name})", kind(row), f"`{row.train}`", guidance, makers(row), layers,
+        cells = (f"`{row.pipeline.__name__}` ({row.name})", kind(row), f"`{row.train}`", guidance, recipe(row), layers,
                  ", ".join(declared) or "–", how_tested(row))  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([BEGIN, *lines, END])

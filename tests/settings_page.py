@@ -1,4 +1,5 @@
-"""The tables of ``docs/configuration.md``, of the classes of settings, and of ``docs/algorithms.md``.
+"""The tables of ``docs/configuration.md``, of the classes of settings, of ``docs/algorithms.md``, and of the recipes in
+``docs/models.md``.
 
 python tests/settings_page.py docs
 """
@@ -12,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_aligner_diffusion.algorithms.registry import methods
+from nemo_aligner_diffusion.config.families import family_layer
+from nemo_aligner_diffusion.config.load import load_config
+from nemo_aligner_diffusion.diffusion.settings import FAMILIES
 from nemo_aligner_diffusion.rewards.augmentation import Augmentation
 from nemo_aligner_diffusion.rewards.registry import rewards
 from nemo_aligner_diffusion.settings import LOOP, Settings
@@ -23,6 +27,7 @@ _OF_NO_CLASS = {
                  "becomes of its score: weight, normalize, clip, clip_mode ([rewards.md](rewards.md))"),
     "rm.kwargs": ("{}", "keyword arguments of a custom reward; any names"),
 }  # fmt: skip
+FAMILYS = "its family's"  # of conf/family
 BEGIN, END = "<!-- keys: begin -->\n", "<!-- keys: end -->"
 
 
@@ -49,6 +54,7 @@ def _add(section: type[Settings], title: str, tables: dict[str, dict[str, tuple[
 def _entries(section: type[Settings]) -> dict[str, tuple[str, str]]:
     defaults, meanings = section.defaults(), section.meanings()
     defaults |= dict.fromkeys(getattr(section, "needs", ()), "???")
+    defaults |= {field: FAMILYS for field, key in section.keys().items() if key in family_layer("embedded").leaves}
     return {key: (_written(defaults[field]), meanings[field]) for field, key in section.keys().items()}
 
 
@@ -84,8 +90,32 @@ def method_table() -> str:
     return "\n".join([*lines, ""])
 
 
+def recipe_table() -> str:
+    """Markdown: a row for each file of ``conf/family``."""
+    columns = ("family", "guidance", "steps", "size", "learning rate, weight decay", "rank, alpha", "micro-batch",
+               "gradient clip", "DRaFT+: K, KL")  # fmt: skip
+    lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
+    for family in FAMILIES:
+        cfg = load_config("draftp_sd", [f"family={family}"])
+        infer, optim, lora = cfg.model.infer, cfg.model.optim, cfg.model.peft.lora_tuning
+        size = "its own" if infer.height is None else f"{infer.height}²"
+        own = [_or_own(infer.unconditional_guidance_scale), _or_own(infer.inference_steps), size]
+        alpha = "rank" if lora.alpha is None else lora.alpha
+        steps = f"{cfg.model.truncation_steps}, {cfg.model.kl_coeff:g}"
+        cells = [f"`{family}`", *own, f"{optim.lr:g}, {optim.weight_decay:g}", f"{lora.adapter_dim}, {alpha}",
+                 cfg.model.micro_batch_size, f"{cfg.trainer.draftp_sd.gradient_clip_val:g}", steps]  # fmt: skip
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join([*lines, ""])
+
+
+def _or_own(value: float | None) -> str:
+    return "its own" if value is None else f"{value:g}"
+
+
 def main(folder: str) -> None:
-    for name, table in (("configuration.md", tables()), ("algorithms.md", method_table())):
+    for name, table in (
+        *(("configuration.md", tables()), ("algorithms.md", method_table()), ("models.md", recipe_table())),
+    ):
         page = Path(folder) / name
         before, rest = page.read_text(encoding="utf-8").split(BEGIN)
         page.write_text(before + BEGIN + table + END + rest.split(END)[1], encoding="utf-8")

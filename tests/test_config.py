@@ -7,6 +7,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nemo_aligner_diffusion.algorithms.drtune import DRTune
 from nemo_aligner_diffusion.config.load import load_config, load_settings
 from nemo_aligner_diffusion.config.recipes import conf_directory, groups, recipes
 from nemo_aligner_diffusion.config.schema import KEYS
@@ -15,7 +16,9 @@ from nemo_aligner_diffusion.keys import flatten
 
 ALGORITHM_OF = {
     "draftp_sd": "draft+",
+    "draftp_sdxl": "draft+",
     "drtune_sd": "drtune",
+    "drtune_sdxl": "drtune",
     "draft_sd": "draft",
     "draft_k_sd": "draft_k",
     "draft_lv_sd": "draft_lv",
@@ -23,7 +26,7 @@ ALGORITHM_OF = {
     "refl_imagereward_sd": "refl",
     "alignprop_sd": "alignprop",
 }
-NEEDED = {"refl_imagereward_sd": ["rm.model.restore_from_path=r.nemo"]}
+NEEDED = {name: ["rm.model.restore_from_path=r.nemo"] for name in ("drtune_sdxl", "refl_imagereward_sd")}
 
 
 def message(*overrides: str, name: str = "draftp_sd") -> str:
@@ -50,6 +53,13 @@ def test_refls_recipe_is_its_authors() -> None:
     model = load_config("refl_imagereward_sd", NEEDED["refl_imagereward_sd"]).model
     assert (model.reward_scale, model.reward_margin, model.infer.unconditional_guidance_scale) == (1e-3, 2, 1)
     assert (model.infer.inference_steps, list(model.refl.window)) == (40, [30, 39])
+
+
+def test_fdxls_recipe_is_drtune_on_hpsv2() -> None:
+    cfg = load_config("drtune_sdxl", ["rm.model.restore_from_path=hps_v2.1.nemo", "family=sdxl"])
+    assert (cfg.rm.name, cfg.rm.model.score, cfg.model.drtune.train_steps) == ("clip", "hps", 4)
+    assert (cfg.model.infer.inference_steps, DRTune(**cfg.model.drtune).most_early(40)) == (40, 16)
+    assert "rm.model.restore_from_path must be given" in message(name="drtune_sdxl")
 
 
 def test_the_recipes_are_the_ones_named_here() -> None:

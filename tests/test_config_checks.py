@@ -55,7 +55,8 @@ def test_a_list_of_devices_counts_its_entries() -> None:
     [
         ("draftp_sd", ["model.truncation_steps=21"], "model.truncation_steps = 21 is beyond"),
         ("draft_k_sd", ["model.infer.inference_steps=4", "model.truncation_steps=5"], "expected 1 … 4"),
-        ("drtune_sd", ["model.infer.inference_steps=10", "model.drtune.train_steps=4"], "expected 1 … 3"),
+        ("drtune_sd", ["model.infer.inference_steps=10", "model.drtune.early_stop_steps=8"], "expected 1 … 3"),
+        ("drtune_sd", ["model.infer.inference_steps=4"], "early stopping may leave 3: expected 1 … 3"),
         ("drtune_sd", ["model.drtune.train_steps=14"], "early stopping may leave 13: expected 1 … 13"),
         ("drtune_sd", ["model.drtune.early_stop_steps=21"], "expected 0 … 20"),
         ("refl_sd", ["model.refl.window=[15,20]"], "0 <= first <= last <= 19"),

@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {
     "train_sd_draftp.py": "draftp_sd",
     "train_sd_drtune.py": "drtune_sd",
+    "train_sdxl_draftp.py": "draftp_sdxl",
+    "train_sdxl_drtune.py": "drtune_sdxl",
     "train_sd.py": "draftp_sd",
 }
 HEAVY = ("torch", "pytorch_lightning", "diffusers", "transformers", "peft", "matplotlib", "webdataset")
@@ -37,7 +39,7 @@ def test_scripts_show_help_and_configuration(name: str, tmp_path: Path) -> None:
     assert shown.returncode == 0, shown.stderr
     for text in (f"usage: {name}", "refl_sd", "model.kl_coeff", "rm ", "symmetry", "--config-path"):
         assert text in shown.stdout
-    composed = run_script(name, "--cfg", cwd=tmp_path)
+    composed = run_script(name, "--cfg", "rm=symmetry", cwd=tmp_path)
     assert yaml.safe_load(composed.stdout)["name"] == SCRIPTS[name]
     assert list(tmp_path.iterdir()) == [], "nothing is written"
 

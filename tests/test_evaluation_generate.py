@@ -14,13 +14,14 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny.stable_diffusion import save_tiny_pipeline
 
 from nemo_aligner_diffusion.cli.generate import main, parse_seeds, read_request
 from nemo_aligner_diffusion.diffusion.loading import load_model
 from nemo_aligner_diffusion.diffusion.lora import add_lora, save_lora_weights
 from nemo_aligner_diffusion.diffusion.noise import sample_generator
-from nemo_aligner_diffusion.errors import ConfigurationError
+from nemo_aligner_diffusion.errors import CheckpointError, ConfigurationError
 from nemo_aligner_diffusion.evaluation.figures import read_grid
 from nemo_aligner_diffusion.evaluation.generation import Result, resolve_settings, run_generation
 from nemo_aligner_diffusion.evaluation.run_files import read_run
@@ -123,6 +124,28 @@ def test_mixed_adapters_are_those_of_diffusers(
         pipeline.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors", adapter_name=name)
     pipeline.set_adapters(["a", "b"], [0.7, -0.4])
     assert_same(result.images["tuned"], plain_diffusers(pipeline))
+
+
+def test_adapters_of_other_trainers_are_applied_or_refused(
+    pipeline_folder: Path, adapter: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As PEFT saves them; with a layer of a larger model; with layers of a text encoder."""
+    expected = run(pipeline_folder, tmp_path / "out", "--lora", str(adapter)).images["tuned"]
+    state = load_file(adapter / "pytorch_lora_weights.safetensors")
+    file = tmp_path / "a.safetensors"
+    save_file({name.replace("unet.", "base_model.model.", 1): value for name, value in state.items()}, file)
+    made = run(pipeline_folder, tmp_path / "out", "--lora", str(file), "--compare").images
+    assert torch.allclose(made["tuned"], expected, atol=1e-5)
+    assert not torch.allclose(made["base"], expected, atol=1e-2)
+    save_file({**state, "unet.down_blocks.7.attn1.to_q.lora_A.weight": torch.zeros(2, 8)}, file)
+    with pytest.raises(
+        CheckpointError, match=r"a\.safetensors: .* 1 of its \d+ tensors have no place .*down_blocks\.7"
+    ):
+        run(pipeline_folder, tmp_path / "out", "--lora", str(file))
+    save_file({**state, "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_A.weight": torch.zeros(2, 8)}, file)
+    made = run(pipeline_folder, tmp_path / "out", "--lora", str(file)).images
+    assert torch.equal(made["tuned"], expected)
+    assert "tensors are of text encoders, such as text_encoder.text_model" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["lora", "unet"])

@@ -106,6 +106,47 @@ def test_the_other_strategy_gathers_once(processes):
         assert rank["apart"] < 1e-10
 
 
+def blocks_of_every_pipeline() -> dict[str, tuple[float, float]]:
+    """Of the trained network of every tiny pipeline: the share of its layers' numbers that are gathered block by block,
+    and how far its first output is from the one of the whole network, sharded over one process."""
+    import torch.distributed as dist
+    from tiny.cut_transformers import built
+    from tiny_pipelines import ROWS
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from nemo_aligner_diffusion.parallel.sharding import _listed, gathered_blocks, shard_denoiser
+
+    def numbers(modules: list[torch.nn.Module]) -> int:
+        return sum(p.numel() for p in {parameter for module in modules for parameter in module.parameters()})
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    found = {}
+    for row in ROWS:
+        if row.needs is not None:
+            continue
+        model, args, kwargs = built(row.name)
+        share = numbers(gathered_blocks(model)) / numbers(_listed(model, None))
+        model.requires_grad_(True)
+        outputs = []
+        for sharded in (False, True):
+            if sharded:
+                shard_denoiser(model, mesh, True)
+            torch.manual_seed(0)
+            output = model(*args, **kwargs)[0]
+            outputs.append(torch.stack(tuple(output)) if isinstance(output, list) else output)
+        found[row.name] = (share, float((outputs[1] - outputs[0]).detach().abs().max()))
+    return found
+
+
+@pytest.mark.slow
+def test_every_denoiser_is_gathered_by_blocks(processes):
+    (found,) = processes.run(1, blocks_of_every_pipeline)
+    assert len(found) > 50
+    print({name: round(share, 2) for name, (share, _) in found.items() if share < 0.99})
+    assert all(apart == 0 for _, apart in found.values()), found
+    assert all(share > 0.6 for share, _ in found.values()), found
+
+
 def frozen_parts() -> list[dict[str, int]]:
     """Of frozen parts: sizes; what is whole here, and calls that FSDP2 remembers, before, after one use, after ten."""
     from tiny.stable_diffusion import tiny_stable_diffusion

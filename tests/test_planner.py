@@ -39,7 +39,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe(tiny: Path, name: str, batch: int, *more: str) -> Any:
-    return load(name, [f"model.from_pretrained={tiny}", "rm=symmetry", *more], batch)
+    return load(name, [f"model.from_pretrained={tiny}", "family=embedded", "rm=symmetry", *more], batch)
 
 
 # operations and memory against the training step itself
@@ -55,6 +55,8 @@ def recipe(tiny: Path, name: str, batch: int, *more: str) -> Any:
         ("draft_lv_sd", ("model.decode_micro_batch_size=1",)),
         ("refl_sd", ()),
         ("draftp_sd", ("rm=clip", "rm.augment.noise_std=0.1", "rm.augment.views=3")),
+        ("draftp_sd", ("model.first_stage_config.activation_checkpointing=true", "model.decode_micro_batch_size=1")),
+        ("draftp_sd", ("model.first_stage_config.tiling=64", "model.infer.height=128", "model.infer.width=64")),
     ],
 )
 def test_operations_are_exactly_those_of_the_training_step(tiny, name, more):
@@ -116,7 +118,8 @@ def test_what_is_held_beside_the_weights_follows_from_the_recipe(tiny, words, st
 def test_layouts_are_searched_with_the_keys_that_were_asked_for(tiny):
     words = ["trainer.devices=2", "model.fsdp=true", "model.fsdp_frozen=[text_encoder,vae]",
              "model.fsdp_sharding_strategy=grad", "peft=none", "model.kl_coeff=0"]  # fmt: skip
-    cfg = load_settings("draftp_sd", [f"model.from_pretrained={tiny}", "rm=symmetry", "model.micro_batch_size=1",
+    cfg = load_settings("draftp_sd", [f"model.from_pretrained={tiny}", "family=embedded", "rm=symmetry",
+                                    "model.micro_batch_size=1",
                                     "model.global_batch_size=2", *words])  # fmt: skip
     settings, counts = settings_from(cfg, model_spec(str(tiny))), step_counts(cfg)
     machines = Machines(gpu_named("l40s"), 2, 2)
@@ -339,13 +342,39 @@ def test_where_nothing_fits_the_error_says_what_to_change(tiny, capsys, monkeypa
     small = GPU("Tiny", GPUS["l40s"].flops, 2.001e9, 1e12, 1e10, 1e9)
     monkeypatch.setitem(GPUS, "tiny", small)
     code = main(["--model", str(tiny), "--gpu", "tiny", "rm=symmetry", "model.infer.inference_steps=2",
-                 "model.truncation_steps=1", *words])  # fmt: skip
+                 "family=embedded", "model.truncation_steps=1", *words])  # fmt: skip
     captured = capsys.readouterr()
     assert code == 2
     assert "nothing fits" in captured.err
     assert "does not fit" in captured.out
     assert [text for text in helps if text not in captured.err] == []
     assert [text for text in would_not if text in captured.err] == []
+
+
+def test_what_does_not_fit_is_made_to_by_the_cheapest_settings(tiny, capsys, monkeypatch):
+    """Of a card that holds the same command with pictures decoded one at a time, and not as it is."""
+    words = ["--model", str(tiny), "--gpu", "tiny", "--json", "rm=symmetry", "model.infer.inference_steps=2",
+             "model.truncation_steps=1", "model.micro_batch_size=4", "model.global_batch_size=4",
+             "model.infer.height=64", "model.infer.width=64", "model.kl_coeff=0",
+             "trainer.draftp_sd.val_check_interval=0"]  # fmt: skip
+    asked, by_one = (settings_from(load_settings("draftp_sd", [f"model.from_pretrained={tiny}", *words[5:], *more]),
+                                   model_spec(str(tiny)))
+                     for more in ([], ["model.decode_micro_batch_size=1"]))  # fmt: skip
+    machines = Machines(GPUS["l40s"], 1, 1)
+    needed = []
+    for settings in (asked, by_one):
+        counts, case = step_counts(settings.run, settings.spec), case_of(settings.run)
+        held = candidate(settings, case, measure(settings, case, counts.plan), counts, machines).memory
+        assert held.peak_phase == "decode and reward"
+        needed.append(held.needed)
+    assert needed[1] < needed[0]
+    card = GPU("Tiny", GPUS["l40s"].flops, sum(needed) / 2, 1e12, 1e10, 1e9)
+    monkeypatch.setitem(GPUS, "tiny", card)
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["fits_with"] == ["model.decode_micro_batch_size=1"]
+    assert captured.err.strip().endswith("a step, with: model.decode_micro_batch_size=1")
+    assert main([*words, "model.decode_micro_batch_size=1"]) == 0
 
 
 def test_where_every_layout_was_searched_no_other_one_is_advised(tiny):

@@ -316,3 +316,40 @@ def test_a_report_that_fails_leaves_a_finished_run_finished(pipeline, prompts, t
     assert run(pipeline, prompts, tmp_path / "run", *more) == 0
     assert "resuming with model.seed = 5; it was" in caplog.text
     assert "model.seed has changed: what is drawn at random" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_an_adapter_and_its_resume_with_its_own_checkpoint(pipeline, prompts, tmp_path):
+    first, copy, straight, parted = (tmp_path / name for name in ("first", "copy", "straight", "parted"))
+    run(pipeline, prompts, first, "trainer.draftp_sd.max_steps=2")
+    given = f"model.peft.restore_from_path={first}"
+    run(pipeline, prompts, copy, given, "model.optim.lr=1e-12", "trainer.draftp_sd.max_steps=1")
+    assert all(torch.allclose(value, adapter(first)[name], atol=1e-6) for name, value in adapter(copy).items())
+    assert set(adapter(copy)) == set(adapter(first))
+    steps = ["sched=constant", "trainer.draftp_sd.max_steps="]
+    run(pipeline, prompts, straight, given, *steps[:1], f"{steps[1]}4")
+    run(pipeline, prompts, parted, given, *steps[:1], f"{steps[1]}2")
+    # the file is another one by now: what the run has made of it counts
+    run(pipeline, prompts, first, "trainer.draftp_sd.max_steps=4", "exp_manager.resume_if_exists=true")
+    run(pipeline, prompts, parted, given, *steps[:1], f"{steps[1]}4", "exp_manager.resume_if_exists=true")
+    assert all(torch.allclose(value, adapter(straight)[name], atol=1e-6) for name, value in adapter(parted).items())
+
+
+def test_an_exported_adapter_says_where_it_comes_from(pipeline, prompts, tmp_path):
+    from safetensors import safe_open
+
+    run(pipeline, prompts, tmp_path / "run", "trainer.draftp_sd.max_steps=1", "name=mine")
+    prefix = "nemo_aligner_diffusion."
+    for name in ("pytorch_lora_weights.safetensors", "kohya_lora_weights.safetensors"):
+        with safe_open(tmp_path / "run" / "export" / name, "pt") as file:
+            header = file.metadata()
+        expected = {"ss_output_name": "mine", "ss_steps": "1", "ss_network_dim": "8", "ss_network_alpha": "8",
+                    "ss_sd_model_name": pipeline.name, "ss_base_model_version": "sd_v1", "ss_learning_rate": "0.01",
+                    "ss_seed": "1234", "modelspec.architecture": "stable-diffusion-v1/lora",
+                    f"{prefix}method": "draft+", f"{prefix}reward": "symmetry"}  # fmt: skip
+        assert {key: header.get(key) for key in expected} == expected
+        settings = json.loads(header[f"{prefix}settings"])
+        assert settings["infer"]["inference_steps"] == 4
+        assert settings["peft"]["lora_tuning"]["alpha"] == 32
+        assert len(header[f"{prefix}base_model_fingerprint"]) == 64
+        assert str(tmp_path) not in json.dumps(header)

@@ -28,26 +28,31 @@ class DRTune(Method):
     train_steps: int = setting(
         4, integer(1), "K, evenly spaced steps that get a gradient; 1 … executed steps; published: 3 to 5"
     )
-    early_stop_steps: int = setting(
-        8,
-        integer(0),
-        "m: sampling ends u steps early, u uniform in 1 … m; 0: never; published: about 40 % of the steps",
+    early_stop_steps: int | None = setting(
+        None,
+        integer(0, nullable=True),
+        "m: sampling ends u steps early, u uniform in 1 … m; 0: never; null: 40 % of the steps, about as published",
     )
 
+    def most_early(self, steps: int) -> int:
+        """``m`` of a trajectory of ``steps``."""
+        return round(0.4 * steps) if self.early_stop_steps is None else self.early_stop_steps
+
     def check(self, steps: int) -> None:
-        within = f"model.infer.inference_steps = {steps}"
-        if self.early_stop_steps > steps:
+        within, most = f"model.infer.inference_steps = {steps}", self.most_early(steps)
+        if most > steps:
             raise ConfigurationError(
                 f"{self.given('early_stop_steps')} is beyond {within}: expected 0 … {steps} "
                 f"(about {round(0.4 * steps)} is usual)"
             )
-        shortest = steps - self.early_stop_steps + 1 if self.early_stop_steps else steps
+        shortest = steps - most + 1 if most else steps
         if self.train_steps > shortest:
-            early = f", of which early stopping may leave {shortest}" if self.early_stop_steps else ""
+            early = f", of which early stopping may leave {shortest}" if most else ""
             raise ConfigurationError(f"{self.given('train_steps')} is beyond {within}{early}: expected 1 … {shortest}")
 
     def plan(self, path: SamplingPath, rng: random.Random) -> Plan:
-        stop = path.steps - rng.randint(1, self.early_stop_steps) if self.early_stop_steps else None
+        most = self.most_early(path.steps)
+        stop = path.steps - rng.randint(1, most) if most else None
         last = path.steps - 1 if stop is None else stop
         stride = (last + 1) // self.train_steps
         offset = rng.randint(0, last - (self.train_steps - 1) * stride)

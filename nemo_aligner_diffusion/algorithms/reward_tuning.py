@@ -23,7 +23,7 @@ from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.diffusion.noise import plan_random, sample_generator
 from nemo_aligner_diffusion.diffusion.plan import PlanRule
 from nemo_aligner_diffusion.diffusion.schedule import path_of
-from nemo_aligner_diffusion.diffusion.trajectory import Rollout, check_repeatable, rollout
+from nemo_aligner_diffusion.diffusion.trajectory import Rollout, check_repeatable, distance_of_training, rollout
 from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError
 from nemo_aligner_diffusion.parallel.module import OptimizerFactory
 from nemo_aligner_diffusion.parallel.non_finite import NonFinitePolicy
@@ -86,7 +86,7 @@ class RewardTuning(PictureValidation):
         self._micro_batches: list[dict[str, Tensor]] = []  # figures of the micro-batches of the running optimizer step
         self._rewards: list[Tensor] = []
         self._step_started = 0.0
-        self._gradients_checked = False
+        self._gradients_checked = self._overflow_said = False
         if kl_coeff:
             model.keep_reference()
 
@@ -137,6 +137,7 @@ class RewardTuning(PictureValidation):
         surrogate = result.surrogate(self.kl_coeff)
         if not torch.isfinite(scored.scores).all():  # every process then skips this update: see ParallelModule
             surrogate = surrogate * float("nan")
+            self._say_what_overflows(result)
         return surrogate
 
     def reward_loss(self, scores: Tensor) -> Tensor:
@@ -156,6 +157,16 @@ class RewardTuning(PictureValidation):
         """Asked in each step, of some thousand tensors: no dtype changes once training has begun."""
         parts = (*self.model.networks.values(), self.reward)
         return any(p.dtype == torch.float16 for part in parts for p in part.parameters())
+
+    def _say_what_overflows(self, result: Rollout) -> None:
+        """Once: which half of a float16 pipeline it was."""
+        if self._in_float16 and not self._overflow_said:
+            self._overflow_said = True
+            finite = all(bool(torch.isfinite(end).all()) for end in result.ends)
+            log.warning(
+                "a reward is not finite, in float16: %s; expected trainer.precision=bf16 or 32",
+                "the decoder or the reward overflows, the latents are finite" if finite else "the denoiser overflows",
+            )
 
     def _keep(self, prompts: list[str], scored: Scored, result: Rollout) -> None:
         """What ``metrics.csv`` and the guard are told of a micro-batch."""
@@ -184,9 +195,20 @@ class RewardTuning(PictureValidation):
     def check_pipeline(self) -> None:
         """Draw a plan and make a picture twice, before anything is written: see :func:`.check_repeatable`."""
         self.eval()
-        drawn(self.plan_rule, path_of(self.model.pipe.scheduler, self.sampling.steps), plan_random(self.seed, 0))
+        steps = self.sampling.steps or self.model.default_steps
+        drawn(self.plan_rule, path_of(self.model.pipe.scheduler, steps), plan_random(self.seed, 0))
         prompt = next(iter(self.validation_prompts), "a picture")
-        check_repeatable(self.model, self.model.inputs([prompt], **vars(self.sampling)))
+        inputs = self.model.inputs([prompt], **vars(self.sampling))
+        check_repeatable(self.model, inputs)
+        if self.model.decoder.other_picture:
+            mean, most = distance_of_training(self.model, inputs)
+            log.info(
+                "in training the reward scores %s; the first is %.2g from the VAE's on average, %.2g at most "
+                "(pixels in [0, 1]); validation and exports are of the VAE",
+                self.model.decoder.other_picture,
+                mean,
+                most,
+            )
 
     # Lightning's hooks
 

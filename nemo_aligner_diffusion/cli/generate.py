@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nemo_aligner_diffusion.command_line import Parser, finite_number, whole_number
 from nemo_aligner_diffusion.data.prompt_files import read_lines
-from nemo_aligner_diffusion.diffusion.settings import SamplingSettings
+from nemo_aligner_diffusion.diffusion.settings import WeightsSettings
 from nemo_aligner_diffusion.errors import ConfigurationError, DataError
 from nemo_aligner_diffusion.evaluation.request import Adapter, Request, annealed_weights
 from nemo_aligner_diffusion.runtime.ending import command
@@ -83,13 +83,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="annealed guidance between base and tuned: base, draft, linear, power_P or numbers, comma-separated",
     )
 
-    shipped = SamplingSettings()  # an adapter made by a run brings that run's settings instead
-    sampling = parser.add_argument_group("sampling (default: as the adapter's run, else as shipped)")
-    steps, guidance = shipped.inference_steps, shipped.unconditional_guidance_scale
-    sampling.add_argument("--steps", type=whole_number, metavar="N", help=f"sampling steps (shipped: {steps})")
-    sampling.add_argument("--guidance", type=finite_number, metavar="G", help=f"its scale (shipped: {guidance:g})")
-    sampling.add_argument("--sampler", metavar="NAME", help="ddim, euler, dpm++2m, … (shipped: the pipeline's own)")
-    sampling.add_argument("--eta", type=finite_number, metavar="ETA", help="DDIM's noise, 0 to 1 (shipped: 0)")
+    sampling = parser.add_argument_group("sampling (default: as the adapter's run, else as the model's family)")
+    sampling.add_argument("--steps", type=whole_number, metavar="N", help="sampling steps")
+    sampling.add_argument("--guidance", type=finite_number, metavar="G", help="its scale")
+    sampling.add_argument("--sampler", metavar="NAME", help="ddim, euler, dpm++2m, …")
+    sampling.add_argument("--eta", type=finite_number, metavar="ETA", help="DDIM's noise, 0 to 1 (default: 0)")
     sampling.add_argument("--height", type=whole_number, metavar="PX", help="default: the model's own")
     sampling.add_argument("--width", type=whole_number, metavar="PX", help="default: the model's own")
 
@@ -128,7 +126,11 @@ def read_request(argv: Sequence[str]) -> Request:
         given["prompts"] = [*given["prompts"], *_read_prompts(file)]
     if count is not None:
         given["seeds"] = list(range(count))
-    request = Request(**given)
+    from nemo_aligner_diffusion.config.families import family_of, sampling_of  # here: `--help` needs no OmegaConf
+    from nemo_aligner_diffusion.diffusion.recognition import recognise
+
+    weights = WeightsSettings(from_pretrained=given["model"] and str(given["model"]))
+    request = Request(**given, usual=sampling_of(family_of(recognise(weights, fetch=True))[0]))
     for kind in request.weights:
         annealed_weights(kind, 1)  # only to complain before anything is loaded
     if not request.prompts:

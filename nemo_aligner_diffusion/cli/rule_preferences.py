@@ -56,19 +56,19 @@ def make_parser() -> argparse.ArgumentParser:
 def judge_main(argv: Sequence[str]) -> int:
     """``judge_rule.py``: pictures of the embedded validation prompts; returns the exit status."""
     arguments = judge_parser().parse_args(argv)
+    from nemo_aligner_diffusion.config.families import sampling_of
     from nemo_aligner_diffusion.data.prompts import read_prompts
-    from nemo_aligner_diffusion.diffusion.settings import SamplingSettings
     from nemo_aligner_diffusion.embedded_assets import embedded_prompts_path, embedded_reward_path
     from nemo_aligner_diffusion.evaluation.diversity import recognisability
     from nemo_aligner_diffusion.evaluation.generation import run_generation
     from nemo_aligner_diffusion.rewards import restore_reward
 
     prompts = read_prompts(str(embedded_prompts_path("validation")))
-    shipped = SamplingSettings()  # whatever the run sampled with
+    usual = sampling_of("embedded")  # whatever the run sampled with
     words = [word for prompt in prompts for word in ("--prompt", prompt)]
     words += ["--compare", f"--lora={arguments.lora}", f"--output={arguments.output}", "--overwrite"]
-    words += [f"--seeds=100-{99 + arguments.seeds}", f"--steps={shipped.inference_steps}"]
-    words += [f"--guidance={shipped.unconditional_guidance_scale}"]
+    words += [f"--seeds=100-{99 + arguments.seeds}", f"--steps={usual.inference_steps}"]
+    words += [f"--guidance={usual.unconditional_guidance_scale}"]
     words += [f"--reward=nemo_aligner_diffusion.reward_training.rule_preferences:{arguments.rule}"]
     result = run_generation(read_request(words))
     names = [prompt for prompt in prompts for _ in range(arguments.seeds)]

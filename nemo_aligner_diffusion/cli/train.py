@@ -121,8 +121,9 @@ def _main(config_name: str, argv: Sequence[str], startup: Startup) -> int:
     from nemo_aligner_diffusion.config.load import load_config
     from nemo_aligner_diffusion.training.settings import RunSettings
 
-    cfg = load_config(arguments.config_name, arguments.overrides, config_dir=arguments.config_path, recipe=config_name)
-    if arguments.show_config:
+    shows = arguments.show_config
+    cfg = load_config(arguments.config_name, arguments.overrides, arguments.config_path, config_name, fetch=not shows)
+    if shows:
         show(cfg)
         return 0
 

@@ -12,15 +12,16 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_aligner_diffusion.config.nemo_names import NOT_YET, WITHOUT_EFFECT, Alias, pattern_of
+from nemo_aligner_diffusion.config.nemo_names import HALVES, NOT_YET, WITHOUT_EFFECT, Alias, pattern_of
 from nemo_aligner_diffusion.config.words import is_secret, of_the_environment, quoted, settled, split, with_words
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.formats.yaml_reader import read_yaml
 from nemo_aligner_diffusion.keys import closest, flatten, unflatten
-from nemo_aligner_diffusion.settings import ANY, LOOP, Kind
+from nemo_aligner_diffusion.settings import ANY, LOOP, Kind, integer
 from nemo_aligner_diffusion.training.schedules import EITHER_OR
 
 COMMAND_LINE = "command line"
+_PIXELS = integer(0)
 _PART = re.compile(r"^rm\.(parts\.[^.]+\.(reward\.)?)+")  # of a composite reward
 KEY = re.compile(r"[A-Za-z_][\w@/+-]*(\.[\w@/+-]+)*")
 
@@ -36,11 +37,12 @@ class Override:
 
 @dataclass
 class Layer:
-    """Settings of one source, by dotted key. ``origin`` names it in messages."""
+    """Settings of one source, by dotted key. ``origin`` names it in messages; ``composed``: groups are among them."""
 
     leaves: dict[str, Any]
     origin: str
     deletions: list[str] = field(default_factory=list)
+    composed: bool = False
 
 
 def parse_override(text: str) -> Override:
@@ -148,6 +150,7 @@ class Vocabulary:
         self.aliases = aliases
         self._loop, self._loops = loop, loops
         self._without_effect, self._not_yet = (WITHOUT_EFFECT, NOT_YET) if nemos else ({}, {})
+        self._halves = HALVES if nemos else {}
 
     def kind_of(self, key: str) -> Kind | None:
         """The kind of a dotted key, None for one that is not known."""
@@ -177,25 +180,29 @@ class Vocabulary:
                 notes[key] = f"{own} is given too"
             else:
                 given[own] = value
-        for key, value in list(given.items()):
+        said = dict(given)
+        for key, value in said.items():
             self._check_known(key, value, layer.origin)
             alias = self.aliases.get(key)
             if alias is not None:
                 target = alias.target.replace(LOOP, self._loop)
                 converted = alias.convert(value) if alias.convert else value
-                if alias.weak and target in leaves:
+                if alias.weak and target in said:
                     notes[key] = f"{target} is given too"
-                elif target in leaves and leaves[target] != value:
+                elif target in said and said[target] != value:
                     raise ConfigurationError(
-                        f"{key} = {value!r} and {target} = {leaves[target]!r} are two spellings of one setting that "
+                        f"{key} = {value!r} and {target} = {said[target]!r} are two spellings of one setting that "
                         f"disagree ({layer.origin}): keep one"
                     )
                 elif converted is not None or not (alias.weak or alias.convert):
                     given[target] = converted
-            elif self.kind_of(key) is None and value is not None:
+            elif self.kind_of(key) is None and value is not None and not self._is_half(key):
                 pattern = pattern_of(key, self._without_effect)
                 if pattern is not None:
                     notes[key] = self._without_effect[pattern]
+        for target, halves in self._halves.items():
+            if any(given.get(half) is not None for half in halves):
+                given[target] = _joined(target, halves, given, tree)
         for key, other in EITHER_OR.items():
             if given.get(key) is not None and other not in given and other in tree:
                 given[other] = None
@@ -242,6 +249,9 @@ class Vocabulary:
             return ".".join(["trainer", self._loop, *parts[2:]])
         return key
 
+    def _is_half(self, key: str) -> bool:
+        return any(key in halves for halves in self._halves.values())
+
     def _is_section(self, key: str) -> bool:
         return any(known.startswith(f"{key}.") for known in self.kinds)
 
@@ -251,7 +261,7 @@ class Vocabulary:
             if value not in neutral:
                 raise ConfigurationError(f"{key} = {value!r} is not available here: {advice}")
             return
-        if self.kind_of(key) is not None or key in self.aliases:
+        if self.kind_of(key) is not None or key in self.aliases or self._is_half(key):
             return
         if self._is_section(key):
             if value is None or value == {}:
@@ -280,6 +290,18 @@ class Vocabulary:
             raise ConfigurationError(f"~{key}: there is no such key{closest(key, tree)}")
         for leaf in found:
             del tree[leaf]
+
+
+def _joined(target: str, halves: tuple[str, str], given: dict[str, Any], tree: Mapping[str, Any]) -> list[int]:
+    """The pair that ``halves`` give, one of them perhaps in the layer before."""
+    pair = []
+    for half, before in zip(halves, tree.get(target) or (None, None), strict=True):
+        value = given.pop(half, None)
+        value = before if value is None else value
+        if value is None:
+            raise ConfigurationError(f"{half} is not given: {target} needs both {' and '.join(halves)}")
+        pair.append(_PIXELS.read(half, value))
+    return pair
 
 
 def _set(tree: dict[str, Any], key: str, value: Any) -> None:

@@ -3,7 +3,7 @@
 Hydra's compose API reads the recipe and its groups; nothing is written, no folder is changed into. Layers are flat
 mappings of dotted keys, so that every key of every layer goes through the same aliases and the same checks:
 
-    recipe  <  the user's YAML (--config-path/--config-name)  <  the command line
+    groups  <  the checkpoint's family  <  recipe  <  the user's YAML (--config-path/--config-name)  <  command line
 
 Imports neither torch nor Lightning: a configuration error costs well under a second.
 """
@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_aligner_diffusion.algorithms.registry import defaults, reads
+from nemo_aligner_diffusion.config.families import family_layer, family_of
 from nemo_aligner_diffusion.config.layers import (
     Layer,
     Override,
@@ -32,9 +33,11 @@ from nemo_aligner_diffusion.config.layers import (
     parse_override,
     read_sections,
 )
-from nemo_aligner_diffusion.config.recipes import conf_directory, groups, recipes
+from nemo_aligner_diffusion.config.recipes import FAMILY, conf_directory, groups, recipes
 from nemo_aligner_diffusion.config.schema import REWARDS, vocabulary
 from nemo_aligner_diffusion.config.words import settled
+from nemo_aligner_diffusion.diffusion.recognition import recognise
+from nemo_aligner_diffusion.diffusion.settings import WeightsSettings
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.keys import closest, flatten, unflatten
 from nemo_aligner_diffusion.rewards.parts import PartedSettings
@@ -50,6 +53,7 @@ def load_config(
     overrides: Sequence[str] = (),
     config_dir: str | os.PathLike[str] | None = None,
     recipe: str = "draftp_sd",
+    fetch: bool = False,
 ) -> DictConfig:
     """Compose, translate and check a configuration.
 
@@ -59,6 +63,7 @@ def load_config(
         config_dir: folder of the user's own YAML. A file without ``defaults`` (NeMo's style) lies over a recipe: the
             one of the same name, or ``recipe``. A file with ``defaults`` may name the files of ``conf/`` too.
         recipe: the recipe under a user's YAML.
+        fetch: a model of the hub that is not in the local cache may be asked what it is.
 
     Returns:
         The resolved, complete configuration with the canonical keys only. Texts of the environment
@@ -80,14 +85,26 @@ def load_config(
     values = [item for item in parsed if item not in selections]
 
     tree = flatten(_compose(conf_directory(), base, [_selection(item, base) for item in selections], own_folder))
-    keys = vocabulary(base)
+    keys, words = vocabulary(base), command_line(values)
+    users = [] if own_folder is None else [_user_layer(own_folder, name, selections, tree)]
+
+    def over(family: Layer, notes: dict[str, str] | None = None) -> dict[str, Any]:
+        # of the groups that the command line picks only what a user's file may have set otherwise is left to say
+        picked = [_selected_layer(item, base, own_folder, family) for item in selections if own_folder is not None]
+        result = tree
+        for layer in (family, _recipes_own(base), *users, *picked, words):
+            result = keys.over(result, layer, notes)
+        return result
+
+    known = keys.values(over(family_layer("embedded")))  # but for numbers what it will be, whatever the family
+    family, because = _chosen_family(known, fetch)
     notes: dict[str, str] = {}
-    if own_folder is not None:
-        tree = keys.over(tree, _user_layer(own_folder, name, selections), notes)
-        for item in selections:  # the command line counts more than the file
-            tree = keys.over(tree, _selected_layer(item, base, own_folder), notes)
-    words = command_line(values)
-    cfg = OmegaConf.create(unflatten(_methods_own(keys.values(keys.over(tree, words, notes)))))
+    # model.algorithm=… alone leaves as it is what goes with the recipe's own method
+    methods = [layer.leaves.get("model.algorithm") for layer in users if layer.composed]
+    algorithm = settled(next(filter(None, methods), tree["model.algorithm"]))
+    complete = over(family_layer(family, algorithm, known["model.optim.name"]), notes)
+    complete |= {"model.family": family, "model.family_because": because}
+    cfg = OmegaConf.create(unflatten(_methods_own(keys.values(complete))))
     settings = RunSettings.of(cfg)
     _check_reward(settings)
     notes |= _unread(words.leaves, settings)
@@ -102,9 +119,25 @@ def load_settings(
     overrides: Sequence[str] = (),
     config_dir: str | os.PathLike[str] | None = None,
     recipe: str = "draftp_sd",
+    fetch: bool = False,
 ) -> RunSettings:
     """:func:`load_config`, as the objects that code takes."""
-    return RunSettings.of(load_config(config_name, overrides, config_dir, recipe))
+    return RunSettings.of(load_config(config_name, overrides, config_dir, recipe, fetch))
+
+
+def _chosen_family(known: Mapping[str, Any], fetch: bool) -> tuple[str, str]:
+    """The family whose settings hold, and why: what ``model.family`` says, else the checkpoint's."""
+    if known["model.family"] is not None:
+        return known["model.family"], known["model.family_because"] or "model.family says so"
+    return family_of(recognise(WeightsSettings.from_tree(unflatten(known)), fetch))
+
+
+@functools.cache
+def _recipes_own(name: str) -> Layer:
+    """What a recipe's own file says."""
+    content = read_sections(conf_directory() / f"{name}.yaml")
+    content.pop("defaults", None)
+    return Layer(flatten(content), f"{name}.yaml")
 
 
 def _existing_folder(config_dir: str | os.PathLike[str]) -> Path:
@@ -116,7 +149,7 @@ def _existing_folder(config_dir: str | os.PathLike[str]) -> Path:
 
 def _is_selection(item: Override, own_folder: Path | None) -> bool:
     available = groups() if own_folder is None else {**groups(), **groups(own_folder)}
-    return item.key in available and isinstance(item.value, str) and not item.delete
+    return item.key in available and item.key != FAMILY and isinstance(item.value, str) and not item.delete
 
 
 def _selection(item: Override, base: str) -> str:
@@ -168,7 +201,8 @@ def _one_line(error: Exception, overrides: Sequence[str]) -> str:
     return "the configuration cannot be composed: " + " ".join(kept[:3]) + given
 
 
-def _user_layer(folder: Path, name: str, selections: list[Override]) -> Layer:
+def _user_layer(folder: Path, name: str, selections: list[Override], recipe: Mapping[str, Any]) -> Layer:
+    """What a user's file says; of what its ``defaults`` compose, what the ``recipe`` below has otherwise."""
     file = next((path for path in (folder / f"{name}.yaml", folder / f"{name}.yml") if path.is_file()), None)
     if file is None:
         there = sorted(path.stem for path in folder.glob("*.y*ml"))
@@ -181,12 +215,14 @@ def _user_layer(folder: Path, name: str, selections: list[Override]) -> Layer:
         inside = [item for item in selections if re.search(rf"(^|/|\s){item.key}\b", str(defaults))]
         composed = flatten(_compose(folder, name, [f"{item.key}={item.value}" for item in inside], conf_directory()))
         own = {key: value for key, value in layer.leaves.items() if settled(value) == composed.get(key)}
-        layer.leaves = {**composed, **own}  # the same values, with the words that they were written with
+        other = {key: value for key, value in composed.items() if key not in recipe or recipe[key] != value}
+        layer.composed = True
+        layer.leaves = {**other, **own}  # the same values, with the words that they were written with
     return layer
 
 
-def _selected_layer(item: Override, base: str, own_folder: Path) -> Layer:
-    """What a picked group file says itself, as a layer."""
+def _selected_layer(item: Override, base: str, own_folder: Path, family: Layer) -> Layer:
+    """What a picked group file says itself, as a layer, with what the family says of its section."""
     leaves: dict[str, Any] = {}
     for stem in ("base", str(item.value)):
         files = [folder / item.key / f"{stem}.yaml" for folder in (own_folder, conf_directory())]
@@ -196,6 +232,8 @@ def _selected_layer(item: Override, base: str, own_folder: Path) -> Layer:
             content.pop("defaults", None)
             header = re.match(r"#\s*@package\s+(\S+)", file.read_text(encoding="utf-8"))
             package = header.group(1) if header else f"trainer.{base}" if item.key == "loop" else item.key
+            if "." in package:
+                leaves |= {key: value for key, value in family.leaves.items() if key.startswith(f"{package}.")}
             leaves.update(flatten({package: content}, dotted=True))
     return Layer(leaves, origin=f"{item.key}={item.value}")
 

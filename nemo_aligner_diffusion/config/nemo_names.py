@@ -1,9 +1,10 @@
 """Keys that users of NeMo and NeMo-Aligner bring, and what becomes of them here.
 
-Three tables: :data:`ALIASES` (another spelling of a key we have), :data:`WITHOUT_EFFECT` (accepted, named in one
-warning with the reason) and :data:`NOT_YET` (harmless at its neutral value, an error at any other, because going on
-would train something else than what was asked for). Sources: NeMo-Aligner 0.7 ``draftp_sd.yaml``, ``draftp_sdxl.yaml``
-and its launch scripts; NeMo 2.0 ``exp_manager`` and ``nlp_overrides``.
+Tables: :data:`ALIASES` (another spelling of a key we have), :data:`HALVES` (two that are one of ours),
+:data:`WITHOUT_EFFECT` (accepted, named in one warning with the reason) and :data:`NOT_YET` (harmless at its neutral
+value, an error at any other, because going on would train something else than what was asked for). Sources:
+NeMo-Aligner 0.7 ``draftp_sd.yaml``, ``draftp_sdxl.yaml``, what its code reads besides, and its launch scripts; NeMo 2.0
+``exp_manager`` and ``nlp_overrides``.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ def _without_end(value: Any) -> Any:
 _TRAIN_PATH = "model.data.train.webdataset.local_root_path"
 
 ALIASES: dict[str, Alias] = {
+    "family": Alias("model.family"),  # as other groups of conf/ are picked
     # The user guide's spelling of the published command's data key.
     "model.data.webdataset.local_root_path": Alias(_TRAIN_PATH),
     # The 0.3-era launch scripts give the shard both ways; the webdataset key counts.
@@ -69,6 +71,7 @@ ALIASES: dict[str, Alias] = {
     "model.sampling.base.width": Alias("model.infer.width"),
     "model.sampling.base.scale": Alias("model.infer.unconditional_guidance_scale"),
     "model.sampling.base.sampler": Alias("model.infer.sampler_type", convert=_sdxl_sampler),
+    "model.infer.vae_batch_size": Alias("model.decode_micro_batch_size"),
     # Lightning's own keys, which NeMo-Aligner keeps beside the loop's section.
     **{
         f"trainer.{key}": Alias(f"trainer.{LOOP}.{key}", weak=True, convert=_without_end)
@@ -89,6 +92,14 @@ ALIASES: dict[str, Alias] = {
     "model.unet_config.lora_network_alpha": Alias("model.peft.lora_tuning.alpha", weak=True),
 }
 
+# SDXL's size and crop conditioning: argument of the pipeline -> the two keys of NeMo's that it is made of
+HALVES: dict[str, tuple[str, str]] = {
+    "model.pipeline.arguments.original_size": (*("model.sampling.base.orig_height", "model.sampling.base.orig_width"),),
+    "model.pipeline.arguments.crops_coords_top_left": (
+        *("model.sampling.base.crop_coords_top", "model.sampling.base.crop_coords_left"),
+    ),
+}
+
 # Why keys do nothing, and the keys as shell-style patterns; of several that fit a key the longest counts.
 _BY_REASON = {
     "it belongs to pretraining the model, not to reward fine-tuning": """
@@ -105,7 +116,8 @@ _BY_REASON = {
         trainer.benchmark model.optim.bucket_cap_mb model.optim.overlap_grad_sync model.optim.overlap_param_sync
         model.optim.contiguous_grad_buffer model.optim.contiguous_param_buffer model.optim.grad_sync_dtype
         model.optim.capturable model.optim.master_weights model.apex_transformer_log_level model.gradient_as_bucket_view
-        model.inductor* model.capture_cudagraph_iters model.channels_last model.ddp_overlap""",
+        model.inductor* model.capture_cudagraph_iters model.channels_last model.ddp_overlap
+        model.transformer_engine model.fsdp_limit_all_gathers model.fsdp_set_buffer_dtype fsdp_set_buffer_dtype""",
     "PyTorch Lightning is set up by this project": """
         trainer.enable_model_summary trainer.enable_progress_bar trainer.num_sanity_val_steps trainer.limit_test_batches
         trainer.sync_batchnorm trainer.use_distributed_sampler trainer.replace_sampler_ddp trainer.detect_anomaly
@@ -138,7 +150,6 @@ _BY_REASON = {
     "the best checkpoints are those of the highest validation reward": """
         exp_manager.checkpoint_callback_params.monitor exp_manager.checkpoint_callback_params.mode""",
     "the first process alone writes": "exp_manager.log_local_rank_0_only exp_manager.log_global_rank_0_only",
-    "the picture's own size is used": "model.sampling.base.orig_width model.sampling.base.orig_height",
     "use model.data.validation.seeds": "model.infer.num_images_per_prompt model.infer.seed",
     "use model.data.num_workers": "model.data.train.num_workers model.data.validation.num_workers",
     "the names in the file tell whether NeMo, CompVis or diffusers wrote it": """
@@ -150,7 +161,8 @@ _BY_REASON = {
     "the rate follows the step, not a metric": "model.optim.sched.monitor model.optim.sched.reduce_on_plateau",
     "accumulation follows from the batch sizes": "trainer.accumulate_grad_batches",
     "loggers are chosen by exp_manager": "trainer.logger",
-    "trainer.<recipe>.max_steps ends the training": "trainer.limit_train_batches",
+    "trainer.<recipe>.max_steps ends the training": "trainer.limit_train_batches trainer.*.limit_train_batches",
+    "metrics are those of docs/using_the_result.md": "trainer.*.inference_metrics*",
     "use exp_manager.max_time_per_run": "trainer.max_time",
     "the strategy follows from the number of devices": "trainer.strategy",
     "gradients are clipped by their norm": "trainer.gradient_clip_algorithm",
@@ -175,7 +187,7 @@ _BY_REASON = {
     "use model.tensor_parallel_reward": "rm.model.tensor_model_parallel_size",
     "use rm.model.restore_from_path": "rm.name_or_path",
     "there is no refiner stage": "model.sampling.refiner*",
-    "pictures are not cropped": "model.sampling.base.crop_coords_*",
+    "it is the refiner's": "model.sampling.base.aesthetic_score model.sampling.base.negative_aesthetic_score",
     "the sampler is a `diffusers` scheduler, set by model.infer": "model.sampling.base.*",
     "use model.data.validation.prompts": "model.infer.prompts*",
     "prompts stream from shards": "model.data.dataloader_type",
@@ -208,7 +220,6 @@ NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
     "pretrained_checkpoint.restore_from_path": ((None, ""), _WHOLE_MODEL),
     "model.resume_from_checkpoint": ((None, ""), _RESUME),
     "exp_manager.resume_from_checkpoint": ((None, ""), _RESUME),
-    "model.peft.restore_from_path": ((None, ""), "use exp_manager.resume_if_exists=true to go on with a run's adapter"),
     "model.pipeline_model_parallel_size": ((None, 1), "leave it at 1"),
     "model.context_parallel_size": ((None, 1), "leave it at 1"),
     "model.data.webdataset.object_store": ((None, False), "copy the shards to a local disk"),

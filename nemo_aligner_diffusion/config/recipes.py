@@ -6,6 +6,7 @@ from pathlib import Path
 
 from nemo_aligner_diffusion.errors import ConfigurationError
 
+FAMILY = "family"  # the group that the checkpoint picks; the others are Hydra's
 _OTHER_PROGRAMS = ("reward_model",)  # configurations in conf/ that are no recipe of the diffusion trainers
 
 

@@ -23,4 +23,4 @@ def vocabulary(loop: str) -> Vocabulary:
 
     Another recipe's name there means this one, too.
     """
-    return Vocabulary(KEYS, ALIASES, loop, {*recipes(), "draftp_sdxl"}, nemos=True)
+    return Vocabulary(KEYS, ALIASES, loop, set(recipes()), nemos=True)

@@ -1,7 +1,8 @@
 """What a pipeline class declares beyond what can be read off it: one row each, found by the class's name.
 
 A family is facts, no code: which network is trained and where LoRA goes, what the guidance argument is called, which
-arguments are always given, how its makers sample. A class without a row is read off its signature and components.
+arguments are always given. A class without a row is read off its signature and components. How the published models are
+sampled and trained stands in ``conf/family``.
 """
 
 from __future__ import annotations
@@ -33,7 +34,6 @@ class Family:
         lora_targets: ends of the names of modules that get an adapter by default, as far as there are such modules;
             ``None``: :data:`UNET_LORA` or :data:`ATTENTION_LORA`.
         guidance: the argument that guidance goes to.
-        steps, scale, size: as its makers sample; ``None``: the pipeline's own default.
         arguments: given in every call.
         gradient_in_training: class names of modules that run without gradient in evaluation mode: they are put into
             training mode for calls with gradient, alone of their network.
@@ -44,9 +44,6 @@ class Family:
     trained: str | None = None
     lora_targets: tuple[str, ...] | None = None
     guidance: str | None = None
-    steps: int | None = None
-    scale: float | None = None
-    size: int | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     stateless: tuple[str, ...] = ()
     gradient_in_training: tuple[str, ...] = ()
@@ -55,18 +52,14 @@ class Family:
 
 # by the class's name without "Pipeline"
 FAMILIES: dict[str, Family] = {
-    "StableDiffusion": Family(steps=50, scale=7.5),
-    "StableDiffusionXL": Family(steps=40, scale=5.0, size=1024),
-    "StableDiffusion3": Family(lora_targets=(*_JOINT, *_FEED_FORWARD), steps=28, scale=4.5, size=1024),
-    "Flux": Family(lora_targets=(*_JOINT, *_FEED_FORWARD, "proj_mlp"), steps=28, scale=3.5, size=1024),
-    "Flux2": Family(lora_targets=_FLUX2_LORA, steps=50, scale=4.0, size=1024),
-    "Flux2Klein": Family(lora_targets=_FLUX2_LORA, steps=4, scale=1.0, size=1024),
+    "StableDiffusion3": Family(lora_targets=(*_JOINT, *_FEED_FORWARD)),
+    "Flux": Family(lora_targets=(*_JOINT, *_FEED_FORWARD, "proj_mlp")),
+    "Flux2": Family(lora_targets=_FLUX2_LORA),
+    "Flux2Klein": Family(lora_targets=_FLUX2_LORA),
     # true guidance is off without a negative prompt
     "QwenImage": Family(lora_targets=(*_JOINT, "img_mlp.net.0.proj", "img_mlp.net.2"), guidance="true_cfg_scale",
-                        steps=50, scale=4.0, size=1328,
                         arguments={"negative_prompt": " "}),
-    "ZImage": Family(lora_targets=(*ATTENTION_LORA, "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
-                     steps=50, scale=4.0, size=1024),
+    "ZImage": Family(lora_targets=(*ATTENTION_LORA, "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")),
     "PixArtAlpha": Family(arguments={"use_resolution_binning": False}),
     "PixArtSigma": Family(arguments={"use_resolution_binning": False}),
     "Sana": Family(arguments={"use_resolution_binning": False}),
@@ -88,3 +81,9 @@ def lora_targets(family: Family, trained: str) -> tuple[str, ...]:
 def family_of(pipeline_class: type) -> Family:
     """The row of a pipeline class; an empty one where there is none."""
     return FAMILIES.get(pipeline_class.__name__.removesuffix("Pipeline"), Family())
+
+
+def as_pipelines_write(value: Any) -> Any:
+    """Sizes as tuples, which pipelines add to other tuples; a configuration has lists only."""
+    numbers = isinstance(value, list) and all(isinstance(entry, int | float) for entry in value)
+    return tuple(value) if numbers else value

@@ -17,13 +17,13 @@ class Sampling:
     """How pictures are sampled, in training and out of it; the solver is the pipeline's.
 
     Attributes:
-        steps: ``num_inference_steps``, at least 1.
+        steps: ``num_inference_steps``, at least 1; ``None``: the pipeline's default.
         guidance_scale: classifier-free guidance in the pipeline's own argument; ``None``: its default.
         height, width: pixels; ``None``: the pipeline's default.
         eta: DDIM's η in [0, 1].
     """
 
-    steps: int
+    steps: int | None = None
     guidance_scale: float | None = None
     height: int | None = None
     width: int | None = None

@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.checkpoint import checkpoint
 
+from nemo_aligner_diffusion.diffusion.decoding import decode_as_set_up
 from nemo_aligner_diffusion.diffusion.plan import Plan, PlanRule, check_plan
 from nemo_aligner_diffusion.diffusion.schedule import (
     KeyedNoise,
@@ -102,10 +102,12 @@ class Loop:
         recompute: bool,
         decode_rows: int | None,
         tuned_weights: Callable[[int], Sequence[float]] | None = None,
+        as_in_training: bool = False,
     ) -> None:
         self.model, self.pipe, self.inputs = model, model.pipe, inputs
         self.rule, self.rng, self.reference, self.recompute = rule, rng, reference, recompute
         self.decode_rows, self.tuned_weights = decode_rows, tuned_weights
+        self.as_in_training = as_in_training or rule is not None  # how pictures are decoded
         self.seeds = [g.get_state() for g in generators]
         self.handle = torch.empty(0, requires_grad=True)
         self.calls = self.total = 0
@@ -185,8 +187,10 @@ class Loop:
         network: Any
         for name, network in self.model.networks.items():
             overrides: dict[str, Any] = {"__call__": functools.partial(self._network, name)}
+            if name == "vae" and self.as_in_training and self.model.small_decoder is not None:
+                network = self.model.small_decoder  # with its configuration, by which the pipeline scales latents
             if hasattr(network, "decode"):
-                overrides["decode"] = in_place_of(network.decode, functools.partial(self._decode, network.decode))
+                overrides["decode"] = in_place_of(network.decode, functools.partial(self._decode, network))
                 overrides["to"] = functools.partial(self._convert, network)
             copied.__dict__[name] = Proxy(network, overrides)
         self.scheduler: Any = copy.deepcopy(self.pipe.scheduler)
@@ -359,21 +363,12 @@ class Loop:
             )
         return carried
 
-    def _decode(self, decode: Callable[..., Any], latents: Tensor, *args: Any, **kwargs: Any) -> Any:
-        def call(z: Tensor) -> Any:
-            return decode(z, *args, **kwargs)
-
+    def _decode(self, vae: Any, latents: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.decoded = True
         if self.reads:
             torch.set_grad_enabled(True)
             latents = self._leaf(latents)
-        size = self.decode_rows or len(latents)
-        if size >= len(latents):
-            return call(latents)
-        parts = []
-        for rows in latents.split(size):
-            parts.append(checkpoint(call, rows, use_reentrant=False) if rows.requires_grad else call(rows))
-        return tree_map(lambda *rows: torch.cat(rows) if isinstance(rows[0], Tensor) else rows[0], *parts)
+        return decode_as_set_up(self.model, vae, latents, self.decode_rows, self.as_in_training, *args, **kwargs)
 
     def _convert(self, network: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """SDXL's VAE is float32 while it decodes, and would be float16 again before the decoder's backward pass."""

@@ -1,13 +1,12 @@
 """LoRA on a denoiser, by ``peft``: θ = θ_pre + α·θ_LoRA for any real α, and sums over several adapters.
 
-The exported file is what ``diffusers``' ``pipeline.load_lora_weights`` reads, rank and alpha included.
+What files hold, and whose names they have, is :mod:`.lora_files`' business.
 """
 
 from __future__ import annotations
 
 import inspect
-import os
-import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,24 +15,11 @@ from typing import Any
 from torch import Tensor
 
 from nemo_aligner_diffusion.diffusion.families import ATTENTION_LORA
-from nemo_aligner_diffusion.errors import CheckpointError, ConfigurationError, first_line, printable
+from nemo_aligner_diffusion.diffusion.lora_files import KOHYA_NAME, WEIGHT_NAME, Lora, read_lora, write_lora
+from nemo_aligner_diffusion.diffusion.settings import LoRASettings
+from nemo_aligner_diffusion.errors import ConfigurationError
 
 ADAPTER = "default"
-WEIGHT_NAME = "pytorch_lora_weights.safetensors"
-
-# What a LoRA file's metadata may set. PEFT would act on more of it: import a module that it names (megatron_core),
-# decompose every weight (init_lora_weights), repeat layers (layer_replication).
-_METADATA_FIELDS = {
-    "r": int,
-    "lora_alpha": (int, float),
-    "rank_pattern": dict,
-    "alpha_pattern": dict,
-    "target_modules": list,
-    "lora_bias": bool,
-    "use_dora": bool,
-    "use_rslora": bool,
-}
-_MODULE_NAME = re.compile(r"[\w.]{1,300}")  # PEFT takes some of them for regular expressions
 
 
 def add_lora(
@@ -57,11 +43,7 @@ def add_lora(
     """
     from peft import LoraConfig
 
-    if not hasattr(denoiser, "add_adapter"):  # in diffusers 0.42: those of PixArt, Lumina, HunyuanDiT and a few more
-        raise ConfigurationError(
-            f"{type(denoiser).__name__} takes no LoRA in this diffusers; train every weight instead: "
-            f"model.peft.peft_scheme=none"
-        )
+    _check_takes_lora(denoiser)
     names = [name for name, _ in denoiser.named_modules()]
     unmatched = [t for t in target_modules if not any(n == t or n.endswith(f".{t}") for n in names)]
     if unmatched:
@@ -79,6 +61,14 @@ def add_lora(
         ),
         adapter_name=adapter_name,
     )
+
+
+def _check_takes_lora(denoiser: Any) -> None:
+    if not hasattr(denoiser, "add_adapter"):  # in diffusers 0.42: those of PixArt, Lumina, HunyuanDiT and a few more
+        raise ConfigurationError(
+            f"{type(denoiser).__name__} takes no LoRA in this diffusers; train every weight instead: "
+            f"model.peft.peft_scheme=none"
+        )
 
 
 def has_lora(denoiser: Any) -> bool:
@@ -110,29 +100,34 @@ def save_lora_weights(
     state: Mapping[str, Tensor] | None = None,
     adapter_name: str = ADAPTER,
     pipeline_class: Any = None,
+    header: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write ``pytorch_lora_weights.safetensors`` atomically; ``state`` replaces the current weights (EMA).
+    """Write an adapter into ``directory`` for every reader, each file whole or not at all.
+
+    ``pytorch_lora_weights.safetensors`` has ``diffusers``' names; of a UNet's adapter ComfyUI, Forge and A1111 want
+    ``kohya_lora_weights.safetensors``, which is written beside it (:func:`write_lora`).
 
     Args:
+        state: replaces the current weights (EMA), by the names of :func:`lora_state_dict`.
         pipeline_class: whose ``load_lora_weights`` will read it; ``None``: Stable Diffusion's.
+        header: notes for the files' metadata.
     """
-    layers = {name: value.detach().cpu() for name, value in lora_state_dict(denoiser, adapter_name).items()}
-    if state is not None:
-        layers = {name: state[name].detach().to(value.dtype).cpu() for name, value in layers.items()}
-    directory.mkdir(parents=True, exist_ok=True)
-    temporary = f".{WEIGHT_NAME}.{os.getpid()}.tmp"  # which the next run removes if this one is killed
-    writer, component = _lora_format(pipeline_class)
-    writer.save_lora_weights(
-        directory,
-        weight_name=temporary,
-        **{
-            f"{component}_lora_layers": {name: value.contiguous() for name, value in layers.items()},
-            # rank and alpha, for the loader
-            f"{component}_lora_adapter_metadata": denoiser.peft_config[adapter_name].to_dict(),
-        },
-    )
-    os.replace(directory / temporary, directory / WEIGHT_NAME)
-    return directory / WEIGHT_NAME
+    scales = {
+        name: layer.lora_alpha[adapter_name] / layer.r[adapter_name]
+        for name, layer in denoiser.named_modules()
+        if adapter_name in getattr(layer, "lora_alpha", {})
+    }
+    layers: dict[str, dict[str, Tensor]] = {}
+    for name, value in lora_state_dict(denoiser, adapter_name).items():
+        module, part = name.split(".lora_")
+        tensor = value if state is None else state[name].to(value.dtype)
+        tensor = tensor.detach().cpu() * (scales[module] if part.startswith("B.") else 1)
+        layers.setdefault(module, {})[f"lora_{part}"] = tensor.contiguous()
+    component = lora_component(pipeline_class)
+    written = write_lora(Lora(layers, dict(header or {})), directory / WEIGHT_NAME, component)
+    if component == "unet":
+        write_lora(Lora(layers, dict(header or {})), directory / KOHYA_NAME, component, kohya=True)
+    return written
 
 
 def load_lora_weights(denoiser: Any, path: Path, adapter_name: str, pipeline_class: Any = None) -> None:
@@ -141,71 +136,85 @@ def load_lora_weights(denoiser: Any, path: Path, adapter_name: str, pipeline_cla
     Raises:
         CheckpointError: missing, unreadable, or made for another architecture.
     """
-    file = path / WEIGHT_NAME if path.is_dir() else path
-    if not file.is_file():
-        raise CheckpointError(f"{file}: no such LoRA file; expected an export folder or a .safetensors file")
-    reader, component = _lora_format(pipeline_class)
-    try:
-        state, alphas, metadata = _lora_state(file, reader)
-        given = {} if alphas is None else {"network_alphas": alphas}
-        denoiser.load_lora_adapter(state, prefix=component, adapter_name=adapter_name, metadata=metadata, **given)
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise CheckpointError(f"{file}: this LoRA does not fit the denoiser: {first_line(error)}") from error
+    _check_takes_lora(denoiser)
+    attach_lora(denoiser, read_lora(path, denoiser, lora_component(pipeline_class), pipeline_class), adapter_name)
 
 
-def _lora_format(pipeline_class: Any) -> tuple[Any, str]:
-    """The class that writes and reads a pipeline's LoRA files, and the component's name in them."""
+def continue_lora(denoiser: Any, path: Path, settings: LoRASettings, pipeline_class: Any = None) -> None:
+    """Go on with the adapter of a file (``model.peft.restore_from_path``): the same function, trained as configured.
+
+    Its layers and ranks are the file's; its alpha is the setting's, B divided accordingly, so that a learning rate
+    means what it means in a run from the start.
+
+    Raises:
+        CheckpointError: unreadable, or of another model.
+        ConfigurationError: the settings ask for other ranks or other layers.
+    """
+    _check_takes_lora(denoiser)
+    lora = read_lora(path, denoiser, lora_component(pipeline_class), pipeline_class)
+    ranks = sorted(set(lora.ranks.values()))
+    if settings.adapter_dim not in ranks:
+        raise ConfigurationError(
+            f"model.peft.restore_from_path = {path}: its adapters have rank {', '.join(map(str, ranks))}, and "
+            f"{settings.given('adapter_dim')}; set model.peft.lora_tuning.adapter_dim={ranks[-1]}"
+        )
+    targets = settings.target_modules
+    if targets and (others := [m for m in lora.layers if not any(m == t or m.endswith(f".{t}") for t in targets)]):
+        raise ConfigurationError(
+            f"model.peft.restore_from_path = {path}: has an adapter on {others[0]} and {len(others) - 1} more layers "
+            f"that {settings.given('target_modules')} leaves out; its layers are trained, so leave that null"
+        )
+    if any("lora_magnitude_vector" in layer for layer in lora.layers.values()):
+        raise ConfigurationError(
+            f"model.peft.restore_from_path = {path}: is DoRA, which can be used but not trained on here"
+        )
+    attach_lora(denoiser, lora, ADAPTER, settings.alpha, settings.dropout)
+
+
+def attach_lora(
+    denoiser: Any, lora: Lora, adapter_name: str = ADAPTER, alpha: float | None = None, dropout: float = 0.0
+) -> None:
+    """Add ``lora`` under ``adapter_name``, to be trained on with ``alpha``; the function that it is stays the same.
+
+    Args:
+        alpha: of the adapter from now on (B is divided by ``alpha / rank``); ``None``: its rank.
+    """
+    ranks = {f"^{module}": rank for module, rank in lora.ranks.items() if rank != lora.rank}  # ^: not a name's end
+    parts = {part for layer in lora.layers.values() for part in layer}
+    config = {
+        "r": lora.rank,
+        "lora_alpha": lora.rank if alpha is None else alpha,
+        "rank_pattern": ranks,
+        "alpha_pattern": ranks if alpha is None else {},
+        "target_modules": list(lora.layers),
+        "lora_dropout": dropout,
+        "lora_bias": "lora_B.bias" in parts,
+        "use_dora": "lora_magnitude_vector" in parts,
+    }
+    state = {
+        f"unet.{module}.{part}": tensor * (lora.ranks[module] / alpha if alpha and part.startswith("lora_B") else 1)
+        for module, layer in lora.layers.items()
+        for part, tensor in layer.items()
+    }
+    with warnings.catch_warnings():  # which layers get it is said by the tensors' names, by `target_modules` roughly
+        warnings.filterwarnings("ignore", message="While injecting the PEFT adapters", category=RuntimeWarning)
+        denoiser.load_lora_adapter(
+            state,
+            prefix="unet",
+            adapter_name=adapter_name,
+            metadata={f"unet.{key}": value for key, value in config.items()},
+        )
+
+
+def lora_component(pipeline_class: Any) -> str:
+    """The denoiser's name in a pipeline's LoRA files."""
     import diffusers
 
-    chosen = pipeline_class or diffusers.StableDiffusionPipeline
-    if not hasattr(chosen, "save_lora_weights"):  # a pipeline without a LoRA loader: names as most transformers'
-        chosen = diffusers.ZImagePipeline
-    return chosen, "unet" if "unet_lora_layers" in inspect.signature(chosen.save_lora_weights).parameters else (
-        "transformer"
-    )
+    writer = getattr(pipeline_class or diffusers.StableDiffusionPipeline, "save_lora_weights", None)
+    takes = inspect.signature(writer).parameters if writer is not None else ()  # without a loader: as most transformers
+    return "unet" if "unet_lora_layers" in takes else "transformer"
 
 
 def mix(denoiser: Any, weights: Mapping[str, float]) -> None:
     """θ = θ_pre + Σ_k α_k·θ_LoRA^k over adapters loaded under these names (any real α)."""
     denoiser.set_adapters(list(weights), [float(weight) for weight in weights.values()])
-
-
-def _lora_state(file: Path, reader: Any) -> tuple[dict[str, Tensor], Any, Any]:
-    from nemo_aligner_diffusion.formats.checkpoints import read_tensors
-
-    read_tensors(file)  # a damaged or pickled file ends here, with a message of ours
-    # (state, metadata), with the alphas of other trainers' files in between where the pipeline knows such files
-    asked = {"return_alphas": True} if "return_alphas" in inspect.signature(reader.lora_state_dict).parameters else {}
-    state, *alphas, metadata = reader.lora_state_dict(
-        str(file.parent), weight_name=file.name, return_lora_metadata=True, local_files_only=True, **asked
-    )
-    return state, alphas[0] if alphas else None, _checked_metadata(file, state, metadata)
-
-
-def _checked_metadata(file: Path, state: Mapping[str, Tensor], metadata: Mapping[str, Any] | None) -> Any:
-    """The fields of ``metadata`` that describe an adapter, with ranks that the tensors have; ``None`` without any."""
-    if not metadata:
-        return None
-    down = [min(tensor.shape) for name, tensor in state.items() if "lora_A" in name and tensor.ndim > 1]
-    kept = {}
-    for key, value in metadata.items():
-        field = key.rpartition(".")[2]
-        kind = _METADATA_FIELDS.get(field)
-        if kind is None:
-            continue
-        right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))  # type: ignore[arg-type]
-        numbers = [value] if field == "r" else list(value.values()) if isinstance(value, dict) else []
-        names = list(value) if isinstance(value, (dict, list)) else []
-        right = right and all(isinstance(name, str) and _MODULE_NAME.fullmatch(name) for name in names)
-        right = right and all(isinstance(n, (int, float)) and not isinstance(n, bool) for n in numbers)
-        if right and field in ("r", "rank_pattern"):
-            right = all(isinstance(rank, int) and 1 <= rank <= max(down, default=0) for rank in numbers)
-        if not right:
-            raise CheckpointError(
-                f"{file}: its metadata gives {field} = '{printable(value, 80)}', which its tensors, of ranks up to "
-                f"{max(down, default=0)}, do not bear out; export it again"
-            )
-        kept[key] = value
-    return kept

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
-from nemo_aligner_diffusion.diffusion.families import DENOISERS, Family, family_of, lora_targets
+from nemo_aligner_diffusion.diffusion.families import DENOISERS, Family, as_pipelines_write, family_of, lora_targets
 from nemo_aligner_diffusion.diffusion.lora import adapters_off, has_lora
 from nemo_aligner_diffusion.diffusion.schedule import build_scheduler
+from nemo_aligner_diffusion.diffusion.settings import DecoderSettings
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.keys import closest
 
@@ -60,6 +61,9 @@ class DiffusionModel(nn.Module):
         self.stateless = {*stateless, *self.family.stateless}
         self.truncated_prompts = 0  # prompts so far that were longer than the tokenizer's limit
         self.reference_denoiser: Any = None  # frozen copy, full fine-tuning only
+        self.decoder = DecoderSettings()  # of the pictures in training: see decoding.set_up_decoder
+        self.small_decoder: Any = None
+        self.notes: dict[str, str] = {}  # for the metadata of its exports
         self._as_reference = False
         names = [name for name, part in pipe.components.items() if isinstance(part, nn.Module)]
         self._check_kind()
@@ -75,7 +79,8 @@ class DiffusionModel(nn.Module):
         for name in names:
             self.add_module(self._names[name], pipe.components[name])
         self.requires_grad_(False).eval()
-        self.arguments = {**self.family.arguments, **(arguments or {})}
+        given = {name: as_pipelines_write(value) for name, value in (arguments or {}).items()}
+        self.arguments = {**self.family.arguments, **given}
         for name in self.arguments:
             self._check_argument(name)
 
@@ -96,8 +101,8 @@ class DiffusionModel(nn.Module):
     def frozen_parts(self) -> dict[str, nn.Module]:
         """By the names that ``model.fsdp_frozen`` knows; several text encoders are one part."""
         encoders = {name: part for name, part in self.networks.items() if name.startswith("text_encoder")}
-        vae = self.networks.get("vae")
-        return {"text_encoder": nn.ModuleDict(encoders), **({"vae": vae} if vae is not None else {})}
+        decoders = [part for part in (self.networks.get("vae"), self.small_decoder) if part is not None]
+        return {"text_encoder": nn.ModuleDict(encoders), **({"vae": nn.ModuleList(decoders)} if decoders else {})}
 
     @property
     def device(self) -> torch.device:
@@ -153,7 +158,7 @@ class DiffusionModel(nn.Module):
     def inputs(
         self,
         prompts: Sequence[str],
-        steps: int,
+        steps: int | None = None,
         guidance_scale: float | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -172,6 +177,11 @@ class DiffusionModel(nn.Module):
                 given[name] = [value] * len(prompts)
         return {name: value for name, value in given.items() if value is not None}
 
+    @property
+    def default_steps(self) -> int:
+        """The pipeline's own number of sampling steps."""
+        return default_steps(type(self.pipe))
+
     def described(self) -> dict[str, Any]:
         """What ``run.json`` says of the pipeline: how plain ``diffusers`` is to be called."""
         return {
@@ -180,6 +190,7 @@ class DiffusionModel(nn.Module):
             "guidance_argument": self.guidance_argument,
             "loads_lora": hasattr(self.pipe, "load_lora_weights"),
             "arguments": self.arguments,
+            **({"reward_sees": seen} if (seen := self.decoder.other_picture) else {}),
         }
 
     @property
@@ -239,3 +250,18 @@ class DiffusionModel(nn.Module):
             free = [known for known in self._signature if known != "self" and known not in _OURS]
             hint = closest(name, free) or f"; it takes {', '.join(free)}"
             raise ConfigurationError(f"{given} is no argument of {kind}{hint}")
+
+
+def default_steps(pipeline: type) -> int:
+    """A pipeline class's own number of sampling steps.
+
+    Raises:
+        ConfigurationError: it has none.
+    """
+    default = inspect.signature(pipeline.__call__).parameters["num_inference_steps"].default
+    if not isinstance(default, int):
+        raise ConfigurationError(
+            f"{pipeline.__name__} has no number of sampling steps of its own; give one, such as "
+            "model.infer.inference_steps=30"
+        )
+    return default

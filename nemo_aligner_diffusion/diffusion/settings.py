@@ -7,6 +7,7 @@ from typing import Any
 
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.settings import (
+    BOOL,
     FRACTION,
     FREE,
     PATH,
@@ -28,6 +29,20 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "DPM++2M_SDE": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}),
     "UniPC": ("UniPCMultistepScheduler", {}),
 }
+# model.family: what recognition.py tells apart, and all others
+FAMILIES = (
+    "embedded",
+    "sd15",
+    "sd21",
+    "sdxl",
+    "sd35",
+    "flux1",
+    "flux2",
+    "flux2_klein",
+    "qwen_image",
+    "z_image",
+    "other",
+)
 SAMPLER_ALIASES = {"DPM": "DPM++2M", "DPMSolver++": "DPM++2M", "PARA_DDIM": "DDIM"}
 
 
@@ -65,11 +80,15 @@ class SamplingSettings(Settings):
     section = "model.infer"
 
     unconditional_guidance_scale: float | None = setting(
-        2.0,
+        None,
         number(0, nullable=True),
-        "classifier-free guidance as the pipeline means it (usually 1: none); SD 1.5: 7.5; null: its default",
+        "classifier-free guidance as the pipeline means it (usually 1: none); null: the pipeline's default",
     )
-    inference_steps: int = setting(20, Kind("int", low=1, high=1000), "sampling steps T; integer >= 1")
+    inference_steps: int | None = setting(
+        None,
+        Kind("int", low=1, high=1000, nullable=True),
+        "sampling steps T; integer >= 1, null: the pipeline's default",
+    )
     sampler_type: str | None = setting(
         None,
         choice(*SAMPLERS, *SAMPLER_ALIASES, nullable=True),
@@ -104,6 +123,44 @@ class SamplingSettings(Settings):
 
 
 @dataclass(frozen=True)
+class DecoderSettings(Settings):
+    """How pictures are decoded for the reward in training; validation and generate.py use the plain VAE."""
+
+    section = "model.first_stage_config"
+
+    activation_checkpointing: bool = setting(
+        False, BOOL, "recompute the decoder's blocks in its backward pass: less memory, one forward pass more"
+    )
+    tiling: int | None = setting(
+        None,
+        Kind("int", low=64, nullable=True),
+        "in training, decode by tiles of so many pixels a side: least memory, another picture near seams; multiple of 64",
+    )
+    small_decoder: str | None = setting(
+        None,
+        PATH,
+        "in training, decode by this one (TAESD or like it: diffusers folder, or file); null: by the VAE",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tiling is not None and self.tiling % 64:
+            raise ConfigurationError(
+                f"{self.given('tiling')}: expected a multiple of 64 pixels, such as {self.tiling // 64 * 64}"
+            )
+
+    def unread(self) -> dict[str, str]:
+        return {} if self.small_decoder is None or self.tiling is None else {"tiling": "a small decoder decodes whole"}
+
+    @property
+    def other_picture(self) -> str | None:
+        """What the reward sees in training in the place of the VAE's picture, in words; ``None``: that picture."""
+        if self.small_decoder is not None:
+            return f"pictures of the small decoder {self.small_decoder}"
+        return None if self.tiling is None else f"pictures decoded by tiles of {self.tiling} pixels"
+
+
+@dataclass(frozen=True)
 class LoRASettings(Settings):
     """The adapters."""
 
@@ -133,7 +190,20 @@ class TunedSettings(Settings):
     peft_scheme: str = setting(
         "sdlora", choice("sdlora", "none"), "sdlora: LoRA; none: train every weight of the denoiser"
     )
+    restore_from_path: str | None = setting(
+        None,
+        PATH,
+        "LoRA to go on with: an export folder or a .safetensors file of any trainer; null: a new one",
+    )
     lora_tuning: LoRASettings = part(LoRASettings)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.restore_from_path is not None and not self.is_lora:
+            raise ConfigurationError(
+                f"{self.given('restore_from_path')} with peft_scheme=none: an adapter is gone on with as one "
+                "(peft_scheme=sdlora); to train every weight from it, merge it first: nad-export --to pipeline"
+            )
 
     @property
     def is_lora(self) -> bool:
@@ -150,6 +220,14 @@ class WeightsSettings(Settings):
 
     section = "model"
 
+    family: str | None = setting(
+        None,
+        choice(*FAMILIES, nullable=True),
+        "whose settings hold where nothing else is said: a file of conf/family; null: the checkpoint's",
+    )
+    family_because: str | None = setting(
+        None, Kind("text", nullable=True), "by what the family was recognised; the program writes it"
+    )
     from_pretrained: str | None = setting(
         None,
         PATH,
@@ -174,6 +252,12 @@ class WeightsSettings(Settings):
         "published with",
         key="model.cond_stage_config.from_pretrained",
     )
+    frozen_precision: str | None = setting(
+        None,
+        choice("32", "bf16", nullable=True),
+        "of weights that are not trained (text encoders, VAE, the base under LoRA): 32 or bf16; null: as loaded",
+    )
+    decoder: DecoderSettings = part(DecoderSettings)
     pipeline: PipelineSettings = part(PipelineSettings)
     infer: SamplingSettings = part(SamplingSettings)
     peft: TunedSettings = part(TunedSettings)

@@ -126,14 +126,17 @@ def sample(
     inputs: dict[str, Any],
     tuned_weights: Callable[[int], Sequence[float]] | None = None,
     decode_rows: int | None = None,
+    as_in_training: bool = False,
 ) -> Tensor:
     """Pictures ``(B, 3, H, W)`` (or frames ``(B, F, 3, H, W)``) in [0, 1] without gradient.
 
     Args:
         tuned_weights: annealed importance guidance (design notes 3.4): ``T`` → ``w_0 … w_{T−1}``; the denoiser's
             outputs are ``w_i·tuned + (1 − w_i)·base``. ``None``: the model as it stands.
+        as_in_training: decoded as the reward sees them there (``model.first_stage_config``).
     """
-    loop = Loop(model, generators, inputs, None, random.Random(0), False, True, decode_rows, tuned_weights)
+    rng = random.Random(0)
+    loop = Loop(model, generators, inputs, None, rng, False, True, decode_rows, tuned_weights, as_in_training)
     return loop.run("sample")
 
 
@@ -174,6 +177,24 @@ def check_repeatable(model: DiffusionModel, inputs: dict[str, Any]) -> None:
             f"{float((first - again).abs().max()):.2g}: it keeps something from call to call, or draws noise of its "
             f"own; switch that off by model.pipeline.arguments"
         )
+
+
+def distance_of_training(model: DiffusionModel, inputs: dict[str, Any]) -> tuple[float, float]:
+    """How far the pictures that the reward sees in training are from the pipeline's own, in [0, 1]: mean and most.
+
+    Raises:
+        ConfigurationError: they are of another size: the small decoder is not for these latents.
+    """
+    inputs = {**inputs, "num_inference_steps": 2}
+    generators = [torch.Generator().manual_seed(i) for i in range(len(inputs["prompt"]))]
+    plain, seen = (sample(model, generators, inputs, as_in_training=decoder).float() for decoder in (False, True))
+    if plain.shape != seen.shape:
+        raise ConfigurationError(
+            f"{model.decoder.given('small_decoder')}: makes pictures {tuple(seen.shape)} of latents of which the "
+            f"pipeline's makes {tuple(plain.shape)}; expected a small decoder that was made for this model's latents"
+        )
+    far = (plain - seen).abs()
+    return float(far.mean()), float(far.max())
 
 
 def reward_gradient(

@@ -40,7 +40,7 @@ from nemo_aligner_diffusion.rewards.settings import RewardSettings
 from nemo_aligner_diffusion.rewards.support.parted import apply_statistics, check_measured, read_statistics
 from nemo_aligner_diffusion.runtime.messages import quiet_libraries
 
-_DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
+DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
 _MOST_IN_GRID = 240  # columns; the single pictures are written in any case
 _IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
@@ -94,11 +94,11 @@ def run_generation(request: Request) -> Result:
     Raises:
         AlignerError: a path, name or size that does not fit. Everything is checked and loaded before the first file.
     """
-    run = _run_of(request)
+    run = run_of(request)
     settings = resolve_settings(request, run)
     device = _device(request.device)
     quiet_libraries()
-    model = load_model(settings.model, settings.unet, settings.vae, _DTYPES[request.precision],
+    model = load_model(settings.model, settings.unet, settings.vae, DTYPES[request.precision],
                        text_path=settings.text, revision=settings.revision, **settings.pipeline)  # fmt: skip
     _set_sampler(model, settings)
     _check_size(model, settings.sampling)
@@ -145,7 +145,7 @@ def plan_variants(request: Request) -> list[Variant]:
 
 
 def resolve_settings(request: Request, run: RunFiles | None) -> Settings:
-    """The command line over the settings of the run that made the adapter, over the shipped ones.
+    """The command line over the settings of the run that made the adapter, without one over those of the family.
 
     Raises:
         ConfigurationError: weights that the run was based on have moved, or its settings are none.
@@ -153,6 +153,7 @@ def resolve_settings(request: Request, run: RunFiles | None) -> Settings:
     config = run.config if run else {}
     try:
         infer, pipeline = SamplingSettings.from_tree(config), PipelineSettings.from_tree(config).declared()
+        infer = request.usual if run is None or run.setting("model.infer") is None else infer
     except ConfigurationError as error:
         raise ConfigurationError(f"{run.folder if run else ''}/config.yaml: {error}") from error
 
@@ -190,7 +191,7 @@ def resolve_settings(request: Request, run: RunFiles | None) -> Settings:
     )
 
 
-def _run_of(request: Request) -> RunFiles | None:
+def run_of(request: Request) -> RunFiles | None:
     """The run directory around the (first) adapter or the fine-tuned denoiser, if it is one; its settings alone."""
     path = request.adapters[0].path if request.adapters else request.unet
     for folder in list(path.absolute().parents)[:2] if path is not None else []:
@@ -198,7 +199,9 @@ def _run_of(request: Request) -> RunFiles | None:
             problems: list[str] = []
             run = RunFiles(folder, read_config(folder, problems))
             for problem in problems:
-                text = f"{folder}: {problem}; the pictures are made with the shipped settings, not with the run's"
+                text = (
+                    f"{folder}: {problem}; the pictures are made with the model family's settings, not with the run's"
+                )
                 print(f"warning: {printable(text, 600)}", file=sys.stderr)
             return run
     return None
@@ -332,7 +335,7 @@ def _describe(settings: Settings) -> str:
     steps, scale, eta = settings.sampling.steps, settings.sampling.guidance_scale, settings.sampling.eta
     sampler = "the pipeline's own sampler" if settings.sampler is None else settings.sampler.lower()
     guidance = "the pipeline's own guidance" if scale is None else f"guidance {scale:g}"
-    return f"{steps} steps, {guidance}, {sampler}{f', eta {eta:g}' if eta else ''}"
+    return f"{steps or 'its own'} steps, {guidance}, {sampler}{f', eta {eta:g}' if eta else ''}"
 
 
 def _claim_folder(wanted: Path, overwrite: bool) -> Path:

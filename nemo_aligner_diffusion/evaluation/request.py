@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from nemo_aligner_diffusion.diffusion.settings import SamplingSettings
 from nemo_aligner_diffusion.errors import ConfigurationError
 
 
@@ -19,29 +20,30 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Request:
-    """The command line, checked. None: not given, so the run's own setting or the default holds."""
+    """The command line, checked. None: not given, so the run's own setting holds, without a run ``usual``."""
 
-    prompts: list[str]
-    seeds: list[int]
-    model: Path | None
-    unet: Path | None
-    vae: Path | None
-    adapters: list[Adapter]
-    scales: list[float]
-    weights: list[str]
-    compare: bool
-    steps: int | None
-    guidance: float | None
-    sampler: str | None
-    eta: float | None
-    height: int | None
-    width: int | None
-    batch_size: int
-    device: str | None
-    precision: str
-    reward: str | None
-    output: Path
-    overwrite: bool
+    prompts: list[str] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=lambda: [0])
+    model: Path | None = None
+    unet: Path | None = None
+    vae: Path | None = None
+    adapters: list[Adapter] = field(default_factory=list)
+    scales: list[float] = field(default_factory=list)
+    weights: list[str] = field(default_factory=list)
+    compare: bool = False
+    steps: int | None = None
+    guidance: float | None = None
+    sampler: str | None = None
+    eta: float | None = None
+    height: int | None = None
+    width: int | None = None
+    batch_size: int = 16
+    device: str | None = None
+    precision: str = "32"
+    reward: str | None = None
+    output: Path = Path("generated")
+    overwrite: bool = False
+    usual: SamplingSettings = field(default_factory=SamplingSettings)  # of the model's family
 
 
 def annealed_weights(kind: str, steps: int) -> list[float]:

@@ -130,6 +130,29 @@ def _convert(name: str, tensor: Tensor) -> dict[str, Tensor]:
     return {name: tensor}  # unknown: named as misfitting by whoever compares with the model
 
 
+def open_clip_text_layout(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The way back, for a text encoder: Hugging Face's tensors under OpenCLIP's names (SD 2.x, SDXL).
+
+    A position count (``position_ids``), which old versions saved, is left out.
+    """
+    theirs = {ours: name for name, ours in _RENAMED.items()}
+    within = {ours: name for name, ours in _WITHIN_LAYER.items()}
+    converted: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        match = re.fullmatch(r"text_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
+        if match is not None:
+            number, module, kind = match.groups()
+            layer = f"transformer.resblocks.{number}"
+            if module == "self_attn.q_proj":
+                parts = [state[name.replace("q_proj", f"{letter}_proj")] for letter in "qkv"]
+                converted[f"{layer}.attn.in_proj_{kind}"] = torch.cat(parts)
+            elif module in within:
+                converted[f"{layer}.{within[module]}.{kind}"] = tensor
+        elif name in theirs:
+            converted[theirs[name]] = tensor.T.contiguous() if name in _TRANSPOSED else tensor
+    return converted
+
+
 def _architecture(
     state: Mapping[str, Tensor], origin: str | Path, choices: OpenClipChoices, model_cfg: Mapping[str, Any]
 ) -> dict[str, Any]:

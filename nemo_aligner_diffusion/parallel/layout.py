@@ -20,6 +20,7 @@ class Layout:
             backward pass (``full``), or keep them in between (``grad``: more memory, less traffic).
         sharded_frozen: frozen parts that are sharded too, of :data:`FROZEN_PARTS`.
         cut_reward: cut the reward's CLIP over the tensor group too.
+        cut_text_encoder: and text encoders that there is a plan for.
     """
 
     data: int = 1
@@ -28,6 +29,7 @@ class Layout:
     reshard_after_forward: bool = True
     sharded_frozen: tuple[str, ...] = ()
     cut_reward: bool = False
+    cut_text_encoder: bool = False
 
     @property
     def world_size(self) -> int:

@@ -49,8 +49,9 @@ class Parallelism:
                 from nemo_aligner_diffusion.parallel.tensor.plans import apply_tensor_parallel
 
                 apply_tensor_parallel(denoiser, self.tensor_group)
-        if self.layout.cut_reward:
-            self._cut_reward(frozen["reward"])
+        for part in ("reward", "text_encoder"):
+            if getattr(self.layout, f"cut_{part}"):
+                self._cut_frozen(part, frozen[part])
         self._placements = placements(denoisers[0])
         if self.layout.fsdp:
             from nemo_aligner_diffusion.parallel.sharding import shard_denoiser, shard_frozen
@@ -99,13 +100,16 @@ class Parallelism:
 
         FSDP2 has averaged over the data group already. A parameter that is whole on every rank of a tensor group has
         the same gradient there but for the order in which a device sums; the mean keeps its copies from drifting apart.
+        One that each rank reads for its own heads has a part of its gradient there.
         """
         if self.mesh is None:
             return
         if not self.layout.fsdp:
             _average(_gradients(parameters), self.data_group)
         if self.layout.tensor > 1:
-            _average(_gradients(self._whole(parameters)), self.tensor_group)
+            for partial in (False, True):
+                alike = [named for named in self._whole(parameters) if self.placement(named[0]).partial == partial]
+                _average(_gradients(alike), self.tensor_group, divide=not partial)
 
     def gradient_norm(self, parameters: Named) -> float:
         """The 2-norm of the whole gradient, each number of it counted once; equal on every rank."""
@@ -133,19 +137,18 @@ class Parallelism:
             for gradient in _gradients(parameters):
                 local_part(gradient).mul_(factor)
 
-    def _cut_reward(self, reward: nn.Module) -> None:
-        from nemo_aligner_diffusion.parallel.tensor.plans import TENSOR_PLANS, apply_tensor_parallel
+    def _cut_frozen(self, name: str, part: nn.Module) -> None:
+        from nemo_aligner_diffusion.parallel.tensor.plans import apply_tensor_parallel, outermost_with_plan
 
-        towers = [module for module in reward.modules() if type(module).__name__ in TENSOR_PLANS]
+        key, towers = f"model.tensor_parallel_{name}", outermost_with_plan(part)
         if not towers:
+            kinds = ", ".join(sorted({type(module).__name__ for module in (part, *part.children())}))
             raise ConfigurationError(
-                f"model.tensor_parallel_reward = true, but no part of the reward {type(reward).__name__} can be cut: "
-                f"there are plans for {', '.join(TENSOR_PLANS)}; set it to false"
+                f"{key} = true, but there is no tensor-parallel plan for any part of the {name.replace('_', ' ')} "
+                f"({kinds}); set it to false"
             )
         for tower in towers:
-            apply_tensor_parallel(
-                tower, self.tensor_group, key="model.tensor_parallel_reward: model.tensor_model_parallel_size"
-            )
+            apply_tensor_parallel(tower, self.tensor_group, key=f"{key}: model.tensor_model_parallel_size")
 
     def _whole(self, parameters: Named) -> list[tuple[str, Parameter]]:
         return [(name, parameter) for name, parameter in parameters if self.placement(name).cut is None]
@@ -155,8 +158,9 @@ def _gradients(parameters: Named) -> list[Tensor]:
     return [parameter.grad for _, parameter in parameters if parameter.grad is not None]
 
 
-def _average(tensors: Sequence[Tensor], group: Any) -> None:
-    """Replace each tensor by its mean over ``group``, in place; few large messages instead of many small ones."""
+def _average(tensors: Sequence[Tensor], group: Any, divide: bool = True) -> None:
+    """Replace each tensor by its mean (or sum) over ``group``, in place; few large messages instead of many small ones.
+    """
     size = dist.get_world_size(group)
     if size == 1:
         return
@@ -164,7 +168,8 @@ def _average(tensors: Sequence[Tensor], group: Any) -> None:
         flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
         with waiting():  # the others' slowness is not this rank's work
             dist.all_reduce(flat, group=group)
-        flat /= size
+        if divide:
+            flat /= size
         for tensor, mean in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
             tensor.copy_(mean.view_as(tensor))
 

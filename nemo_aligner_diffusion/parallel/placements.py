@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 CUTS = "tensor_cuts"  # attribute of a module with cut parameters: parameter name -> TensorCut
 GROUP = "tensor_group"  # and the group over which they are cut
+PARTIAL = "tensor_partial"  # of a module that each rank calls for its own part of the heads
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,16 @@ class TensorCut:
     Attributes:
         dim: the dimension that is cut into N equal parts.
         blocks: the dimension is this many equal blocks, each of which is cut into N parts, and a rank holds its part of
-            every block one after the other (2: a gated feed-forward, whose value and gate are one weight).
+            every block one after the other (2: a gated feed-forward, whose value and gate are one weight); or the
+            proportions of unequal blocks, in lowest terms.
     """
 
     dim: int
-    blocks: int = 1
+    blocks: int | tuple[int, ...] = 1
+
+    @property
+    def _shares(self) -> tuple[int, ...]:
+        return (1,) * self.blocks if isinstance(self.blocks, int) else self.blocks
 
     def take(self, full: Tensor, rank: int, size: int) -> Tensor:
         """The part of ``full`` that ``rank`` of ``size`` holds, contiguous.
@@ -37,19 +43,22 @@ class TensorCut:
         Raises:
             ValueError: the dimension does not divide by ``blocks * size``.
         """
-        length = full.shape[self.dim]
-        if length % (self.blocks * size):
+        if full.shape[self.dim] % (sum(self._shares) * size):
             raise ValueError(
                 f"dimension {self.dim} of a tensor of shape {tuple(full.shape)} cannot be cut into "
-                f"{self.blocks} × {size} equal parts"
+                f"{sum(self._shares)} × {size} equal parts"
             )
-        parts = [block.chunk(size, self.dim)[rank] for block in full.chunk(self.blocks, self.dim)]
+        parts = [block.chunk(size, self.dim)[rank] for block in self._split(full)]
         return torch.cat(parts, self.dim)
 
     def join(self, parts: list[Tensor]) -> Tensor:
         """The whole tensor from the parts of all ranks, in rank order."""
-        blocks = [part.chunk(self.blocks, self.dim) for part in parts]
-        return torch.cat([rank[number] for number in range(self.blocks) for rank in blocks], self.dim)
+        blocks = [self._split(part) for part in parts]
+        return torch.cat([rank[number] for number in range(len(self._shares)) for rank in blocks], self.dim)
+
+    def _split(self, value: Tensor) -> tuple[Tensor, ...]:
+        unit = value.shape[self.dim] // sum(self._shares)
+        return value.split([share * unit for share in self._shares], self.dim)
 
 
 @dataclass(frozen=True)
@@ -59,10 +68,12 @@ class Placement:
     Attributes:
         cut: over the tensor group; ``None``: whole on each of its ranks.
         tensor_group: the process group; ``None`` where nothing is cut.
+        partial: whole on each rank, but its gradient is the sum of theirs (``Parallelism.average_gradients``).
     """
 
     cut: TensorCut | None = None
     tensor_group: Any = None
+    partial: bool = False
 
     def full(self, value: Tensor) -> Tensor:
         """The whole tensor, plain and detached, on every rank; a collective call where it is cut or sharded."""
@@ -109,7 +120,7 @@ def placements(root: nn.Module) -> dict[str, Placement]:
     for path, module in root.named_modules(remove_duplicate=False):
         cuts, group = getattr(module, CUTS, {}), getattr(module, GROUP, None)
         for name, _ in module.named_parameters(recurse=False):
-            place = Placement(cuts[name], group) if name in cuts else Placement()
+            place = Placement(cuts[name], group) if name in cuts else Placement(partial=hasattr(module, PARTIAL))
             found[f"{path}.{name}" if path else name] = place
     return found
 

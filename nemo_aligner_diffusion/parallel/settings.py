@@ -34,6 +34,11 @@ class LayoutSettings(Settings):
         BOOL,
         "cut the reward over the tensor-parallel processes too, where it is a CLIP; else each of them scores all",
     )
+    tensor_parallel_text_encoder: bool = setting(
+        False,
+        BOOL,
+        "cut the text encoders over them too, where they are T5, Qwen or the like; CLIP's small ones stay whole",
+    )
     fsdp: bool = setting(
         False,
         BOOL,
@@ -67,11 +72,12 @@ class LayoutSettings(Settings):
                 f"model.fsdp_frozen = {list(self.fsdp_frozen)} without model.fsdp: add model.fsdp=true, or leave it "
                 "empty"
             )
-        if self.tensor_parallel_reward and self.tensor_model_parallel_size == 1:
-            raise ConfigurationError(
-                "model.tensor_parallel_reward = true with model.tensor_model_parallel_size = 1: there is no group to "
-                "cut the reward over; expected false, or a larger size"
-            )
+        for part in ("reward", "text_encoder"):
+            if getattr(self, f"tensor_parallel_{part}") and self.tensor_model_parallel_size == 1:
+                raise ConfigurationError(
+                    f"model.tensor_parallel_{part} = true with model.tensor_model_parallel_size = 1: there is no group "
+                    f"to cut the {part.replace('_', ' ')} over; expected false, or a larger size"
+                )
 
     @property
     def validation_batch_size(self) -> int:
@@ -104,6 +110,7 @@ class LayoutSettings(Settings):
             reshard_after_forward=self.fsdp_sharding_strategy == "full",
             sharded_frozen=self.fsdp_frozen or (),
             cut_reward=self.tensor_parallel_reward,
+            cut_text_encoder=self.tensor_parallel_text_encoder,
         )
 
     def accumulation(self, machine: MachineSettings) -> int:

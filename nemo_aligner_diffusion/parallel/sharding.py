@@ -12,9 +12,8 @@ from nemo_aligner_diffusion.parallel.placements import is_sharded
 
 
 def shard_denoiser(denoiser: nn.Module, mesh: DeviceMesh, reshard_after_forward: bool) -> None:
-    """Shard a denoiser in place: each of its blocks is gathered on its own, the rest with the root.
-
-    The blocks are those that the model's class names as indivisible (``_no_split_modules``), the innermost of them.
+    """Shard a denoiser in place: each of its blocks (:func:`gathered_blocks`) is gathered on its own, the rest with the
+    root.
 
     Args:
         reshard_after_forward: see :class:`.Layout`; always of a frozen denoiser, which has no backward pass.
@@ -23,16 +22,32 @@ def shard_denoiser(denoiser: nn.Module, mesh: DeviceMesh, reshard_after_forward:
 
     frozen = not any(parameter.requires_grad for parameter in denoiser.parameters())
     reshard_after_forward = reshard_after_forward or frozen
-    names = set(getattr(denoiser, "_no_split_modules", None) or ())
-    blocks = {module for module in denoiser.modules() if type(module).__name__ in names and module is not denoiser}
-    for block in denoiser.modules():
-        if block in blocks and not any(other is not block and other in blocks for other in block.modules()):
-            fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward)
-            if reshard_after_forward:
-                _leave_as_found(block)
+    for block in gathered_blocks(denoiser):
+        fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward)
+        if reshard_after_forward:
+            _leave_as_found(block)
     fully_shard(denoiser, mesh=mesh, reshard_after_forward=reshard_after_forward)
     if frozen:
         _forget_calls(denoiser)
+
+
+def gathered_blocks(denoiser: nn.Module) -> list[nn.Module]:
+    """What of a denoiser is gathered on its own, inner modules before those around them.
+
+    Modules of the classes that the denoiser's own class names as indivisible or repeated; where it names none, the
+    members of its outermost module lists. One that is mostly made of others (a UNet's up block) is left to them.
+    """
+    names = {name for key in ("_no_split_modules", "_repeated_blocks") for name in getattr(denoiser, key, None) or ()}
+    named = [module for module in denoiser.modules() if type(module).__name__ in names and module is not denoiser]
+    found: list[nn.Module] = []
+    inside: set[nn.Parameter] = set()  # of those found
+    for block in reversed(named or _listed(denoiser, None)):  # modules() has what is inside a module after it
+        parameters = list(block.parameters())
+        inner = sum(parameter.numel() for parameter in parameters if parameter in inside)
+        if parameters and inner <= sum(parameter.numel() for parameter in parameters) / 2:
+            found.append(block)
+            inside |= set(parameters)
+    return found
 
 
 def shard_frozen(module: nn.Module, mesh: DeviceMesh, leave: str | None = None) -> None:

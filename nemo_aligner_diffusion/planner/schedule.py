@@ -8,6 +8,7 @@ from statistics import fmean
 
 import diffusers
 
+from nemo_aligner_diffusion.diffusion.model import default_steps
 from nemo_aligner_diffusion.diffusion.plan import Plan
 from nemo_aligner_diffusion.diffusion.schedule import build_scheduler, path_of
 from nemo_aligner_diffusion.planner.presets import DEFAULT_SCHEDULER, ModelSpec
@@ -45,7 +46,10 @@ def step_counts(run: RunSettings, spec: ModelSpec | None = None, draw: random.Ra
     """
     kind, config = DEFAULT_SCHEDULER if spec is None else spec.scheduler
     scheduler = build_scheduler(getattr(diffusers, kind).from_config(config), run.model.infer.sampler_type)
-    rule, path = run.method().plan, path_of(scheduler, run.model.infer.inference_steps)
+    steps = run.model.infer.inference_steps
+    if steps is None:
+        steps = default_steps(getattr(diffusers, "StableDiffusionPipeline" if spec is None else spec.pipeline))
+    rule, path = run.method().plan, path_of(scheduler, steps)
     plans = [rule(path, each) for each in ([draw] if draw else map(random.Random, range(DRAWS)))]
     active = fmean(map(active_calls, plans))
     return StepCounts(

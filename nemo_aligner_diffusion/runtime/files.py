@@ -38,6 +38,26 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A neighbour of ``path``, not there yet, to be made and filled; on leaving it takes ``path``'s place, whole.
+
+    A folder that is there already is gone only then. On an exception nothing remains of the new one.
+    """
+    fresh, old = (path.with_name(f".{path.name}{middle}{UNFINISHED}") for middle in ("", ".old"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        yield fresh
+        if path.exists():
+            path.rename(old)
+        fresh.rename(path)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
 def write_atomic(path: str | Path, data: bytes | str) -> Path:
     """Replace ``path`` by a file with this content (text as UTF-8), completely or not at all; folders are made.
 

@@ -4,27 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 
 from nemo_aligner_diffusion.algorithms.base import Method
 from nemo_aligner_diffusion.algorithms.reward_tuning import RewardTuning
+from nemo_aligner_diffusion.diffusion.decoding import load_small_decoder, set_up_decoder
 from nemo_aligner_diffusion.diffusion.generate import Sampling
 from nemo_aligner_diffusion.diffusion.loading import load_model
-from nemo_aligner_diffusion.diffusion.lora import add_lora
+from nemo_aligner_diffusion.diffusion.lora import add_lora, continue_lora, has_lora
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.diffusion.settings import SamplingSettings
-from nemo_aligner_diffusion.parallel.broadcast import load_once
+from nemo_aligner_diffusion.parallel.broadcast import load_once, on_every_process
 from nemo_aligner_diffusion.parallel.module import OptimizerFactory
 from nemo_aligner_diffusion.parallel.non_finite import NonFinitePolicy
 from nemo_aligner_diffusion.parallel.parallelism import Parallelism
 from nemo_aligner_diffusion.parallel.tensor.plans import check_tensor_parallel
 from nemo_aligner_diffusion.rewards.base import Reward
 from nemo_aligner_diffusion.runtime.settings import MachineSettings
+from nemo_aligner_diffusion.training.export import export_notes
 from nemo_aligner_diffusion.training.optimizers import OptimizerSettings, build_optimizer
 from nemo_aligner_diffusion.training.schedules import build_schedule
 from nemo_aligner_diffusion.training.settings import ModelSettings, RunSettings
+
+FROZEN_DTYPES = {None: None, "32": torch.float32, "bf16": torch.bfloat16}  # model.frozen_precision
 
 
 def build_model(
@@ -40,6 +47,7 @@ def build_model(
     """
     section = settings.model
     declared = section.pipeline.declared()
+    frozen = FROZEN_DTYPES[section.frozen_precision]
     if pipe is not None:
         model = DiffusionModel(pipe, **declared).to(device)
     else:
@@ -50,16 +58,51 @@ def build_model(
                 vae_path=section.vae_path,
                 text_path=section.text_path,
                 revision=section.revision,
+                dtype=(frozen if section.peft.is_lora else None) or torch.float32,  # none of it is trained
                 **declared,
             ),
             device,
             phase,
         )
+    small = section.decoder.small_decoder
+    set_up_decoder(
+        model, section.decoder, None if small is None else load_once(lambda: load_small_decoder(small), device)
+    )
+    model.notes = export_notes(settings, model)
     _prepare(section, model)
+    if frozen is not None:
+        convert_frozen(model, frozen)
     for _, parameter in model.trainable_parameters():  # of a pipeline in half precision; peft computes either way
         if parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.float()
     return model
+
+
+def convert_frozen(model: DiffusionModel, dtype: torch.dtype) -> None:
+    """Frozen weights in ``dtype``, but what a class of ``diffusers`` keeps in float32, and no buffers: rotary
+    frequencies in bfloat16 are wrong ones."""
+    kept: set[torch.nn.Parameter] = set()
+    for network in model.modules():
+        names = getattr(network, "_keep_in_fp32_modules_strict", None)  # transformers' other list is for float16 alone
+        names = getattr(network, "_keep_in_fp32_modules", None) if names is None else names
+        if names:
+            kept |= {p for name, p in network.named_parameters() if set(names) & set(name.split("."))}
+    for parameter in model.parameters():
+        if not parameter.requires_grad and parameter.is_floating_point() and parameter not in kept:
+            parameter.data = parameter.data.to(dtype)
+    if not has_lora(model.denoiser):  # latents are in the text states' format: not in that of every weight
+        model.denoiser.register_forward_pre_hook(partial(_given_in, torch.float32), with_kwargs=True)
+        model.reference_denoiser.register_forward_pre_hook(partial(_given_in, dtype), with_kwargs=True)
+
+
+def _given_in(dtype: torch.dtype, _: Any, args: Any, kwargs: Any) -> Any:
+    """A network's arguments in ``dtype``; times, single numbers a sample, as they are."""
+
+    def convert(value: Any) -> Any:
+        wide = isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim > 1
+        return value.to(dtype) if wide else value
+
+    return tree_map(convert, (args, kwargs))
 
 
 def _prepare(section: ModelSettings, model: DiffusionModel) -> None:
@@ -69,9 +112,14 @@ def _prepare(section: ModelSettings, model: DiffusionModel) -> None:
     model.set_scheduler(section.infer.sampler_type, section.infer.eta)
     if section.peft.is_lora:
         tuning = section.peft.lora_tuning
-        targets = list(tuning.target_modules or model.lora_targets)
-        torch.manual_seed(section.seed)  # the adapter's start is part of the run
-        add_lora(model.denoiser, tuning.adapter_dim, tuning.alpha, tuning.dropout, targets)
+        path = section.peft.restore_from_path
+        if path is not None:  # when a run is resumed, too: its checkpoint then brings the weights
+            file, kind = Path(path).expanduser(), type(model.pipe)
+            on_every_process(lambda: continue_lora(model.denoiser, file, tuning, kind))
+        else:
+            targets = list(tuning.target_modules or model.lora_targets)
+            torch.manual_seed(section.seed)  # the adapter's start is part of the run
+            add_lora(model.denoiser, tuning.adapter_dim, tuning.alpha, tuning.dropout, targets)
     else:
         model.denoiser.requires_grad_(True)
         model.keep_reference()  # validation shows the base model beside the tuned one, the KL term needs it

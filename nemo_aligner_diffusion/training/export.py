@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
+import hashlib
+import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,11 +13,27 @@ from torch import Tensor
 from nemo_aligner_diffusion.diffusion.lora import has_lora, lora_state_dict, save_lora_weights
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.parallel.parallelism import Parallelism
-from nemo_aligner_diffusion.runtime.files import UNFINISHED, remove_leftovers
+from nemo_aligner_diffusion.runtime.files import atomic_folder, remove_leftovers
+
+if TYPE_CHECKING:
+    from nemo_aligner_diffusion.training.settings import RunSettings
+
+# pipeline -> its name in sd-scripts' ss_base_model_version, and in modelspec.architecture
+_ARCHITECTURES = {
+    "StableDiffusionPipeline": ("sd_v1", "stable-diffusion-v1"),
+    "StableDiffusionXLPipeline": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
+    "StableDiffusion3Pipeline": ("sd3", "stable-diffusion-3"),
+    "FluxPipeline": ("flux1", "flux-1-dev"),
+}
+_NOTED = ("algorithm", "infer", "optim", "kl_coeff", "kl_space", "reward_scale", "reward_margin", "truncation_steps")
 
 
 def export_weights(
-    model: DiffusionModel, directory: Path, parallel: Parallelism | None = None, write: bool = True
+    model: DiffusionModel,
+    directory: Path,
+    parallel: Parallelism | None = None,
+    write: bool = True,
+    step: int | None = None,
 ) -> Path | None:
     """Write what was trained; an export that is already there is replaced only once the new one is complete.
 
@@ -25,6 +42,7 @@ def export_weights(
         directory: ``export/``.
         parallel: how the denoiser is laid out; then every process must call this.
         write: whether this process writes. The others help to gather.
+        step: how far training has come, for the files' notes (:func:`export_notes`).
 
     Returns:
         ``pytorch_lora_weights.safetensors`` (LoRA, for ``pipeline.load_lora_weights``) or a folder such as ``unet/``
@@ -36,13 +54,68 @@ def export_weights(
         return None
     if has_lora(denoiser):
         adapter = whole_adapter(denoiser, parallel)
-        return save_lora_weights(denoiser, directory, adapter, pipeline_class=type(model.pipe)) if write else None
+        if not write:
+            return None
+        notes = {**model.notes, **({} if step is None else {"ss_steps": str(step)})}
+        return save_lora_weights(denoiser, directory, adapter, pipeline_class=type(model.pipe), header=notes)
     weights = {}
     for name, parameter in denoiser.state_dict().items():
         whole = parallel.placement(name).full(parameter)  # on all processes, one after the other
         if write:
             weights[name] = whole.cpu()
     return _write_denoiser(denoiser, weights, directory, model.trained) if write else None
+
+
+def export_notes(settings: RunSettings, model: DiffusionModel) -> dict[str, str]:
+    """What a LoRA's metadata says of its making, under sd-scripts' and modelspec's keys where there are such.
+
+    Call it while the denoiser has its base weights: their fingerprint is among the notes. Paths are shortened to names.
+    """
+    section, optim, denoiser = settings.model, settings.model.optim, model.denoiser
+    source = section.denoiser_path or section.from_pretrained
+    version, architecture = _ARCHITECTURES.get(type(model.pipe).__name__, ("", ""))
+    if version == "sd_v1" and denoiser.config.get("cross_attention_dim") == 1024:
+        version, architecture = "sd_v2", "stable-diffusion-v2-512"
+    reward = settings.rm.get("name")
+    weights = settings.tree["rm"].get("model") or {}
+    file = weights.get("restore_from_path") if isinstance(weights, dict) else None
+    shown = settings.shown["model"]
+    method = section.algorithm.replace("+", "_plus")
+    noted = {key: shown[key] for key in (*_NOTED, method, section.algorithm) if key in shown}
+    noted["peft"] = {"lora_tuning": shown["peft"]["lora_tuning"]}
+    notes = {
+        "ss_output_name": settings.name,
+        "ss_sd_model_name": Path(source).name if source else "the embedded model",
+        "ss_base_model_version": version,
+        "ss_learning_rate": str(optim.lr),
+        "ss_optimizer": optim.name,
+        "ss_lr_scheduler": optim.sched.name,
+        "ss_max_train_steps": str(settings.loop.max_steps),
+        "ss_seed": str(section.seed),
+        "ss_total_batch_size": str(section.global_batch_size),
+        "ss_training_comment": f"reward fine-tuning by {section.algorithm}, reward {reward}",
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.title": settings.name,
+        "modelspec.architecture": f"{architecture}/lora" if architecture else "",
+        "modelspec.implementation": "diffusers",
+        "nemo_aligner_diffusion.base_model_fingerprint": fingerprint(denoiser),
+        "nemo_aligner_diffusion.method": section.algorithm,
+        "nemo_aligner_diffusion.reward": f"{reward}{f' ({Path(file).name})' if file else ''}",
+        "nemo_aligner_diffusion.settings": json.dumps(noted, default=str),
+    }
+    return {key: value for key, value in notes.items() if value}
+
+
+def fingerprint(network: Any) -> str:
+    """SHA-256 of the names, shapes and first 64 values (in float32) of all weights, whatever files they came from.
+
+    A moment's work, and another one for every fine-tune. It is no hash of a file.
+    """
+    digest = hashlib.sha256()
+    for name, weight in sorted(network.named_parameters(), key=lambda pair: pair[0]):
+        first = (weight.detach()[:1] if weight.ndim else weight.detach()).reshape(-1)[:64]
+        digest.update(f"{name} {tuple(weight.shape)}\n".encode() + first.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def whole_adapter(denoiser: Any, parallel: Parallelism) -> dict[str, Tensor]:
@@ -52,9 +125,6 @@ def whole_adapter(denoiser: Any, parallel: Parallelism) -> dict[str, Tensor]:
 
 
 def _write_denoiser(denoiser: Any, weights: dict[str, Tensor], directory: Path, component: str) -> Path:
-    names = (component, f".{component}{UNFINISHED}", f".{component}.old{UNFINISHED}")
-    target, fresh, old = (directory / name for name in names)
-    directory.mkdir(parents=True, exist_ok=True)
     remove_leftovers(directory)
     import diffusers
 
@@ -63,9 +133,6 @@ def _write_denoiser(denoiser: Any, weights: dict[str, Tensor], directory: Path, 
         kind = denoiser.config.get("_class_name", type(denoiser).__name__)
         plain = getattr(diffusers, kind).from_config(denoiser.config)
     plain.load_state_dict(weights, assign=True)
-    plain.save_pretrained(fresh, safe_serialization=True)
-    if target.exists():
-        target.rename(old)
-    fresh.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
-    return target
+    with atomic_folder(directory / component) as folder:
+        plain.save_pretrained(folder, safe_serialization=True)
+    return directory / component

@@ -130,7 +130,7 @@ def _train(settings: RunSettings, frame: RunFrame, startup: Startup, given: Give
     directory, device, watch = frame.directory, frame.device, frame.watch
     loop, section, layout = settings.loop, settings.model, settings.layout
     # a user's own is imported before anything is loaded
-    on_every_process(lambda: (given.method or settings.method()).check(section.infer.inference_steps))
+    method = on_every_process(lambda: _method(settings, given))
     for name, prompts in given.prompts.items():
         frame.inputs.append(name)
         write_atomic(directory.path / name, "".join(f"{prompt}\n" for prompt in prompts))
@@ -142,10 +142,12 @@ def _train(settings: RunSettings, frame: RunFrame, startup: Startup, given: Give
     watch.phase("loading the model")
     startup.enter("building")
     policy = NonFinitePolicy(section.nan_policy.max_consecutive)
+    log.info("settings where nothing else is said: those of %s (%s)", section.family, section.family_because)
     model = build_model(settings, device, startup.phase, given.pipe)
+    on_every_process(lambda: method.check(section.infer.inference_steps or model.default_steps))
     reward = given.reward.to(device) if given.reward is not None else _build_reward(settings.rm, device, startup)
     startup.enter("building")
-    module = build_module(settings, model, reward, loop.max_steps, policy, given.method)
+    module = build_module(settings, model, reward, loop.max_steps, policy, method)
     module.validation_prompts = [prompt for prompt in data.validation_prompts for _ in data.validation_seeds]
     module.measure_validation = functools.partial(validation_figures, embedder=_embedder(section, reward))
     if given.reward is not None:
@@ -183,7 +185,7 @@ def _train(settings: RunSettings, frame: RunFrame, startup: Startup, given: Give
             log.warning("stopped in the middle of a step, each process at another place: nothing is exported")
             return
         with ema.averaged_weights(module) if ema is not None else contextlib.nullcontext():
-            path = export_weights(model, directory.export, module.parallel, write=trainer.is_global_zero)
+            path = export_weights(model, directory.export, module.parallel, trainer.is_global_zero, trainer.global_step)
         if path is not None:
             log.info("exported %s", path)
 
@@ -216,6 +218,13 @@ def _train(settings: RunSettings, frame: RunFrame, startup: Startup, given: Give
     if ema is not None:
         ema.settle(module)
     return Ended(code, module, device, directory.path, trainer.global_step)
+
+
+def _method(settings: RunSettings, given: Given) -> Method:
+    method, steps = given.method or settings.method(), settings.model.infer.inference_steps
+    if steps is not None:
+        method.check(steps)
+    return method
 
 
 def _build_reward(rm: Mapping[str, Any], device: torch.device, startup: Startup) -> Reward:

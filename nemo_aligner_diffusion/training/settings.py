@@ -18,6 +18,7 @@ from nemo_aligner_diffusion.algorithms.registry import method_of
 from nemo_aligner_diffusion.algorithms.settings import RewardTuningSettings
 from nemo_aligner_diffusion.data.settings import PromptSettings
 from nemo_aligner_diffusion.diffusion.settings import WeightsSettings
+from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.evaluation.settings import ReportSettings
 from nemo_aligner_diffusion.parallel.layout import Layout
 from nemo_aligner_diffusion.parallel.settings import LayoutSettings
@@ -177,6 +178,16 @@ class RunSettings(ProgramSettings):
 
     def check(self) -> None:
         self.model.accumulation(self.trainer)
-        if not is_import_path(self.model.algorithm):  # a user's own module is imported when training begins
-            self.method().check(self.model.infer.inference_steps)
+        self._check_frozen_precision()
+        steps = self.model.infer.inference_steps  # of a pipeline's own number the loaded model knows
+        if steps is not None and not is_import_path(self.model.algorithm):  # a user's module is imported in training
+            self.method().check(steps)
         self.model.optim.sched.factor(self.loop.max_steps)
+
+    def _check_frozen_precision(self) -> None:
+        kind = self.trainer.lightning_precision
+        if self.model.frozen_precision is not None and kind.endswith("-true") and kind != "32-true":
+            raise ConfigurationError(
+                f"model.frozen_precision = {self.model.frozen_precision} with {self.trainer.given('precision')}, which "
+                "converts every weight: leave one of the two out"
+            )

@@ -7,11 +7,12 @@ from typing import Any
 
 from markupsafe import Markup
 
+from nemo_aligner_diffusion.diffusion.families import as_pipelines_write
 from nemo_aligner_diffusion.diffusion.settings import SAMPLER_ALIASES, SAMPLERS, SamplingSettings
 from nemo_aligner_diffusion.errors import ConfigurationError, printable
 from nemo_aligner_diffusion.evaluation.run_files import RunFiles
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
+LORA_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "kohya_lora_weights.safetensors"
 _GENERATE = "python examples/mm/stable_diffusion/generate.py"
 
 
@@ -43,6 +44,8 @@ def usage(run: RunFiles) -> dict[str, Any]:
             "# anneal from the base model to the tuned one along the sampling steps",
             f"{tuned} --weights base,draft,linear,power_2 {asked}",
         ]
+    if (run.folder / "export" / KOHYA_FILE).is_file():
+        commands.append(f"# for ComfyUI, Forge and A1111: {export}/{KOHYA_FILE}")
     return {
         "commands": _lines(commands),
         "code": _lines(_diffusers(run, export, None if is_lora else denoiser, prompt)),
@@ -100,7 +103,8 @@ def _diffusers(run: RunFiles, export: str, denoiser: str | None, prompt: str) ->
 
 def _arguments(values: dict[str, Any]) -> str:
     """``, name=value`` of each; a name that comes from a file of others must not become code, which a reader runs."""
-    return "".join(f", {k}={v!r}" for k, v in values.items() if v is not None and k.isidentifier())
+    written = {name: as_pipelines_write(value) for name, value in values.items()}
+    return "".join(f", {k}={v!r}" for k, v in written.items() if v is not None and k.isidentifier())
 
 
 def _identifier(name: Any, otherwise: str) -> str:

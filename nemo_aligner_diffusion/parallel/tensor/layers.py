@@ -25,6 +25,7 @@ from torch.distributed import ProcessGroup
 
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.parallel.placements import CUTS, GROUP, TensorCut
+from nemo_aligner_diffusion.parallel.tensor.blocks import Shares
 
 try:
     with warnings.catch_warnings():
@@ -205,14 +206,18 @@ class CutDropout(nn.Module):
         return value * mask.narrow(self.dim, self.group.rank() * part, part)
 
 
-def cut_outputs(module: nn.Module, group: ProcessGroup, blocks: int = 1, shared_input: bool = False) -> nn.Module:
-    """The column layer that holds this rank's outputs of ``module``, a linear or 2-D convolutional layer.
+def cut_outputs(module: nn.Module, group: ProcessGroup, blocks: Shares = 1, shared_input: bool = False) -> nn.Module:
+    """The column layer that holds this rank's outputs of ``module``: a linear, 2-D convolutional or embedding layer.
 
     Args:
-        blocks: the outputs are this many equal blocks, each of which is cut (2: a gated feed-forward).
+        blocks: the outputs are these blocks, each of which is cut (2: a gated feed-forward); see :class:`.TensorCut`.
         shared_input: the layer, linear, reads what ``share_input`` has copied.
     """
     cut = TensorCut(0, blocks)
+    if isinstance(module, nn.Embedding):
+        with torch.device("meta"):
+            table = nn.Embedding(module.num_embeddings, module.embedding_dim // group.size(), module.padding_idx)
+        return _adopt(table, module, {"weight": TensorCut(1, blocks)}, group)
     if isinstance(module, nn.Conv2d):
         layer: nn.Module = _convolution(ColumnConv2d, module, outputs=module.out_channels // group.size())
     else:
@@ -221,13 +226,13 @@ def cut_outputs(module: nn.Module, group: ProcessGroup, blocks: int = 1, shared_
     return _adopt(layer, module, {"weight": cut, "bias": cut}, group)
 
 
-def cut_inputs(module: nn.Module, group: ProcessGroup) -> nn.Module:
-    """The row layer that holds this rank's inputs of ``module``, a linear or 2-D convolutional layer."""
+def cut_inputs(module: nn.Module, group: ProcessGroup, blocks: Shares = 1) -> nn.Module:
+    """The row layer that holds this rank's inputs (of each of ``blocks``) of a linear or 2-D convolutional layer."""
     if isinstance(module, nn.Conv2d):
         layer: nn.Module = _convolution(RowConv2d, module, inputs=module.in_channels // group.size())
     else:
         layer = _linear(RowLinear, module, group, input_is_parallel=True)
-    return _adopt(layer, module, {"weight": TensorCut(1)}, group)
+    return _adopt(layer, module, {"weight": TensorCut(1, blocks)}, group)
 
 
 def cut_group_norm(module: nn.GroupNorm, group: ProcessGroup) -> nn.Module:

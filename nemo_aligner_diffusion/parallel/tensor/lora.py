@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from nemo_aligner_diffusion.errors import ConfigurationError
+from nemo_aligner_diffusion.parallel.tensor.blocks import Shares
 from nemo_aligner_diffusion.parallel.tensor.layers import cut_dropout, cut_inputs, cut_outputs, share_of_gradient
 
 
@@ -23,7 +24,7 @@ def check_layer(module: Any, path: str) -> None:
         ConfigurationError: names the layer by ``path``.
     """
     if not hasattr(module, "base_layer"):
-        if type(module) not in (nn.Linear, nn.Conv2d):
+        if type(module) not in (nn.Linear, nn.Conv2d, nn.Embedding):
             kind = f"{type(module).__module__}.{type(module).__qualname__}"
             raise ConfigurationError(f"{path} is a {kind}; tensor parallelism cuts torch's own Linear and Conv2d only")
         if isinstance(module, nn.Conv2d) and module.groups != 1:
@@ -43,11 +44,11 @@ def check_layer(module: Any, path: str) -> None:
         check_layer(layer, path)
 
 
-def cut_layer_outputs(module: Any, group: ProcessGroup, blocks: int = 1, shared_input: bool = False) -> nn.Module:
+def cut_layer_outputs(module: Any, group: ProcessGroup, blocks: Shares = 1, shared_input: bool = False) -> nn.Module:
     """``module`` (a linear or convolutional layer, with or without adapters) cut over its outputs.
 
     Args:
-        blocks: the outputs are this many equal blocks, each of which is cut.
+        blocks: the outputs are these blocks, each of which is cut; see :class:`.TensorCut`.
         shared_input: the module reads what ``share_input`` has copied to the group.
     """
     if not hasattr(module, "base_layer"):
@@ -60,14 +61,14 @@ def cut_layer_outputs(module: Any, group: ProcessGroup, blocks: int = 1, shared_
     return cast(nn.Module, module)
 
 
-def cut_layer_inputs(module: Any, group: ProcessGroup) -> nn.Module:
+def cut_layer_inputs(module: Any, group: ProcessGroup, blocks: Shares = 1) -> nn.Module:
     """The same, cut over its inputs."""
     if not hasattr(module, "base_layer"):
-        return cut_inputs(module, group)
-    module.base_layer = cut_layer_inputs(module.base_layer, group)
+        return cut_inputs(module, group, blocks)
+    module.base_layer = cut_layer_inputs(module.base_layer, group, blocks)
     for name in list(module.lora_A):
         dim = 1 if isinstance(module.lora_A[name], nn.Conv2d) else -1
-        module.lora_A[name] = cut_inputs(module.lora_A[name], group)
+        module.lora_A[name] = cut_inputs(module.lora_A[name], group, blocks)
         if isinstance(module.lora_dropout[name], nn.Dropout):
             module.lora_dropout[name] = cut_dropout(module.lora_dropout[name], group, dim)
     return cast(nn.Module, module)

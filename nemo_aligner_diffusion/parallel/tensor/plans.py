@@ -9,7 +9,8 @@ rank. In a UNet of ``diffusers``:
 - residual block: ``conv1`` and ``time_emb_proj`` over their outputs, ``norm2`` over its groups, ``conv2`` over its
   inputs.
 
-In CLIP of ``transformers`` (a reward): attention by heads, ``fc1`` over its outputs, ``fc2`` over its inputs.
+In CLIP of ``transformers`` (a reward): attention by heads, ``fc1`` over its outputs, ``fc2`` over its inputs. Diffusion
+transformers and text encoders are cut by tables of names (``parallel/tensor/tables.py``).
 
 LoRA is put on the whole model before, by PEFT, and is cut here inside PEFT's own wrappers: before a column layer A is
 whole and B is cut, before a row layer A is cut and B is whole (docs/decisions/002-lora-before-cutting.md).
@@ -24,43 +25,18 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from nemo_aligner_diffusion.errors import ConfigurationError
+from nemo_aligner_diffusion.parallel.tensor.blocks import Block, base_layer, refuse
+from nemo_aligner_diffusion.parallel.tensor.tables import TABLES, blocks_of, table_of
 
 if TYPE_CHECKING:  # the rest of this module needs torch only through the models that it is given
     from torch import nn
     from torch.distributed import ProcessGroup
 
 KEY = "model.tensor_model_parallel_size"
-
-
-@dataclass(frozen=True)
-class Block:
-    """One cut part of a model, from its column layers to its row layer. Names are relative to ``path``.
-
-    Attributes:
-        path: the module, relative to the model.
-        divides: what must divide by the size of the group: its name in words and its number.
-        columns: layers cut over their outputs, and of how many equal blocks those are made.
-        rows: layers cut over their inputs; each ends the cut part with one all-reduce.
-        norms: group norms in between, cut over their groups.
-        dropouts: dropouts in between, and the dimension along which their input is cut.
-        counts: attributes of the module to divide by the size.
-        shared_inputs: arguments of the module, in its order, that the columns and nothing else read: their gradients
-            are summed over the group once instead of once a column.
-    """
-
-    path: str
-    divides: Mapping[str, int]
-    columns: Mapping[str, int]
-    rows: tuple[str, ...]
-    norms: tuple[str, ...] = ()
-    dropouts: Mapping[str, int] = field(default_factory=dict)
-    counts: tuple[str, ...] = ()
-    shared_inputs: tuple[str, ...] = ()
 
 
 def check_tensor_parallel(model: nn.Module, size: int, key: str = KEY) -> list[Block]:
@@ -74,28 +50,44 @@ def check_tensor_parallel(model: nn.Module, size: int, key: str = KEY) -> list[B
         ConfigurationError: no plan for the class; a part that cannot be cut, or does not divide (the message lists the
             sizes that would work); megatron-core is not installed.
     """
-    name = type(model).__name__
-    if name not in TENSOR_PLANS:
+    if not has_plan(model):
+        known = ", ".join([*TENSOR_PLANS, *TABLES])
         raise ConfigurationError(
-            f"{key}: there is no tensor-parallel plan for {name}; there is one for {', '.join(TENSOR_PLANS)}; set the "
-            "key to 1, or add a plan to TENSOR_PLANS (nemo_aligner_diffusion/parallel/tensor/plans.py)"
+            f"{key}: there is no tensor-parallel plan for {type(model).__name__}; there is one for {known} and for what "
+            "has a _tp_plan in diffusers; set the key to 1, or add a table to TABLES "
+            "(nemo_aligner_diffusion/parallel/tensor/tables.py)"
         )
     from nemo_aligner_diffusion.parallel.tensor.lora import check_layer  # and with it megatron-core's layers
 
-    blocks: list[Block] = []
-    for path, module in model.named_modules():
-        rule = TENSOR_PLANS[name].get(type(module).__name__)
-        if rule is None:
-            continue
-        try:
-            block = rule(path, module)
+    try:
+        blocks = _blocks(model)
+        for block in blocks:
             for layer in (*block.columns, *block.rows):
-                check_layer(model.get_submodule(f"{path}.{layer}"), f"{path}.{layer}")
-        except ConfigurationError as error:
-            raise ConfigurationError(f"{key}: {error}; set the key to 1") from None
-        blocks.append(block)
+                check_layer(model.get_submodule(f"{block.path}.{layer}"), f"{block.path}.{layer}")
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{key}: {error}; set the key to 1") from None
     _check_divides(model, blocks, size, key)
     return blocks
+
+
+def has_plan(model: nn.Module) -> bool:
+    """Whether a model of this class can be cut."""
+    return type(model).__name__ in TENSOR_PLANS or table_of(model) is not None
+
+
+def outermost_with_plan(part: nn.Module) -> list[nn.Module]:
+    """``part`` itself, or what in it can be cut."""
+    if has_plan(part):
+        return [part]
+    return [found for child in part.children() for found in outermost_with_plan(child)]
+
+
+def _blocks(model: nn.Module) -> list[Block]:
+    rules = TENSOR_PLANS.get(type(model).__name__)
+    if rules is None:
+        return blocks_of(model, table_of(model) or {})
+    kinds = ((path, module, rules.get(type(module).__name__)) for path, module in model.named_modules())
+    return [rule(path, module) for path, module, rule in kinds if rule is not None]
 
 
 def apply_tensor_parallel(denoiser: nn.Module, group: ProcessGroup, key: str = KEY) -> None:
@@ -107,7 +99,7 @@ def apply_tensor_parallel(denoiser: nn.Module, group: ProcessGroup, key: str = K
         ConfigurationError: no plan for the class, or a part of the model cannot be cut.
         ValueError: the model is cut already.
     """
-    from nemo_aligner_diffusion.parallel.placements import CUTS
+    from nemo_aligner_diffusion.parallel.placements import CUTS, PARTIAL
 
     if any(hasattr(module, CUTS) for module in denoiser.modules()):
         raise ValueError(f"this {type(denoiser).__name__} is cut over a tensor-parallel group already")
@@ -121,14 +113,16 @@ def apply_tensor_parallel(denoiser: nn.Module, group: ProcessGroup, key: str = K
         shared = bool(block.shared_inputs)
         for name, parts in block.columns.items():
             _replace(owner, name, partial(cut_layer_outputs, group=group, blocks=parts, shared_input=shared))
-        for name in block.rows:
-            _replace(owner, name, partial(cut_layer_inputs, group=group))
+        for name, parts in block.rows.items():
+            _replace(owner, name, partial(cut_layer_inputs, group=group, blocks=parts))
         for name in block.norms:
             _replace(owner, name, partial(tensor_layers.cut_group_norm, group=group))
         for name, dim in block.dropouts.items():
             _replace(owner, name, partial(tensor_layers.cut_dropout, group=group, dim=dim))
         for name in block.counts:
             setattr(owner, name, getattr(owner, name) // size)
+        for name in block.partial:
+            setattr(owner.get_submodule(name), PARTIAL, True)
         if shared:
             tensor_layers.share_input(owner, block.shared_inputs, group)
 
@@ -159,11 +153,6 @@ def _replace(owner: nn.Module, name: str, cut: Callable[[Any], nn.Module]) -> No
     setattr(holder, child, cut(getattr(holder, child)))
 
 
-def _base(module: Any) -> Any:
-    """The layer itself where an adapter wraps it."""
-    return getattr(module, "base_layer", module)
-
-
 def _dropout(module: Any) -> bool:
     return float(getattr(module, "p", 0.0)) > 0.0
 
@@ -178,7 +167,7 @@ def _attention(path: str, attention: Any) -> Block:
         "fewer key than query heads": attention.inner_kv_dim != attention.inner_dim,
         f"the processor {type(attention.processor).__name__}": type(attention.processor).__name__ not in processors,
     }
-    _refuse(path, reasons)
+    refuse(path, reasons)
     # norms and a residual read the input too; behind a shared copy their gradients would be counted once a rank
     norms = (attention.group_norm, attention.spatial_norm, attention.norm_cross)
     alone = all(norm is None for norm in norms) and not attention.residual_connection
@@ -186,7 +175,7 @@ def _attention(path: str, attention: Any) -> Block:
         path,
         divides={"attention heads": attention.heads},
         columns={"to_q": 1, "to_k": 1, "to_v": 1},
-        rows=("to_out.0",),
+        rows={"to_out.0": 1},
         counts=("heads", "inner_dim", "inner_kv_dim", "sliceable_head_dim"),
         shared_inputs=("hidden_states", "encoder_hidden_states") if alone else (),
     )
@@ -195,12 +184,12 @@ def _attention(path: str, attention: Any) -> Block:
 def _feed_forward(path: str, feed_forward: Any) -> Block:
     kind = type(feed_forward.net[0]).__name__
     halves = {"GEGLU": 2, "SwiGLU": 2, "GELU": 1, "ApproximateGELU": 1, "LinearActivation": 1}
-    _refuse(path, {f"the activation {kind}": kind not in halves})
+    refuse(path, {f"the activation {kind}": kind not in halves})
     return Block(
         path,
-        divides={"feed-forward features": _base(feed_forward.net[2]).in_features},
+        divides={"feed-forward features": base_layer(feed_forward.net[2]).in_features},
         columns={"net.0.proj": halves[kind]},
-        rows=("net.2",),
+        rows={"net.2": 1},
         dropouts={"net.1": -1} if _dropout(feed_forward.net[1]) else {},
     )
 
@@ -217,7 +206,7 @@ def _residual_block(path: str, block: Any) -> Block:
             "channels of residual blocks": block.norm2.num_channels,
         },
         columns=columns,
-        rows=("conv2",),
+        rows={"conv2": 1},
         norms=("norm2",),
         dropouts={"dropout": 1} if _dropout(block.dropout) else {},
     )
@@ -228,21 +217,15 @@ def _clip_attention(path: str, attention: Any) -> Block:
         path,
         divides={"attention heads": attention.num_heads},
         columns={"q_proj": 1, "k_proj": 1, "v_proj": 1},
-        rows=("out_proj",),
+        rows={"out_proj": 1},
         counts=("num_heads",),
         shared_inputs=("hidden_states",),
     )
 
 
 def _clip_feed_forward(path: str, feed_forward: Any) -> Block:
-    features = _base(feed_forward.fc1).out_features
-    return Block(path, divides={"feed-forward features": features}, columns={"fc1": 1}, rows=("fc2",))
-
-
-def _refuse(path: str, reasons: Mapping[str, bool]) -> None:
-    found = [reason for reason, holds in reasons.items() if holds]
-    if found:
-        raise ConfigurationError(f"{path} cannot be cut, for {', '.join(found)}")
+    features = base_layer(feed_forward.fc1).out_features
+    return Block(path, divides={"feed-forward features": features}, columns={"fc1": 1}, rows={"fc2": 1})
 
 
 # class of a model -> class of a module in it -> what of it is cut

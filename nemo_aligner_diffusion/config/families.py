@@ -1,0 +1,46 @@
+"""What each model family is trained with, where neither recipe nor user say else: ``conf/family/<name>.yaml``."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from nemo_aligner_diffusion.algorithms.registry import methods
+from nemo_aligner_diffusion.config.layers import Layer, read_sections
+from nemo_aligner_diffusion.config.recipes import FAMILY, conf_directory
+from nemo_aligner_diffusion.config.words import settled
+from nemo_aligner_diffusion.diffusion.recognition import Recognised
+from nemo_aligner_diffusion.diffusion.settings import SamplingSettings
+from nemo_aligner_diffusion.keys import flatten
+
+OTHER = "other"  # of what is not recognised
+
+
+def family_of(found: Recognised) -> tuple[str, str]:
+    """The family of a checkpoint, and why, half a sentence."""
+    if found.architecture:
+        return found.architecture, found.because
+    return OTHER, f"no family of conf/family: {found.because}"
+
+
+def family_layer(name: str, algorithm: str = "", optimizer: str = "") -> Layer:
+    """A family's settings, with those for one method; its learning rates are Adam's, ``sgd`` keeps its own."""
+    content = dict(_content(name))
+    with_methods = content.pop("methods")
+    option = methods()[algorithm].option if algorithm in methods() else ""
+    content |= with_methods.get(option, {})
+    if optimizer == "sgd":
+        del content["optim"]
+    return Layer(flatten({"model": content}), f"{FAMILY}={name}")
+
+
+def sampling_of(name: str) -> SamplingSettings:
+    """How a family's pictures are sampled."""
+    return SamplingSettings.from_tree({"model": _content(name)})
+
+
+@functools.cache
+def _content(name: str) -> dict[str, Any]:
+    content = settled(read_sections(conf_directory() / FAMILY / f"{name}.yaml"))
+    assert isinstance(content, dict)
+    return content

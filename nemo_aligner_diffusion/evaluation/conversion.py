@@ -1,0 +1,97 @@
+"""The work of ``export.py``: what a run has learnt, or any LoRA, as the file that another program reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_aligner_diffusion.diffusion.loading import load_model
+from nemo_aligner_diffusion.diffusion.lora import attach_lora, lora_component
+from nemo_aligner_diffusion.diffusion.lora_files import lora_file, read_lora, write_lora
+from nemo_aligner_diffusion.errors import CheckpointError, ConfigurationError, OutputError
+from nemo_aligner_diffusion.evaluation.generation import DTYPES, resolve_settings, run_of
+from nemo_aligner_diffusion.evaluation.request import Adapter, Request
+from nemo_aligner_diffusion.formats.checkpoints import load_component
+from nemo_aligner_diffusion.formats.ldm import ldm_state_dict
+from nemo_aligner_diffusion.runtime.files import atomic_folder, atomic_path
+from nemo_aligner_diffusion.runtime.messages import quiet_libraries
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What to make of what.
+
+    Attributes:
+        source: a run directory, its ``export/``, a LoRA file, or the folder of a fully tuned denoiser.
+        to: ``diffusers`` or ``kohya`` (a LoRA file), ``pipeline`` (a folder) or ``single-file``, both with it merged.
+        output: the file or folder.
+        model: base model; ``None``: the run's, else the embedded one.
+        weight: of the adapter.
+        precision: of merged weights: 32, bf16 or 16.
+        overwrite: replace what ``output`` names.
+    """
+
+    source: Path
+    to: str
+    output: Path
+    model: Path | None = None
+    weight: float = 1.0
+    precision: str = "32"
+    overwrite: bool = False
+
+
+def convert_export(asked: Conversion) -> Path:
+    """Write ``asked.output``, whole or not at all.
+
+    Raises:
+        AlignerError: unreadable, unfit for the model, or there already.
+    """
+    if asked.output.exists() and not asked.overwrite:
+        raise OutputError(f"{asked.output} exists; give another --output, or --overwrite")
+    lora = lora_file(asked.source)
+    denoiser = None if lora is not None else _denoiser_folder(asked.source)
+    is_adapter = asked.to in ("diffusers", "kohya")
+    if is_adapter and lora is None:
+        raise ConfigurationError(
+            f"{asked.source}: every weight was trained, which no LoRA can hold; write --to pipeline or single-file"
+        )
+    request = Request(adapters=[Adapter(lora)] if lora else [], unet=denoiser, model=asked.model)
+    settings = resolve_settings(request, run_of(request))
+    quiet_libraries()
+    dtype = DTYPES[asked.precision]
+    model = load_model(settings.model, settings.unet, settings.vae, dtype, text_path=settings.text,
+                       revision=settings.revision, **settings.pipeline)  # fmt: skip
+    if lora is None:
+        load_component(model.denoiser, model.trained, denoiser)
+    else:
+        component = lora_component(type(model.pipe))
+        adapter = read_lora(lora, model.denoiser, component, type(model.pipe)).scaled(asked.weight)
+        if is_adapter:
+            return write_lora(adapter, asked.output, component, kohya=asked.to == "kohya")
+        attach_lora(model.denoiser, adapter)
+        model.denoiser.fuse_lora()
+        model.denoiser.unload_lora()
+    return _write_merged(model.pipe, asked)
+
+
+def _write_merged(pipe: Any, asked: Conversion) -> Path:
+    if asked.to == "pipeline":
+        with atomic_folder(asked.output) as folder:
+            pipe.save_pretrained(folder)
+        return asked.output
+    from safetensors.torch import save_file
+
+    state = ldm_state_dict(pipe)
+    asked.output.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(asked.output) as file:
+        save_file(state, file, {"format": "pt"})
+    return asked.output
+
+
+def _denoiser_folder(path: Path) -> Path:
+    folders = [path, *path.glob("[!.]*"), *path.glob("export/[!.]*")] if path.is_dir() else []
+    found = [folder for folder in folders if (folder / "config.json").is_file()]
+    if not found:
+        raise CheckpointError(f"{path}: neither a LoRA nor a tuned denoiser (export/unet, export/transformer) is there")
+    return found[0]
