@@ -235,7 +235,9 @@ def _selected_layer(item: Override, base: str, own_folder: Path, family: Layer) 
             package = header.group(1) if header else f"trainer.{base}" if item.key == "loop" else item.key
             section = f"{package}." if "." in package else ""  # not all of model, where methods stand
             leaves.update(flatten({package: content}, dotted=True))
-    familys = {key: value for key, value in family.leaves.items() if key in leaves or (section and key.startswith(section))}
+    familys = {
+        key: value for key, value in family.leaves.items() if key in leaves or (section and key.startswith(section))
+    }
     return Layer(leaves | familys, origin=f"{item.key}={item.value}")
 
 
