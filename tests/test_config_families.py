@@ -115,6 +115,10 @@ def test_groups_that_are_picked_go_with_the_family(tmp_path: Path) -> None:
         assert load_config(**given).model.optim.lr == 1e-5
         given["overrides"] = ["family=sd35", "optim=sgd"]
         assert load_config(**given).model.optim.lr == 1e-2, "the families' rates are Adam's"
+    for method, value in (("draft_plus", 1), ("drtune", 0)):
+        model = load_config("own", ["family=sd35", f"algorithm={method}"], config_dir=tmp_path).model
+        assert (model.kl_coeff, model.optim.lr) == (value, 0.5)
+    assert model.drtune.train_steps == 3
     model = load_config("composed", ["family=sd35"], config_dir=tmp_path).model
     assert (model.algorithm, model.optim.name, model.optim.lr, model.kl_coeff) == ("drtune", "adamw", 1e-5, 0)
     model = load_config("draftp_sd", ["family=sd15", "model.algorithm=drtune"]).model

@@ -287,7 +287,7 @@ def test_a_damaged_configuration_is_not_passed_over_in_silence(
         (adapter.parent / "config.yaml").unlink()
     warned = capsys.readouterr().err
     assert "config.yaml cannot be read (ValueError: " in warned
-    assert "the pictures are made with the shipped settings" in warned
+    assert "the pictures are made with the model family's settings" in warned
 
 
 def test_no_validation_picture_is_a_training_sample() -> None:

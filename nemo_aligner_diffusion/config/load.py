@@ -222,8 +222,9 @@ def _user_layer(folder: Path, name: str, selections: list[Override], recipe: Map
 
 
 def _selected_layer(item: Override, base: str, own_folder: Path, family: Layer) -> Layer:
-    """What a picked group file says itself, as a layer, with what the family says of its section."""
+    """What a picked group file says itself, as a layer; what the family says of it and of its section counts more."""
     leaves: dict[str, Any] = {}
+    section = ""
     for stem in ("base", str(item.value)):
         files = [folder / item.key / f"{stem}.yaml" for folder in (own_folder, conf_directory())]
         file = next((file for file in files if file.is_file()), None)
@@ -232,10 +233,12 @@ def _selected_layer(item: Override, base: str, own_folder: Path, family: Layer) 
             content.pop("defaults", None)
             header = re.match(r"#\s*@package\s+(\S+)", file.read_text(encoding="utf-8"))
             package = header.group(1) if header else f"trainer.{base}" if item.key == "loop" else item.key
-            if "." in package:
-                leaves |= {key: value for key, value in family.leaves.items() if key.startswith(f"{package}.")}
+            section = f"{package}." if "." in package else ""  # not all of model, where methods stand
             leaves.update(flatten({package: content}, dotted=True))
-    return Layer(leaves, origin=f"{item.key}={item.value}")
+    familys = {
+        key: value for key, value in family.leaves.items() if key in leaves or (section and key.startswith(section))
+    }
+    return Layer(leaves | familys, origin=f"{item.key}={item.value}")
 
 
 def _methods_own(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -142,7 +142,8 @@ def _train(settings: RunSettings, frame: RunFrame, startup: Startup, given: Give
     watch.phase("loading the model")
     startup.enter("building")
     policy = NonFinitePolicy(section.nan_policy.max_consecutive)
-    log.info("settings where nothing else is said: those of %s (%s)", section.family, section.family_because)
+    if directory.is_writer:
+        log.info("settings where nothing else is said: those of %s (%s)", section.family, section.family_because)
     model = build_model(settings, device, startup.phase, given.pipe)
     on_every_process(lambda: method.check(section.infer.inference_steps or model.default_steps))
     reward = given.reward.to(device) if given.reward is not None else _build_reward(settings.rm, device, startup)
