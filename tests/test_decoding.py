@@ -228,6 +228,8 @@ def test_small_decoders_that_do_not_fit_are_one_message(tmp_path: Path) -> None:
     model = model_of("sd", torch.float32)
     with pytest.raises(ConfigurationError, match="of 16 latent channels cannot decode for .* of 4"):
         set_up_decoder(model, DecoderSettings(small_decoder=str(folder)), load_small_decoder(folder))
+    with pytest.raises(ConfigurationError, match="an AutoencoderTiny of 4 .* this pipeline's AutoencoderKLFlux2 of 4"):
+        set_up_decoder(model_of("flux-2-klein"), DecoderSettings(small_decoder="x"), tiny_autoencoder())
     (folder / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="not a complete AutoencoderTiny folder"):
         load_small_decoder(folder)

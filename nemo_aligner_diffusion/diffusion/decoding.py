@@ -61,7 +61,13 @@ def decode(
 
 
 def decode_as_set_up(
-    model: DiffusionModel, vae: Any, latents: Tensor, rows_at_a_time: int | None, in_training: bool, *args: Any, **kwargs: Any
+    model: DiffusionModel,
+    vae: Any,
+    latents: Tensor,
+    rows_at_a_time: int | None,
+    in_training: bool,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """:func:`decode` by ``vae``, which is the pipeline's or its small decoder, as ``model.decoder`` says."""
     tile = model.decoder.tiling if in_training and vae is getattr(model.pipe, "vae", None) else None
