@@ -55,7 +55,8 @@ def decode(
     if size >= len(latents):
         return call(latents)
     parts = [
-        checkpoint(call, rows, use_reentrant=False) if rows.requires_grad else call(rows) for rows in latents.split(size)
+        checkpoint(call, rows, use_reentrant=False) if rows.requires_grad else call(rows)
+        for rows in latents.split(size)
     ]
     return tree_map(lambda *rows: torch.cat(rows) if isinstance(rows[0], Tensor) else rows[0], *parts)
 
@@ -238,7 +239,9 @@ def _tile_sizes(vae: Any, tile: int) -> dict[str, int]:
         ratio = vae.spatial_compression_ratio
         stride = (tile - tile // _OVERLAP) // ratio * ratio
         sides = ("height", "width")
-        return {f"tile_sample_{what}_{side}": size for side in sides for what, size in (("min", tile), ("stride", stride))}
+        return {
+            f"tile_sample_{what}_{side}": size for side in sides for what, size in (("min", tile), ("stride", stride))
+        }
     raise ConfigurationError(
         f"model.first_stage_config.tiling = {tile}: diffusers cannot decode by tiles of a size with "
         f"{type(vae).__name__}; leave it null, and use model.decode_micro_batch_size=1"

@@ -30,7 +30,19 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "UniPC": ("UniPCMultistepScheduler", {}),
 }
 # model.family: what recognition.py tells apart, and all others
-FAMILIES = ("embedded", "sd15", "sd21", "sdxl", "sd35", "flux1", "flux2", "flux2_klein", "qwen_image", "z_image", "other")
+FAMILIES = (
+    "embedded",
+    "sd15",
+    "sd21",
+    "sdxl",
+    "sd35",
+    "flux1",
+    "flux2",
+    "flux2_klein",
+    "qwen_image",
+    "z_image",
+    "other",
+)
 SAMPLER_ALIASES = {"DPM": "DPM++2M", "DPMSolver++": "DPM++2M", "PARA_DDIM": "DDIM"}
 
 
@@ -122,7 +134,7 @@ class DecoderSettings(Settings):
     tiling: int | None = setting(
         None,
         Kind("int", low=64, nullable=True),
-        "in training, decode by tiles of so many pixels a side: least memory, another picture near seams; multiple of 64",
+        "in training, decode by tiles of so many pixels a side: little memory, another picture at seams; multiple of 64",
     )
     small_decoder: str | None = setting(
         None,
