@@ -92,7 +92,7 @@ def test_the_history_is_that_of_the_command_line_to_the_last_digit(tmp_path):
         expected = figures(csv.DictReader(stream))
     settings = {
         "method": DRTune(train_steps=2, early_stop_steps=3), "inference_steps": 5, "kl_coeff": 0.1, "lr": 0.01,
-        "seed": 5, "batch_size": 12, "steps": 3, "progress": False,
+        "seed": 5, "batch_size": 12, "steps": 3, "progress": False, "overrides": ["model.micro_batch_size=6"],
     }  # fmt: skip
     by_path = tune(folder, reward="symmetry", prompts=file, **settings)
     assert figures(by_path.history) == expected

@@ -26,7 +26,7 @@ ALGORITHM_OF = {
     "refl_imagereward_sd": "refl",
     "alignprop_sd": "alignprop",
 }
-NEEDED = dict.fromkeys(["drtune_sdxl", "refl_imagereward_sd"], ["rm.model.restore_from_path=r.nemo"])
+NEEDED = {name: ["rm.model.restore_from_path=r.nemo"] for name in ("drtune_sdxl", "refl_imagereward_sd")}
 
 
 def message(*overrides: str, name: str = "draftp_sd") -> str:

@@ -113,7 +113,12 @@ def test_defaults_in_the_documentation_are_what_the_program_shows() -> None:
         value = shown.get(key.replace(LOOP, "draft_sd"))
         if default == FAMILYS:
             assert key in family_layer("embedded").leaves
-        elif value is not None and not key.startswith("model.family") and "draft" not in str(value) and not key.startswith("rm."):
+        elif (
+            value is not None
+            and not key.startswith("model.family")
+            and "draft" not in str(value)
+            and not key.startswith("rm.")
+        ):
             assert yaml.safe_load(default) == value or str(default) == str(value), key
 
 

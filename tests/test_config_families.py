@@ -142,7 +142,7 @@ def test_a_recipe_leaves_the_families_their_numbers(recipe: str) -> None:
 
 
 def test_denoisers_alone(tmp_path: Path) -> None:
-    for family, width in (("sd15", 768), ("sd21", 1024), ("sdxl", 2048)):
+    for family, width in (("sd15", 768), ("sd21", 1024)):
         path = folder(tmp_path / family, "", width) / "unet"
         assert load_config("draftp_sd", [f"model.unet_config.from_pretrained={path}"]).model.family == family
 
@@ -158,7 +158,7 @@ def test_a_model_of_the_hub_is_known_from_the_cache(tmp_path: Path, monkeypatch:
     for name, family in (("org/name", "flux1"), ("org/another", "other")):
         cfg = load_config("draftp_sd", [f"model.from_pretrained={name}"])
         assert cfg.model.family == family
-    assert "org/another has no model_index.json here" in cfg.model.family_because
+    assert "org/another" in cfg.model.family_because
 
 
 def test_what_is_damaged_is_named(tmp_path: Path) -> None:
@@ -188,6 +188,15 @@ def test_generate_samples_as_the_family_does(tmp_path: Path) -> None:
     with (conf_directory() / "family" / "sdxl.yaml").open(encoding="utf-8") as file:
         infer = yaml.safe_load(file)["infer"]
     assert sampling_of("sdxl").inference_steps == infer["inference_steps"] == 40
+
+
+def test_nad_plan_takes_the_family_of_its_model(tmp_path: Path) -> None:
+    from nemo_aligner_diffusion.cli.plan import _named
+
+    path = folder(tmp_path / "model", *CHECKPOINTS["sd35"])
+    for model, family in (("sd15", "sd15"), ("sdxl", "sdxl"), (str(path), "sd35")):
+        assert load_config("draftp_sd", _named(model)).model.family == family
+        assert load_config("draftp_sd", [*_named(model), "family=other"]).model.family == "other"
 
 
 def test_the_table_in_the_documentation_is_current() -> None:

@@ -204,7 +204,7 @@ def test_a_rule_that_names_steps_that_are_not_there_is_refused_before_anything_i
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    words = [f"model.from_pretrained={folder}", "rm=symmetry", f"exp_manager.explicit_log_dir={out}",
+    words = [f"model.from_pretrained={folder}", "family=embedded", "rm=symmetry", f"exp_manager.explicit_log_dir={out}",
              "trainer.accelerator=cpu", f"model.algorithm={__name__}:beyond"]  # fmt: skip
     assert main("draftp_sd", words) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]

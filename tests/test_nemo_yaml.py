@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from tiny.runs import rows
 from tiny_pipelines import named
 
+from nemo_aligner_diffusion.api import _read_model
 from nemo_aligner_diffusion.config.load import load_config
 from nemo_aligner_diffusion.config.nemo_names import ALIASES, HALVES, NOT_YET, WITHOUT_EFFECT, pattern_of
 from nemo_aligner_diffusion.config.schema import vocabulary
@@ -98,8 +99,8 @@ SMALL = ["trainer.accelerator=cpu", "trainer.precision=32", "trainer.draftp_sd.m
 def test_the_runs_start(name: str, pipeline: Path, sdxl: Path, prompts: Path, tmp_path: Path) -> None:
     """With tiny weights, pictures, one step and a processor in place of a GPU; all else is NeMo's."""
     directory = tmp_path / "run"
-    words = [f"model.from_pretrained={sdxl if name == 'draftp_sdxl' else pipeline}", *SMALL,
-             f"model.data.webdataset.local_root_path={prompts}", f"exp_manager.explicit_log_dir={directory}"]  # fmt: skip
+    words = [f"model.from_pretrained={sdxl if name == 'draftp_sdxl' else pipeline}", *SMALL]
+    words += [f"model.data.webdataset.local_root_path={prompts}", f"exp_manager.explicit_log_dir={directory}"]
     section = "model.sampling.base" if name == "draftp_sdxl" else "model.infer"
     steps = "steps" if name == "draftp_sdxl" else "inference_steps"
     words += [f"{section}.height=16", f"{section}.width=16", f"{section}.{steps}=2"]
@@ -110,6 +111,12 @@ def test_the_runs_start(name: str, pipeline: Path, sdxl: Path, prompts: Path, tm
     written = yaml.safe_load((directory / "config.yaml").read_text("utf-8"))
     assert written["model"]["family"] == ("sdxl" if name == "draftp_sdxl" else "other")
     assert written["exp_manager"]["ema"]["enable"] is True
+
+
+def test_a_pipeline_object_brings_its_family() -> None:
+    _, words = _read_model(named("flux").build())
+    model = load_config("draftp_sd", words).model
+    assert (model.family, model.family_because, model.infer.height) == ("flux1", "it is a FluxPipeline", 512)
 
 
 def test_size_and_crop_conditioning_reach_the_pipeline(sdxl: Path) -> None:

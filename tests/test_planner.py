@@ -39,7 +39,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe(tiny: Path, name: str, batch: int, *more: str) -> Any:
-    return load(name, [f"model.from_pretrained={tiny}", "rm=symmetry", *more], batch)
+    return load(name, [f"model.from_pretrained={tiny}", "family=embedded", "rm=symmetry", *more], batch)
 
 
 # operations and memory against the training step itself
@@ -118,7 +118,8 @@ def test_what_is_held_beside_the_weights_follows_from_the_recipe(tiny, words, st
 def test_layouts_are_searched_with_the_keys_that_were_asked_for(tiny):
     words = ["trainer.devices=2", "model.fsdp=true", "model.fsdp_frozen=[text_encoder,vae]",
              "model.fsdp_sharding_strategy=grad", "peft=none", "model.kl_coeff=0"]  # fmt: skip
-    cfg = load_settings("draftp_sd", [f"model.from_pretrained={tiny}", "rm=symmetry", "model.micro_batch_size=1",
+    cfg = load_settings("draftp_sd", [f"model.from_pretrained={tiny}", "family=embedded", "rm=symmetry",
+                                    "model.micro_batch_size=1",
                                     "model.global_batch_size=2", *words])  # fmt: skip
     settings, counts = settings_from(cfg, model_spec(str(tiny))), step_counts(cfg)
     machines = Machines(gpu_named("l40s"), 2, 2)
@@ -341,7 +342,7 @@ def test_where_nothing_fits_the_error_says_what_to_change(tiny, capsys, monkeypa
     small = GPU("Tiny", GPUS["l40s"].flops, 2.001e9, 1e12, 1e10, 1e9)
     monkeypatch.setitem(GPUS, "tiny", small)
     code = main(["--model", str(tiny), "--gpu", "tiny", "rm=symmetry", "model.infer.inference_steps=2",
-                 "model.truncation_steps=1", *words])  # fmt: skip
+                 "family=embedded", "model.truncation_steps=1", *words])  # fmt: skip
     captured = capsys.readouterr()
     assert code == 2
     assert "nothing fits" in captured.err

@@ -43,7 +43,8 @@ def test_bytes_handed_to_each_collective_are_those_of_the_plan(
     size: int, words: list[str], sent: set[str], tiny: Path, processes: ProcessPool
 ) -> None:
     data = size // 2 if "model.tensor_model_parallel_size=2" in words else size
-    overrides = [f"model.from_pretrained={tiny}", "rm=symmetry", f"trainer.devices={size}", "trainer.accelerator=cpu",
+    overrides = [f"model.from_pretrained={tiny}", "rm=symmetry", "family=embedded",
+                 f"trainer.devices={size}", "trainer.accelerator=cpu",
                  f"model.global_batch_size={2 * data}", *words]  # fmt: skip
     real = processes.run(size, parallel_step, "draftp_sd", overrides, 2)[0]
     plan = planned_step("draftp_sd", overrides, 2)

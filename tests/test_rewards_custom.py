@@ -56,6 +56,7 @@ def test_the_documented_example_is_fifteen_lines_and_trains(here: Path, monkeypa
         "rm.import_path=my_rewards:Colourfulness",
         "rm.kwargs.weight=2.0",
         f"model.from_pretrained={pipeline}",
+        "family=embedded",
         "model.data.train.webdataset.local_root_path=prompts.txt",
         "model.data.validation.max_prompts=2",
         "model.infer.inference_steps=3",

@@ -54,6 +54,7 @@ def overrides(directory: Path, *more: str, recipe: str = "draftp_sd") -> list[st
     return [
         *REWARD,
         "model.from_pretrained=pipeline",
+        "family=embedded",
         "model.data.train.webdataset.local_root_path=prompts.txt",
         "model.data.validation.max_prompts=3",
         "model.infer.inference_steps=3",

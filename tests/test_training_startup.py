@@ -30,6 +30,7 @@ def words(tmp_path_factory):
     return [
         "rm=symmetry",
         f"model.from_pretrained={folder / 'pipeline'}",
+        "family=embedded",
         f"model.data.train.webdataset.local_root_path={folder / 'prompts.txt'}",
         "model.infer.inference_steps=4",
         "model.truncation_steps=1",

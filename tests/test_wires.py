@@ -167,6 +167,7 @@ def test_a_run_does_what_the_keys_of_the_loop_and_of_exp_manager_say(tmp_path: P
     words = [
         "rm=symmetry",
         f"model.from_pretrained={save_tiny_pipeline(tmp_path / 'pipeline')}",
+        "family=embedded",
         f"model.data.train.webdataset.local_root_path={prompts}",
         "model.data.validation.max_prompts=5",  # two pictures each; eight a batch
         "model.infer.inference_steps=2",

@@ -34,7 +34,7 @@ def configured(
     pipeline: Path, *words: str, recipe: str = "draftp_sd", more: tuple[str, ...] | list[str] = ()
 ) -> RunSettings:
     model = [f"model.{word}" for word in words]
-    return load_settings(recipe, [f"model.from_pretrained={pipeline}", "rm=symmetry", *model, *more])
+    return load_settings(recipe, [f"model.from_pretrained={pipeline}", "family=embedded", "rm=symmetry", *model, *more])
 
 
 def test_the_layout_is_as_configured() -> None:

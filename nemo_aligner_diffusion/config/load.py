@@ -3,7 +3,7 @@
 Hydra's compose API reads the recipe and its groups; nothing is written, no folder is changed into. Layers are flat
 mappings of dotted keys, so that every key of every layer goes through the same aliases and the same checks:
 
-    groups  <  the family of the checkpoint  <  recipe  <  the user's YAML (--config-path/--config-name)  <  command line
+    groups  <  the checkpoint's family  <  recipe  <  the user's YAML (--config-path/--config-name)  <  command line
 
 Imports neither torch nor Lightning: a configuration error costs well under a second.
 """

@@ -1,9 +1,10 @@
 """Keys that users of NeMo and NeMo-Aligner bring, and what becomes of them here.
 
-Tables: :data:`ALIASES` (another spelling of a key we have), :data:`HALVES` (of one), :data:`WITHOUT_EFFECT` (accepted, named in one
-warning with the reason) and :data:`NOT_YET` (harmless at its neutral value, an error at any other, because going on
-would train something else than what was asked for). Sources: NeMo-Aligner 0.7 ``draftp_sd.yaml``, ``draftp_sdxl.yaml``
-and its launch scripts; NeMo 2.0 ``exp_manager`` and ``nlp_overrides``.
+Tables: :data:`ALIASES` (another spelling of a key we have), :data:`HALVES` (two that are one of ours),
+:data:`WITHOUT_EFFECT` (accepted, named in one warning with the reason) and :data:`NOT_YET` (harmless at its neutral
+value, an error at any other, because going on would train something else than what was asked for). Sources:
+NeMo-Aligner 0.7 ``draftp_sd.yaml``, ``draftp_sdxl.yaml``, what its code reads besides, and its launch scripts; NeMo 2.0
+``exp_manager`` and ``nlp_overrides``.
 """
 
 from __future__ import annotations
@@ -91,11 +92,9 @@ ALIASES: dict[str, Alias] = {
     "model.unet_config.lora_network_alpha": Alias("model.peft.lora_tuning.alpha", weak=True),
 }
 
-# Arguments of the pipeline that NeMo gives in two halves, SDXL's size and crop conditioning: (top or height, left or width)
+# SDXL's size and crop conditioning: argument of the pipeline -> the two keys of NeMo's that it is made of
 HALVES: dict[str, tuple[str, str]] = {
-    "model.pipeline.arguments.original_size": (
-        *("model.sampling.base.orig_height", "model.sampling.base.orig_width"),
-    ),
+    "model.pipeline.arguments.original_size": (*("model.sampling.base.orig_height", "model.sampling.base.orig_width"),),
     "model.pipeline.arguments.crops_coords_top_left": (
         *("model.sampling.base.crop_coords_top", "model.sampling.base.crop_coords_left"),
     ),

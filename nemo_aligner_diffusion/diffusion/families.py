@@ -1,8 +1,8 @@
 """What a pipeline class declares beyond what can be read off it: one row each, found by the class's name.
 
 A family is facts, no code: which network is trained and where LoRA goes, what the guidance argument is called, which
-arguments are always given. A class without a row is read off its signature and components. How pictures of the published
-models are sampled and with which settings they are trained stands in ``conf/family``.
+arguments are always given. A class without a row is read off its signature and components. How the published models are
+sampled and trained stands in ``conf/family``.
 """
 
 from __future__ import annotations

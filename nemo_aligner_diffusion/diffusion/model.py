@@ -180,13 +180,7 @@ class DiffusionModel(nn.Module):
     @property
     def default_steps(self) -> int:
         """The pipeline's own number of sampling steps."""
-        default = self._signature["num_inference_steps"].default
-        if not isinstance(default, int):
-            raise ConfigurationError(
-                f"{type(self.pipe).__name__} has no number of sampling steps of its own; give one, such as "
-                "model.infer.inference_steps=30"
-            )
-        return default
+        return default_steps(type(self.pipe))
 
     def described(self) -> dict[str, Any]:
         """What ``run.json`` says of the pipeline: how plain ``diffusers`` is to be called."""
@@ -256,3 +250,18 @@ class DiffusionModel(nn.Module):
             free = [known for known in self._signature if known != "self" and known not in _OURS]
             hint = closest(name, free) or f"; it takes {', '.join(free)}"
             raise ConfigurationError(f"{given} is no argument of {kind}{hint}")
+
+
+def default_steps(pipeline: type) -> int:
+    """A pipeline class's own number of sampling steps.
+
+    Raises:
+        ConfigurationError: it has none.
+    """
+    default = inspect.signature(pipeline.__call__).parameters["num_inference_steps"].default
+    if not isinstance(default, int):
+        raise ConfigurationError(
+            f"{pipeline.__name__} has no number of sampling steps of its own; give one, such as "
+            "model.infer.inference_steps=30"
+        )
+    return default

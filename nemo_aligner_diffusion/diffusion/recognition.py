@@ -91,7 +91,11 @@ def _of_denoiser(path: str | None) -> Recognised:
     config = read_json(file, CheckpointError) if file.is_file() else {}
     is_xl = config.get("addition_embed_type") == "text_time"
     found = of_pipeline("StableDiffusionXLPipeline" if is_xl else "StableDiffusionPipeline", lambda part: config)
-    return found if found.architecture else Recognised("embedded", found.pipeline, "its denoiser has the embedded one's place")
+    return (
+        found
+        if found.architecture
+        else Recognised("embedded", found.pipeline, "its denoiser has the embedded one's place")
+    )
 
 
 def _file(source: str, name: str, fetch: bool) -> Path | None:

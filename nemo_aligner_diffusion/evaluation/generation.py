@@ -193,7 +193,9 @@ def run_of(request: Request) -> RunFiles | None:
             problems: list[str] = []
             run = RunFiles(folder, read_config(folder, problems))
             for problem in problems:
-                text = f"{folder}: {problem}; the pictures are made with the model family's settings, not with the run's"
+                text = (
+                    f"{folder}: {problem}; the pictures are made with the model family's settings, not with the run's"
+                )
                 print(f"warning: {printable(text, 600)}", file=sys.stderr)
             return run
     return None

@@ -43,7 +43,7 @@ class Request:
     reward: str | None = None
     output: Path = Path("generated")
     overwrite: bool = False
-    usual: SamplingSettings = SamplingSettings()  # of the model's family
+    usual: SamplingSettings = field(default_factory=SamplingSettings)  # of the model's family
 
 
 def annealed_weights(kind: str, steps: int) -> list[float]:

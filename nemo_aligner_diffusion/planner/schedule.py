@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import random
 from dataclasses import dataclass
 from statistics import fmean
 
 import diffusers
 
+from nemo_aligner_diffusion.diffusion.model import default_steps
 from nemo_aligner_diffusion.diffusion.plan import Plan
 from nemo_aligner_diffusion.diffusion.schedule import build_scheduler, path_of
 from nemo_aligner_diffusion.planner.presets import DEFAULT_SCHEDULER, ModelSpec
@@ -46,7 +46,10 @@ def step_counts(run: RunSettings, spec: ModelSpec | None = None, draw: random.Ra
     """
     kind, config = DEFAULT_SCHEDULER if spec is None else spec.scheduler
     scheduler = build_scheduler(getattr(diffusers, kind).from_config(config), run.model.infer.sampler_type)
-    rule, path = run.method().plan, path_of(scheduler, run.model.infer.inference_steps or _default_steps(spec))
+    steps = run.model.infer.inference_steps
+    if steps is None:
+        steps = default_steps(getattr(diffusers, "StableDiffusionPipeline" if spec is None else spec.pipeline))
+    rule, path = run.method().plan, path_of(scheduler, steps)
     plans = [rule(path, each) for each in ([draw] if draw else map(random.Random, range(DRAWS)))]
     active = fmean(map(active_calls, plans))
     return StepCounts(
@@ -56,12 +59,6 @@ def step_counts(run: RunSettings, spec: ModelSpec | None = None, draw: random.Ra
         reads=fmean(plan.network_reads for plan in plans),
         plan=max(plans, key=active_calls),
     )
-
-
-def _default_steps(spec: ModelSpec | None) -> int:
-    """The pipeline's own ``num_inference_steps``."""
-    pipeline = getattr(diffusers, spec.pipeline if spec is not None else "StableDiffusionPipeline")
-    return int(inspect.signature(pipeline.__call__).parameters["num_inference_steps"].default)
 
 
 def calls_of(plan: Plan, steps: int) -> int:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 
 from nemo_aligner_diffusion.algorithms.base import Method
 from nemo_aligner_diffusion.algorithms.reward_tuning import RewardTuning
 from nemo_aligner_diffusion.diffusion.decoding import load_small_decoder, set_up_decoder
 from nemo_aligner_diffusion.diffusion.generate import Sampling
 from nemo_aligner_diffusion.diffusion.loading import load_model
-from nemo_aligner_diffusion.diffusion.lora import add_lora, continue_lora
+from nemo_aligner_diffusion.diffusion.lora import add_lora, continue_lora, has_lora
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.diffusion.settings import SamplingSettings
 from nemo_aligner_diffusion.embedded_assets import embedded_model_path
@@ -87,6 +89,19 @@ def convert_frozen(model: DiffusionModel, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         if not parameter.requires_grad and parameter.is_floating_point() and parameter not in kept:
             parameter.data = parameter.data.to(dtype)
+    if not has_lora(model.denoiser):  # latents are in the text states' format: not in that of every weight
+        model.denoiser.register_forward_pre_hook(partial(_given_in, torch.float32), with_kwargs=True)
+        model.reference_denoiser.register_forward_pre_hook(partial(_given_in, dtype), with_kwargs=True)
+
+
+def _given_in(dtype: torch.dtype, _: Any, args: Any, kwargs: Any) -> Any:
+    """A network's arguments in ``dtype``; times, single numbers a sample, as they are."""
+
+    def convert(value: Any) -> Any:
+        wide = isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim > 1
+        return value.to(dtype) if wide else value
+
+    return tree_map(convert, (args, kwargs))
 
 
 def _prepare(section: ModelSettings, model: DiffusionModel) -> None:

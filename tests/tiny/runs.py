@@ -11,6 +11,7 @@ def overrides(pipeline: Path, prompts: Path, directory: Path, *more: str, loop: 
     return [
         "rm=symmetry",
         f"model.from_pretrained={pipeline}",
+        "family=embedded",
         f"model.data.train.webdataset.local_root_path={prompts}",
         f"model.data.validation.webdataset.local_root_path={prompts}",
         "model.data.validation.max_prompts=3",
