@@ -186,9 +186,10 @@ def conv(n_in: int, n_out: int, **options: Any) -> nn.Conv2d:
 
 
 def taesd_decoder(latent_channels: int) -> nn.Sequential:
-    up = [layer for _ in range(3)
-          for layer in (Block(64), Block(64), Block(64), nn.Upsample(scale_factor=2), conv(64, 64, bias=False))]  # fmt: skip
-    return nn.Sequential(Clamp(), conv(latent_channels, 64), nn.ReLU(), *up, Block(64), conv(64, 3))
+    def up() -> tuple[nn.Module, ...]:
+        return Block(64), Block(64), Block(64), nn.Upsample(scale_factor=2), conv(64, 64, bias=False)
+
+    return nn.Sequential(Clamp(), conv(latent_channels, 64), nn.ReLU(), *up(), *up(), *up(), Block(64), conv(64, 3))
 
 
 @pytest.mark.parametrize(("channels", "suffix"), [(4, ".safetensors"), (16, ".pth")])
@@ -208,7 +209,10 @@ def test_a_file_of_taesd_is_read_by_its_own_names_or_diffusers(tmp_path: Path, c
 def test_small_decoders_that_do_not_fit_are_one_message(tmp_path: Path) -> None:
     file, folder, code = tmp_path / "a.safetensors", tmp_path / "folder", tmp_path / "code"
     save_file({"2.weight": torch.zeros(1)}, file)
-    for path, message in ((file, "no decoder of TAESD's shape: expected 1.weight"), (tmp_path / "b.pth", "no such file")):
+    for path, message in (
+        (file, "no decoder of TAESD's shape: expected 1.weight"),
+        (tmp_path / "b.pth", "no such file"),
+    ):
         with pytest.raises(CheckpointError, match=message):
             load_small_decoder(path)
     save_file({"1.weight": torch.zeros(8, 4, 3, 3)}, file)
@@ -217,7 +221,7 @@ def test_small_decoders_that_do_not_fit_are_one_message(tmp_path: Path) -> None:
     decoder = taesd_decoder(4).state_dict()
     del decoder["1.bias"]
     save_file(decoder, file)
-    with pytest.raises(CheckpointError, match="lacks 1 weights of the decoder, such as decoder.layers.0.bias"):
+    with pytest.raises(CheckpointError, match=r"lacks 1 weights of the decoder, such as decoder\.layers\.0\.bias"):
         load_small_decoder(file)
     code.mkdir()
     for name in ("StableDiffusionPipeline", "os.system", "UNet2DConditionModel"):
@@ -226,13 +230,15 @@ def test_small_decoders_that_do_not_fit_are_one_message(tmp_path: Path) -> None:
             load_small_decoder(code)
     tiny_autoencoder(16).save_pretrained(folder)
     model = model_of("sd", torch.float32)
-    with pytest.raises(ConfigurationError, match="of 16 latent channels cannot decode for .* of 4"):
+    with pytest.raises(ConfigurationError, match=r"of 16 latent channels cannot decode for .* of 4"):
         set_up_decoder(model, DecoderSettings(small_decoder=str(folder)), load_small_decoder(folder))
+    with pytest.raises(ConfigurationError, match=r"an AutoencoderTiny of 4 .* this pipeline's AutoencoderKLFlux2 of 4"):
+        set_up_decoder(model_of("flux-2-klein"), DecoderSettings(small_decoder="x"), tiny_autoencoder())
     (folder / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="not a complete AutoencoderTiny folder"):
         load_small_decoder(folder)
     set_up_decoder(model, DecoderSettings(small_decoder="x"), tiny_autoencoder(blocks=4))
-    with pytest.raises(ConfigurationError, match="small_decoder = x: makes pictures .*32, 32.* makes .*16, 16"):
+    with pytest.raises(ConfigurationError, match=r"small_decoder = x: makes pictures .*32, 32.* makes .*16, 16"):
         distance_of_training(model, inputs_of(model, "sd"))
     with pytest.raises(ConfigurationError, match="first_stage_config: IFPipeline has no VAE"):
         set_up_decoder(model_of("if", torch.float32), DecoderSettings(tiling=64))
@@ -249,7 +255,7 @@ def test_an_sdxl_vae_is_kept_out_of_float16_s_autocast() -> None:
     model = model_of("sdxl", torch.float32)
     vae = overflowing(model.pipe.vae)
     vae.register_to_config(force_upcast=True)
-    expected, picture = gradient(model, "sdxl")
+    expected, _ = gradient(model, "sdxl")
     with torch.autocast("cpu", torch.float16):
         assert not torch.isfinite(vae.decode(torch.randn(1, 4, 4, 4)).sample).all()
         found, seen = gradient(model, "sdxl", gradient_scale=256.0)

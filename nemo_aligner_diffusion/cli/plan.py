@@ -18,8 +18,8 @@ from nemo_aligner_diffusion.runtime.ending import command
 
 DESCRIPTION = """\
 What a training run will need, before it runs: memory by part and phase, operations, bytes sent, seconds a step on a
-named GPU, the layouts that fit, and what makes it fit if it does not. Recipe and overrides are those of nad-train-draftp; nothing is downloaded or
-allocated."""
+named GPU, the layouts that fit, and what makes it fit if it does not. Recipe and overrides are those of
+nad-train-draftp; nothing is downloaded or allocated."""
 EPILOG = """\
 keys that matter most: trainer.devices, trainer.num_nodes, trainer.precision, model.micro_batch_size,
 model.global_batch_size, model.tensor_model_parallel_size, model.fsdp, model.activation_checkpointing,

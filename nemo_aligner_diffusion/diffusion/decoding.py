@@ -55,13 +55,20 @@ def decode(
     if size >= len(latents):
         return call(latents)
     parts = [
-        checkpoint(call, rows, use_reentrant=False) if rows.requires_grad else call(rows) for rows in latents.split(size)
+        checkpoint(call, rows, use_reentrant=False) if rows.requires_grad else call(rows)
+        for rows in latents.split(size)
     ]
     return tree_map(lambda *rows: torch.cat(rows) if isinstance(rows[0], Tensor) else rows[0], *parts)
 
 
 def decode_as_set_up(
-    model: DiffusionModel, vae: Any, latents: Tensor, rows_at_a_time: int | None, in_training: bool, *args: Any, **kwargs: Any
+    model: DiffusionModel,
+    vae: Any,
+    latents: Tensor,
+    rows_at_a_time: int | None,
+    in_training: bool,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """:func:`decode` by ``vae``, which is the pipeline's or its small decoder, as ``model.decoder`` says."""
     tile = model.decoder.tiling if in_training and vae is getattr(model.pipe, "vae", None) else None
@@ -232,7 +239,9 @@ def _tile_sizes(vae: Any, tile: int) -> dict[str, int]:
         ratio = vae.spatial_compression_ratio
         stride = (tile - tile // _OVERLAP) // ratio * ratio
         sides = ("height", "width")
-        return {f"tile_sample_{what}_{side}": size for side in sides for what, size in (("min", tile), ("stride", stride))}
+        return {
+            f"tile_sample_{what}_{side}": size for side in sides for what, size in (("min", tile), ("stride", stride))
+        }
     raise ConfigurationError(
         f"model.first_stage_config.tiling = {tile}: diffusers cannot decode by tiles of a size with "
         f"{type(vae).__name__}; leave it null, and use model.decode_micro_batch_size=1"

@@ -134,7 +134,7 @@ class DecoderSettings(Settings):
     tiling: int | None = setting(
         None,
         Kind("int", low=64, nullable=True),
-        "in training, decode by tiles of so many pixels a side: least memory, another picture near seams; multiple of 64",
+        "in training, decode by tiles of N pixels a side: little memory, another picture at seams; multiple of 64",
     )
     small_decoder: str | None = setting(
         None,

@@ -73,8 +73,8 @@ def make_plan(
     plan.error = nothing_fits(found, machines, settings, layouts, plan.words)
     if plan.fitted is not None and plan.fitted.fits:
         plan.error = ConfigurationError(
-            f"as asked it needs {plan.asked.memory.needed / 1e9:.1f} GB of {gpu.memory_bytes / 1e9:.0f} GB; it fits, in "
-            f"{plan.fitted.memory.needed / 1e9:.1f} GB and {plan.fitted.step.seconds:.3g} s a step, with: "
+            f"as asked it needs {plan.asked.memory.needed / 1e9:.1f} GB of {gpu.memory_bytes / 1e9:.0f} GB; it fits, "
+            f"in {plan.fitted.memory.needed / 1e9:.1f} GB and {plan.fitted.step.seconds:.3g} s a step, with: "
             f"{' '.join(plan.words)}"
         )
     return plan
