@@ -246,9 +246,7 @@ def test_what_a_folder_calls_its_code_is_never_looked_at(pipeline: Path, tmp_pat
         for name in ("config.json", "tokenizer_config.json"):
             if (folder / part / name).exists():
                 kinds = ("AutoModel", "AutoTokenizer", "AutoConfig", "CLIPTextModel", "UNet2DConditionModel")
-                rewritten(f"{part}/{name}", auto_map=dict.fromkeys(kinds, "own.Net"), trust_remote_code=True)(
-                    folder
-                )
+                rewritten(f"{part}/{name}", auto_map=dict.fromkeys(kinds, "own.Net"), trust_remote_code=True)(folder)
     rewritten("model_index.json", custom_pipeline="own", trust_remote_code=True)(folder)
     load_model(folder)
     assert not marker.exists()

@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
-from nemo_aligner_diffusion.diffusion.files.assembly import assemble, marked
 from nemo_aligner_diffusion.diffusion.families import DENOISERS, family_of
-from nemo_aligner_diffusion.diffusion.model import DiffusionModel
+from nemo_aligner_diffusion.diffusion.files.assembly import assemble, marked
 from nemo_aligner_diffusion.diffusion.files.parts import (
     check_tokenizers,
     network_of_file,
     network_of_folder,
     text_parts,
 )
+from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.diffusion.recognition import (
     EMBEDDED,
     INDEX,
