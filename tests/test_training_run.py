@@ -338,7 +338,9 @@ def test_a_run_goes_on_with_an_adapter_and_its_resume_with_its_own_checkpoint(pi
 def test_an_exported_adapter_says_where_it_comes_from(pipeline, prompts, tmp_path):
     from safetensors import safe_open
 
-    run(pipeline, prompts, tmp_path / "run", "trainer.draftp_sd.max_steps=1", "name=mine")
+    tuning = "model.peft.lora_tuning"
+    words = ["trainer.draftp_sd.max_steps=1", "name=mine", f"{tuning}.adapter_dim=8", f"{tuning}.alpha=32"]
+    run(pipeline, prompts, tmp_path / "run", *words)
     prefix = "nemo_aligner_diffusion."
     for name in ("pytorch_lora_weights.safetensors", "kohya_lora_weights.safetensors"):
         with safe_open(tmp_path / "run" / "export" / name, "pt") as file:
