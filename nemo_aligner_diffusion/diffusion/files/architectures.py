@@ -47,6 +47,11 @@ class Architecture:
         """The component that predicts."""
         return "unet" if "unet" in self.components else "transformer"
 
+    @property
+    def in_files(self) -> bool:
+        """Whether a pipeline of it is put together from single files, whose shapes say the sizes."""
+        return self.components[self.denoiser][0] in _FITTED
+
 
 def plain(config: dict[str, Any]) -> dict[str, Any]:
     """A configuration without what describes the file."""

@@ -46,7 +46,7 @@ def assemble(
     import diffusers
 
     kind = ARCHITECTURES.get(found.architecture)
-    if kind is None:
+    if kind is None or not kind.in_files:
         raise CheckpointError(
             f"{denoiser}: the transformer of {found.pipeline}, which is not put together from single files here. Give "
             f"its diffusers folder or hub id as model.from_pretrained"
