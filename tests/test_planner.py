@@ -250,8 +250,15 @@ def test_a_ledger_counts_operations_and_bytes_moved_but_no_views():
 
 @pytest.mark.parametrize(
     ("name", "denoiser", "vae"),
-    [("sd15", 859.52, 83.65), ("sd21", 865.91, 83.65), ("sdxl", 2567.46, 83.65), ("flux1", 11901.41, 83.82),
-     ("flux2_klein", 3875.54, 84.05), ("qwen_image", 20430.40, 126.89), ("z_image", 6154.91, 83.82)],
+    [
+        ("sd15", 859.52, 83.65),
+        ("sd21", 865.91, 83.65),
+        ("sdxl", 2567.46, 83.65),
+        ("flux1", 11901.41, 83.82),
+        ("flux2_klein", 3875.54, 84.05),
+        ("qwen_image", 20430.40, 126.89),
+        ("z_image", 6154.91, 83.82),
+    ],
 )
 def test_presets_have_the_published_numbers_of_parameters(name, denoiser, vae):
     from nemo_aligner_diffusion.planner.networks import build_model

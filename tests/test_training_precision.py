@@ -110,7 +110,7 @@ def test_frozen_weights_in_bfloat16(tmp_path, family, more):
 
 
 def test_frozen_weights_have_one_precision():
-    with pytest.raises(ConfigurationError, match="frozen_precision = bf16 with trainer.precision = bf16-true, which"):
+    with pytest.raises(ConfigurationError, match=r"frozen_precision = bf16 with trainer\.precision = bf16-true, which"):
         load_settings("draftp_sd", ["model.frozen_precision=bf16", "trainer.precision=bf16-true"])
 
 

@@ -132,6 +132,7 @@ def load_small_decoder(path: str | Path) -> Any:
     import diffusers
 
     path = Path(path).expanduser()
+    small: Any
     if path.is_dir():
         config = component_config(path, "vae") or {}
         kind = getattr(diffusers, str(config.get("_class_name")), None)
@@ -162,7 +163,8 @@ def load_small_decoder(path: str | Path) -> Any:
             raise CheckpointError(f"{path}: no decoder of TAESD's shape: {first_line(error)}") from error
     if missing:
         raise CheckpointError(f"{path}: lacks {len(missing)} weights of the decoder, such as {missing[0]}")
-    if isinstance(small, diffusers.AutoencoderTiny):
+    tiny: Any = diffusers.AutoencoderTiny  # mypy would narrow to a class whose attributes it does not know
+    if isinstance(small, tiny):
         small.encoder = None  # nothing is encoded
     return small
 

@@ -107,7 +107,7 @@ def read_lora(path: Path, denoiser: Any, component: str = "unet", pipeline_class
     if unknown or not found:
         shown = ", ".join(printable(name, 120) for name in [*unknown, *texts][:3])
         reason = (
-            f"{len(unknown)} of its {len(tensors)} tensors have no place in {type(denoiser).__name__}, such as {shown}; "
+            f"{len(unknown)} of its {len(tensors)} tensors have no place in {type(denoiser).__name__}, like {shown}: "
             "it was made for another model, or is of a kind that is not applied here (LoHa, LoKr, kohya's DoRA)"
             if unknown
             else f"it has tensors of text encoders alone ({len(texts)}, such as {shown})"
@@ -171,7 +171,8 @@ def _sort(
 
     prefixes = (f"{component}.", *_PREFIXES)
     found: dict[str, dict[str, Tensor]] = {}
-    texts, unknown = [], []
+    texts: list[str] = []
+    unknown: list[str] = []
     # `.processor.to_q_lora.down`, `.lora.up` and the like of old diffusers
     current: dict[str, str] = convert_unet_state_dict_to_peft({name: name for name in tensors})
     for renamed, name in current.items():

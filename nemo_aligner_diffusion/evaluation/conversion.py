@@ -63,6 +63,7 @@ def convert_export(asked: Conversion) -> Path:
     model = load_model(settings.model, settings.unet, settings.vae, dtype, text_path=settings.text,
                        revision=settings.revision, **settings.pipeline)  # fmt: skip
     if lora is None:
+        assert denoiser is not None
         load_component(model.denoiser, model.trained, denoiser)
     else:
         component = lora_component(type(model.pipe))

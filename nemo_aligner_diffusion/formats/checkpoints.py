@@ -236,7 +236,8 @@ def _converted(named: dict[str, Tensor], module: Any, component: str, source: Pa
     """From the makers' names to ``diffusers``', by diffusers' own functions and tables."""
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
-    convert: Any = SINGLE_FILE_LOADABLE_CLASSES[_original_class(module)]["checkpoint_mapping_fn"]
+    known: Any = SINGLE_FILE_LOADABLE_CLASSES
+    convert = known[_original_class(module)]["checkpoint_mapping_fn"]
     try:
         converted: dict[str, Tensor] = convert(checkpoint=named, config=dict(module.config))
     except (KeyError, IndexError, AttributeError, ValueError, RuntimeError) as error:

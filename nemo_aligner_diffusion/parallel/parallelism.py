@@ -159,8 +159,7 @@ def _gradients(parameters: Named) -> list[Tensor]:
 
 
 def _average(tensors: Sequence[Tensor], group: Any, divide: bool = True) -> None:
-    """Replace each tensor by its mean (or sum) over ``group``, in place; few large messages instead of many small ones.
-    """
+    """Replace each tensor by its mean (or sum) over ``group``, in place; few large messages, not many small ones."""
     size = dist.get_world_size(group)
     if size == 1:
         return

@@ -1,4 +1,4 @@
-"""The transformers of the tiny pipelines, whole and spread over processes, on the arguments that their pipelines give."""
+"""The transformers of the tiny pipelines, whole and spread over processes, on arguments that their pipelines give."""
 
 from __future__ import annotations
 
@@ -116,7 +116,9 @@ def compare(name: str, what: str, fsdp: bool, tensor: int, checkpointing: bool =
         expected["norm"] = torch.cat(gradients).norm()
         weights = {n: p.detach().clone() for n, p in model.named_parameters()}
         layout = Layout(data=dist.get_world_size() // tensor, tensor=tensor, fsdp=fsdp)
-        mesh = init_device_mesh("cpu", (layout.data, layout.tensor), mesh_dim_names=("data_parallel", "tensor_parallel"))
+        mesh = init_device_mesh(
+            "cpu", (layout.data, layout.tensor), mesh_dim_names=("data_parallel", "tensor_parallel")
+        )
         parallel = Parallelism(layout)
         parallel.apply(mesh, [model], {})
         assert [n for n, _ in model.named_parameters()] == names

@@ -116,8 +116,8 @@ def _scheduler(kind: Architecture, folder: Path, found: Recognised) -> Any:
     file = folder / "scheduler" / "scheduler_config.json"
     if file.is_file():
         config = read_json(file, CheckpointError)
-        name = config.get("_class_name")
-        known = getattr(diffusers, name, None) if isinstance(name, str) else None
+        name = str(config.get("_class_name"))
+        known = getattr(diffusers, name, None)
         if not (isinstance(known, type) and issubclass(known, diffusers.SchedulerMixin)):
             raise CheckpointError(f"{file}: names {printable(name)!r}, which is no scheduler of diffusers")
     elif config.get("prediction_type") == "v_prediction" and not found.v_prediction:

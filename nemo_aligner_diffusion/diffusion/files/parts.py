@@ -189,9 +189,10 @@ def _network_in_file(
     tensors = read_tensors(file)
     names = list(tensors)
     if part_class.__name__.startswith("T5"):
-        found, width, marks = inner_names(names, _T5), config.get("d_model"), (_T5,)
+        found, stated, marks = inner_names(names, _T5), "d_model", [_T5]
     else:
-        found, width, marks = _clips(names), config.get("hidden_size"), (_CLIP, "token_embedding.weight")
+        found, stated, marks = _clips(names), "hidden_size", [_CLIP, "token_embedding.weight"]
+    width: Any = config.get(stated)
     fitting = [
         inner for inner in found.values()
         if any(mark in inner and tensors[inner[mark]].shape[-1] == width for mark in marks)

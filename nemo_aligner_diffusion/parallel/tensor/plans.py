@@ -53,7 +53,7 @@ def check_tensor_parallel(model: nn.Module, size: int, key: str = KEY) -> list[B
     if not has_plan(model):
         known = ", ".join([*TENSOR_PLANS, *TABLES])
         raise ConfigurationError(
-            f"{key}: there is no tensor-parallel plan for {type(model).__name__}; there is one for {known} and for what "
+            f"{key}: there is no tensor-parallel plan for {type(model).__name__}; there is for {known} and for what "
             "has a _tp_plan in diffusers; set the key to 1, or add a table to TABLES "
             "(nemo_aligner_diffusion/parallel/tensor/tables.py)"
         )

@@ -1,8 +1,8 @@
 """Plans in the libraries' own form, a table of names and styles, and what must be cut besides for a table to hold.
 
-``diffusers`` has such a table on some classes (``_tp_plan``: FLUX.1, FLUX.2, Qwen-Image), ``transformers`` makes one for
-each model. The tables for other classes are here. ``*`` is any one part of a name; a name that no module has is passed
-over (SD 3.5's second attention, a last block without a text stream). Styles:
+``diffusers`` has such a table on some classes (``_tp_plan``: FLUX.1, FLUX.2, Qwen-Image), ``transformers`` makes one
+for each model. The tables for other classes are here. ``*`` is any one part of a name; a name that no module has is
+passed over (SD 3.5's second attention, a last block without a text stream). Styles:
 
 - ``colwise``: over its outputs (an embedding: over its features); ``rowwise``: over its inputs;
 - ``PackedColwiseParallel``, ``PackedRowwiseParallel`` of ``diffusers``: the same for outputs or inputs that are several
@@ -205,7 +205,8 @@ def _norms(attention: Any, path: str, cut: list[str], head_dim: int) -> tuple[st
     own = getattr(type(attention), "_default_processor_cls", None)
     unknown = processor is not None and type(processor) is not own and type(processor).__name__ not in _PROCESSORS
     inside = {name[len(path) + 1 :].partition(".")[0] for name in cut}
-    norms, others = [], []
+    norms: list[str] = []
+    others: list[str] = []
     for name, child in attention.named_children():
         shapes = {tuple(parameter.shape) for parameter in child.parameters()}
         if name not in inside and shapes:
