@@ -14,7 +14,7 @@ setup(
             "assets/*",
             "assets/**/*",
             "evaluation/report/page.*",
-            "planner/models.yaml",
+            "diffusion/architectures.yaml",
         ],
         "nemo_aligner_diffusion.conf": ["*.yaml", "**/*.yaml"],
     },

@@ -266,7 +266,7 @@ PUBLISHED: list[tuple[str, str, int, float, str]] = [
     ("sd15", "a100-80gb", 50, 1.604, "fal-ai/stable-diffusion-benchmarks, Diffusers (torch 2.1, SDPA)"),
     ("sdxl", "a100-80gb", 30, 3.704, "stabilityai/stable-diffusion-xl-1.0-tensorrt, baseline"),
     ("sdxl", "h100-80gb", 30, 2.496, "the same"),
-    ("dit-12b", "h100-80gb", 50, 12.339, "microsoft/onnxruntime #22986, Torch 2.5.1 (eager)"),
+    ("flux1", "h100-80gb", 50, 12.339, "microsoft/onnxruntime #22986, Torch 2.5.1 (eager)"),
 ]
 
 
@@ -277,7 +277,7 @@ def published() -> None:
     counted: dict[str, Measurement] = {}
     for name, gpu, steps, seconds, who in PUBLISHED:
         if name not in counted:
-            scale = 1 if name == "dit-12b" else 5
+            scale = 1 if name == "flux1" else 5
             cfg = load("draftp_sd", ["trainer.precision=bf16-true", "peft=none", "model.kl_coeff=0",
                        f"model.infer.unconditional_guidance_scale={scale}"], 1)  # fmt: skip
             settings = replace(settings_from(cfg, model_spec(name)), validation_batch_size=1)

@@ -63,9 +63,9 @@ SCENARIOS = (
     Scenario("SDXL, LoRA, replicas", "sdxl", tuple(MIXED), 4, 2),
     Scenario("SDXL, LoRA, tensor 2", "sdxl", tuple(MIXED), 4, 2, tensor=2),
     Scenario("SDXL, every weight, FSDP", "sdxl", (*MIXED, *FULL), 4, 2, fsdp=True),
-    Scenario("12 B DiT, LoRA, replicas", "dit-12b", tuple(WHOLE_16), 2, 1),
-    Scenario("12 B DiT, LoRA, FSDP", "dit-12b", tuple(WHOLE_16), 2, 1, fsdp=True),
-    Scenario("12 B DiT, every weight, FSDP", "dit-12b", (*WHOLE_16, *FULL), 2, 1, fsdp=True),
+    Scenario("12 B DiT, LoRA, replicas", "flux1", tuple(WHOLE_16), 2, 1),
+    Scenario("12 B DiT, LoRA, FSDP", "flux1", tuple(WHOLE_16), 2, 1, fsdp=True),
+    Scenario("12 B DiT, every weight, FSDP", "flux1", (*WHOLE_16, *FULL), 2, 1, fsdp=True),
 )
 
 

@@ -88,6 +88,7 @@ def work(rank: int, size: int, folder: str, path: str, device: str, connection: 
     from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
     from nemo_aligner_diffusion.diffusion import loading
+    from nemo_aligner_diffusion.diffusion.files import parts
     from nemo_aligner_diffusion.embedded_assets import embedded_model_path
     from nemo_aligner_diffusion.parallel import broadcast
 
@@ -103,8 +104,8 @@ def work(rank: int, size: int, folder: str, path: str, device: str, connection: 
             module.load_state_dict(torch.load(source, map_location="cpu", weights_only=True)["state_dict"])
 
     if path == "as before":
-        loading.empty_module = AsBefore.empty_module  # type: ignore[assignment]
-        loading.load_component = AsBefore.load_component  # type: ignore[assignment]
+        parts.empty_module = AsBefore.empty_module  # type: ignore[assignment]
+        parts.load_component = AsBefore.load_component  # type: ignore[assignment]
 
     def load() -> Any:
         own = Path(folder) / str(rank)

@@ -263,7 +263,7 @@ def _read_model(model: Any) -> tuple[Any, list[str]]:
 
 def _check_pipeline(pipe: Any, section: ModelSettings) -> None:
     """What is known to be wrong about a pipeline object before anything of it is changed."""
-    for path in (section.from_pretrained, section.denoiser_path, section.vae_path):
+    for path in (section.from_pretrained, section.denoiser_path, section.vae_path, section.text_path):
         if path is not None:
             raise ConfigurationError(f"overrides name {path!r}, but model is a pipeline already; load it into that")
     networks = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_pipelines import MAIN, PROMPTS, named
 from tiny_pipelines.main import flux_transformer, stable_diffusion_3, xl_unet
 
 from nemo_aligner_diffusion.diffusion.families import FAMILIES, UNET_LORA
-from nemo_aligner_diffusion.diffusion.lora import add_lora, save_lora_weights
-from nemo_aligner_diffusion.diffusion.lora_files import KOHYA_NAME, WEIGHT_NAME
+from nemo_aligner_diffusion.diffusion.lora import add_lora, lora_state_dict, save_lora_weights
+from nemo_aligner_diffusion.diffusion.lora_files import KOHYA_NAME, WEIGHT_NAME, read_lora
 
 RANK, ALPHA = 4, 6.0
 
@@ -223,3 +223,18 @@ def test_the_headers_agree_with_the_tensors_and_the_files_have_the_usual_mode(tm
             described = json.loads(header["lora_adapter_metadata"])
             assert described["unet.r"] == described["unet.lora_alpha"] == RANK
     assert sorted(path.name for path in tmp_path.iterdir()) == [KOHYA_NAME, WEIGHT_NAME]
+
+
+def test_exports_with_the_scale_in_the_header_are_read_as_ever(tmp_path: Path) -> None:
+    """As this project wrote them before, by diffusers' own writer."""
+    unet = adapted(named("sd").build().unet, UNET_LORA)
+    described = unet.peft_config["default"].to_dict()
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path, unet_lora_layers=lora_state_dict(unet), unet_lora_adapter_metadata=described
+    )
+    layers = read_lora(tmp_path, named("sd").build().unet).layers
+    expected = changes(unet)
+    assert set(layers) == set(expected)
+    for name, layer in layers.items():
+        got = layer["lora_B.weight"].flatten(1) @ layer["lora_A.weight"].flatten(1)
+        assert torch.allclose(got, expected[name], atol=1e-5), name

@@ -113,6 +113,37 @@ def test_the_run_directory_is_that_of_one_process(processes, inputs, alone, tmp_
     assert sorted(path.name for path in (directory / "samples").iterdir()) == ["step_000002.png", "step_000003.png"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_a_transformer_is_trained_as_by_one_process(processes, inputs, tmp_path, family):
+    from tiny_pipelines import named
+
+    row = named(family)
+    row.build().save_pretrained(tmp_path / "model")
+    settings = [
+        *(f"model.{'infer' if key in ('height', 'width') else 'pipeline.arguments'}.{key}={value}"
+          for key, value in row.arguments.items()),
+        "model.infer.unconditional_guidance_scale=2",
+        "model.peft.lora_tuning.adapter_dim=4",
+        "model.optim.lr=1e-4",
+        "model.kl_coeff=0.1",
+        "model.micro_batch_size=2",
+        "trainer.draftp_sd.val_check_interval=0",
+    ]  # fmt: skip
+    found = {}
+    for layout, (size, more) in {"one": (1, []), **LAYOUTS}.items():
+        if "TP2" in layout:
+            more = [*more, "model.tensor_parallel_text_encoder=true"]
+        directory = tmp_path / layout
+        run = processes.run(size, train, size, tmp_path / "model", inputs[1], directory, [*settings, *more])
+        assert run == [0] * size
+        found[layout] = figures(directory / "metrics.csv", "reward", "kl_penalty", "loss", "grad_norm")
+    expected = found.pop("one")
+    assert expected[3] > 0
+    for layout in found:
+        assert found[layout] == pytest.approx(expected, rel=1e-4, abs=1e-9), layout
+
+
 def train_on_a_prompt_without_a_score(*arguments: Any) -> int:
     from nemo_aligner_diffusion.rewards.symmetry import Symmetry
 

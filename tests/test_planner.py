@@ -55,6 +55,8 @@ def recipe(tiny: Path, name: str, batch: int, *more: str) -> Any:
         ("draft_lv_sd", ("model.decode_micro_batch_size=1",)),
         ("refl_sd", ()),
         ("draftp_sd", ("rm=clip", "rm.augment.noise_std=0.1", "rm.augment.views=3")),
+        ("draftp_sd", ("model.first_stage_config.activation_checkpointing=true", "model.decode_micro_batch_size=1")),
+        ("draftp_sd", ("model.first_stage_config.tiling=64", "model.infer.height=128", "model.infer.width=64")),
     ],
 )
 def test_operations_are_exactly_those_of_the_training_step(tiny, name, more):
@@ -248,7 +250,7 @@ def test_a_ledger_counts_operations_and_bytes_moved_but_no_views():
 
 @pytest.mark.parametrize(
     ("name", "denoiser", "vae"),
-    [("sd15", 859.52, 83.65), ("sd21", 865.91, 83.65), ("sdxl", 2567.46, 83.65), ("dit-12b", 11901.41, 83.82)],
+    [("sd15", 859.52, 83.65), ("sd21", 865.91, 83.65), ("sdxl", 2567.46, 83.65), ("flux1", 11901.41, 83.82)],
 )
 def test_presets_have_the_published_numbers_of_parameters(name, denoiser, vae):
     from nemo_aligner_diffusion.planner.networks import build_model
@@ -263,7 +265,7 @@ def test_presets_have_the_published_numbers_of_parameters(name, denoiser, vae):
     ("name", "component", "smaller", "times"),
     [
         ("sdxl", "unet", {"transformer_layers_per_block": 1}, 2),
-        ("dit-12b", "transformer", {"num_layers": 1, "num_single_layers": 1}, 1),  # guidance is an input of the network
+        ("flux1", "transformer", {"num_layers": 1, "num_single_layers": 1}, 1),  # guidance is an input of the network
     ],
 )
 def test_guidance_costs_what_it_costs_in_the_pipeline(name, component, smaller, times):
@@ -347,6 +349,32 @@ def test_where_nothing_fits_the_error_says_what_to_change(tiny, capsys, monkeypa
     assert "does not fit" in captured.out
     assert [text for text in helps if text not in captured.err] == []
     assert [text for text in would_not if text in captured.err] == []
+
+
+def test_what_does_not_fit_is_made_to_by_the_cheapest_settings(tiny, capsys, monkeypatch):
+    """Of a card that holds the same command with pictures decoded one at a time, and not as it is."""
+    words = ["--model", str(tiny), "--gpu", "tiny", "--json", "rm=symmetry", "model.infer.inference_steps=2",
+             "model.truncation_steps=1", "model.micro_batch_size=4", "model.global_batch_size=4",
+             "model.infer.height=64", "model.infer.width=64", "model.kl_coeff=0",
+             "trainer.draftp_sd.val_check_interval=0"]  # fmt: skip
+    asked, by_one = (settings_from(load_settings("draftp_sd", [f"model.from_pretrained={tiny}", *words[5:], *more]),
+                                   model_spec(str(tiny)))
+                     for more in ([], ["model.decode_micro_batch_size=1"]))  # fmt: skip
+    machines = Machines(GPUS["l40s"], 1, 1)
+    needed = []
+    for settings in (asked, by_one):
+        counts, case = step_counts(settings.run, settings.spec), case_of(settings.run)
+        held = candidate(settings, case, measure(settings, case, counts.plan), counts, machines).memory
+        assert held.peak_phase == "decode and reward"
+        needed.append(held.needed)
+    assert needed[1] < needed[0]
+    card = GPU("Tiny", GPUS["l40s"].flops, sum(needed) / 2, 1e12, 1e10, 1e9)
+    monkeypatch.setitem(GPUS, "tiny", card)
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["fits_with"] == ["model.decode_micro_batch_size=1"]
+    assert captured.err.strip().endswith("a step, with: model.decode_micro_batch_size=1")
+    assert main([*words, "model.decode_micro_batch_size=1"]) == 0
 
 
 def test_where_every_layout_was_searched_no_other_one_is_advised(tiny):

@@ -13,12 +13,12 @@ from nemo_aligner_diffusion.cli.train import parse_arguments
 from nemo_aligner_diffusion.command_line import Parser
 from nemo_aligner_diffusion.diffusion.settings import FAMILIES
 from nemo_aligner_diffusion.planner.gpus import GPUS, gpu_named
-from nemo_aligner_diffusion.planner.presets import MODELS, REWARDS, model_spec
+from nemo_aligner_diffusion.planner.presets import MODELS, REWARDS, model_name, model_spec
 from nemo_aligner_diffusion.runtime.ending import command
 
 DESCRIPTION = """\
 What a training run will need, before it runs: memory by part and phase, operations, bytes sent, seconds a step on a
-named GPU, and the layouts that fit. Recipe and overrides are those of nad-train-draftp; nothing is downloaded or
+named GPU, the layouts that fit, and what makes it fit if it does not. Recipe and overrides are those of nad-train-draftp; nothing is downloaded or
 allocated."""
 EPILOG = """\
 keys that matter most: trainer.devices, trainer.num_nodes, trainer.precision, model.micro_batch_size,
@@ -28,6 +28,7 @@ model.decode_micro_batch_size, model.infer.inference_steps, model.infer.height, 
 examples:
   nad-plan --model sd15 --gpu a100-80gb trainer.precision=bf16 model.infer.inference_steps=50
   nad-plan --model sdxl --gpu h100-80gb --layouts trainer.devices=8 model.global_batch_size=64 trainer.precision=bf16
+  nad-plan --model sdxl --gpu rtx4090 trainer.precision=bf16 model.peft.lora_tuning.adapter_dim=32
   nad-plan --config-name drtune_sd --json
 Assumptions and what was checked: docs/planner.md"""
 
@@ -61,13 +62,16 @@ def main(argv: Sequence[str]) -> int:
     run = load_settings(options.config_name, [*named, *options.overrides], config_dir=options.config_path)
     from nemo_aligner_diffusion.embedded_assets import embedded_model_path
 
-    spec = model_spec(options.model or run.model.from_pretrained or str(embedded_model_path()))
+    spec = model_spec(options.model or model_name(run.model) or str(embedded_model_path()))
     from nemo_aligner_diffusion.planner.answer import as_json, show
     from nemo_aligner_diffusion.planner.plan import make_plan  # torch and all, only now
-    from nemo_aligner_diffusion.planner.settings import settings_from
+    from nemo_aligner_diffusion.planner.settings import Settings, settings_from
 
-    settings = settings_from(run, spec, options.reward)
-    plan = make_plan(settings, gpu, options.layouts, _say)
+    def changed(words: Sequence[str]) -> Settings:
+        more = load_settings(options.config_name, [*named, *options.overrides, *words], config_dir=options.config_path)
+        return settings_from(more, spec, options.reward)
+
+    plan = make_plan(settings_from(run, spec, options.reward), gpu, options.layouts, _say, changed)
     if options.json:
         print(json.dumps(as_json(plan), indent=2))
     else:

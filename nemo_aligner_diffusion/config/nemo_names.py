@@ -108,7 +108,7 @@ _BY_REASON = {
         model.load_only_unet model.original_elbo_weight model.v_posterior model.l_simple_weight model.learn_logvar
         model.logvar_init model.loss_type model.text_embedding_dropout_rate model.target model.nemo_version""",
     "the networks' shapes come from the checkpoint's own configuration": """
-        model.infer.down_factor model.unet_config.* model.first_stage_config.* model.cond_stage_config*
+        model.infer.down_factor model.unet_config.* model.first_stage_config.* model.cond_stage_config.*
         model.conditioner_config* model.image_size model.channels model.conditioning_key model.scale_factor
         model.scale_by_std model.first_stage_key model.cond_stage_key model.cond_stage_trainable
         model.cond_stage_forward model.concat_mode model.use_positional_encodings model.is_legacy""",

@@ -60,6 +60,15 @@ def decode(
     return tree_map(lambda *rows: torch.cat(rows) if isinstance(rows[0], Tensor) else rows[0], *parts)
 
 
+def decode_as_set_up(
+    model: DiffusionModel, vae: Any, latents: Tensor, rows_at_a_time: int | None, in_training: bool, *args: Any, **kwargs: Any
+) -> Any:
+    """:func:`decode` by ``vae``, which is the pipeline's or its small decoder, as ``model.decoder`` says."""
+    tile = model.decoder.tiling if in_training and vae is getattr(model.pipe, "vae", None) else None
+    apart = overflows_in_autocast(model.pipe, vae, latents.device)
+    return decode(vae, latents, rows_at_a_time, *args, tile=tile, outside_autocast=apart, **kwargs)
+
+
 def overflows_in_autocast(pipe: Any, vae: Any, device: torch.device) -> bool:
     """Whether ``vae`` must be kept out of the autocast that is on: SDXL's makes NaN of pictures in float16.
 

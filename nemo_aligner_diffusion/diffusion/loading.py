@@ -1,50 +1,71 @@
-"""From a ``diffusers`` folder (or hub id) to a :class:`.DiffusionModel`, with nothing in the folder naming code."""
+"""From a ``diffusers`` folder, hub id or single files to a :class:`.DiffusionModel`; nothing in them names code."""
 
 from __future__ import annotations
 
 import inspect
 import logging
-import re
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from nemo_aligner_diffusion.diffusion.families import DENOISERS, family_of
+from nemo_aligner_diffusion.diffusion.files.assembly import assemble, marked
+from nemo_aligner_diffusion.diffusion.files.parts import (
+    check_tokenizers,
+    network_of_file,
+    network_of_folder,
+    text_parts,
+)
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
-from nemo_aligner_diffusion.errors import CheckpointError, ConfigurationError, first_line, printable
-from nemo_aligner_diffusion.formats.checkpoints import component_config, empty_module, load_component
+from nemo_aligner_diffusion.diffusion.recognition import (
+    EMBEDDED,
+    INDEX,
+    SMALL_FILES,
+    Recognised,
+    marks_of,
+    of_file,
+    own_folder,
+)
+from nemo_aligner_diffusion.embedded_assets import embedded_model_path
+from nemo_aligner_diffusion.errors import CheckpointError, first_line, printable
+from nemo_aligner_diffusion.formats.checkpoints import component_config
 from nemo_aligner_diffusion.formats.files import read_json
+from nemo_aligner_diffusion.formats.hub import locate
+from nemo_aligner_diffusion.formats.weight_files import VARIANTS, check_folder, has_weights, weight_patterns
 from nemo_aligner_diffusion.runtime.messages import with_quiet_libraries
 
 log = logging.getLogger(__name__)
 
 _SAMPLE_SIZE = 64  # Stable Diffusion's: 512 pixels
 _LIBRARIES = ("diffusers", "transformers")  # whose classes a folder may name
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # numpy and PIL parts that make no picture, and what only an image prompt needs
 _LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder", "watermark")
 
 
 def load_model(
-    folder: str | Path,
+    source: str | Path | None = None,
     denoiser_path: str | Path | None = None,
     vae_path: str | Path | None = None,
     dtype: torch.dtype = torch.float32,
     trained: str | None = None,
     stateless: Sequence[str] = (),
     arguments: Mapping[str, Any] | None = None,
+    text_path: str | Path | None = None,
+    revision: str | None = None,
 ) -> DiffusionModel:
-    """Load the pipeline that ``folder``'s ``model_index.json`` names.
+    """Load a pipeline: the one that a folder's ``model_index.json`` names, or that weights in a file belong to.
 
     Args:
-        folder: a ``diffusers`` pipeline folder, or a hub id (``org/name``), fetched by ``huggingface_hub``.
+        source: ``model.from_pretrained``: a ``diffusers`` pipeline folder, a hub id (``org/name``), or a single file of
+            the whole model; ``None``: what the denoiser's weights belong to, and without these the embedded model.
         denoiser_path: ``model.unet_config.from_pretrained``: a folder or single file whose weights the denoiser gets.
         vae_path: ``model.first_stage_config.from_pretrained``, the same for the VAE.
         dtype: of all weights.
         trained, stateless, arguments: see :class:`.DiffusionModel`.
+        text_path: ``model.cond_stage_config.from_pretrained``: folder or hub id of text encoders and tokenizers.
+        revision: branch, tag or commit of ``source`` (or else of ``text_path``) on the hub.
 
     Raises:
         CheckpointError: a part is missing, unreadable, does not fit, or names code that is not of diffusers or
@@ -54,18 +75,32 @@ def load_model(
     import diffusers  # noqa: F401 -- what has been imported can be kept quiet
     import transformers  # noqa: F401
 
-    folder = _local(folder)
+    text = None if text_path is None else str(text_path)
+    denoiser = None if denoiser_path is None else own_folder(denoiser_path, trained or "unet")
+    vae = None if vae_path is None else own_folder(vae_path, "vae")
+    whole = embedded_model_path() if source is None else _local(source, revision)
     with with_quiet_libraries():  # what a user must know of the weights is checked here
-        pipe = _load(folder, denoiser_path, vae_path, dtype, trained)
+        found = Recognised(EMBEDDED, "", "")
+        if whole.is_file() or (source is None and denoiser is not None):
+            found = of_file(whole if denoiser is None else denoiser)
+        if whole.is_file():
+            pipe = assemble(found, denoiser or whole, vae, text, dtype, revision, whole)
+        elif found.architecture != EMBEDDED:
+            assert denoiser is not None
+            pipe = assemble(found, denoiser, vae, text, dtype, revision, denoiser)
+        else:
+            pipe = _load(whole, denoiser, vae, text, dtype, trained, revision if source is None else None)
     return DiffusionModel(pipe, trained, stateless, arguments)
 
 
 def _load(
     folder: Path,
-    denoiser_path: str | Path | None,
-    vae_path: str | Path | None,
+    denoiser_path: Path | None,
+    vae_path: Path | None,
+    text: str | None,
     dtype: torch.dtype,
     trained: str | None,
+    revision: str | None,
 ) -> Any:
     import diffusers
 
@@ -75,89 +110,87 @@ def _load(
     if "requires_safety_checker" in index:
         parts["requires_safety_checker"] = False
     denoiser = trained or family_of(pipeline_class).trained or next((n for n in DENOISERS if n in index), None)
+    for name, path in ((denoiser, denoiser_path), ("vae", vae_path)):
+        if path is None or name is None:
+            continue
+        if name not in index:
+            raise CheckpointError(f"{folder}: has no {name} whose weights could come from {path}")
+        part_class = getattr(diffusers, index[name][1])
+        # architecture: what the weights' own folder says, else the pipeline folder's
+        config = component_config(path, name) or component_config(folder / name, name)
+        parts[name] = network_of_file(part_class, name, config or {}, path, dtype)
+    if text is not None:
+        encoders = {n: pair[1] for n, pair in index.items() if n.startswith("text_encoder") and _is_class(pair)}
+        tokenizers = {n: pair[1] for n, pair in index.items() if n.startswith("tokenizer") and _is_class(pair)}
+        parts |= text_parts(encoders, tokenizers, [text], dtype, revision)[0]
+    _check_parts(folder, index, parts, pipeline_class)
+    parts |= _networks(folder, index, parts, dtype)
+    _give_size(folder, parts.get("unet"))
     try:
-        for name, path in ((denoiser, denoiser_path), ("vae", vae_path)):
-            if path is None or name is None:
-                continue
-            if name not in index:
-                raise CheckpointError(f"{folder}: has no {name} whose weights could come from {path}")
-            part_class = getattr(diffusers, index[name][1])
-            # architecture: what the weights' own folder says, else the pipeline folder's
-            config = component_config(path, name) or component_config(folder / name, name)
-            parts[name] = empty_module(partial(part_class.from_config, config), dtype)
-            load_component(parts[name], name, path)
-        _check_parts(folder, index, parts, pipeline_class)
-        parts |= _networks(folder, index, parts, dtype)
-        _give_size(folder, parts.get("unet"))
         pipe = pipeline_class.from_pretrained(folder, dtype=dtype, local_files_only=True, **parts)
-        _check_tokenizers(folder, pipe)
-        return pipe
-    except (CheckpointError, ConfigurationError):
-        raise
     except Exception as error:  # diffusers and transformers raise a dozen types for what is damaged or missing
         raise CheckpointError(
             f"{folder}: not a complete {pipeline_class.__name__} folder: {first_line(error)}"
         ) from error
+    check_tokenizers(folder, pipe)
+    if denoiser_path is not None:
+        pipe.scheduler = marked(pipe.scheduler, marks_of(denoiser_path, denoiser or "unet"))
+    return pipe
 
 
 def _networks(
     folder: Path, index: Mapping[str, Any], given: Mapping[str, Any], dtype: torch.dtype
 ) -> dict[str, torch.nn.Module]:
-    """The pipeline's networks, each of whose weights came from its folder: the libraries fill what is missing there
-    with random numbers, other ones at every start, after a warning at most.
-
-    Raises:
-        CheckpointError: weights are missing; names the part and them.
-    """
+    """The pipeline's networks that are not ``given``, each from its folder; the other parts' folders are looked at."""
     import diffusers
     import transformers
 
     networks: dict[str, torch.nn.Module] = {}
     for name, pair in index.items():
-        if not isinstance(pair, list) or len(pair) != 2 or name in given:
+        if not _is_class(pair) or name in given:
             continue
         library = {"diffusers": diffusers, "transformers": transformers}.get(pair[0])
-        found = getattr(library, pair[1] or "", None)
-        if not (isinstance(found, type) and issubclass(found, torch.nn.Module)):
-            continue
-        part_class: Any = found
-        networks[name], report = part_class.from_pretrained(
-            folder / name, dtype=dtype, local_files_only=True, output_loading_info=True
-        )
-        if missing := sorted(report["missing_keys"]):
-            others = ", ".join(sorted(report["unexpected_keys"])[:2])
-            raise CheckpointError(
-                f"{folder / name}: lacks {len(missing)} weights of {part_class.__name__}, such as {missing[0]}"
-                + (f"; it has {others} instead" if others else "")
-                + f". Copy it again; if another transformers than {transformers.__version__} saved it, use that."
-            )
+        found = getattr(library, pair[1], None)
+        if isinstance(found, type) and issubclass(found, torch.nn.Module):
+            networks[name] = network_of_folder(found, folder / name, dtype)
+        else:
+            check_folder(folder / name)
     return networks
 
 
-def is_hub_id(folder: str | Path) -> bool:
-    """Whether ``folder`` has the form of a hub id, ``org/name``; so has a relative path."""
-    return _HUB_ID.fullmatch(str(folder)) is not None
+def _is_class(pair: Any) -> bool:
+    return isinstance(pair, list) and len(pair) == 2 and None not in pair
 
 
-def _local(folder: str | Path) -> Path:
-    path = Path(folder).expanduser()
-    if path.is_dir() or not is_hub_id(folder):
-        return path
-    import diffusers
-
-    try:
-        return Path(diffusers.DiffusionPipeline.download(str(folder)))
-    except Exception as error:  # of the hub's client: offline, gated, unknown, no such name
-        raise CheckpointError(
-            f"{folder}: neither a folder here nor a model that the hub gives: {first_line(error)}"
-        ) from error
+def _local(source: str | Path, revision: str | None) -> Path:
+    """A folder or file here; of a hub id its folder in the cache, fetched as far as it is not there."""
+    small = locate(
+        source,
+        (SMALL_FILES,),
+        lambda folder: (folder / INDEX).exists(),
+        "a diffusers pipeline folder or a single file of weights",
+        revision,
+    )
+    if Path(source).expanduser().exists():
+        return small
+    parts = [n for n, pair in _read_index(small).items() if _is_class(pair) and n not in _LEFT_OUT]
+    parts = [name for name in parts if (small / name / "config.json").exists()]  # the networks
+    patterns = [
+        (*SMALL_FILES, *(pattern for name in parts for pattern in weight_patterns(f"{name}/", variant)))
+        for variant in VARIANTS
+    ]
+    return locate(
+        source, patterns, lambda folder: all(has_weights(folder / name) for name in parts),
+        f"the weights of its {', '.join(parts)}", revision,
+    )  # fmt: skip
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
-    file = folder / "model_index.json"
-    if not file.is_file():
+    file = folder / INDEX
+    if not file.exists():
         raise CheckpointError(
-            f"{folder}: no model_index.json there; model.from_pretrained must name a diffusers pipeline folder"
+            f"{folder}: no model_index.json there; model.from_pretrained must name a diffusers pipeline folder, or a "
+            f"single file of weights (a network's own folder goes to model.unet_config.from_pretrained)"
         )
     index = read_json(file, CheckpointError)
     if not isinstance(index.get("_class_name"), str):
@@ -196,18 +229,6 @@ def _give_size(folder: Path, unet: Any) -> None:
             folder / "unet" / "config.json",
             _SAMPLE_SIZE,
         )
-
-
-def _check_tokenizers(folder: Path, pipe: Any) -> None:
-    """Each has a vocabulary; one that states no length gets its text encoder's."""
-    for name, part in pipe.components.items():
-        encoder: Any = pipe.components.get(name.replace("tokenizer", "text_encoder"))
-        positions = getattr(getattr(encoder, "config", None), "max_position_embeddings", None)
-        if name.startswith("tokenizer") and positions and getattr(part, "model_max_length", 0) > positions:
-            part.model_max_length = positions
-        special = getattr(part, "all_special_ids", None)
-        if special is not None and hasattr(part, "get_vocab") and len(part) <= len(set(special)):
-            raise CheckpointError(f"{folder / name}: a tokenizer without a vocabulary; its files are missing there")
 
 
 def _pipeline_class(folder: Path, index: Mapping[str, Any]) -> Any:

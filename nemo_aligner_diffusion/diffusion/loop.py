@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from nemo_aligner_diffusion.diffusion.decoding import decode, overflows_in_autocast
+from nemo_aligner_diffusion.diffusion.decoding import decode_as_set_up
 from nemo_aligner_diffusion.diffusion.plan import Plan, PlanRule, check_plan
 from nemo_aligner_diffusion.diffusion.schedule import (
     KeyedNoise,
@@ -190,7 +190,7 @@ class Loop:
             if name == "vae" and self.as_in_training and self.model.small_decoder is not None:
                 network = self.model.small_decoder  # with its configuration, by which the pipeline scales latents
             if hasattr(network, "decode"):
-                overrides["decode"] = in_place_of(network.decode, functools.partial(self._decode, name, network))
+                overrides["decode"] = in_place_of(network.decode, functools.partial(self._decode, network))
                 overrides["to"] = functools.partial(self._convert, network)
             copied.__dict__[name] = Proxy(network, overrides)
         self.scheduler: Any = copy.deepcopy(self.pipe.scheduler)
@@ -363,15 +363,12 @@ class Loop:
             )
         return carried
 
-    def _decode(self, name: str, vae: Any, latents: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _decode(self, vae: Any, latents: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.decoded = True
         if self.reads:
             torch.set_grad_enabled(True)
             latents = self._leaf(latents)
-        whole = name != "vae" or not self.as_in_training or self.model.small_decoder is not None
-        tile = None if whole else self.model.decoder.tiling
-        apart = overflows_in_autocast(self.pipe, vae, latents.device)
-        return decode(vae, latents, self.decode_rows, *args, tile=tile, outside_autocast=apart, **kwargs)
+        return decode_as_set_up(self.model, vae, latents, self.decode_rows, self.as_in_training, *args, **kwargs)
 
     def _convert(self, network: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """SDXL's VAE is float32 while it decodes, and would be float16 again before the decoder's backward pass."""

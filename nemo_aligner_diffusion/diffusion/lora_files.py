@@ -2,8 +2,8 @@
 
 Read are the names of ``diffusers`` (old and new), kohya's sd-scripts (``lora_unet_…``, of ``diffusers``' modules and of
 LDM's), PEFT (``base_model.model.…``, ``….default.…``), OneTrainer (``lora_transformer_…``) and, by the pipeline class's
-own converter, whatever else it knows (BFL's fused projections, for one). A name is looked up among the network's modules,
-so one that fits no module is seen, and is an error.
+own converter, whatever else it knows (BFL's fused projections, for one). A name is looked up among the network's
+modules, so one that fits no module is seen, and is an error.
 
 The scale is ``alpha / rank`` of the tensor ``….alpha``; else what PEFT's metadata says; else 1, as every reader does.
 """
@@ -107,8 +107,8 @@ def read_lora(path: Path, denoiser: Any, component: str = "unet", pipeline_class
     if unknown or not found:
         shown = ", ".join(printable(name, 120) for name in [*unknown, *texts][:3])
         reason = (
-            f"{len(unknown)} of its {len(tensors)} tensors have no place in {type(denoiser).__name__}, such as {shown}; it "
-            "was made for another model, or is of a kind that is not applied here (LoHa, LoKr, kohya's DoRA)"
+            f"{len(unknown)} of its {len(tensors)} tensors have no place in {type(denoiser).__name__}, such as {shown}; "
+            "it was made for another model, or is of a kind that is not applied here (LoHa, LoKr, kohya's DoRA)"
             if unknown
             else f"it has tensors of text encoders alone ({len(texts)}, such as {shown})"
         )

@@ -229,7 +229,13 @@ class WeightsSettings(Settings):
         None, Kind("text", nullable=True), "by what the family was recognised; the program writes it"
     )
     from_pretrained: str | None = setting(
-        None, PATH, "diffusers folder of the whole pipeline, or hub id; null: the embedded model"
+        None,
+        PATH,
+        "whole pipeline: diffusers folder, hub id or one file (.safetensors, .ckpt); null: what unet_config's weights "
+        "are of, else the embedded model",
+    )
+    revision: str | None = setting(
+        None, Kind("text", nullable=True), "branch, tag or commit of a hub id; null: its main branch"
     )
     denoiser_path: str | None = setting(
         None,
@@ -239,6 +245,13 @@ class WeightsSettings(Settings):
         key="model.unet_config.from_pretrained",
     )
     vae_path: str | None = setting(None, PATH, "as above", key="model.first_stage_config.from_pretrained")
+    text_path: str | None = setting(
+        None,
+        PATH,
+        "folder or hub id of text encoders and tokenizers; path, null: the model's, or those its architecture is "
+        "published with",
+        key="model.cond_stage_config.from_pretrained",
+    )
     frozen_precision: str | None = setting(
         None,
         choice("32", "bf16", nullable=True),

@@ -60,7 +60,8 @@ def convert_export(asked: Conversion) -> Path:
     settings = resolve_settings(request, run_of(request))
     quiet_libraries()
     dtype = DTYPES[asked.precision]
-    model = load_model(settings.model, settings.unet, settings.vae, dtype, **settings.pipeline)
+    model = load_model(settings.model, settings.unet, settings.vae, dtype, text_path=settings.text,
+                       revision=settings.revision, **settings.pipeline)  # fmt: skip
     if lora is None:
         load_component(model.denoiser, model.trained, denoiser)
     else:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from nemo_aligner_diffusion.diffusion.generate import Sampling, generate
-from nemo_aligner_diffusion.diffusion.loading import is_hub_id, load_model
+from nemo_aligner_diffusion.diffusion.loading import load_model
 from nemo_aligner_diffusion.diffusion.lora import load_lora_weights, mix
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.diffusion.settings import PipelineSettings, SamplingSettings
@@ -33,6 +33,7 @@ from nemo_aligner_diffusion.evaluation.request import Request, annealed_weights
 from nemo_aligner_diffusion.evaluation.run_files import RunFiles, read_config
 from nemo_aligner_diffusion.evaluation.text import format_gain, format_number
 from nemo_aligner_diffusion.formats.checkpoints import load_component
+from nemo_aligner_diffusion.formats.hub import is_hub_name
 from nemo_aligner_diffusion.rewards.base import Reward, scores_of
 from nemo_aligner_diffusion.rewards.registry import build_reward, import_paths, rewards
 from nemo_aligner_diffusion.rewards.settings import RewardSettings
@@ -50,9 +51,11 @@ Pairs = Sequence[tuple[str, int]]  # (prompt, seed)
 class Settings:
     """How pictures are made, with every default filled in."""
 
-    model: Path
+    model: Path | None  # None: what ``unet``'s weights belong to, or the embedded one
     unet: Path | None  # weights of the *base* model's denoiser, where they are not the model folder's own
     vae: Path | None
+    text: Path | None  # where its text encoders are from
+    revision: str | None
     sampling: Sampling
     sampler: str | None  # None: the pipeline's own
     pipeline: Mapping[str, Any]  # model.pipeline: trained, stateless, arguments
@@ -95,7 +98,8 @@ def run_generation(request: Request) -> Result:
     settings = resolve_settings(request, run)
     device = _device(request.device)
     quiet_libraries()
-    model = load_model(settings.model, settings.unet, settings.vae, DTYPES[request.precision], **settings.pipeline)
+    model = load_model(settings.model, settings.unet, settings.vae, DTYPES[request.precision],
+                       text_path=settings.text, revision=settings.revision, **settings.pipeline)  # fmt: skip
     _set_sampler(model, settings)
     _check_size(model, settings.sampling)
     _load_tuned(model, request)
@@ -158,7 +162,7 @@ def resolve_settings(request: Request, run: RunFiles | None) -> Settings:
         if value is None or request.model is not None:
             return None
         path = Path(str(value)).expanduser()
-        if not path.exists() and not is_hub_id(value):
+        if not path.exists() and not is_hub_name(str(value)):
             where = run.folder / "config.yaml" if run else "config.yaml"
             raise ConfigurationError(
                 f"{path} is gone: {where} names it as {key}, which this adapter was made for; "
@@ -170,9 +174,11 @@ def resolve_settings(request: Request, run: RunFiles | None) -> Settings:
         return otherwise if given is None else given
 
     return Settings(
-        model=request.model or base_path("model.from_pretrained") or embedded_model_path(),
+        model=request.model or base_path("model.from_pretrained"),
         unet=base_path("model.unet_config.from_pretrained"),
         vae=request.vae or base_path("model.first_stage_config.from_pretrained"),
+        text=base_path("model.cond_stage_config.from_pretrained"),
+        revision=run.setting("model.revision") if run and request.model is None else None,
         sampling=Sampling(
             first(request.steps, infer.inference_steps),
             first(request.guidance, infer.unconditional_guidance_scale),
@@ -315,7 +321,7 @@ def _warn_of_truncation(model: DiffusionModel, prompts: list[str]) -> None:
 def _facts(request: Request, settings: Settings) -> dict[str, Any]:
     """What a picture's metadata says of its making; paths as the user gave them."""
     return {
-        "model": settings.model.name,
+        "model": (settings.model or settings.unet or embedded_model_path()).name,
         "unet": os.fspath(request.unet) if request.unet else None,
         "lora": {os.fspath(adapter.path): adapter.weight for adapter in request.adapters},
         "steps": settings.sampling.steps,

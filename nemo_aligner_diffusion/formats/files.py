@@ -52,6 +52,15 @@ def decode_utf8(data: bytes) -> str:
         ) from error
 
 
+def what_instead(start: bytes) -> str | None:
+    """What a file with these first bytes is in place of what was wanted: a stand-in that a download left."""
+    if start.startswith(b"version https://"):
+        return "a Git LFS pointer, not the file itself; fetch that with git lfs pull"
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        return "a web page; download the file itself, not its page"
+    return None
+
+
 def text_lines(stream: IO[bytes], most: int) -> Iterator[tuple[int, bytes]]:
     """(offset, line) for lines that end as on Unix, Windows or old Macs; of one of more than ``most`` bytes, a part.
 

@@ -19,7 +19,14 @@ def is_hub_name(text: str) -> bool:
     return _HUB_NAME.fullmatch(text) is not None
 
 
-def locate(source: str | Path, choices: Sequence[Sequence[str]], complete: Callable[[Path], bool], wanted: str) -> Path:
+def locate(
+    source: str | Path,
+    choices: Sequence[Sequence[str]],
+    complete: Callable[[Path], bool],
+    wanted: str,
+    revision: str | None = None,
+    fetch: bool = True,
+) -> Path:
     """The local path of ``source``, fetched first where it names a repository that isn't at hand.
 
     Args:
@@ -27,6 +34,8 @@ def locate(source: str | Path, choices: Sequence[Sequence[str]], complete: Calla
         choices: file patterns to fetch, a group at a time until ``complete``; the preferred group first.
         complete: whether a folder holds what is needed.
         wanted: what is looked for, in words, for errors.
+        revision: branch, tag or commit of a repository; ``None``: its main branch.
+        fetch: ask the network for what the cache has not.
 
     Raises:
         CheckpointError: there is no such path, and no such repository can be had.
@@ -42,10 +51,13 @@ def locate(source: str | Path, choices: Sequence[Sequence[str]], complete: Calla
     from huggingface_hub import snapshot_download
 
     problem = "its files are not among those of the repository"
-    for local_files_only in (True, False):
+    for local_files_only in (True, False) if fetch else (True,):
         for patterns in choices:
             try:
-                folder = Path(snapshot_download(name, allow_patterns=list(patterns), local_files_only=local_files_only))
+                fetched = snapshot_download(
+                    name, revision=revision, allow_patterns=list(patterns), local_files_only=local_files_only
+                )
+                folder = Path(fetched)
             # Network, cache, access and validation errors of several libraries, which share no base.
             except Exception as error:
                 problem = f"{type(error).__name__}: {first_line(error)}"

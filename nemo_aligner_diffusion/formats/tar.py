@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from nemo_aligner_diffusion.errors import DataError, printable
-from nemo_aligner_diffusion.formats.files import open_regular
+from nemo_aligner_diffusion.formats.files import open_regular, what_instead
 
 BLOCK = 512  # bytes; headers are one block, data is padded to whole blocks
 MAX_EXTENSION_BYTES = 1 << 20  # a pax or GNU long-name header; real ones hold a path
@@ -262,6 +262,8 @@ def _truncated(path: Path, where: str) -> DataError:
 
 
 def _not_a_tar(path: Path, start: bytes) -> DataError:
+    if instead := what_instead(start):
+        return DataError(f"{path} is not a tar archive, but {instead}")
     return DataError(
         f"{path} is not a tar archive: it starts with {start[:16]!r}; expected a shard (.tar, .tar.gz, .tgz) or a file "
         "named *.txt with one prompt a line"

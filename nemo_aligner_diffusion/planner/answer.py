@@ -50,6 +50,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "seconds": {name: time.total for name, time in asked.step.times.items()},
         **_layout(plan, asked),
         "layouts": [_layout(plan, item) for item in plan.layouts],
+        "fits_with": list(plan.words) if plan.fitted is not None and plan.fitted.fits else None,
     }
 
 

@@ -8,7 +8,7 @@ method needs each of them is :mod:`.schedule`'s business.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
+from nemo_aligner_diffusion.diffusion.decoding import decode_as_set_up, load_small_decoder, set_up_decoder
 from nemo_aligner_diffusion.diffusion.lora import add_lora
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.diffusion.plan import Plan
@@ -34,6 +35,7 @@ from nemo_aligner_diffusion.planner.settings import Case, Settings
 from nemo_aligner_diffusion.planner.shapes import ShapesMode, without_memory
 from nemo_aligner_diffusion.rewards.base import Reward
 from nemo_aligner_diffusion.rewards.support.augmented import SampleKeys, scoring_samples
+from nemo_aligner_diffusion.training.build import FROZEN_DTYPES, convert_frozen
 
 PHASES = ("text", "call", "reference", "decode", "replay", "replay_next", "validation")
 TYPICAL_PROMPT = "a red apple on a wooden table, studio light"
@@ -151,7 +153,8 @@ class _Phases:
             )
             model.zero_grad(set_to_none=True)
         if "validation" in only and settings.validation_batch_size:
-            self._decoding("validation", self._rows(settings.validation_batch_size)[0].stop)
+            size = settings.validation_batch_size
+            self._decoding("validation", min(self.case.decode_micro_batch_size or size, size))
 
     def _begin(self, name: str) -> None:
         self._phase.close()
@@ -191,20 +194,13 @@ class _Phases:
 
     def _reward_gradient(self) -> None:
         """Phase ``decode``."""
-        rows, vae, leaves = self._rows(len(self.prompts)), self.model.pipe.vae, []
+        rows, leaves = self.case.decode_micro_batch_size, []
 
-        def decode(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def begin(latents: Tensor) -> Tensor:
             self._begin("decode")
             torch.set_grad_enabled(True)
             leaves.append(latents.detach().requires_grad_())
-            if len(rows) == 1:
-                return vae.decode(leaves[0], *args, **kwargs)
-
-            def some(part: Tensor) -> Tensor:
-                return vae.decode(part, *args, **{**kwargs, "return_dict": False})[0]
-
-            # one graph at a time: the others are made again in the backward pass
-            return (torch.cat([checkpoint(some, leaves[0][part], use_reentrant=False) for part in rows]),)
+            return leaves[0]
 
         def objective(images: Tensor, part: slice, _: int) -> Tensor:
             # as in training: pictures are augmented
@@ -212,31 +208,33 @@ class _Phases:
                 images = images.to(torch.promote_types(images.dtype, torch.float32))
                 return -self.reward.scores(images, self.prompts[part])[0]
 
-        images = self._pipeline(1, lambda *_, **__: self.output, decode=decode)
+        images = self._decoded(begin, in_training=True)
         with self._precision():
-            reward_gradient(images, leaves[:1], objective, None, 0, 1, rows[0].stop, 1.0)
+            reward_gradient(images, leaves[:1], objective, None, 0, 1, rows, 1.0)
         self._end()
 
     def _decoding(self, name: str, pictures: int) -> None:
         """Phase ``name``: as many pictures without gradient."""
 
-        def decode(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def begin(latents: Tensor) -> Tensor:
             self._begin(name)
-            parts = [
-                self.model.pipe.vae.decode(
-                    latents.new_zeros(part.stop - part.start, *latents.shape[1:]), *args, **kwargs
-                )
-                for part in self._rows(pictures)
-            ]
-            self._end()
-            return parts[0]
+            return latents.new_zeros(pictures, *latents.shape[1:])
 
-        self._pipeline(1, lambda *_, **__: self.output, decode=decode)
+        self._decoded(begin, in_training=name == "unread", ends=True)
 
-    def _rows(self, pictures: int) -> list[slice]:
-        """Those that are decoded and scored at a time."""
-        size = min(self.case.decode_micro_batch_size or pictures, pictures)
-        return [slice(start, min(start + size, pictures)) for start in range(0, pictures, size)]
+    def _decoded(self, begin: Callable[[Tensor], Tensor], in_training: bool, ends: bool = False) -> Tensor:
+        """The pipeline's pictures of what ``begin`` makes of its latents; ``ends``: the phase, with the decoding."""
+        model = self.model
+        vae = (model.small_decoder if in_training else None) or model.pipe.vae
+
+        def decode(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
+            rows = self.case.decode_micro_batch_size
+            out = decode_as_set_up(model, vae, begin(latents), rows, in_training, *args, **kwargs)
+            if ends:
+                self._end()
+            return out
+
+        return self._pipeline(1, lambda *_, **__: self.output, decode=decode, vae=vae)
 
     def _replay(self, name: str, active: int, cut: bool) -> None:
         """The backward pass of a trajectory of ``active`` steps, all of them active."""
@@ -271,7 +269,11 @@ class _Phases:
 
 def _model(settings: Settings, case: Case) -> DiffusionModel:
     """As ``training.build`` does, from an architecture instead of weights."""
-    model = build_model(settings.spec, **settings.run.model.pipeline.declared())
+    section = settings.run.model
+    model = build_model(settings.spec, **section.pipeline.declared())
+    with torch.device("cpu"):
+        small = section.decoder.small_decoder and load_small_decoder(section.decoder.small_decoder)
+    set_up_decoder(model, section.decoder, small)
     if settings.lora is not None:
         tuning = settings.lora
         targets = list(tuning.target_modules or model.lora_targets)
@@ -281,7 +283,12 @@ def _model(settings: Settings, case: Case) -> DiffusionModel:
         model.keep_reference()
     if case.activation_checkpointing:
         model.denoiser.enable_gradient_checkpointing()
-    model.to(getattr(torch, settings.precision[0]))  # the reward has a precision of its own
+    weights, vae = getattr(torch, settings.precision[0]), model.pipe.vae
+    model.to(weights)  # the reward has a precision of its own
+    if section.frozen_precision is not None:
+        convert_frozen(model, FROZEN_DTYPES[section.frozen_precision] or weights)
+    if weights == torch.float16 and hasattr(model.pipe, "upcast_vae") and vae.config.get("force_upcast"):
+        vae.float()  # as its pipeline does for the decoding: a conversion that fakes refuse
     model.denoiser.train()
     return model
 

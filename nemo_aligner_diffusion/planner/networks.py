@@ -95,7 +95,6 @@ def build_model(spec: ModelSpec, **declared: Any) -> DiffusionModel:
     pipeline_class = getattr(diffusers, spec.pipeline)
     needed = [p.name for p in inspect.signature(pipeline_class).parameters.values() if p.default is p.empty]
     pipe = pipeline_class(**{**dict.fromkeys(needed), **spec.options, **parts, "scheduler": AnyScheduler()})
-    pipe.vae.register_to_config(force_upcast=False)  # to float32 for the decoding: a conversion that fakes refuse
     return DiffusionModel(pipe, **declared)
 
 
@@ -105,6 +104,7 @@ def call_pipeline(
     network: Callable[..., Any],
     stepped: Callable[[Tensor], None] = lambda prediction: None,
     decode: Callable[..., Any] | None = None,
+    vae: Any = None,
 ) -> Tensor:
     """The pipeline's own ``__call__`` on ``inputs``; latents, or pictures with ``decode``.
 
@@ -112,11 +112,12 @@ def call_pipeline(
         network: called in the trained network's place.
         stepped: called with the guided prediction of every step.
         decode: called in the place of the VAE's.
+        vae: the one that it decodes by; ``None``: the pipeline's.
 
     Raises:
         ConfigurationError: the pipeline does not run on shapes, or not with these stand-ins.
     """
-    tapped, scheduler, vae = copy.copy(model.pipe), AnyScheduler(), model.pipe.vae
+    tapped, scheduler, vae = copy.copy(model.pipe), AnyScheduler(), vae or model.pipe.vae
     scheduler.stepped = stepped
     parts = {model.trained: Proxy(model.denoiser, {"__call__": network}), "scheduler": scheduler}
     if decode is not None:

@@ -1,4 +1,4 @@
-"""What a plan's model is made of: a published architecture by name (``models.yaml``), or a folder's configuration.
+"""What a plan's model is made of: a published architecture (``diffusion/architectures.yaml``), or a folder's words.
 
 No torch here: ``--help`` lists the names.
 """
@@ -9,10 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from nemo_aligner_diffusion.diffusion.files.architectures import ARCHITECTURES, REWARDS, plain
+from nemo_aligner_diffusion.diffusion.recognition import recognise
+from nemo_aligner_diffusion.diffusion.settings import WeightsSettings
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.formats.files import read_json
+
+__all__ = ["MODELS", "REWARDS", "ModelSpec", "model_name", "model_spec"]
 
 _LEFT_OUT = ("safety_checker", "image_encoder", "feature_extractor")  # no part of a picture from a prompt
 DEFAULT_SCHEDULER: tuple[str, dict[str, Any]] = ("DDIMScheduler", {"clip_sample": False})
@@ -40,18 +43,18 @@ class ModelSpec:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def _published(name: str, pipeline: str, **parts: dict[str, Any]) -> ModelSpec:
-    components = {part: (config["_class_name"], _plain(config)) for part, config in parts.items()}
-    return ModelSpec(name, pipeline, components, reward="clip-h", scheduler=components.pop("scheduler"))
+MODELS: dict[str, ModelSpec] = {
+    name: ModelSpec(known.title, known.pipeline, known.components, reward="clip-h", scheduler=known.scheduler)
+    for name, known in ARCHITECTURES.items()
+}
 
 
-def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if not key.startswith("_")}
-
-
-_KNOWN = yaml.safe_load(Path(__file__).with_name("models.yaml").read_text("utf-8"))
-MODELS: dict[str, ModelSpec] = {name: _published(**model) for name, model in _KNOWN["models"].items()}
-REWARDS: dict[str, dict[str, Any]] = _KNOWN["rewards"]  # of CLIPConfig
+def model_name(weights: WeightsSettings) -> str | None:
+    """What a recipe's model is planned as: its folder, or the preset that single files are recognised as."""
+    folder = weights.from_pretrained
+    if folder is not None and Path(folder).expanduser().is_dir():
+        return folder
+    return next((name for name in MODELS if name == recognise(weights).architecture), folder)
 
 
 def model_spec(name: str) -> ModelSpec:
@@ -72,12 +75,12 @@ def model_spec(name: str) -> ModelSpec:
     for part, value in index.items():
         is_network = isinstance(value, list) and (folder / part / "config.json").is_file()
         if is_network and part not in _LEFT_OUT:
-            components[part] = value[1], _plain(read_json(folder / part / "config.json", ConfigurationError))
+            components[part] = value[1], plain(read_json(folder / part / "config.json", ConfigurationError))
     if "vae" not in components:
         raise ConfigurationError(
             f"{folder}: a plan needs a vae/config.json; there are networks in {', '.join(components) or 'no folder'}"
         )
-    options = {key: value for key, value in _plain(index).items() if not isinstance(value, list)}
+    options = {key: value for key, value in plain(index).items() if not isinstance(value, list)}
     scheduler = DEFAULT_SCHEDULER
     if "scheduler" in index:
         scheduler = index["scheduler"][1], read_json(folder / "scheduler" / "scheduler_config.json", ConfigurationError)

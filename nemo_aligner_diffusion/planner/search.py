@@ -11,11 +11,22 @@ from dataclasses import dataclass, replace
 
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.parallel.layout import Layout
-from nemo_aligner_diffusion.planner.estimate import Machines, Memory, PhaseTime, StepEstimate, estimate, memory
+from nemo_aligner_diffusion.planner.estimate import ASSUMED, Machines, Memory, PhaseTime, StepEstimate, estimate, memory
 from nemo_aligner_diffusion.planner.measure import Measurement, measure
 from nemo_aligner_diffusion.planner.schedule import StepCounts
-from nemo_aligner_diffusion.planner.settings import Case, Settings
+from nemo_aligner_diffusion.planner.settings import Case, Settings, case_of
 
+_DECODING = "decode and reward"
+# what makes a run smaller, the cheapest first: (the phases whose peak it lowers; empty: all of them, override)
+REMEDIES: tuple[tuple[tuple[str, ...], str], ...] = (
+    ((_DECODING, "validation"), "model.decode_micro_batch_size=1"),
+    ((), "model.micro_batch_size=1"),
+    ((_DECODING,), "model.first_stage_config.activation_checkpointing=true"),
+    ((), "model.frozen_precision=bf16"),
+    (("replay",), "model.activation_checkpointing=true"),
+    ((), "rm.trainer.precision=bf16"),
+    ((_DECODING,), "model.first_stage_config.tiling=512"),
+)
 SMALL, LARGE = 1, 3  # micro-batches that are measured
 TENSOR_SIZES = (1, 2, 4, 8)
 
@@ -43,6 +54,52 @@ def candidate(settings: Settings, case: Case, measured: Measurement, counts: Ste
     held = memory(settings, measured, accumulation, case.micro_batch_size)
     step = estimate(settings, measured, counts, case.layout, accumulation, machines)
     return Candidate(case, accumulation, held, step, held.needed <= machines.gpu.memory_bytes)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What was asked for with some overrides more, which make it fit, or lower its peak as far as they can."""
+
+    words: tuple[str, ...]
+    settings: Settings
+    measured: Measurement
+    found: Candidate
+
+
+def fit(
+    asked: Fit,
+    changed: Callable[[Sequence[str]], Settings],
+    counts: StepCounts,
+    machines: Machines,
+    progress: Callable[[str], None],
+) -> Fit:
+    """Add to ``asked`` those of :data:`REMEDIES` that lower the peak, one by one, until it fits.
+
+    Args:
+        changed: the settings of the same command with further overrides.
+    """
+    best, left = asked, list(REMEDIES)
+    while not best.found.fits:
+        held, device = best.found.memory, machines.gpu.memory_bytes - ASSUMED.reserved_bytes
+        if sum(held.parts.values()) / 2 > device:  # in 16 bits all of it would be too much still
+            break
+        here = next((item for item in left if not item[0] or held.peak_phase in item[0]), None)
+        if here is None:
+            break
+        left.remove(here)
+        words = (*best.words, here[1])
+        try:
+            settings = changed(words)
+            if settings.run == best.settings.run:  # so it was already
+                continue
+            progress(" ".join(words))
+            measured = measure(settings, case_of(settings.run), counts.plan)
+        except ConfigurationError:  # not with these settings, or not with this VAE
+            continue
+        found = candidate(settings, case_of(settings.run), measured, counts, machines)
+        if found.memory.peak < held.peak:
+            best = Fit(words, settings, measured, found)
+    return best
 
 
 def search(
@@ -110,12 +167,13 @@ def between(low: Candidate, high: Candidate, size: int, machines: Machines) -> C
 
 
 def nothing_fits(
-    found: Sequence[Candidate], machines: Machines, settings: Settings, searched: bool
+    found: Sequence[Candidate], machines: Machines, settings: Settings, searched: bool, words: Sequence[str] = ()
 ) -> ConfigurationError:
     """What to change when no layout fits.
 
     Args:
         searched: ``found`` is every layout, not only the one asked for.
+        words: overrides that it has already, beyond what was asked for.
     """
     if not found:
         return ConfigurationError(
@@ -125,6 +183,8 @@ def nothing_fits(
     nearest = min(found, key=lambda item: item.memory.peak)
     held, phase = nearest.memory, nearest.memory.peak_phase
     who = f"the smallest of {len(found)} layouts" if searched else "this layout"
+    if words:
+        who += f" with {' '.join(words)}"
     largest = max(held.parts, key=held.parts.__getitem__)
     return ConfigurationError(
         f"nothing fits: {who} on {machines.world} × {machines.gpu.name} needs {held.needed / 1e9:.1f} GB of "
@@ -138,8 +198,10 @@ def _advice(nearest: Candidate, settings: Settings, searched: bool) -> Iterator[
     case, phase = nearest.case, nearest.memory.peak_phase
     if phase == "replay" and not case.activation_checkpointing:
         yield "model.activation_checkpointing=true"
-    if phase in ("decode and reward", "validation") and case.decode_micro_batch_size != 1:
+    if phase in (_DECODING, "validation") and case.decode_micro_batch_size != 1:
         yield "model.decode_micro_batch_size=1"
+    if phase == _DECODING and settings.run.model.decoder.small_decoder is None:
+        yield "a small decoder (model.first_stage_config.small_decoder)"
     if case.micro_batch_size > 1:
         yield "fewer pictures at once (model.micro_batch_size)"
     if settings.lora is None:

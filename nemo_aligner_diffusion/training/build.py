@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 
 from nemo_aligner_diffusion.algorithms.base import Method
 from nemo_aligner_diffusion.algorithms.reward_tuning import RewardTuning
 from nemo_aligner_diffusion.diffusion.decoding import load_small_decoder, set_up_decoder
 from nemo_aligner_diffusion.diffusion.generate import Sampling
 from nemo_aligner_diffusion.diffusion.loading import load_model
-from nemo_aligner_diffusion.diffusion.lora import add_lora, continue_lora
+from nemo_aligner_diffusion.diffusion.lora import add_lora, continue_lora, has_lora
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.diffusion.settings import SamplingSettings
-from nemo_aligner_diffusion.embedded_assets import embedded_model_path
 from nemo_aligner_diffusion.parallel.broadcast import load_once, on_every_process
 from nemo_aligner_diffusion.parallel.module import OptimizerFactory
 from nemo_aligner_diffusion.parallel.non_finite import NonFinitePolicy
@@ -30,7 +31,7 @@ from nemo_aligner_diffusion.training.optimizers import OptimizerSettings, build_
 from nemo_aligner_diffusion.training.schedules import build_schedule
 from nemo_aligner_diffusion.training.settings import ModelSettings, RunSettings
 
-_DTYPES = {None: None, "32": torch.float32, "bf16": torch.bfloat16}  # model.frozen_precision
+FROZEN_DTYPES = {None: None, "32": torch.float32, "bf16": torch.bfloat16}  # model.frozen_precision
 
 
 def build_model(
@@ -46,15 +47,17 @@ def build_model(
     """
     section = settings.model
     declared = section.pipeline.declared()
-    frozen = _DTYPES[section.frozen_precision]
+    frozen = FROZEN_DTYPES[section.frozen_precision]
     if pipe is not None:
         model = DiffusionModel(pipe, **declared).to(device)
     else:
         model = load_once(
             lambda: load_model(
-                section.from_pretrained or embedded_model_path(),
+                section.from_pretrained,
                 denoiser_path=section.denoiser_path,
                 vae_path=section.vae_path,
+                text_path=section.text_path,
+                revision=section.revision,
                 dtype=(frozen if section.peft.is_lora else None) or torch.float32,  # none of it is trained
                 **declared,
             ),
@@ -68,14 +71,14 @@ def build_model(
     model.notes = export_notes(settings, model)
     _prepare(section, model)
     if frozen is not None:
-        _convert_frozen(model, frozen)
+        convert_frozen(model, frozen)
     for _, parameter in model.trainable_parameters():  # of a pipeline in half precision; peft computes either way
         if parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.float()
     return model
 
 
-def _convert_frozen(model: DiffusionModel, dtype: torch.dtype) -> None:
+def convert_frozen(model: DiffusionModel, dtype: torch.dtype) -> None:
     """Frozen weights in ``dtype``, but what a class of ``diffusers`` keeps in float32, and no buffers: rotary
     frequencies in bfloat16 are wrong ones."""
     kept: set[torch.nn.Parameter] = set()
@@ -87,6 +90,19 @@ def _convert_frozen(model: DiffusionModel, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         if not parameter.requires_grad and parameter.is_floating_point() and parameter not in kept:
             parameter.data = parameter.data.to(dtype)
+    if not has_lora(model.denoiser):  # latents are in the text states' format: not in that of every weight
+        model.denoiser.register_forward_pre_hook(partial(_given_in, torch.float32), with_kwargs=True)
+        model.reference_denoiser.register_forward_pre_hook(partial(_given_in, dtype), with_kwargs=True)
+
+
+def _given_in(dtype: torch.dtype, _: Any, args: Any, kwargs: Any) -> Any:
+    """A network's arguments in ``dtype``; times, single numbers a sample, as they are."""
+
+    def convert(value: Any) -> Any:
+        wide = isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim > 1
+        return value.to(dtype) if wide else value
+
+    return tree_map(convert, (args, kwargs))
 
 
 def _prepare(section: ModelSettings, model: DiffusionModel) -> None:

@@ -18,6 +18,7 @@ from nemo_aligner_diffusion.algorithms.base import Method
 from nemo_aligner_diffusion.algorithms.reward_tuning import RewardTuning
 from nemo_aligner_diffusion.data.datamodule import PromptDataModule
 from nemo_aligner_diffusion.data.prompts import read_prompts
+from nemo_aligner_diffusion.diffusion.recognition import EMBEDDED, recognise
 from nemo_aligner_diffusion.embedded_assets import embedded_prompts_path, embedded_reward_path
 from nemo_aligner_diffusion.evaluation.metrics.base import validation_figures
 from nemo_aligner_diffusion.evaluation.report import write_report
@@ -266,6 +267,6 @@ def _embedder(section: ModelSettings, reward: Reward) -> Reward | None:
     for module in reward.modules():
         if hasattr(module, "embed_images"):
             return module  # type: ignore[return-value]
-    if section.from_pretrained is None:
+    if recognise(section).architecture == EMBEDDED:
         return restore_reward(embedded_reward_path())
     return None

@@ -185,14 +185,9 @@ class RunSettings(ProgramSettings):
         self.model.optim.sched.factor(self.loop.max_steps)
 
     def _check_frozen_precision(self) -> None:
-        precision, kind = self.model.frozen_precision, self.trainer.lightning_precision
-        if precision is None:
-            return
-        given = f"model.frozen_precision = {precision} with {self.trainer.given('precision')}"
-        if kind.endswith("-true") and kind != "32-true":
-            raise ConfigurationError(f"{given}, which converts every weight: leave one of the two out")
-        if precision == "bf16" and kind == "32-true" and not self.model.peft.is_lora:
+        kind = self.trainer.lightning_precision
+        if self.model.frozen_precision is not None and kind.endswith("-true") and kind != "32-true":
             raise ConfigurationError(
-                f"{given} and model.peft.peft_scheme = none: the denoiser's float32 weights would meet bfloat16 text "
-                "states; expected trainer.precision=bf16, or LoRA"
+                f"model.frozen_precision = {self.model.frozen_precision} with {self.trainer.given('precision')}, which "
+                "converts every weight: leave one of the two out"
             )

@@ -140,6 +140,8 @@ def compare_text_encoder(kind: str) -> tuple[float, float]:
     from nemo_aligner_diffusion.parallel.layout import Layout
     from nemo_aligner_diffusion.parallel.parallelism import Parallelism
 
+    from .stable_diffusion import tiny_stable_diffusion
+
     torch.manual_seed(0)
     if kind == "t5":
         config = t5_config(t5_tokenizer())
@@ -153,7 +155,6 @@ def compare_text_encoder(kind: str) -> tuple[float, float]:
     tokens = torch.randint(1, 40, (2, 7), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(tokens)
     mask[1, 5:] = 0
-    # torch's attention on the CPU wants heads of 8 and more to be exact: double precision is compared
     encoder.double().requires_grad_(False)
 
     def states() -> Tensor:
@@ -167,8 +168,6 @@ def compare_text_encoder(kind: str) -> tuple[float, float]:
     size = dist.get_world_size()
     mesh = init_device_mesh("cpu", (1, size), mesh_dim_names=("data_parallel", "tensor_parallel"))
     parts = {"text_encoder": torch.nn.ModuleDict({"text_encoder": torch.nn.Linear(2, 2), "text_encoder_2": encoder})}
-    from tiny.stable_diffusion import tiny_stable_diffusion
-
     layout = Layout(tensor=size, cut_text_encoder=True)
     Parallelism(layout).apply(mesh, [tiny_stable_diffusion().denoiser], parts)
     found = states()

@@ -95,17 +95,18 @@ def blocks_of(model: Any, table: Mapping[str, Any]) -> list[Block]:
     around = {parent for name in columns for parent in _parents(name)}
     ends: dict[str, list[str]] = defaultdict(list)  # innermost module around a row layer and columns -> its row layers
     for name in rows:
-        holders = [parent for parent in _parents(name) if parent in around and _has_forward(model, parent)]
-        refuse(name, {"no layer before it is cut over its outputs": not holders})
-        ends[holders[0]].append(name)
+        holder = next((p for p in _parents(name) if p in around and _has_forward(model, p)), "")
+        ends[holder].append(name)
     parts: dict[str, list[str]] = {}  # a module that is one Block -> its columns
+    ended = set()
     for name in columns:
-        owner = next((parent for parent in _parents(name) if parent in ends), None)
-        refuse(name, {"no layer after it is cut over its inputs": owner is None})
+        owner = next((parent for parent in _parents(name) if parent in ends), "")
+        refuse(name, {"no layer after it is cut over its inputs": not owner})
+        ended.add(owner)
         parent = _parents(name)[0]  # in a block with one last layer for both, attention is a part of its own
-        part = parent if _head_dim(model.get_submodule(parent)) else str(owner)
-        parts.setdefault(part, []).append(name)
-    for owner in ends:
+        parts.setdefault(parent if _head_dim(model.get_submodule(parent)) else owner, []).append(name)
+    for owner, names in ends.items():
+        refuse(names[0], {"no layer before it is cut over its outputs": owner not in ended})
         parts.setdefault(owner, [])
     return [_block(model, part, names, ends.get(part, []), styles) for part, names in parts.items()]
 

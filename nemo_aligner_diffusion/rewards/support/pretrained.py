@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from nemo_aligner_diffusion.errors import CheckpointError, RewardError, first_line, printable
 from nemo_aligner_diffusion.formats.files import read_json
 from nemo_aligner_diffusion.formats.hub import locate
-from nemo_aligner_diffusion.keys import flatten
+from nemo_aligner_diffusion.formats.weight_files import check_folder
 from nemo_aligner_diffusion.rewards.base import NetworkReward
 from nemo_aligner_diffusion.rewards.settings import HuggingFaceSettings
 from nemo_aligner_diffusion.rewards.support.image_processor import ImageProcessor
@@ -78,15 +78,7 @@ def load_model(
         raise RewardError(
             f"{place} is a model of type {printable(config.get('model_type'))!r}; expected {' or '.join(model_types)}."
         )
-    for key, value in flatten(config, dotted=True).items():
-        if key.endswith("attn_implementation") and "/" in str(value):  # transformers would fetch and run it
-            raise RewardError(
-                f"{place}: its config.json names code on the hub, {key} = {printable(value)!r}. Remove it."
-            )
-    for index in folder.glob("*.index.json"):
-        names = (read_json(index, RewardError).get("weight_map") or {"": ""}).values()
-        if any(Path(str(name)).name != name for name in names):
-            raise RewardError(f"{index}: its weight_map names no files of this folder.")
+    check_folder(folder, RewardError)
     with _explained(place, what), with_quiet_libraries():
         model, report = getattr(transformers, auto_class).from_pretrained(
             folder, dtype=dtype, trust_remote_code=False, output_loading_info=True
