@@ -107,8 +107,8 @@ def read_lora(path: Path, denoiser: Any, component: str = "unet", pipeline_class
     if unknown or not found:
         shown = ", ".join(printable(name, 120) for name in [*unknown, *texts][:3])
         reason = (
-            f"{len(unknown)} of its {len(tensors)} tensors have no place in {type(denoiser).__name__}, such as {shown}; "
-            "it was made for another model, or is of a kind that is not applied here (LoHa, LoKr, kohya's DoRA)"
+            f"{len(unknown)} of its {len(tensors)} tensors have no place in {type(denoiser).__name__}, such as {shown}"
+            "; it was made for another model, or is of a kind that is not applied here (LoHa, LoKr, kohya's DoRA)"
             if unknown
             else f"it has tensors of text encoders alone ({len(texts)}, such as {shown})"
         )
