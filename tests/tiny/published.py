@@ -14,25 +14,26 @@ import torch
 from safetensors.torch import save_file
 from tiny_pipelines.parts import clip, t5
 from torch import Tensor, nn
+from transformers import CLIPTextConfig
 
 from nemo_aligner_diffusion.diffusion.files.architectures import ARCHITECTURES
 
-WIDTH = 16  # of each text encoder
+WIDTH, SECOND = 16, 32  # of text encoders; the second CLIP is wider, as the published ones are
 # heads that the published configurations state divide these
 NARROW: dict[str, dict[str, Any]] = {
     "sd15": {"block_out_channels": [32, 32, 64, 64], "cross_attention_dim": WIDTH},
     "sd21": {"block_out_channels": [160] * 4, "cross_attention_dim": WIDTH},
     "sdxl": {
         "block_out_channels": [160] * 3,
-        "cross_attention_dim": 2 * WIDTH,
-        "projection_class_embeddings_input_dim": 6 * 256 + WIDTH,
+        "cross_attention_dim": WIDTH + SECOND,
+        "projection_class_embeddings_input_dim": 6 * 256 + SECOND,
     },
     "sd35": {
         "num_layers": 2,
         "num_attention_heads": 1,
         "caption_projection_dim": 64,
-        "joint_attention_dim": 2 * WIDTH,
-        "pooled_projection_dim": 2 * WIDTH,
+        "joint_attention_dim": WIDTH + SECOND,
+        "pooled_projection_dim": WIDTH + SECOND,
         "dual_attention_layers": [0],
         "pos_embed_max_size": 16,
     },
@@ -50,8 +51,11 @@ def narrow(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
     }
     for part, (kind, _) in known.components.items():
         if part.startswith("text_encoder"):
-            built = t5(2 * WIDTH) if kind.startswith("T5") else clip(projection="Projection" in kind)
-            parts[part], parts[part.replace("text_encoder", "tokenizer")] = built
+            encoder, tokenizer = t5(WIDTH + SECOND) if kind.startswith("T5") else clip(projection="Projection" in kind)
+            if part == "text_encoder_2" and not kind.startswith("T5"):
+                wider = {**encoder.config.to_dict(), "hidden_size": SECOND, "projection_dim": SECOND}
+                encoder = type(encoder)(CLIPTextConfig(**wider))
+            parts[part], parts[part.replace("text_encoder", "tokenizer")] = encoder, tokenizer
     for part in parts.values():
         if isinstance(part, nn.Module):
             for parameter in part.parameters():
