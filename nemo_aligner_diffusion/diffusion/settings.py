@@ -231,8 +231,7 @@ class WeightsSettings(Settings):
     from_pretrained: str | None = setting(
         None,
         PATH,
-        "whole pipeline: diffusers folder, hub id or one file (.safetensors, .ckpt); null: what unet_config's weights "
-        "are of, else the embedded model",
+        "diffusers folder, hub id or one file of the whole pipeline; null: that of unet_config's weights, else embedded",
     )
     revision: str | None = setting(
         None, Kind("text", nullable=True), "branch, tag or commit of a hub id; null: its main branch"
