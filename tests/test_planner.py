@@ -359,6 +359,7 @@ def test_where_nothing_fits_the_error_says_what_to_change(tiny, capsys, monkeypa
     assert [text for text in would_not if text in captured.err] == []
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_made_to_by_the_cheapest_settings(tiny, capsys, monkeypatch):
     """Of a card that holds the same command with one picture at a time, and not as it is."""
     words = ["--model", str(tiny), "--gpu", "tiny", "--json", "rm=symmetry", "model.infer.inference_steps=2",

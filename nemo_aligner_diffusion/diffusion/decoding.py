@@ -86,35 +86,35 @@ def overflows_in_autocast(pipe: Any, vae: Any, device: torch.device) -> bool:
     return half and hasattr(pipe, "upcast_vae") and bool(vae.config.get("force_upcast"))
 
 
-def set_up_decoder(model: DiffusionModel, settings: DecoderSettings, small: Any = None) -> None:
-    """Let the pictures of training be decoded as ``settings`` say.
+def set_up_decoder(model: DiffusionModel, asked: DecoderSettings, small: Any = None) -> None:
+    """Let the pictures of training be decoded as is ``asked``.
 
     Args:
-        small: what :func:`load_small_decoder` gave for ``settings.small_decoder``.
+        small: what :func:`load_small_decoder` gave for ``asked.small_decoder``.
 
     Raises:
         ConfigurationError: the pipeline's VAE has no such mode; the small decoder is not for its latents.
     """
-    if settings == DecoderSettings():
+    if asked == DecoderSettings():
         return
     pipe = type(model.pipe).__name__
     vae = getattr(model.pipe, "vae", None)
     if vae is None:
         raise ConfigurationError(f"model.first_stage_config: {pipe} has no VAE; leave its keys as they are by default")
     if small is not None:
-        _check_small(settings.given("small_decoder"), vae, small)
+        _check_small(asked.given("small_decoder"), vae, small)
         model.small_decoder = small.requires_grad_(False).eval()
     decoder = small or vae
-    if settings.activation_checkpointing:
+    if asked.activation_checkpointing:
         if not decoder._supports_gradient_checkpointing:
             raise ConfigurationError(
-                f"{settings.given('activation_checkpointing')}: diffusers has none for {type(decoder).__name__}; leave "
+                f"{asked.given('activation_checkpointing')}: diffusers has none for {type(decoder).__name__}; leave "
                 f"it false, and use model.first_stage_config.tiling or model.decode_micro_batch_size=1"
             )
         decoder.enable_gradient_checkpointing()  # in force wherever a gradient is asked for, in evaluation mode too
-    if settings.tiling is not None and small is None:
-        _tile_sizes(vae, settings.tiling)
-    model.decoder = settings
+    if asked.tiling is not None and small is None:
+        _tile_sizes(vae, asked.tiling)
+    model.decoder = asked
 
 
 # small decoders
