@@ -366,7 +366,7 @@ def test_descriptions_beside_the_weights_that_cannot_be_followed(
         processor.write_text(json.dumps(content))
         assert message in refused(capsys, *words)
     processor.write_text("{")
-    assert "an image processor cannot be had from it" in refused(capsys, *words)
+    assert "preprocessor_config.json is not valid JSON" in refused(capsys, *words)
     processor.unlink()
     (folder / "model.safetensors").rename(folder / "model-1-of-1.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../model.safetensors"}}))
