@@ -231,8 +231,7 @@ class WeightsSettings(Settings):
     from_pretrained: str | None = setting(
         None,
         PATH,
-        "whole pipeline: diffusers folder, hub id or single file; null: that of unet_config's weights, or the embedded "
-        "model",
+        "whole pipeline: diffusers folder, hub id or file; null: that of unet_config's weights, or the embedded model",
     )
     revision: str | None = setting(
         None, Kind("text", nullable=True), "branch, tag or commit of a hub id; null: its main branch"
@@ -248,7 +247,8 @@ class WeightsSettings(Settings):
     text_path: str | None = setting(
         None,
         PATH,
-        "text encoders and tokenizers: folder or hub id; null: the model's, or those its architecture is published with",
+        "text encoders and tokenizers: folder or hub id; null: the model's, or those its architecture is published "
+        "with",
         key="model.cond_stage_config.from_pretrained",
     )
     frozen_precision: str | None = setting(
