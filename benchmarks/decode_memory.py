@@ -23,6 +23,7 @@ from nemo_aligner_diffusion.diffusion.decoding import decode
 from nemo_aligner_diffusion.diffusion.trajectory import reward_gradient
 from nemo_aligner_diffusion.planner.kernels import gpu_kernels
 from nemo_aligner_diffusion.planner.ledger import Ledger
+from nemo_aligner_diffusion.planner.plan import quiet
 from nemo_aligner_diffusion.planner.shapes import ShapesMode, without_memory
 
 # name -> rows at a time, tile of a picture's side, checkpointing, small decoder
@@ -32,7 +33,6 @@ KINDS: dict[str, tuple[int | None, int | None, bool, bool]] = {
     "checkpointing": (None, None, True, False),
     "a picture at a time, checkpointing": (1, None, True, False),
     "a picture at a time, tiles of half its side": (1, 2, False, False),
-    "a picture at a time, tiles of half its side, checkpointing": (1, 2, True, False),
     "a picture at a time, small decoder": (1, None, False, True),
 }
 
@@ -94,6 +94,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=128, help="of the decoder's last block (default 128, as SD's)")
     parser.add_argument("--measure", action="store_true", help="on this CPU too, float32 alone")
     arguments = parser.parse_args()
+    quiet()
     size = arguments.pixels, arguments.pictures
     print(f"{size[1]} pictures of {size[0]}²: GB (share of the first row)")
     first: dict[str, int] = {}

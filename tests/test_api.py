@@ -41,6 +41,8 @@ def redness(images, prompts):
 
 def small(model=None, **more):
     arguments = {"reward": redness, "prompts": ["a", "b", "c"], "steps": 1, **SMALL, **more}
+    if not isinstance(overrides := arguments.get("overrides", []), str):
+        arguments["overrides"] = ["model.micro_batch_size=2", *overrides]  # a tiny pipeline's own is 1
     return tune(tiny_pipeline() if model is None else model, **arguments)
 
 

@@ -20,6 +20,7 @@ from benchmarks.decode_memory import KINDS, counted, measured
 from nemo_aligner_diffusion.config.load import load_settings
 from nemo_aligner_diffusion.diffusion.decoding import (
     decode,
+    decode_as_set_up,
     load_small_decoder,
     overflows_in_autocast,
     set_up_decoder,
@@ -283,6 +284,11 @@ def test_a_vae_in_bf16_beside_a_denoiser_in_float32_and_how_far_its_gradient_is(
         assert seen.dtype == torch.bfloat16
         assert (seen - picture).abs().max() < 0.05
         assert float(torch.cosine_similarity(found, expected, dim=0)) > 0.99
+    # autocast has no part in it: norms in float32 would double its memory
+    latents = torch.randn(1, 4, 4, 4)
+    plain = decode_as_set_up(model, model.pipe.vae, latents, None, False).sample
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(decode_as_set_up(model, model.pipe.vae, latents, None, False).sample, plain)
 
 
 @pytest.fixture(scope="module")

@@ -360,29 +360,29 @@ def test_where_nothing_fits_the_error_says_what_to_change(tiny, capsys, monkeypa
 
 
 def test_what_does_not_fit_is_made_to_by_the_cheapest_settings(tiny, capsys, monkeypatch):
-    """Of a card that holds the same command with pictures decoded one at a time, and not as it is."""
+    """Of a card that holds the same command with one picture at a time, and not as it is."""
     words = ["--model", str(tiny), "--gpu", "tiny", "--json", "rm=symmetry", "model.infer.inference_steps=2",
              "model.truncation_steps=1", "model.micro_batch_size=4", "model.global_batch_size=4",
              "model.infer.height=64", "model.infer.width=64", "model.kl_coeff=0",
              "trainer.draftp_sd.val_check_interval=0"]  # fmt: skip
     asked, by_one = (settings_from(load_settings("draftp_sd", [f"model.from_pretrained={tiny}", *words[5:], *more]),
                                    model_spec(str(tiny)))
-                     for more in ([], ["model.decode_micro_batch_size=1"]))  # fmt: skip
+                     for more in ([], ["model.micro_batch_size=1"]))  # fmt: skip
     machines = Machines(GPUS["l40s"], 1, 1)
     needed = []
     for settings in (asked, by_one):
         counts, case = step_counts(settings.run, settings.spec), case_of(settings.run)
         held = candidate(settings, case, measure(settings, case, counts.plan), counts, machines).memory
-        assert held.peak_phase == "decode and reward"
+        assert held.peak_phase == "replay"
         needed.append(held.needed)
     assert needed[1] < needed[0]
     card = GPU("Tiny", GPUS["l40s"].flops, sum(needed) / 2, 1e12, 1e10, 1e9)
     monkeypatch.setitem(GPUS, "tiny", card)
     assert main(words) == 2
     captured = capsys.readouterr()
-    assert json.loads(captured.out)["fits_with"] == ["model.decode_micro_batch_size=1"]
-    assert captured.err.strip().endswith("a step, with: model.decode_micro_batch_size=1")
-    assert main([*words, "model.decode_micro_batch_size=1"]) == 0
+    assert json.loads(captured.out)["fits_with"] == ["model.micro_batch_size=1"]
+    assert captured.err.strip().endswith("a step, with: model.micro_batch_size=1")
+    assert main([*words, "model.micro_batch_size=1"]) == 0
 
 
 def test_where_every_layout_was_searched_no_other_one_is_advised(tiny):

@@ -217,6 +217,7 @@ def test_a_run_does_what_the_keys_of_the_loop_and_of_exp_manager_say(tmp_path: P
     assert 1e-5 < norm(saved[name] for name in moved) <= 4.001e-3  # gradient_clip_val
     exported = load_file(run / "export" / "pytorch_lora_weights.safetensors")
     of_export = norm(value for name, value in exported.items() if "lora.up" in name or "lora_B" in name)
+    of_export /= 32 / 8  # alpha / rank, which an export holds in its tensors
     assert of_export == pytest.approx(norm(moved.values()), rel=1e-5)  # ema.enable
     assert of_export < 0.8 * norm(saved[name] for name in moved)
 

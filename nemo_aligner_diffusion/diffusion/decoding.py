@@ -72,7 +72,8 @@ def decode_as_set_up(
 ) -> Any:
     """:func:`decode` by ``vae``, which is the pipeline's or its small decoder, as ``model.decoder`` says."""
     tile = model.decoder.tiling if in_training and vae is getattr(model.pipe, "vae", None) else None
-    apart = overflows_in_autocast(model.pipe, vae, latents.device)
+    # to a VAE of bfloat16 autocast would add norms in float32 alone, which make most of the decoder's memory
+    apart = getattr(vae, "dtype", None) == torch.bfloat16 or overflows_in_autocast(model.pipe, vae, latents.device)
     return decode(vae, latents, rows_at_a_time, *args, tile=tile, outside_autocast=apart, **kwargs)
 
 

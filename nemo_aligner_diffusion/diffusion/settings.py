@@ -231,7 +231,7 @@ class WeightsSettings(Settings):
     from_pretrained: str | None = setting(
         None,
         PATH,
-        "whole pipeline: diffusers folder, hub id or file; null: that of unet_config's weights, or the embedded model",
+        "diffusers folder, hub id or one file of the whole pipeline; null: unet_config's, else the embedded",
     )
     revision: str | None = setting(
         None, Kind("text", nullable=True), "branch, tag or commit of a hub id; null: its main branch"
@@ -247,8 +247,7 @@ class WeightsSettings(Settings):
     text_path: str | None = setting(
         None,
         PATH,
-        "text encoders and tokenizers: folder or hub id; null: the model's, or those its architecture is published "
-        "with",
+        "folder or hub id of text encoders and tokenizers; null: the model's, or those published with its architecture",
         key="model.cond_stage_config.from_pretrained",
     )
     frozen_precision: str | None = setting(
