@@ -147,7 +147,7 @@ def test_a_file_that_one_node_lacks_stops_all_nodes(processes, tmp_path):
     assert len(set(results)) == 1
     kind, message = results[0]
     assert kind == "CheckpointError"
-    assert f"{folder}-of-node-1/unet.ckpt: no such file" in message
+    assert f"{folder}-of-node-1: no such file or folder" in message
 
 
 class TwoArguments(ArchiveError):

@@ -75,10 +75,10 @@ def load_model(
     import diffusers  # noqa: F401 -- what has been imported can be kept quiet
     import transformers  # noqa: F401
 
+    whole = embedded_model_path() if source is None else _local(source, revision)
     text = None if text_path is None else str(text_path)
     denoiser = None if denoiser_path is None else own_folder(denoiser_path, trained or "unet")
     vae = None if vae_path is None else own_folder(vae_path, "vae")
-    whole = embedded_model_path() if source is None else _local(source, revision)
     with with_quiet_libraries():  # what a user must know of the weights is checked here
         found = Recognised(EMBEDDED, "", "")
         if whole.is_file() or (source is None and denoiser is not None):
