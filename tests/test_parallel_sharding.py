@@ -144,7 +144,7 @@ def test_every_denoiser_is_gathered_by_blocks(processes):
     assert len(found) > 50
     print({name: round(share, 2) for name, (share, _) in found.items() if share < 0.99})
     assert all(apart == 0 for _, apart in found.values()), found
-    assert all(share > 0.6 for share, _ in found.values()), found
+    assert all(share >= 0.5 for share, _ in found.values()), found  # of DiT's two blocks, one
 
 
 def frozen_parts() -> list[dict[str, int]]:

@@ -7,10 +7,12 @@ next one comes: beside the leader's copy a node's host memory holds one tensor a
 
 from __future__ import annotations
 
+import copy
 import io
 import logging
 import pickle
 import platform
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -86,7 +88,23 @@ def load_once(
         skeleton, described = outcome[0]
         received = [_receive(shape, dtype, node, torch.device(device)) for shape, dtype in described]
         unpacked: _Module = _Unpickler(io.BytesIO(skeleton), received).load()
+        _build_one_of_each_class(unpacked)
         return unpacked
+
+
+def _build_one_of_each_class(module: nn.Module) -> None:
+    """Let ``transformers`` know the classes of its models in ``module``, as where they were built from files.
+
+    Which outputs a model can record (``output_hidden_states=True``) is noted by class when one is built, for this
+    process alone; a model that was unpickled would give none. One on the meta device takes no memory.
+    """
+    library = sys.modules.get("transformers.modeling_utils")
+    known: set[type] = set()
+    for part in module.modules() if library is not None else ():
+        if isinstance(part, library.PreTrainedModel) and type(part) not in known:
+            with torch.device("meta"):
+                built = type(part)(copy.deepcopy(part.config))
+            known |= {type(inner) for inner in built.modules()}
 
 
 def on_every_process(action: Callable[[], _Value], group: Any = None) -> _Value:

@@ -10,6 +10,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from nemo_aligner_diffusion.parallel.placements import is_sharded
 
+# class of a denoiser -> the block whose inside its own forward calls (here for the embedding of the class)
+_CALLED_INTO = {"DiTTransformer2DModel": "transformer_blocks.0"}
+
 
 def shard_denoiser(denoiser: nn.Module, mesh: DeviceMesh, reshard_after_forward: bool) -> None:
     """Shard a denoiser in place: each of its blocks (:func:`gathered_blocks`) is gathered on its own, the rest with the
@@ -35,13 +38,18 @@ def gathered_blocks(denoiser: nn.Module) -> list[nn.Module]:
     """What of a denoiser is gathered on its own, inner modules before those around them.
 
     Modules of the classes that the denoiser's own class names as indivisible or repeated; where it names none, the
-    members of its outermost module lists. One that is mostly made of others (a UNet's up block) is left to them.
+    members of its outermost module lists. One that is mostly made of others (a UNet's up block) is left to them. FSDP2
+    gathers a block when it is called itself: one whose inside the denoiser calls is left to the root.
     """
     names = {name for key in ("_no_split_modules", "_repeated_blocks") for name in getattr(denoiser, key, None) or ()}
     named = [module for module in denoiser.modules() if type(module).__name__ in names and module is not denoiser]
     found: list[nn.Module] = []
     inside: set[nn.Parameter] = set()  # of those found
-    for block in reversed(named or _listed(denoiser, None)):  # modules() has what is inside a module after it
+    left = _CALLED_INTO.get(type(denoiser).__name__)
+    blocks = [
+        block for block in named or _listed(denoiser, None) if not left or block is not denoiser.get_submodule(left)
+    ]
+    for block in reversed(blocks):  # modules() has what is inside a module after it
         parameters = list(block.parameters())
         inner = sum(parameter.numel() for parameter in parameters if parameter in inside)
         if parameters and inner <= sum(parameter.numel() for parameter in parameters) / 2:
@@ -96,7 +104,7 @@ def _listed(module: nn.Module, leave: str | None) -> list[nn.Module]:
     for name, child in module.named_children():
         if leave is not None and leave in name:
             continue
-        if isinstance(child, nn.ModuleList):
+        if isinstance(child, nn.ModuleList) and not any(isinstance(member, nn.ModuleList) for member in child):
             found += [member for member in child if any(True for _ in member.parameters())]
         else:
             found += _listed(child, leave)

@@ -35,7 +35,7 @@ def built(name: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     hook = model.register_forward_pre_hook(look, with_kwargs=True)
     generator = [torch.Generator().manual_seed(sample) for sample in range(row.batch)]
     with contextlib.suppress(_Called):
-        pipe(**row.inputs(), num_inference_steps=1, generator=generator, output_type="latent")
+        pipe(**row.inputs(), num_inference_steps=row.steps, generator=generator, output_type="latent")
     hook.remove()
     args, kwargs = calls[0]
 
