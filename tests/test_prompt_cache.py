@@ -54,7 +54,9 @@ def test_each_prompt_is_encoded_once_and_changes_nothing_but_rounding(name: str)
 def test_embeddings_do_not_depend_on_the_batch(name: str, dtype: torch.dtype, close: float) -> None:
     model = model_of(name, dtype)
     encoder = model.networks["text_encoder"]
-    tokens = model.pipe.tokenizer([*PROMPTS, PROMPTS[0]], padding="max_length", max_length=8, truncation=True, return_tensors="pt").input_ids
+    tokens = model.pipe.tokenizer(
+        [*PROMPTS, PROMPTS[0]], padding="max_length", max_length=8, truncation=True, return_tensors="pt"
+    ).input_ids
     plain = encoder(tokens, output_hidden_states=True)
 
     def encoded(cache: PromptCache, rows: Tensor) -> list[Tensor]:
@@ -132,5 +134,5 @@ def test_sharded_text_encoders_are_refused() -> None:
     sharded = ["trainer.devices=2", "model.fsdp=true", "model.fsdp_frozen=[text_encoder]"]
     cached = "model.cond_stage_config.cache_prompts=100"
     assert load_settings("draftp_sd", [*sharded[:2], cached]).model.cache_prompts == 100
-    with pytest.raises(ConfigurationError, match="cache_prompts = 100 with text_encoder in model.fsdp_frozen"):
+    with pytest.raises(ConfigurationError, match=r"cache_prompts = 100 with text_encoder in model.fsdp_frozen"):
         load_settings("draftp_sd", [*sharded, cached])

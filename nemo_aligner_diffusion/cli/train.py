@@ -103,7 +103,8 @@ def _recipes_and_keys() -> str:
         "keys used most, with example values:",
         USED_MOST,
         "",
-        "All keys with their meaning: docs/configuration.md, and the comments in conf/.\nNeMo-Aligner's are understood.",
+        "All keys with their meaning: docs/configuration.md, and the comments in conf/.",
+        "NeMo-Aligner's are understood.",
     ]
     return "\n".join(lines)
 
