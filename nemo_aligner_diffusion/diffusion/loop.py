@@ -251,9 +251,9 @@ class Loop:
         if not self.started:  # text and image encoders
             if self.mode in ("replay", "last step"):
                 return next(self.encoded_queue[name])
-            encoder, cache = self.model.networks[name], self.model.prompt_cache
-            if cache is not None and name.startswith("text_encoder"):
-                encoder = functools.partial(cache, name, encoder)
+            encoder: Any = self.model.networks[name]
+            if self.model.prompt_cache is not None and name.startswith("text_encoder"):
+                encoder = functools.partial(self.model.prompt_cache, name, encoder)
             self.encoded.setdefault(name, []).append(encoder(*args, **kwargs))
             return self.encoded[name][-1]
         active = self.i in self.active and not self.skipping

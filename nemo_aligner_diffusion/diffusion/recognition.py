@@ -102,7 +102,7 @@ def recognise(weights: WeightsSettings, fetch: bool = False) -> Recognised:
     """
     source = weights.from_pretrained or weights.denoiser_path
     if source is None:
-        return Recognised(EMBEDDED, _PLAIN, "no model is named")
+        return Recognised(EMBEDDED, _PLAIN, "no model is named: the embedded one")
     try:
         if weights.from_pretrained is None:
             path = own_folder(source, "unet", fetch)
