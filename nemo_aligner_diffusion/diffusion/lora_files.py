@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from nemo_aligner_diffusion.errors import CheckpointError, first_line, printable
-from nemo_aligner_diffusion.formats.checkpoints import read_tensors
+from nemo_aligner_diffusion.formats.checkpoints import read_notes, read_tensors
 from nemo_aligner_diffusion.formats.files import parse_json, read_json
 from nemo_aligner_diffusion.formats.ldm import unet_names
 from nemo_aligner_diffusion.runtime.files import atomic_path
@@ -38,7 +38,9 @@ _PEFT_NAME, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 _PREFIXES = ("base_model.model.", "unet.", "transformer.", "model.diffusion_model.", "diffusion_model.", "lora_unet_",
              "lora_transformer_")  # fmt: skip
-_TEXT_ENCODER = re.compile(r"(base_model\.model\.)?(lora_te\d*_|text_encoders?[._]|te\d?[._]|text_model\.)")
+_TEXT_ENCODER = re.compile(  # bundle_emb: OneTrainer's, of words that it has taught them
+    r"(base_model\.model\.)?(lora_te\d*_|text_encoders?[._]|te\d?[._]|text_model\.|bundle_emb\.)"
+)
 _TENSOR = re.compile(
     r"(?P<module>.+)\.(?:(?:lora_(?P<side>A|B|down|up)(?:\.[^.]+)?\.(?P<kind>weight|bias))|(?P<alpha>alpha)"
     r"|(?P<magnitude>lora_magnitude_vector(?:\.[^.]+)?))"
@@ -91,7 +93,7 @@ def read_lora(path: Path, denoiser: Any, component: str = "unet", pipeline_class
     file = lora_file(path)
     if file is None:
         raise CheckpointError(f"{path}: no such LoRA file; expected an export folder or a .safetensors file")
-    tensors, header = read_tensors(file), _header(file)
+    tensors, header = read_tensors(file), read_notes(file)
     modules = _modules(denoiser)
     spelt = _spellings(modules, denoiser)
     found, texts, unknown = _sort(tensors, spelt, component)
@@ -132,15 +134,6 @@ def lora_file(path: Path) -> Path | None:
         if usual or (len(files) == 1 and not (folder / "config.json").exists()):  # a network's own folder
             return (usual or files)[0]
     return None
-
-
-def _header(file: Path) -> dict[str, str]:
-    if file.suffix != ".safetensors":
-        return {}
-    from safetensors import safe_open
-
-    with safe_open(file, "pt") as opened:  # read_tensors has found it readable
-        return dict(opened.metadata() or {})
 
 
 def _modules(denoiser: Any) -> dict[str, torch.Size]:
