@@ -18,6 +18,8 @@ from tiny.stable_diffusion import tiny_stable_diffusion
 
 from nemo_aligner_diffusion.config.load import load_config
 from nemo_aligner_diffusion.errors import ConfigurationError, NumericalError, OutputError
+from nemo_aligner_diffusion.formats.checkpoints import read_notes
+from nemo_aligner_diffusion.training.export import fingerprint
 from nemo_aligner_diffusion.training.run import run_training
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,6 +96,13 @@ def test_full_fine_tuning_exports_a_unet_that_diffusers_loads(pipeline, prompts,
     base = UNet2DConditionModel.from_pretrained(pipeline / "unet")
     moved = [name for name, value in base.state_dict().items() if not torch.equal(value, tuned.state_dict()[name])]
     assert len(moved) > 0.9 * len(base.state_dict())
+    header = read_notes(directory / "export" / "unet" / "diffusion_pytorch_model.safetensors")
+    expected = {"format": "pt", "ss_sd_model_name": pipeline.name, "ss_steps": "4", "ss_learning_rate": "0.001",
+                "modelspec.architecture": "stable-diffusion-v1", "nemo_aligner_diffusion.method": "draft+",
+                "nemo_aligner_diffusion.reward": "symmetry"}  # fmt: skip
+    assert {key: header.get(key) for key in expected} == expected
+    assert "peft" not in json.loads(header["nemo_aligner_diffusion.settings"])
+    assert header["nemo_aligner_diffusion.base_model_fingerprint"] == fingerprint(base)
 
 
 EVERYWHERE = "[to_q,to_k,to_v,to_out.0,proj_in,proj_out,ff.net.0.proj,ff.net.2,conv1,conv2,conv_shortcut,time_emb_proj]"
