@@ -18,7 +18,7 @@ from tiny.stable_diffusion import tiny_stable_diffusion
 
 from nemo_aligner_diffusion.config.load import load_config
 from nemo_aligner_diffusion.errors import ConfigurationError, NumericalError, OutputError
-from nemo_aligner_diffusion.formats.checkpoints import read_notes
+from nemo_aligner_diffusion.formats.checkpoints import read_notes, read_tensors
 from nemo_aligner_diffusion.training.export import fingerprint
 from nemo_aligner_diffusion.training.run import run_training
 
@@ -345,15 +345,17 @@ def test_a_run_goes_on_with_an_adapter_and_its_resume_with_its_own_checkpoint(pi
 
 
 def test_an_exported_adapter_says_where_it_comes_from(pipeline, prompts, tmp_path):
-    from safetensors import safe_open
+    from diffusers import UNet2DConditionModel
 
     tuning = "model.peft.lora_tuning"
-    words = ["trainer.draftp_sd.max_steps=1", "name=mine", f"{tuning}.adapter_dim=8", f"{tuning}.alpha=32"]
+    words = ["trainer.draftp_sd.max_steps=1", "name=mine", f"{tuning}.adapter_dim=8", f"{tuning}.alpha=32",
+             "model.frozen_precision=bf16"]  # fmt: skip
     run(pipeline, prompts, tmp_path / "run", *words)
     prefix = "nemo_aligner_diffusion."
     for name in ("pytorch_lora_weights.safetensors", "kohya_lora_weights.safetensors"):
-        with safe_open(tmp_path / "run" / "export" / name, "pt") as file:
-            header = file.metadata()
+        file = tmp_path / "run" / "export" / name
+        assert {tensor.dtype for tensor in read_tensors(file).values()} == {torch.float32}
+        header = read_notes(file)
         expected = {"ss_output_name": "mine", "ss_steps": "1", "ss_network_dim": "8", "ss_network_alpha": "8",
                     "ss_sd_model_name": pipeline.name, "ss_base_model_version": "sd_v1", "ss_learning_rate": "0.01",
                     "ss_seed": "1234", "modelspec.architecture": "stable-diffusion-v1/lora",
@@ -362,5 +364,6 @@ def test_an_exported_adapter_says_where_it_comes_from(pipeline, prompts, tmp_pat
         settings = json.loads(header[f"{prefix}settings"])
         assert settings["infer"]["inference_steps"] == 4
         assert settings["peft"]["lora_tuning"]["alpha"] == 32
-        assert len(header[f"{prefix}base_model_fingerprint"]) == 64
+        base = UNet2DConditionModel.from_pretrained(pipeline / "unet")  # in float32
+        assert header[f"{prefix}base_model_fingerprint"] == fingerprint(base)
         assert str(tmp_path) not in json.dumps(header)

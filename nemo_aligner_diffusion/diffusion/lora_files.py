@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_aligner_diffusion.errors import CheckpointError, first_line, printable
+from nemo_aligner_diffusion.errors import CheckpointError, ConfigurationError, first_line, printable
 from nemo_aligner_diffusion.formats.checkpoints import read_notes, read_tensors
 from nemo_aligner_diffusion.formats.files import parse_json, read_json
 from nemo_aligner_diffusion.formats.ldm import unet_names
@@ -298,7 +298,16 @@ def write_lora(lora: Lora, file: Path, component: str, kohya: bool = False) -> P
     kohya's names of a UNet are ``lora_unet_<path with underscores>.lora_down``, ``.lora_up``, ``.alpha``; for SDXL,
     too, which sd-scripts itself writes with LDM's block names: readers take both. For transformers ComfyUI and Forge
     read ``diffusers``' names; these files differ by ``.alpha`` alone.
+
+    Raises:
+        ConfigurationError: DoRA or biases in kohya's layout, whose readers would pass them over.
     """
+    more = {part for layer in lora.layers.values() for part in layer} - {"lora_A.weight", "lora_B.weight"}
+    if kohya and more:
+        raise ConfigurationError(
+            f"{file}: this adapter has {', '.join(sorted(more))} beside its matrices, which kohya's layout has no place "
+            "for; write --to diffusers, or merged: --to pipeline or single-file"
+        )
     tensors: dict[str, Tensor] = {}
     for module, layer in lora.layers.items():
         rank = len(layer["lora_A.weight"])

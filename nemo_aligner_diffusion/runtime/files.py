@@ -27,7 +27,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        _give_usual_mode(temporary)
+        give_usual_mode(temporary)
         os.replace(temporary, path)
         sync_directory(path.parent)
     except BaseException:
@@ -50,7 +50,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         yield fresh
         for file in fresh.rglob("*"):
             if file.is_file() and not file.is_symlink():
-                _give_usual_mode(file)
+                give_usual_mode(file)
         if path.exists():
             path.rename(old)
         fresh.rename(path)
@@ -59,7 +59,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _give_usual_mode(file: Path) -> None:
+def give_usual_mode(file: Path) -> None:
     """``tempfile`` makes files that only their owner can read; safetensors does, too."""
     umask = os.umask(0o022)  # there is no call that only reads it
     os.umask(umask)
