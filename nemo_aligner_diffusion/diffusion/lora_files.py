@@ -294,6 +294,8 @@ def write_lora(lora: Lora, file: Path, component: str, kohya: bool = False) -> P
     The scale is in B, and alpha, wherever a file says it, is the rank. So no reader can be wrong about it: not one that
     takes ``alpha / rank``, of a tensor or of the header, nor one that knows no alpha and takes 1; not a dict of
     tensors, which has no header; not ``diffusers``, whose Stable Diffusion loader refuses ``….alpha`` beside its names.
+    Where ranks are mixed, kohya's layout has the most frequent one as the alpha of all, B multiplied accordingly:
+    ``diffusers`` 0.42 forgets alphas that differ on attention layers of UNets.
 
     kohya's names of a UNet are ``lora_unet_<path with underscores>.lora_down``, ``.lora_up``, ``.alpha``; for SDXL,
     too, which sd-scripts itself writes with LDM's block names: readers take both. For transformers ComfyUI and Forge
@@ -315,11 +317,13 @@ def write_lora(lora: Lora, file: Path, component: str, kohya: bool = False) -> P
         if kohya and component == "unet":
             path = f"lora_unet_{module.replace('.', '_')}"
         for part, tensor in layer.items():
+            if kohya and part == "lora_B.weight" and rank != lora.rank:
+                tensor = tensor * (rank / lora.rank)
             if path.startswith("lora_unet_"):
                 part = part.replace("lora_A", "lora_down").replace("lora_B", "lora_up")
             tensors[f"{path}.{part}"] = tensor
         if kohya:
-            tensors[f"{path}.alpha"] = torch.tensor(float(rank))
+            tensors[f"{path}.alpha"] = torch.tensor(float(lora.rank))
     from safetensors.torch import save_file
 
     header = {**lora.header, "ss_network_module": "networks.lora"}
