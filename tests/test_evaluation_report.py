@@ -284,8 +284,8 @@ def test_a_base_model_that_is_no_one_folder_becomes_one(tmp_path: Path, base: st
             "vae_path": "model.first_stage_config.from_pretrained",
             "text_path": "model.cond_stage_config.from_pretrained"}  # fmt: skip
     settings = {"exp_manager.explicit_log_dir": run, **{keys[key]: path for key, path in loaded.items()},
-                "model.infer": "{unconditional_guidance_scale: 4.0, inference_steps: 3, sampler_type: DDIM, height: 32, "
-                               "width: 32, eta: 0.0}"}  # fmt: skip
+                "model.infer": "{unconditional_guidance_scale: 4.0, inference_steps: 3, sampler_type: DDIM, "
+                               "height: 32, width: 32, eta: 0.0}"}  # fmt: skip
     tree = OmegaConf.from_dotlist([f"{key}={value}" for key, value in settings.items()])
     OmegaConf.save(tree, run / "config.yaml")
     shown = usage(read_run(run))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_pipelines import MAIN, PROMPTS, named
 from tiny_pipelines.main import flux_transformer, stable_diffusion_3, xl_unet
 
@@ -253,6 +253,25 @@ def test_the_headers_agree_with_the_tensors_and_the_files_have_the_usual_mode(tm
             described = json.loads(header["lora_adapter_metadata"])
             assert described["unet.r"] == described["unet.lora_alpha"] == RANK
     assert sorted(path.name for path in tmp_path.iterdir()) == [KOHYA_NAME, WEIGHT_NAME]
+
+
+def test_where_one_layout_finds_no_room_both_stay_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = adapted(named("sd").build().unet, ("to_q",))
+    save_lora_weights(unet, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert set(before) == {KOHYA_NAME, WEIGHT_NAME}
+    for parameter in unet.parameters():
+        parameter.data += 1
+
+    def fill(tensors: Any, file: Path, header: Any) -> None:
+        if KOHYA_NAME in file.name:
+            raise OSError(28, "No space left on device")
+        save_file(tensors, file, header)
+
+    monkeypatch.setattr("safetensors.torch.save_file", fill)
+    with pytest.raises(OSError, match="No space left"):
+        save_lora_weights(unet, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_exports_with_the_scale_in_the_header_are_read_as_ever(tmp_path: Path) -> None:

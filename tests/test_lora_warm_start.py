@@ -1,6 +1,6 @@
-"""Adapters that other programs have written, gone on with: the same pictures before the first step, one adapter, exported.
+"""Adapters of other programs are gone on with: the same pictures before the first step, one adapter, exported.
 
-What these files mean is not said by the code under test: by ``diffusers``' or PEFT's own loader, or by their definition.
+What a file means is not said by the code under test: by the network that it was written from, or by its definition.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def check_goes_on(row: Any, pipe: Any, theirs: Path, folder: Path) -> None:
     """One adapter, of the file's ranks, alone in training; its export is it, and replaces it."""
     denoiser = getattr(pipe, row.train)
     assert list(denoiser.peft_config) == ["default"]
-    assert not any(hasattr(module, "base_layer") and hasattr(module.base_layer, "lora_A") for module in denoiser.modules())
+    assert not any(hasattr(getattr(module, "base_layer", None), "lora_A") for module in denoiser.modules())
     assert all(".lora_" in name for name, parameter in denoiser.named_parameters() if parameter.requires_grad)
     fresh = getattr(row.build(), row.train)
     ranks = read_lora(theirs, fresh, row.train, row.pipeline).ranks
@@ -113,19 +113,23 @@ def test_sd_scripts_names_of_sdxl(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         down = 0.1 * torch.randn(rank, weight.shape[1], generator=generator)
         up = torch.randn(weight.shape[0], rank, generator=generator)
         weight.data += alpha / rank * up @ down
-        stem = f"lora_unet_{theirs.replace('.', '_')}"
-        state |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up, f"{stem}.alpha": torch.tensor(float(alpha))}
+        state |= kohya(f"lora_unet_{theirs}", down, up, alpha)
     assert "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.lora_down.weight" in state
     assert "lora_unet_middle_block_1_proj_in.alpha" in state
-    texts = {f"lora_te{n}_text_model_encoder_layers_0_mlp_fc1.{part}": torch.zeros(shape)
-             for n in (1, 2)
-             for part, shape in (("alpha", ()), ("lora_down.weight", (2, 16)), ("lora_up.weight", (37, 2)))}  # fmt: skip
+    texts = {}
+    for encoder in ("lora_te1_", "lora_te2_"):
+        texts |= kohya(f"{encoder}text_model.encoder.layers.0.mlp.fc1", torch.zeros(2, 16), torch.zeros(37, 2), 1)
     save_file({**state, **texts}, tmp_path / "sdxl.safetensors")
     before = drawn(pipe)
     continue_lora(pipe.unet, tmp_path / "sdxl.safetensors", LoRASettings(adapter_dim=4), type(pipe))
     assert f"6 of its {len(state) + 6} tensors are of text encoders" in caplog.text
     assert (drawn(changed) - before).abs().max() > 0.02
     assert (drawn(pipe) - drawn(changed)).abs().max() < 1e-3
+
+
+def kohya(module: str, down: torch.Tensor, up: torch.Tensor, alpha: float) -> dict[str, torch.Tensor]:
+    stem = module.replace(".", "_")
+    return {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up, f"{stem}.alpha": torch.tensor(float(alpha))}
 
 
 def drawn(pipe: Any) -> torch.Tensor:
@@ -144,13 +148,12 @@ def test_onetrainers_names_of_a_transformer(tmp_path: Path, caplog: pytest.LogCa
         for part in ("attn.to_q", "ff.net.0.proj"):
             name = f"transformer_blocks.{block}.{part}"
             weight = changed.transformer.get_submodule(name).weight
-            down, up = torch.randn(4, weight.shape[1], generator=generator), torch.randn(len(weight), 4, generator=generator)
-            weight.data += 2 / 4 * 0.3 * up @ down
-            stem = f"lora_transformer_{name.replace('.', '_')}"
-            state |= {f"{stem}.lora_down.weight": 0.3 * down, f"{stem}.lora_up.weight": up, f"{stem}.alpha": torch.tensor(2.0)}
-    texts = {"lora_te2_text_projection.alpha": torch.tensor(2.0), "lora_te2_text_projection.lora_up.weight": torch.zeros(8, 2),
-             "lora_te2_text_projection.lora_down.weight": torch.zeros(2, 8), "bundle_emb.<red>.clip_l": torch.zeros(2, 8),
-             "lora_te3_encoder_block_0_layer_0_SelfAttention_k.lora_up.weight": torch.zeros(8, 2)}  # fmt: skip
+            down = 0.3 * torch.randn(4, weight.shape[1], generator=generator)
+            up = torch.randn(len(weight), 4, generator=generator)
+            weight.data += 2 / 4 * up @ down
+            state |= kohya(f"lora_transformer_{name}", down, up, 2)
+    texts = kohya("lora_te2_text_projection", torch.zeros(2, 8), torch.zeros(8, 2), 2)
+    texts |= {"bundle_emb.<red>.clip_l": torch.zeros(2, 8), "bundle_emb.<red>.t5": torch.zeros(2, 8)}
     save_file({**state, **texts}, tmp_path / "onetrainer.safetensors")
     base = pictures(row, pipe)
     continue_lora(pipe.transformer, tmp_path / "onetrainer.safetensors", LoRASettings(adapter_dim=4), row.pipeline)

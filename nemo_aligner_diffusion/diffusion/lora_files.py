@@ -15,8 +15,10 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -61,14 +63,19 @@ class Lora:
     layers: dict[str, dict[str, Tensor]]
     header: dict[str, str]
 
-    @property
+    @cached_property
     def ranks(self) -> dict[str, int]:
         return {module: len(layer["lora_A.weight"]) for module, layer in self.layers.items()}
 
-    @property
+    @cached_property
     def rank(self) -> int:
         """The most frequent one."""
         return Counter(self.ranks.values()).most_common(1)[0][0]
+
+    @cached_property
+    def more(self) -> list[str]:
+        """What its layers have besides their matrices: DoRA's magnitudes, biases."""
+        return sorted({part for layer in self.layers.values() for part in layer} - {"lora_A.weight", "lora_B.weight"})
 
     def scaled(self, weight: float) -> Lora:
         """``W + weight·B·A``."""
@@ -289,7 +296,15 @@ class _Metadata:
 
 
 def write_lora(lora: Lora, file: Path, component: str, kohya: bool = False) -> Path:
-    """Write ``lora`` with the names of ``diffusers``, or with those of kohya's trainers (``kohya``).
+    """:func:`writing_lora`, done."""
+    with writing_lora(lora, file, component, kohya):
+        return file
+
+
+@contextmanager
+def writing_lora(lora: Lora, file: Path, component: str, kohya: bool = False) -> Iterator[None]:
+    """Write ``lora`` with the names of ``diffusers``, or with those of kohya's trainers (``kohya``), to take ``file``'s
+    place on leaving.
 
     The scale is in B, and alpha, wherever a file says it, is the rank. So no reader can be wrong about it: not one that
     takes ``alpha / rank``, of a tensor or of the header, nor one that knows no alpha and takes 1; not a dict of
@@ -304,10 +319,9 @@ def write_lora(lora: Lora, file: Path, component: str, kohya: bool = False) -> P
     Raises:
         ConfigurationError: DoRA or biases in kohya's layout, whose readers would pass them over.
     """
-    more = {part for layer in lora.layers.values() for part in layer} - {"lora_A.weight", "lora_B.weight"}
-    if kohya and more:
+    if kohya and lora.more:
         raise ConfigurationError(
-            f"{file}: this adapter has {', '.join(sorted(more))} beside its matrices, which kohya's layout has no place "
+            f"{file}: this adapter has {', '.join(lora.more)} beside its matrices, which kohya's layout has no place "
             "for; write --to diffusers, or merged: --to pipeline or single-file"
         )
     tensors: dict[str, Tensor] = {}
@@ -335,8 +349,8 @@ def write_lora(lora: Lora, file: Path, component: str, kohya: bool = False) -> P
         "rank_pattern": patterns,
         "alpha_pattern": patterns,
         "target_modules": sorted(lora.layers),
-        "lora_bias": any("lora_B.bias" in layer for layer in lora.layers.values()),
-        "use_dora": any("lora_magnitude_vector" in layer for layer in lora.layers.values()),
+        "lora_bias": "lora_B.bias" in lora.more,
+        "use_dora": "lora_magnitude_vector" in lora.more,
     }
     header.pop(METADATA_KEY, None)
     if not kohya:  # for diffusers, which takes it or ``.alpha``, not both
@@ -344,4 +358,4 @@ def write_lora(lora: Lora, file: Path, component: str, kohya: bool = False) -> P
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(file) as temporary:
         save_file(tensors, temporary, {"format": "pt", **header})
-    return file
+        yield
