@@ -70,7 +70,7 @@ def build_model(
         model, section.decoder, None if small is None else load_once(lambda: load_small_decoder(small), device)
     )
     model.prompt_cache = PromptCache(section.cache_prompts) if section.cache_prompts else None
-    model.notes = export_notes(settings, model)
+    model.notes = export_notes(settings, model, None if pipe is None else pipe.name_or_path or type(pipe).__name__)
     _prepare(section, model)
     if frozen is not None:
         convert_frozen(model, frozen)

@@ -214,7 +214,7 @@ def _train(settings: RunSettings, frame: RunFrame, startup: Startup, given: Give
                 model.prompt_limit,
             )
         frame.record(
-            pipeline=model.described(),
+            pipeline=model.described() | ({} if given.pipe is None else {"given": given.pipe.name_or_path or ""}),
             truncated_prompts=model.truncated_prompts,
             skipped_steps=policy.skipped,
             non_finite_events=policy.events,
