@@ -324,6 +324,7 @@ def test_a_report_that_fails_leaves_a_finished_run_finished(pipeline, prompts, t
     more += ["trainer.draftp_sd.max_steps=2", "model.seed=5", "exp_manager.resume_if_exists=true"]
     assert run(pipeline, prompts, tmp_path / "run", *more) == 0
     assert "resuming with model.seed = 5; it was" in caplog.text
+    assert "in effect: sampling steps 4, guidance 2, solver the pipeline's own, size the pipeline's own" in caplog.text
     assert "model.seed has changed: what is drawn at random" in caplog.text
 
 
