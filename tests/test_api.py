@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import csv
+import json
 import logging
 import os
 import random
@@ -169,6 +170,8 @@ def test_what_was_refused_can_be_mended(tmp_path):
         with pytest.raises(RewardError):
             small(pipe, reward=lambda images, prompts: images.mean(), output=output)
     assert small(pipe, output=tmp_path / "run").history[0]["grad_norm"] > 0
+    told = json.loads((tmp_path / "run" / "run.json").read_text())["pipeline"]
+    assert told["given"] == ""  # an object that does not say where it is from: the report asks
 
 
 def test_an_error_inside_the_users_function_is_the_users_own():
