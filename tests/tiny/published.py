@@ -6,20 +6,23 @@ The names are written out here from the makers' layouts, the other way round tha
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from safetensors.torch import save_file
-from tiny_pipelines.parts import clip, t5
+from tiny_pipelines.others import mistral
+from tiny_pipelines.parts import clip, qwen3, qwen_vl, t5
 from torch import Tensor, nn
-from transformers import CLIPTextConfig
+from transformers import CLIPTextConfig, Mistral3ForConditionalGeneration, Qwen3ForCausalLM, Qwen3Model
 
 from nemo_aligner_diffusion.diffusion.files.architectures import ARCHITECTURES
 
 WIDTH, SECOND = 16, 32  # of text encoders; the second CLIP is wider, as the published ones are
-# heads that the published configurations state divide these
+# heads that the published configurations state divide these; a head is as wide as published
+_FEW: dict[str, Any] = {"num_layers": 2, "num_attention_heads": 2}
 NARROW: dict[str, dict[str, Any]] = {
     "sd15": {"block_out_channels": [32, 32, 64, 64], "cross_attention_dim": WIDTH},
     "sd21": {"block_out_channels": [160] * 4, "cross_attention_dim": WIDTH},
@@ -29,29 +32,57 @@ NARROW: dict[str, dict[str, Any]] = {
         "projection_class_embeddings_input_dim": 6 * 256 + SECOND,
     },
     "sd35": {
-        "num_layers": 2,
-        "num_attention_heads": 1,
-        "caption_projection_dim": 64,
+        **_FEW,
+        "caption_projection_dim": 128,
         "joint_attention_dim": WIDTH + SECOND,
         "pooled_projection_dim": WIDTH + SECOND,
         "dual_attention_layers": [0],
         "pos_embed_max_size": 16,
     },
+    "flux1": {**_FEW, "num_single_layers": 2, "joint_attention_dim": WIDTH + SECOND, "pooled_projection_dim": WIDTH},
+    "flux2": {**_FEW, "num_single_layers": 2, "joint_attention_dim": 3 * WIDTH},
+    "flux2_klein": {**_FEW, "num_single_layers": 2, "joint_attention_dim": 3 * WIDTH},
+    "qwen_image": {**_FEW, "joint_attention_dim": WIDTH},
+    "z_image": {"dim": 256, "n_heads": 2, "n_kv_heads": 2, "n_layers": 2, "n_refiner_layers": 1, "cap_feat_dim": WIDTH},
+}
+# FLUX.2's transformer is klein's class, with the sizes that are its defaults
+PUBLISHED = ARCHITECTURES | {
+    "flux2": replace(
+        ARCHITECTURES["flux2_klein"],
+        pipeline="Flux2Pipeline",
+        components={
+            "transformer": ("Flux2Transformer2DModel", {}),
+            "vae": ARCHITECTURES["flux2_klein"].components["vae"],
+            "text_encoder": ("Mistral3ForConditionalGeneration", {}),
+        },
+    )
+}
+# deep enough for the layers that the pipelines read by default
+TEXT = {
+    "CLIPTextModel": clip,
+    "CLIPTextModelWithProjection": lambda: clip(projection=True),
+    "T5EncoderModel": lambda: t5(WIDTH + SECOND),
+    "Qwen3ForCausalLM": lambda: qwen3(Qwen3ForCausalLM, layers=28),
+    "Qwen3Model": lambda: qwen3(Qwen3Model),
+    "Qwen2_5_VLForConditionalGeneration": qwen_vl,
+    "Mistral3ForConditionalGeneration": lambda: mistral(Mistral3ForConditionalGeneration, layers=30),
 }
 
 
 def narrow(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
     """The pipeline of an architecture, narrow, of random weights."""
     torch.manual_seed(seed)
-    known = ARCHITECTURES[name]
+    known = PUBLISHED[name]
     denoiser, config = known.components[known.denoiser]
+    autoencoder, decoding = known.components["vae"]
+    thin = {"base_dim": 8} if autoencoder == "AutoencoderKLQwenImage" else {"block_out_channels": [32] * 4}
     parts: dict[str, Any] = {
         known.denoiser: getattr(diffusers, denoiser).from_config({**config, **NARROW[name]}),
-        "vae": diffusers.AutoencoderKL.from_config({**known.components["vae"][1], "block_out_channels": [32] * 4}),
+        "vae": getattr(diffusers, autoencoder).from_config({**decoding, **thin}),
     }
     for part, (kind, _) in known.components.items():
         if part.startswith("text_encoder"):
-            encoder, tokenizer = t5(WIDTH + SECOND) if kind.startswith("T5") else clip(projection="Projection" in kind)
+            encoder, tokenizer = TEXT[kind]()
             if part == "text_encoder_2" and not kind.startswith("T5"):
                 wider = {**encoder.config.to_dict(), "hidden_size": SECOND, "projection_dim": SECOND}
                 encoder = type(encoder)(CLIPTextConfig(**wider))
