@@ -24,7 +24,7 @@ WIDTH, SECOND = 16, 32  # of text encoders; the second CLIP is wider, as the pub
 # heads that the published configurations state divide these; a head is as wide as published
 _FEW: dict[str, Any] = {"num_layers": 2, "num_attention_heads": 2}
 NARROW: dict[str, dict[str, Any]] = {
-    "sd15": {"block_out_channels": [32, 32, 64, 64], "cross_attention_dim": WIDTH},
+    "sd15": {"block_out_channels": [32, 64, 128, 128], "cross_attention_dim": WIDTH},
     "sd21": {"block_out_channels": [160] * 4, "cross_attention_dim": WIDTH},
     "sdxl": {
         "block_out_channels": [160] * 3,
@@ -271,4 +271,39 @@ def sd3_names(transformer: Any) -> dict[str, Tensor]:
             if name == ours or name.startswith(f"{ours}."):
                 name = theirs + name[len(ours) :]
         renamed[name.replace("transformer_blocks.", "joint_blocks.")] = tensor
+    return renamed
+
+
+def flux_names(transformer: Any) -> dict[str, Tensor]:
+    """FLUX.1's own names; queries, keys and values (and in single blocks the feed-forward) are one matrix."""
+    state = transformer.state_dict()
+    fixed = {"time_text_embed.timestep_embedder": "time_in", "time_text_embed.text_embedder": "vector_in",
+             "time_text_embed.guidance_embedder": "guidance_in", "context_embedder": "txt_in", "x_embedder": "img_in",
+             "norm_out.linear": "final_layer.adaLN_modulation.1", "proj_out": "final_layer.linear",
+             "single_transformer_blocks": "single_blocks", "transformer_blocks": "double_blocks"}  # fmt: skip
+    double = {"linear_1": "in_layer", "linear_2": "out_layer", "norm1.linear": "img_mod.lin",
+              "norm1_context.linear": "txt_mod.lin", "attn.to_q": "img_attn.qkv", "attn.add_q_proj": "txt_attn.qkv",
+              "attn.norm_q.weight": "img_attn.norm.query_norm.scale",
+              "attn.norm_k.weight": "img_attn.norm.key_norm.scale",
+              "attn.norm_added_q.weight": "txt_attn.norm.query_norm.scale",
+              "attn.norm_added_k.weight": "txt_attn.norm.key_norm.scale", "attn.to_out.0": "img_attn.proj",
+              "attn.to_add_out": "txt_attn.proj", "ff.net.0.proj": "img_mlp.0", "ff.net.2": "img_mlp.2",
+              "ff_context.net.0.proj": "txt_mlp.0", "ff_context.net.2": "txt_mlp.2"}  # fmt: skip
+    single = {"norm.linear": "modulation.lin", "attn.to_q": "linear1", "proj_out": "linear2",
+              "attn.norm_q.weight": "norm.query_norm.scale", "attn.norm_k.weight": "norm.key_norm.scale"}  # fmt: skip
+    renamed = {}
+    for name, tensor in state.items():
+        if re.search(r"\.(to_[kv]|add_[kv]_proj|proj_mlp)\.", name):
+            continue
+        if ".to_q." in name or ".add_q_proj." in name:
+            parts = [name.replace("to_q", f"to_{x}").replace("add_q", f"add_{x}") for x in "qkv"]
+            parts += [name.replace("attn.to_q", "proj_mlp")] if name.startswith("single") else []
+            tensor = torch.cat([state[part] for part in parts])
+        if name.startswith("norm_out."):  # shift stands before scale
+            tensor = torch.cat(tensor.chunk(2)[::-1])
+        head = next(ours for ours in fixed if name.startswith(f"{ours}."))
+        rest = name[len(head) :]
+        for ours, theirs in (single if head.startswith("single") else double).items():
+            rest = rest.replace(f".{ours}", f".{theirs}")
+        renamed[fixed[head] + rest] = tensor
     return renamed
