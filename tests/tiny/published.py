@@ -45,18 +45,18 @@ NARROW: dict[str, dict[str, Any]] = {
     "qwen_image": {**_FEW, "joint_attention_dim": WIDTH},
     "z_image": {"dim": 256, "n_heads": 2, "n_kv_heads": 2, "n_layers": 2, "n_refiner_layers": 1, "cap_feat_dim": WIDTH},
 }
-# FLUX.2's transformer is klein's class, with the sizes that are its defaults
-PUBLISHED = ARCHITECTURES | {
-    "flux2": replace(
-        ARCHITECTURES["flux2_klein"],
-        pipeline="Flux2Pipeline",
-        components={
-            "transformer": ("Flux2Transformer2DModel", {}),
-            "vae": ARCHITECTURES["flux2_klein"].components["vae"],
-            "text_encoder": ("Mistral3ForConditionalGeneration", {}),
-        },
-    )
-}
+_KLEIN = ARCHITECTURES["flux2_klein"]
+# its transformer is klein's class, with the sizes that are the class's defaults
+_FLUX2 = replace(
+    _KLEIN,
+    pipeline="Flux2Pipeline",
+    components={
+        "transformer": ("Flux2Transformer2DModel", {}),
+        "vae": _KLEIN.components["vae"],
+        "text_encoder": ("Mistral3ForConditionalGeneration", {}),
+    },
+)
+PUBLISHED = {name: ARCHITECTURES.get(name, _FLUX2) for name in NARROW}
 # deep enough for the layers that the pipelines read by default
 TEXT = {
     "CLIPTextModel": clip,
