@@ -43,7 +43,7 @@ COLUMNS = {
     ),
     "TP2": ("two processes, tensor-parallel, train as one: reward, KL, loss and gradient norm to 1e-3", _SPREAD),
     "FSDP2": ("likewise, with sharded weights", _SPREAD),
-    "LoRA for `diffusers`": ("the export, loaded in plain `diffusers`, makes the tuned model's picture to 1e-3", _ADAPTER),
+    "LoRA for `diffusers`": ("the export in plain `diffusers` makes the tuned model's picture, to 1e-3", _ADAPTER),
     "LoRA for ComfyUI": (
         "a file whose every layer ComfyUI has a name for, at its scale; kohya's layout also makes the tuned picture",
         _ADAPTER,
@@ -68,8 +68,11 @@ NO = {
        for family in ROWS if family not in _UNETS},
 }  # fmt: skip
 KOHYA = "kohya's layout"
-DIFFUSERS = "the file in `diffusers`' names, which ComfyUI and Forge read; `nad-export --to kohya` adds `.alpha` tensors"
+DIFFUSERS = "the file in `diffusers`' names, which ComfyUI reads; `nad-export --to kohya` adds `.alpha` tensors"
+TORCHVISION = "the published folder needs the package `torchvision`, for its tokenizer is a processor of pictures, too"
 NOTED = {
+    ("flux2", "folder"): TORCHVISION,
+    ("flux2", "hub id"): TORCHVISION,
     ("flux1", "single file"): "the transformer's file, with the VAE's as `model.first_stage_config.from_pretrained`",
     **{(family, "LoRA for ComfyUI"): KOHYA if family in _UNETS else DIFFUSERS for family in ROWS},
 }

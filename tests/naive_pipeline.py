@@ -70,7 +70,8 @@ def leap(plan: Leaps, scheduler: Any, z: list[Tensor], e: list[Tensor], start: i
     def slope(i: int) -> Tensor:
         if scheduler.config.get("prediction_type") != "v_prediction":
             return e[i]
-        return levels[i][0] * e[i] + levels[i][1] * (z[i] if i == start else sg(z[i]))  # n of z = α x + σ n, v = α n − σ x
+        (alpha, sigma), before = levels[i], z[i] if i == start else sg(z[i])
+        return alpha * e[i] + sigma * before  # n of z = α x + σ n and v = α n − σ x
 
     if not isinstance(plan, QuadratureLeaps):
         return scale[end] * (z[start] / scale[start] + (time[end] - time[start]) * slope(start))
