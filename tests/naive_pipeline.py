@@ -66,8 +66,15 @@ def leap(plan: Leaps, scheduler: Any, z: list[Tensor], e: list[Tensor], start: i
     levels = [*(levels_of(scheduler, i) for i in range(len(scheduler.timesteps))), (1.0, 0.0)]
     scale = [1.0 if flow else alpha for alpha, _ in levels]  # of a noise model, z/α moves by n d(σ/α)
     time = [sigma / s for (_, sigma), s in zip(levels, scale, strict=True)]
+
+    def slope(i: int) -> Tensor:
+        if scheduler.config.get("prediction_type") != "v_prediction":
+            return e[i]
+        (alpha, sigma), before = levels[i], z[i] if i == start else sg(z[i])
+        return alpha * e[i] + sigma * before  # n of z = α x + σ n and v = α n − σ x
+
     if not isinstance(plan, QuadratureLeaps):
-        return scale[end] * (z[start] / scale[start] + (time[end] - time[start]) * e[start])
+        return scale[end] * (z[start] / scale[start] + (time[end] - time[start]) * slope(start))
     most = max(plan.order - 1, 1)
     nodes = sorted({start + round(k * (end - start - 1) / most) for k in range(plan.order)})
     points, weights = np.polynomial.legendre.leggauss(8)  # exact up to degree 15
@@ -78,7 +85,7 @@ def leap(plan: Leaps, scheduler: Any, z: list[Tensor], e: list[Tensor], start: i
         for j in nodes:
             if j != i:
                 basis = basis * (time[start] + half * (1 + points) - time[j]) / (time[i] - time[j])
-        moved = moved + float(half * (weights * basis).sum()) * part(e[i], 1.0 if i == start else plan.second)
+        moved = moved + float(half * (weights * basis).sum()) * part(slope(i), 1.0 if i == start else plan.second)
     return scale[end] * moved
 
 

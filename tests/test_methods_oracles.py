@@ -257,6 +257,14 @@ def test_without_signal_at_the_first_step_lagrange_begins_with_ddim() -> None:
         assert carried_out(Toy(), path, plan).isfinite().all()
 
 
+def test_lagrange_on_a_path_that_is_at_a_level_twice() -> None:
+    """As PNDM is, Stable Diffusion 1.5's own solver."""
+    path = Path(flow=False)
+    path.levels[1] = path.levels[2]
+    for seed in range(30):
+        assert carried_out(Toy(), path, FlowBPLagrange().plan(path, random.Random(seed))).isfinite().all()
+
+
 def test_lagrange_integrals_are_exact_for_polynomials() -> None:
     nodes = [0.93, 0.8, 0.55, 0.41]
     weights = integrals(nodes, nodes[0], 0.3)

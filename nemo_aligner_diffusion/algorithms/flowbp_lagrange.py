@@ -40,6 +40,9 @@ class QuadratureLeaps(Leaps):
         if not scale[start]:  # zero terminal signal: σ/α is infinite there
             return super().leap(trace, start, end)
         at = {i: path.levels[i][1] / scale[i] for i in (*steps, end)}
+        if at[start] == at[end]:
+            return super().leap(trace, start, end)
+        steps = [i for i in steps if i == min(n for n in steps if at[n] == at[i])]  # PNDM is at one of its levels twice
         result = z[start] / scale[start]
         for i, weight in zip(steps, integrals([at[i] for i in steps], at[start], at[end]), strict=True):
             e, before = trace.predictions[i], z[i] if i == start else z[i].detach()

@@ -151,6 +151,10 @@ def _networks(
             continue
         library = {"diffusers": diffusers, "transformers": transformers}.get(pair[0])
         found = getattr(library, pair[1], None)
+        if needed := getattr(found, "_backends", None):  # a stand-in for a class
+            raise CheckpointError(
+                f"{folder / name}: {pair[1]} of {pair[0]} needs the packages {', '.join(needed)}; install what is missing"
+            )
         if isinstance(found, type) and issubclass(found, torch.nn.Module):
             networks[name] = network_of_folder(found, folder / name, dtype)
         else:

@@ -66,6 +66,7 @@ _TRANSFORMERS = (
     ("double_layers.0.attn.w2q.weight", "AuraFlow"),
     ("head.modulation", "Wan"),
 )
+_GUIDED = ("guidance_in.", "time_guidance_embed.guidance_embedder.")  # FLUX.2's, which klein does without
 _UNETS = ("input_blocks.0.0.weight", "down_blocks.0.resnets.0.time_emb_proj.weight")
 _VAES = ("decoder.mid.block_1.conv1.weight", "decoder.mid_block.resnets.0.conv1.weight")
 V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"  # names of empty tensors that say how a file was trained
@@ -265,7 +266,7 @@ def _has_first(shapes: Shapes) -> bool:
 
 
 def _of_transformer(shapes: Shapes, architecture: str, source: Path) -> str:
-    if architecture == "flux2_klein" and any("guidance" in name for name in shapes):
+    if architecture == "flux2_klein" and any(name.startswith(_GUIDED) for name in shapes):
         return "flux2"
     into = shapes.get("img_in.weight") or shapes.get("x_embedder.weight") or (0, 64)
     if architecture == "flux1" and into[1] != 64:

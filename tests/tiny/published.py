@@ -6,22 +6,25 @@ The names are written out here from the makers' layouts, the other way round tha
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from safetensors.torch import save_file
-from tiny_pipelines.parts import clip, t5
+from tiny_pipelines.others import mistral
+from tiny_pipelines.parts import clip, qwen3, qwen_vl, t5
 from torch import Tensor, nn
-from transformers import CLIPTextConfig
+from transformers import CLIPTextConfig, Mistral3ForConditionalGeneration, Qwen3ForCausalLM, Qwen3Model
 
 from nemo_aligner_diffusion.diffusion.files.architectures import ARCHITECTURES
 
 WIDTH, SECOND = 16, 32  # of text encoders; the second CLIP is wider, as the published ones are
-# heads that the published configurations state divide these
+# heads that the published configurations state divide these; a head is as wide as published
+_FEW: dict[str, Any] = {"num_layers": 2, "num_attention_heads": 2}
 NARROW: dict[str, dict[str, Any]] = {
-    "sd15": {"block_out_channels": [32, 32, 64, 64], "cross_attention_dim": WIDTH},
+    "sd15": {"block_out_channels": [32, 64, 128, 128], "cross_attention_dim": WIDTH},
     "sd21": {"block_out_channels": [160] * 4, "cross_attention_dim": WIDTH},
     "sdxl": {
         "block_out_channels": [160] * 3,
@@ -29,29 +32,57 @@ NARROW: dict[str, dict[str, Any]] = {
         "projection_class_embeddings_input_dim": 6 * 256 + SECOND,
     },
     "sd35": {
-        "num_layers": 2,
-        "num_attention_heads": 1,
-        "caption_projection_dim": 64,
+        **_FEW,
+        "caption_projection_dim": 128,
         "joint_attention_dim": WIDTH + SECOND,
         "pooled_projection_dim": WIDTH + SECOND,
         "dual_attention_layers": [0],
         "pos_embed_max_size": 16,
     },
+    "flux1": {**_FEW, "num_single_layers": 2, "joint_attention_dim": WIDTH + SECOND, "pooled_projection_dim": WIDTH},
+    "flux2": {**_FEW, "num_single_layers": 2, "joint_attention_dim": 3 * WIDTH},
+    "flux2_klein": {**_FEW, "num_single_layers": 2, "joint_attention_dim": 3 * WIDTH},
+    "qwen_image": {**_FEW, "joint_attention_dim": WIDTH},
+    "z_image": {"dim": 256, "n_heads": 2, "n_kv_heads": 2, "n_layers": 2, "n_refiner_layers": 1, "cap_feat_dim": WIDTH},
+}
+_KLEIN = ARCHITECTURES["flux2_klein"]
+# its transformer is klein's class, with the sizes that are the class's defaults
+_FLUX2 = replace(
+    _KLEIN,
+    pipeline="Flux2Pipeline",
+    components={
+        "transformer": ("Flux2Transformer2DModel", {}),
+        "vae": _KLEIN.components["vae"],
+        "text_encoder": ("Mistral3ForConditionalGeneration", {}),
+    },
+)
+PUBLISHED = {name: ARCHITECTURES.get(name, _FLUX2) for name in NARROW}
+# deep enough for the layers that the pipelines read by default
+TEXT = {
+    "CLIPTextModel": clip,
+    "CLIPTextModelWithProjection": lambda: clip(projection=True),
+    "T5EncoderModel": lambda: t5(WIDTH + SECOND),
+    "Qwen3ForCausalLM": lambda: qwen3(Qwen3ForCausalLM, layers=28),
+    "Qwen3Model": lambda: qwen3(Qwen3Model),
+    "Qwen2_5_VLForConditionalGeneration": qwen_vl,
+    "Mistral3ForConditionalGeneration": lambda: mistral(Mistral3ForConditionalGeneration, layers=30),
 }
 
 
 def narrow(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
     """The pipeline of an architecture, narrow, of random weights."""
     torch.manual_seed(seed)
-    known = ARCHITECTURES[name]
+    known = PUBLISHED[name]
     denoiser, config = known.components[known.denoiser]
+    autoencoder, decoding = known.components["vae"]
+    thin = {"base_dim": 8} if autoencoder == "AutoencoderKLQwenImage" else {"block_out_channels": [32] * 4}
     parts: dict[str, Any] = {
         known.denoiser: getattr(diffusers, denoiser).from_config({**config, **NARROW[name]}),
-        "vae": diffusers.AutoencoderKL.from_config({**known.components["vae"][1], "block_out_channels": [32] * 4}),
+        "vae": getattr(diffusers, autoencoder).from_config({**decoding, **thin}),
     }
     for part, (kind, _) in known.components.items():
         if part.startswith("text_encoder"):
-            encoder, tokenizer = t5(WIDTH + SECOND) if kind.startswith("T5") else clip(projection="Projection" in kind)
+            encoder, tokenizer = TEXT[kind]()
             if part == "text_encoder_2" and not kind.startswith("T5"):
                 wider = {**encoder.config.to_dict(), "hidden_size": SECOND, "projection_dim": SECOND}
                 encoder = type(encoder)(CLIPTextConfig(**wider))
@@ -240,4 +271,39 @@ def sd3_names(transformer: Any) -> dict[str, Tensor]:
             if name == ours or name.startswith(f"{ours}."):
                 name = theirs + name[len(ours) :]
         renamed[name.replace("transformer_blocks.", "joint_blocks.")] = tensor
+    return renamed
+
+
+def flux_names(transformer: Any) -> dict[str, Tensor]:
+    """FLUX.1's own names; queries, keys and values (and in single blocks the feed-forward) are one matrix."""
+    state = transformer.state_dict()
+    fixed = {"time_text_embed.timestep_embedder": "time_in", "time_text_embed.text_embedder": "vector_in",
+             "time_text_embed.guidance_embedder": "guidance_in", "context_embedder": "txt_in", "x_embedder": "img_in",
+             "norm_out.linear": "final_layer.adaLN_modulation.1", "proj_out": "final_layer.linear",
+             "single_transformer_blocks": "single_blocks", "transformer_blocks": "double_blocks"}  # fmt: skip
+    double = {"linear_1": "in_layer", "linear_2": "out_layer", "norm1.linear": "img_mod.lin",
+              "norm1_context.linear": "txt_mod.lin", "attn.to_q": "img_attn.qkv", "attn.add_q_proj": "txt_attn.qkv",
+              "attn.norm_q.weight": "img_attn.norm.query_norm.scale",
+              "attn.norm_k.weight": "img_attn.norm.key_norm.scale",
+              "attn.norm_added_q.weight": "txt_attn.norm.query_norm.scale",
+              "attn.norm_added_k.weight": "txt_attn.norm.key_norm.scale", "attn.to_out.0": "img_attn.proj",
+              "attn.to_add_out": "txt_attn.proj", "ff.net.0.proj": "img_mlp.0", "ff.net.2": "img_mlp.2",
+              "ff_context.net.0.proj": "txt_mlp.0", "ff_context.net.2": "txt_mlp.2"}  # fmt: skip
+    single = {"norm.linear": "modulation.lin", "attn.to_q": "linear1", "proj_out": "linear2",
+              "attn.norm_q.weight": "norm.query_norm.scale", "attn.norm_k.weight": "norm.key_norm.scale"}  # fmt: skip
+    renamed = {}
+    for name, tensor in state.items():
+        if re.search(r"\.(to_[kv]|add_[kv]_proj|proj_mlp)\.", name):
+            continue
+        if ".to_q." in name or ".add_q_proj." in name:
+            parts = [name.replace("to_q", f"to_{x}").replace("add_q", f"add_{x}") for x in "qkv"]
+            parts += [name.replace("attn.to_q", "proj_mlp")] if name.startswith("single") else []
+            tensor = torch.cat([state[part] for part in parts])
+        if name.startswith("norm_out."):  # shift stands before scale
+            tensor = torch.cat(tensor.chunk(2)[::-1])
+        head = next(ours for ours in fixed if name.startswith(f"{ours}."))
+        rest = name[len(head) :]
+        for ours, theirs in (single if head.startswith("single") else double).items():
+            rest = rest.replace(f".{ours}", f".{theirs}")
+        renamed[fixed[head] + rest] = tensor
     return renamed

@@ -57,10 +57,10 @@ VISION = {"hidden_size": WIDTH, "intermediate_size": 32, "num_hidden_layers": 1,
 KLEIN = next(row for row in MAIN if row.name == "flux-2-klein")
 
 
-def mistral(model: type) -> tuple[Any, Any]:
+def mistral(model: type, layers: int = 2) -> tuple[Any, Any]:
     """Mistral 3 as ``model``, and a tokenizer that has its chat template."""
     tokenizer = qwen_tokenizer()
-    text = {"model_type": "mistral", **language_model_config(len(tokenizer))}
+    text = {"model_type": "mistral", **language_model_config(len(tokenizer), layers)}
     return model(Mistral3Config(text_config=text, vision_config={"model_type": "pixtral", **VISION})), tokenizer
 
 
