@@ -1,0 +1,168 @@
+"""NeMo-Aligner's published command on files of full size: the memory and the seconds it takes, beside nad-plan's figures.
+
+Makes the files of Stable Diffusion 1.5 or SDXL, random numbers under the names and in the shapes of the published ones
+(once; text encoders and tokenizers as a local cache of the hub has them), runs the command for two steps at 256², and
+plans the same command. A run that takes more memory than ``--limit`` is ended.
+
+    python -m benchmarks.full_size /tmp/full_size                                    # Stable Diffusion 1.5
+    python -m benchmarks.full_size /tmp/full_size --model sdxl model.frozen_precision=bf16 model.global_batch_size=1
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nemo_aligner_diffusion.diffusion.files.architectures import ARCHITECTURES, REWARDS
+from nemo_aligner_diffusion.embedded_assets import embedded_prompts_path, embedded_reward_path
+from nemo_aligner_diffusion.formats.ldm import unet_names
+
+SHORT = ["model.infer.height=256", "model.infer.width=256", "model.infer.inference_steps=2",
+         "trainer.{}.max_steps=2", "trainer.{}.val_check_interval=0", "report.enable=false"]  # fmt: skip
+OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}  # before diffusers 0.16
+RECIPES = {"sd15": "draftp_sd", "sdxl": "draftp_sdxl"}
+
+
+def make(name: str, folder: Path) -> None:
+    """The UNet in CompVis' names, the VAE in old diffusers names, the text encoders in a cache, prompts in a shard.
+
+    Stable Diffusion 1.5 is published in float32 pickles, SDXL in float16 safetensors.
+    """
+    import diffusers
+    import torch
+    import transformers
+    from safetensors.torch import save_file
+
+    dtype = torch.float16 if name == "sdxl" else torch.float32
+    torch.manual_seed(0)
+    torch.set_default_dtype(dtype)
+    parts = ARCHITECTURES[name].components
+    unet = diffusers.UNet2DConditionModel.from_config(parts["unet"][1]).state_dict()
+    unet = {f"model.diffusion_model.{new}": unet[old] for old, new in unet_names(unet, 2).items()}
+    if dtype == torch.float16:
+        save_file(unet, folder / "unet.ckpt")  # the content decides
+    else:
+        torch.save({"state_dict": unet}, folder / "unet.ckpt")
+    del unet
+    vae = diffusers.AutoencoderKL.from_config(parts["vae"][1]).state_dict()
+    new = re.compile(rf"\.({'|'.join(map(re.escape, OLD))})\.")
+    torch.save({new.sub(lambda m: f".{OLD[m[1]]}.", key): value for key, value in vae.items()}, folder / "vae.bin")
+    repository = ARCHITECTURES[name].text[0]
+    cached = folder / "hub" / f"models--{repository.replace('/', '--')}"
+    snapshot = cached / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("a" * 40)
+    if name == "sdxl":
+        for part in ("text_encoder", "text_encoder_2"):
+            kind: Any = getattr(transformers, parts[part][0])
+            kind(kind.config_class(**parts[part][1])).save_pretrained(snapshot / part)
+            tokenizer().save_pretrained(snapshot / part.replace("text_encoder", "tokenizer"))
+    else:  # all of CLIP is there
+        transformers.CLIPModel(transformers.CLIPConfig(**REWARDS["clip-l"])).save_pretrained(snapshot)
+        tokenizer().save_pretrained(snapshot)
+    torch.set_default_dtype(torch.float32)
+    command = [sys.executable, "examples/mm/stable_diffusion/prompts_to_shards.py", embedded_prompts_path("train")]
+    subprocess.run([*command, folder / "prompts"], check=True)
+
+
+def tokenizer() -> Any:
+    """CLIP's with as many tokens, which has learned no words: it reads letters."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer
+
+    letters = sorted(ByteLevel.alphabet())
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters)]
+    tokens += [f"unused{number}" for number in range(49408 - len(tokens) - 2)] + ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
+
+
+def published(name: str, folder: Path) -> list[str]:
+    """The command's words, word for word but for its paths."""
+    return [
+        *("trainer.num_nodes=1", "trainer.devices=1"),
+        *("model.micro_batch_size=1", "model.global_batch_size=8", "model.kl_coeff=0.2", "model.optim.lr=0.0001"),
+        f"model.unet_config.from_pretrained={folder / 'unet.ckpt'}",
+        f"model.first_stage_config.from_pretrained={folder / 'vae.bin'}",
+        f"rm.model.restore_from_path={embedded_reward_path()}",
+        f"model.data.train.webdataset.local_root_path={folder / 'prompts'}",
+        f"exp_manager.explicit_log_dir={folder / 'results'}",
+        *(word.format(RECIPES[name]) for word in SHORT),
+    ]
+
+
+def run(command: Sequence[str], environment: dict[str, str], limit: float) -> tuple[int, float, float]:
+    """Exit code, and the most that the command and its children held: resident bytes, and those that no file has."""
+    process = subprocess.Popen(command, env=environment)
+    resident = own = 0
+    while process.poll() is None:
+        held = [_status(pid) for pid in _family(process.pid)]
+        resident, own = (max(most, sum(part)) for most, part in zip((resident, own), zip(*held), strict=True))
+        if own > limit:
+            process.terminate()
+            print(f"ended: it holds more than {limit / 1e9:.1f} GB", flush=True)
+            process.wait()
+        time.sleep(0.1)
+    return process.returncode, resident, own
+
+
+def _family(pid: int) -> list[int]:
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return [pid]
+    return [pid, *(member for child in children for member in _family(int(child)))]
+
+
+def _status(pid: int) -> tuple[int, int]:
+    try:
+        lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    except OSError:
+        return 0, 0
+    resident, own = (int(lines.get(name, "0 kB").split()[0]) * 1024 for name in ("VmRSS", "RssAnon"))
+    return resident, own
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="where the files and the run go (SD 1.5: 6 GB, SDXL: 8 GB)")
+    parser.add_argument("--model", choices=RECIPES, default="sd15")
+    parser.add_argument("--limit", type=float, default=17, help="GB at which the run is ended (default 17)")
+    parser.add_argument("words", nargs="*", help="further overrides")
+    arguments = parser.parse_args()
+    folder: Path = arguments.folder / arguments.model
+    if not (folder / "prompts").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        make(arguments.model, folder)
+    shutil.rmtree(folder / "results", ignore_errors=True)
+    words = [*published(arguments.model, folder), *arguments.words]
+    environment = {**os.environ, "HF_HUB_CACHE": str(folder / "hub"), "HF_HUB_OFFLINE": "1"}
+    script = f"examples/mm/stable_diffusion/train_{RECIPES[arguments.model].rpartition('_')[2]}_draftp.py"
+    began = time.monotonic()
+    code, resident, own = run(
+        ["torchrun", "--nproc_per_node=1", script, *words], environment, arguments.limit * 1e9
+    )
+    print(f"exit code {code} after {time.monotonic() - began:.0f} s; at most {resident / 1e9:.2f} GB resident, "
+          f"{own / 1e9:.2f} GB without mapped files")  # fmt: skip
+    if (metrics := folder / "results" / "metrics.csv").exists():
+        for row in csv.DictReader(metrics.read_text().splitlines()):
+            print({key: float(row[key]) for key in ("step", "reward", "grad_norm", "seconds", "peak_memory_bytes")})
+        print(json.loads((folder / "results" / "startup.json").read_text()))
+    plan = ["nad-plan", "--config-name", RECIPES[arguments.model], *words]
+    print(subprocess.run(plan, env=environment, stdout=subprocess.PIPE, text=True).stdout)
+
+
+if __name__ == "__main__":
+    main()
