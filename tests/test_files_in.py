@@ -234,7 +234,7 @@ def test_text_encoders_of_their_own_folder_and_from_the_cache(
     model = load_model(None, tmp_path / "unet", tmp_path / "vae", text_path=tmp_path / "clip")
     assert same(model.pipe.text_encoder, sd15.text_encoder)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
-    with pytest.raises(CheckpointError, match=r"need a text encoder and tokenizer: give model\.cond_stage_config"):
+    with pytest.raises(CheckpointError, match=r"come without text_encoder, tokenizer: give model\.cond_stage_config"):
         load_model(None, tmp_path / "unet", tmp_path / "vae")
     in_cache(monkeypatch, tmp_path / "cache", "openai/clip-vit-large-patch14", tmp_path / "clip")
     assert same(load_model(None, tmp_path / "unet", tmp_path / "vae").pipe.text_encoder, sd15.text_encoder)

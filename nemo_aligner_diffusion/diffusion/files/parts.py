@@ -132,7 +132,8 @@ def text_parts(
 
     small = ("*.json", "*.txt", "tokenizer*/*", "text_encoder*/*.json", "scheduler/*.json")
     weights = {v: tuple(p for f in ("", "text_encoder*/") for p in weight_patterns(f, v)) for v in VARIANTS if needed}
-    folder = _first_complete(sources, [(*small, *weights.get(v, ())) for v in VARIANTS], complete, revision, wanted)
+    lacking = [*needed, *tokenizers]
+    folder = _first_complete(sources, [(*small, *weights.get(v, ())) for v in VARIANTS], complete, revision, lacking)
     parts: dict[str, Any] = {}
     for name, kind in wanted.items():
         part_class = getattr(transformers, kind)
@@ -156,7 +157,7 @@ def text_parts(
 
 
 def _first_complete(
-    sources: Sequence[str], patterns: Sequence[Sequence[str]], complete: Any, revision: str | None, wanted: Any
+    sources: Sequence[str], patterns: Sequence[Sequence[str]], complete: Any, revision: str | None, lacking: list[str]
 ) -> Path:
     key = "model.cond_stage_config.from_pretrained"
     problems = []
@@ -168,10 +169,10 @@ def _first_complete(
             continue
         if complete(folder):
             return folder
-        problems.append(f"{folder} lacks weights or tokenizer files of {', '.join(wanted)}")
+        problems.append(f"{folder} lacks weights or tokenizer files of {', '.join(lacking)}")
     raise CheckpointError(
-        f"these weights need a text encoder and tokenizer: give {key} = a folder with "
-        f"{', '.join(f'{name}/' for name in wanted)} and tokenizer folders, or a hub id. {problems[0]}"
+        f"these weights come without {', '.join(lacking)}: give {key} = a folder with "
+        f"{', '.join(f'{name}/' for name in lacking)}, or a hub id. {problems[0]}"
     )
 
 
