@@ -1,8 +1,8 @@
 """NeMo-Aligner's published command on files of full size: the memory and the seconds it takes, beside nad-plan's figures.
 
 Makes the files of Stable Diffusion 1.5 or SDXL, random numbers under the names and in the shapes of the published ones
-(once; text encoders and tokenizers as a local cache of the hub has them), runs the command for two steps at 256², and
-plans the same command. A run that takes more memory than ``--limit`` is ended.
+(once; text encoders and tokenizers as a local cache of the hub has them), plans the command and, where that fits this
+machine, runs it for two steps at 256². A run that takes more memory than ``--limit`` is ended.
 
     python -m benchmarks.full_size /tmp/full_size                                    # Stable Diffusion 1.5
     python -m benchmarks.full_size /tmp/full_size --model sdxl model.frozen_precision=bf16 model.global_batch_size=1
@@ -134,35 +134,40 @@ def _status(pid: int) -> tuple[int, int]:
     return resident, own
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="where the files and the run go (SD 1.5: 6 GB, SDXL: 8 GB)")
     parser.add_argument("--model", choices=RECIPES, default="sd15")
     parser.add_argument("--limit", type=float, default=17, help="GB at which the run is ended (default 17)")
     parser.add_argument("words", nargs="*", help="further overrides")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     folder: Path = arguments.folder / arguments.model
     if not (folder / "prompts").exists():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         make(arguments.model, folder)
     shutil.rmtree(folder / "results", ignore_errors=True)
-    words = [*published(arguments.model, folder), *arguments.words]
+    recipe, words = RECIPES[arguments.model], [*published(arguments.model, folder), *arguments.words]
     environment = {**os.environ, "HF_HUB_CACHE": str(folder / "hub"), "HF_HUB_OFFLINE": "1"}
-    script = f"examples/mm/stable_diffusion/train_{RECIPES[arguments.model].rpartition('_')[2]}_draftp.py"
-    began = time.monotonic()
-    code, resident, own = run(
-        ["torchrun", "--nproc_per_node=1", script, *words], environment, arguments.limit * 1e9
-    )
-    print(f"exit code {code} after {time.monotonic() - began:.0f} s; at most {resident / 1e9:.2f} GB resident, "
-          f"{own / 1e9:.2f} GB without mapped files")  # fmt: skip
+    plan = ["nad-plan", "--config-name", recipe, "--gpu", "cpu", "--json", *words]
+    planned = subprocess.run(plan, env=environment, stdout=subprocess.PIPE, text=True)
+    if planned.returncode:  # it has said what would fit
+        return planned.returncode
+    needed = (found := json.loads(planned.stdout))["bytes_per_rank"]["needed_on_device"]
+    print(f"planned: {needed / 1e9:.2f} GB, {found['seconds_per_step']:.0f} s a step", flush=True)
+    script = f"examples/mm/stable_diffusion/train_{recipe.rpartition('_')[2]}_draftp.py"
+    began, limit = time.monotonic(), arguments.limit * 1e9
+    code, resident, own = run(["torchrun", "--nproc_per_node=1", script, *words], environment, limit)
+    print(f"exit code {code} after {time.monotonic() - began:.0f} s; with torchrun at most {resident / 1e9:.2f} GB "
+          f"resident, {own / 1e9:.2f} GB without mapped files")  # fmt: skip
     if (metrics := folder / "results" / "metrics.csv").exists():
         for row in csv.DictReader(metrics.read_text().splitlines()):
-            print({key: float(row[key]) for key in ("step", "reward", "grad_norm", "seconds", "peak_memory_bytes")})
-        print(json.loads((folder / "results" / "startup.json").read_text()))
-    plan = ["nad-plan", "--config-name", RECIPES[arguments.model], *words]
-    print(subprocess.run(plan, env=environment, stdout=subprocess.PIPE, text=True).stdout)
+            peak = float(row["peak_memory_bytes"])
+            print(f"step {row['step']}: {float(row['seconds']):.0f} s, gradient norm {float(row['grad_norm']):.3g}, peak "
+                  f"{peak / 1e9:.2f} GB (planned {needed / peak - 1:+.1%})")  # fmt: skip
+        print(json.loads((folder / "results" / "startup.json").read_text())["line"])
+    return code
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
