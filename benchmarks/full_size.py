@@ -1,8 +1,8 @@
-"""NeMo-Aligner's published command on files of full size: the memory and the seconds it takes, beside nad-plan's figures.
+"""NeMo-Aligner's published command on files of full size: the memory and seconds it takes, beside nad-plan's figures.
 
 Makes the files of Stable Diffusion 1.5 or SDXL, random numbers under the names and in the shapes of the published ones
 (once; text encoders and tokenizers as a local cache of the hub has them), plans the command and, where that fits this
-machine, runs it for two steps at 256². A run that takes more memory than ``--limit`` is ended.
+machine, runs it for two steps at 256². A run that takes more memory than ``--limit`` fails.
 
     python -m benchmarks.full_size /tmp/full_size                                    # Stable Diffusion 1.5
     python -m benchmarks.full_size /tmp/full_size --model sdxl model.frozen_precision=bf16 model.global_batch_size=1
@@ -15,11 +15,10 @@ import csv
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,43 +101,11 @@ def published(name: str, folder: Path) -> list[str]:
     ]
 
 
-def run(command: Sequence[str], environment: dict[str, str], limit: float) -> tuple[int, float, float]:
-    """Exit code, and the most that the command and its children held: resident bytes, and those that no file has."""
-    process = subprocess.Popen(command, env=environment)
-    resident = own = 0
-    while process.poll() is None:
-        held = [_status(pid) for pid in _family(process.pid)]
-        resident, own = (max(most, sum(part)) for most, part in zip((resident, own), zip(*held), strict=True))
-        if own > limit:
-            process.terminate()
-            print(f"ended: it holds more than {limit / 1e9:.1f} GB", flush=True)
-            process.wait()
-        time.sleep(0.1)
-    return process.returncode, resident, own
-
-
-def _family(pid: int) -> list[int]:
-    try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:
-        return [pid]
-    return [pid, *(member for child in children for member in _family(int(child)))]
-
-
-def _status(pid: int) -> tuple[int, int]:
-    try:
-        lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    except OSError:
-        return 0, 0
-    resident, own = (int(lines.get(name, "0 kB").split()[0]) * 1024 for name in ("VmRSS", "RssAnon"))
-    return resident, own
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="where the files and the run go (SD 1.5: 6 GB, SDXL: 8 GB)")
     parser.add_argument("--model", choices=RECIPES, default="sd15")
-    parser.add_argument("--limit", type=float, default=17, help="GB at which the run is ended (default 17)")
+    parser.add_argument("--limit", type=float, default=17, help="GB that a process may take (default 17)")
     parser.add_argument("words", nargs="*", help="further overrides")
     arguments = parser.parse_intermixed_args()
     folder: Path = arguments.folder / arguments.model
@@ -156,17 +123,19 @@ def main() -> int:
     needed = (found := json.loads(planned.stdout))["bytes_per_rank"]["needed_on_device"]
     print(f"planned: {needed / 1e9:.2f} GB, {found['seconds_per_step']:.0f} s a step", flush=True)
     script = f"examples/mm/stable_diffusion/train_{recipe.rpartition('_')[2]}_draftp.py"
-    began, limit = time.monotonic(), arguments.limit * 1e9
-    code, resident, own = run(["torchrun", "--nproc_per_node=1", script, *words], environment, limit)
-    print(f"exit code {code} after {time.monotonic() - began:.0f} s; with torchrun at most {resident / 1e9:.2f} GB "
-          f"resident, {own / 1e9:.2f} GB without mapped files")  # fmt: skip
+    most = int(arguments.limit * 1e9)
+    done = subprocess.run(
+        ["torchrun", "--nproc_per_node=1", script, *words],
+        env=environment,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (most, most)),  # by more, torch's allocator fails
+    )
     if (metrics := folder / "results" / "metrics.csv").exists():
         for row in csv.DictReader(metrics.read_text().splitlines()):
             peak = float(row["peak_memory_bytes"])
-            print(f"step {row['step']}: {float(row['seconds']):.0f} s, gradient norm {float(row['grad_norm']):.3g}, peak "
-                  f"{peak / 1e9:.2f} GB (planned {needed / peak - 1:+.1%})")  # fmt: skip
+            print(f"step {row['step']}: {float(row['seconds']):.0f} s, gradient norm {float(row['grad_norm']):.3g}, "
+                  f"peak {peak / 1e9:.2f} GB (planned {needed / peak - 1:+.1%})")  # fmt: skip
         print(json.loads((folder / "results" / "startup.json").read_text())["line"])
-    return code
+    return done.returncode
 
 
 if __name__ == "__main__":

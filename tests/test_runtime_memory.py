@@ -13,6 +13,7 @@ from nemo_aligner_diffusion.diffusion.loading import load_model
 from nemo_aligner_diffusion.errors import AlignerError
 from nemo_aligner_diffusion.runtime import memory
 from nemo_aligner_diffusion.runtime.memory import free_memory
+from nemo_aligner_diffusion.runtime.watch import explained
 
 GB = 10**9
 
@@ -48,8 +49,20 @@ def test_weights_that_memory_does_not_hold_are_refused(tmp_path: Path, monkeypat
     size = 2 * unet.get_memory_footprint()  # in float32
     monkeypatch.setattr(memory, "free_memory", lambda: size - 1)
     for given in ((folder,), (folder, tmp_path / "unet.safetensors")):
-        with pytest.raises(AlignerError, match=r"unet.*float32\): takes .* GB of memory, and .* GB are free here; .*bf16"):
+        with pytest.raises(AlignerError, match=r"unet.*float32\): takes .* GB of memory, and .* GB are free here; "):
             load_model(*given)
     assert load_model(folder, dtype=torch.float16).denoiser.dtype == torch.float16  # mapped, not copied
     monkeypatch.setattr(memory, "free_memory", lambda: None)
     load_model(folder)
+
+
+def test_running_out_of_memory_is_told_in_a_line() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**52)
+    said = str(explained(caught.value, None))
+    assert said.startswith("memory does not suffice: ")
+    assert "tried to allocate" in said
+    assert "nad-plan, given the words of this command" in said
+    assert isinstance(explained(torch.OutOfMemoryError("CUDA out of memory. Tried to"), None), AlignerError)
+    other = RuntimeError("shapes differ")
+    assert explained(other, None) is other

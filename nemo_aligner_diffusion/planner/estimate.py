@@ -174,9 +174,7 @@ TRAFFIC = {
 }
 
 
-def memory(
-    settings: Settings, measured: Measurement, accumulation: int, micro_batch_size: int, gpu: GPU
-) -> Memory:
+def memory(settings: Settings, measured: Measurement, accumulation: int, micro_batch_size: int, gpu: GPU) -> Memory:
     """What a process holds, in the steady state (from the second optimizer step on)."""
     phases, gradients = measured.phases, measured.trained
     optim, ema = settings.run.model.optim, settings.run.exp_manager.ema
@@ -197,7 +195,8 @@ def memory(
     if "validation" in phases:
         larger = max(1.0, settings.validation_batch_size / micro_batch_size)
         peaks["validation"] = max(phases["validation"].peak, int(phases["call"].peak * larger))
-    return Memory({**parts, "gradients": gradients}, {name: always + peak for name, peak in peaks.items()}, gpu.reserved)
+    held = {name: always + peak for name, peak in peaks.items()}
+    return Memory({**parts, "gradients": gradients}, held, gpu.reserved)
 
 
 def micro_batch(measured: Measurement, counts: StepCounts) -> dict[str, list[tuple[float, Record]]]:

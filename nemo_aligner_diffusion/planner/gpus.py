@@ -41,7 +41,8 @@ class GPU:
 
 def _gpu(name: str, tera: tuple[float, float, float, float], giga: tuple[float, float, float, float]) -> GPU:
     flops = {kind: rate * 1e12 for kind, rate in zip(("bf16", "tf32", "fp32", "fp64"), tera, strict=True)}
-    return GPU(name, flops, *(number * 1e9 for number in giga))
+    memory, bandwidth, link, network = (number * 1e9 for number in giga)
+    return GPU(name, flops, memory, bandwidth, link, network)
 
 
 GPUS: dict[str, GPU] = {

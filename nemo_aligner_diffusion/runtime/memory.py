@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from nemo_aligner_diffusion.errors import AlignerError
+from nemo_aligner_diffusion.errors import AlignerError, first_line
+
+_ADVICE = "nad-plan, given the words of this command, says what the run needs and with which settings it fits"
 
 
 def free_memory(root: Path = Path("/")) -> int | None:
@@ -29,9 +31,16 @@ def check_room(size: int, what: str) -> None:
     free = free_memory()
     if free is not None and size > free:
         raise AlignerError(
-            f"{what}: takes {size / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free here; free some, halve it by "
-            f"model.frozen_precision=bf16 (with peft=sdlora), or take a larger machine. nad-plan says what the run needs"
+            f"{what}: takes {size / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free here; free some, halve it "
+            f"by model.frozen_precision=bf16 (with peft=sdlora), or take a larger machine. {_ADVICE}"
         )
+
+
+def out_of_memory(error: Exception) -> AlignerError | None:
+    """What an error of torch's allocators means to the user; ``None``: it is no such error."""
+    if type(error).__name__ != "OutOfMemoryError" and "DefaultCPUAllocator" not in str(error):
+        return None
+    return AlignerError(f"memory does not suffice: {first_line(error)}. {_ADVICE}")
 
 
 def _left_by_groups(root: Path) -> Iterator[int]:
