@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from nemo_aligner_diffusion.errors import ConfigurationError
+from nemo_aligner_diffusion.keys import closest
 
 LOOP = "<loop>"  # in a key: the name of the training loop's section, which is the recipe's
 _LISTS = {"texts": "text", "ints": "int", "floats": "float"}  # of entries of a kind
@@ -109,6 +110,8 @@ class Kind:
 
     def _wrong(self, key: str, value: Any, hint: str = "") -> ConfigurationError:
         given = "null" if value is None else repr(value)
+        if self.choices and isinstance(value, str):
+            hint += closest(value, self.choices)
         return ConfigurationError(f"{key} = {given}: expected {self.describe()}{hint}")
 
     def _inside(self, value: float) -> bool:

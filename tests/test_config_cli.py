@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 from nemo_aligner_diffusion.cli.train import main, parse_arguments
+from nemo_aligner_diffusion.config.recipes import recipes
 from nemo_aligner_diffusion.errors import ConfigurationError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,7 +29,7 @@ HEAVY = ("torch", "pytorch_lightning", "diffusers", "transformers", "peft", "mat
 
 def run_script(name: str, *words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     script = ROOT / "examples" / "mm" / "stable_diffusion" / name
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "80"}
     return subprocess.run(
         [sys.executable, str(script), *words], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120
     )
@@ -39,6 +41,10 @@ def test_scripts_show_help_and_configuration(name: str, tmp_path: Path) -> None:
     assert shown.returncode == 0, shown.stderr
     for text in (f"usage: {name}", "refl_sd", "model.kl_coeff", "rm ", "symmetry", "--config-path"):
         assert text in shown.stdout
+    lines = shown.stdout.splitlines()
+    assert [line for line in lines if len(line) > 80] == []
+    table = lines[lines.index("recipes (--config-name):") + 1 : lines.index("groups (group=option):") - 1]
+    assert {len(line) - len(re.sub(r"^(  \w+)? +", "", line)) for line in table} == {4 + max(map(len, recipes()))}
     composed = run_script(name, "--cfg", "rm=symmetry", cwd=tmp_path)
     assert yaml.safe_load(composed.stdout)["name"] == SCRIPTS[name]
     assert list(tmp_path.iterdir()) == [], "nothing is written"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 from settings_page import BEGIN, END, recipe_table
 
 from nemo_aligner_diffusion.algorithms.registry import methods
@@ -107,6 +108,30 @@ def test_what_somebody_says_wins(tmp_path: Path) -> None:
     assert null.model.infer.unconditional_guidance_scale is None  # the pipeline's own, as asked for
 
 
+def test_a_resumed_run_goes_on_with_what_it_began_with(tmp_path: Path) -> None:
+    """An earlier version sampled and trained every model as the embedded one, and knew no families."""
+    run = tmp_path / "run"
+    model = f"model.from_pretrained={folder(tmp_path / 'model', *CHECKPOINTS['sdxl'])}"
+    begun = load_config("draftp_sd", [model, "family=embedded", "trainer.draftp_sd.gradient_clip_val=0.5"])
+    del begun.model["family"], begun.model["family_because"]
+    words = [model, f"exp_manager.explicit_log_dir={run}", "exp_manager.resume_if_exists=true"]
+    run.mkdir()
+    OmegaConf.save(begun, run / "config.yaml")
+    assert values(load_config("draftp_sd", words)) == PUBLISHED["sdxl"], "nothing to resume"
+    (run / "checkpoints" / "step_000002").mkdir(parents=True)
+    for _ in range(2):
+        cfg = load_config("draftp_sd", words)
+        assert values(cfg) == {**PUBLISHED["embedded"], "clip": 0.5} == values(begun)
+        assert (cfg.model.truncation_steps, cfg.model.kl_coeff) == (5, 5.0)
+        assert cfg.model.family_because.endswith("; resumed with the settings in its config.yaml")
+        OmegaConf.save(cfg, run / "config.yaml")
+    given = load_config("draftp_sd", [*words, "model.optim.lr=1e-5", "trainer.draftp_sd.gradient_clip_val=3"])
+    assert values(given) == {**PUBLISHED["embedded"], "lr": 1e-5, "clip": 3}
+    assert values(load_config("draftp_sd", [*words, "family=sdxl"])) == PUBLISHED["sdxl"]
+    (run / "config.yaml").write_text("{", "utf-8")
+    assert values(load_config("draftp_sd", words)) == PUBLISHED["sdxl"], "the run will say that it is damaged"
+
+
 def test_groups_that_are_picked_go_with_the_family(tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text("model: {optim: {name: sgd, lr: 0.5}}\n", "utf-8")
     (tmp_path / "composed.yaml").write_text("defaults: [drtune_sd, override optim: adamw, _self_]\n", "utf-8")
@@ -135,7 +160,9 @@ def test_a_family_in_a_users_yaml_and_a_shown_configuration(tmp_path: Path) -> N
 
     (tmp_path / "shown.yaml").write_text(OmegaConf.to_yaml(shown), "utf-8")
     assert load_config("shown", config_dir=tmp_path) == shown
-    with pytest.raises(ConfigurationError, match=r"model.family = 'sd16': expected one of embedded, sd15"):
+    with pytest.raises(
+        ConfigurationError, match=r"model.family = 'sd16': expected one of embedded, sd15.*; did you mean .*sd15"
+    ):
         load_config("draftp_sd", ["family=sd16"])
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import shlex
 import struct
 import subprocess
 import sys
@@ -13,9 +14,11 @@ import zlib
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 
 from nemo_aligner_diffusion.errors import OutputError
@@ -200,7 +203,6 @@ def test_the_shown_code_makes_the_tuned_models_pictures(
     """Of any pipeline class: what is shown is run, and its picture is that of the model that was exported."""
     from tiny_pipelines import ROWS
 
-    from nemo_aligner_diffusion.diffusion.generate import Sampling, generate
     from nemo_aligner_diffusion.diffusion.loading import load_model
     from nemo_aligner_diffusion.diffusion.lora import add_lora
     from nemo_aligner_diffusion.training.export import export_weights
@@ -225,15 +227,82 @@ def test_the_shown_code_makes_the_tuned_models_pictures(
     )
     code = shown_code(run)
     assert words in code
-    found: dict[str, object] = {}
+    pipeline = check_the_picture(code, model, 16)
+    assert type(pipeline.scheduler) is type(model.pipe.scheduler)
+
+
+def check_the_picture(code: str, model: Any, side: int) -> Any:
+    """The code's picture is the model's; its pipeline."""
+    from nemo_aligner_diffusion.diffusion.generate import Sampling, generate
+
+    found: dict[str, Any] = {}
     exec(code, found)
-    picture, pipeline = found["picture"], found["pipeline"]
+    picture = found["picture"]
     assert isinstance(picture, Image.Image)
-    assert picture.size == (16, 16)
-    assert type(pipeline.scheduler) is type(model.pipe.scheduler)  # type: ignore[attr-defined]
-    expected = generate(model, ["red apple"], [0], Sampling(3, 4.0, 16, 16))[0]
-    shown = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).reshape(16, 16, 3).permute(2, 0, 1) / 255
-    torch.testing.assert_close(shown, expected, rtol=0, atol=0.51 / 255)
+    assert picture.size == (side, side)
+    expected = generate(model, ["red apple"], [0], Sampling(3, 4.0, side, side))[0]
+    shown = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).reshape(side, side, 3).permute(2, 0, 1)
+    torch.testing.assert_close(shown / 255, expected, rtol=0, atol=0.51 / 255)
+    return found["pipeline"]
+
+
+@pytest.mark.parametrize("base", ["one file", "a denoiser's and a VAE's file", "a folder and a VAE's file"])
+def test_a_base_model_that_is_no_one_folder_becomes_one(tmp_path: Path, base: str) -> None:
+    """By the command that the page shows; then the code makes the tuned model's pictures."""
+    from safetensors.torch import save_file
+    from tiny.published import narrow, save_text, whole_file
+
+    from nemo_aligner_diffusion.cli.export import main as export
+    from nemo_aligner_diffusion.diffusion.loading import load_model
+    from nemo_aligner_diffusion.diffusion.lora import add_lora
+    from nemo_aligner_diffusion.training.export import export_weights
+
+    pipe, other, full = narrow("sd15"), narrow("sd15", seed=1), base.startswith("a folder")
+    text = {"text_path": save_text(pipe, tmp_path / "text")}
+    vae = tmp_path / "vae.safetensors"
+    save_file(other.vae.state_dict(), vae)
+    if base == "one file":
+        loaded = {"source": whole_file("sd15", pipe, tmp_path / "model.safetensors"), **text}
+    elif full:
+        pipe.save_pretrained(tmp_path / "model")
+        loaded = {"source": tmp_path / "model", "vae_path": vae}
+    else:
+        save_file(pipe.unet.state_dict(), tmp_path / "unet.safetensors")
+        loaded = {"denoiser_path": tmp_path / "unet.safetensors", "vae_path": vae, **text}
+    model = load_model(**loaded)
+    model.set_scheduler("DDIM")
+    if not full:
+        add_lora(model.denoiser, 2, target_modules=("to_q", "to_k"))
+    torch.manual_seed(0)
+    for name, parameter in model.denoiser.named_parameters():
+        if full or "lora_B" in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    run = make_run(tmp_path / "run", steps=1)
+    export_weights(model, run / "export")
+    (run / "run.json").write_text(json.dumps({"status": "finished", "pipeline": model.described()}))
+    keys = {"source": "model.from_pretrained", "denoiser_path": "model.unet_config.from_pretrained",
+            "vae_path": "model.first_stage_config.from_pretrained",
+            "text_path": "model.cond_stage_config.from_pretrained"}  # fmt: skip
+    settings = {"exp_manager.explicit_log_dir": run, **{keys[key]: path for key, path in loaded.items()},
+                "model.infer": "{unconditional_guidance_scale: 4.0, inference_steps: 3, sampler_type: DDIM, "
+                               "height: 32, width: 32, eta: 0.0}"}  # fmt: skip
+    tree = OmegaConf.from_dotlist([f"{key}={value}" for key, value in settings.items()])
+    OmegaConf.save(tree, run / "config.yaml")
+    shown = usage(read_run(run))
+    (command,) = [line for line in unescape(shown["commands"]).splitlines() if "export.py" in line]
+    assert export(shlex.split(command)[2:]) == 0
+    check_the_picture(unescape(shown["code"]), model, 32)
+
+
+def test_a_pipeline_object_that_was_tuned_is_named_or_asked_for(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "export").mkdir(exist_ok=True)
+    (run / "export" / "pytorch_lora_weights.safetensors").touch()
+    for given, named in (("org/name", "org/name"), ("", "FOLDER")):
+        (run / "run.json").write_text(json.dumps({"pipeline": {"given": given}}))
+        shown = usage(read_run(run))
+        assert f" --model {named} " in unescape(shown["commands"])
+        assert f"from_pretrained('{named}')" in unescape(shown["code"])
 
 
 @pytest.mark.parametrize("keep", [(), ("config.yaml",), ("metrics.csv",), ("samples",), ("run.json",)])

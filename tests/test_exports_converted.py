@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline
 from diffusers.loaders import single_file_utils
 from safetensors.torch import load_file
 from test_lora_exports import RANK, adapted, sd15_unet, sdxl_unet
+from tiny.published import narrow, save_text, whole_file
 from tiny.stable_diffusion import to_ldm_unet
 from tiny_pipelines import PROMPTS, named, randomise
 from tiny_pipelines.main import stable_diffusion_xl
@@ -18,10 +20,16 @@ from tiny_pipelines.parts import clip
 from transformers import CLIPTextModel
 
 from nemo_aligner_diffusion.cli.export import main
+from nemo_aligner_diffusion.diffusion.loading import load_model
 from nemo_aligner_diffusion.diffusion.lora import lora_state_dict, save_lora_weights
 from nemo_aligner_diffusion.diffusion.lora_files import KOHYA_NAME, WEIGHT_NAME
+from nemo_aligner_diffusion.formats.checkpoints import read_notes
 from nemo_aligner_diffusion.formats.ldm import ldm_state_dict, unet_names
+from nemo_aligner_diffusion.training.export import fingerprint
 
+NOTES = {"ss_output_name": "mine", "nemo_aligner_diffusion.method": "draft+"}
+UMASK = os.umask(0o022)
+os.umask(UMASK)
 TARGETS = ("to_q", "to_out.0", "proj_in", "conv1", "conv_shortcut", "ff.net.2")
 
 
@@ -52,11 +60,13 @@ def sd15(gelu: bool = False) -> StableDiffusionPipeline:
     return pipe
 
 
-def pictures(pipe: Any) -> torch.Tensor:
+def pictures(pipe: Any, steps: int = 2, size: int = 8) -> torch.Tensor:
     pipe.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(0)
-    sizes = {} if isinstance(pipe, StableDiffusionPipeline) else {"height": 16, "width": 16}
-    return pipe([PROMPTS[0]], num_inference_steps=2, generator=generator, output_type="pt", **sizes).images
+    noise = torch.Generator().manual_seed(0)
+    side = size * pipe.vae_scale_factor
+    return pipe(
+        [PROMPTS[0]], num_inference_steps=steps, generator=noise, output_type="pt", height=side, width=side
+    ).images
 
 
 def equal(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
@@ -109,7 +119,8 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, torch.T
     pipe.save_pretrained(folder / "model")
     base = pictures(pipe)
     adapted(pipe.unet, TARGETS)
-    save_lora_weights(pipe.unet, folder / "run" / "export", header={"ss_output_name": "mine"})
+    notes = {**NOTES, "modelspec.architecture": "stable-diffusion-v1/lora"}
+    save_lora_weights(pipe.unet, folder / "run" / "export", header=notes)
     (folder / "run" / "config.yaml").write_text(f"model: {{from_pretrained: {folder / 'model'}}}\n")
     return folder / "model", folder / "run", base, pictures(pipe)
 
@@ -135,6 +146,43 @@ def test_merged_into_a_folder_and_into_a_single_file(tuned: Any, tmp_path: Path)
     expected_weight = plain.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_q.weight
     assert torch.allclose(half[name].float(), expected_weight, atol=1e-3)  # an adapter of weight 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["half.safetensors", "merged", "new"]
+    weights = tmp_path / "merged" / "unet" / "diffusion_pytorch_model.safetensors"
+    for written, weight in ((file, "1.0"), (weights, "1.0"), (tmp_path / "half.safetensors", "0.0")):
+        assert written.stat().st_mode & 0o777 == 0o666 & ~UMASK
+        assert read_notes(written) == {"format": "pt", **NOTES, "modelspec.architecture": "stable-diffusion-v1",
+                                       "nemo_aligner_diffusion.merged_weight": weight}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["sd21", "sdxl"])
+def test_single_files_of_published_structure_make_the_same_pictures(name: str, tmp_path: Path) -> None:
+    pipe = narrow(name)
+    pipe.save_pretrained(tmp_path / "model")
+    base = pictures(pipe, 1, 4)
+    adapted(pipe.unet, ("attn2.to_v", "conv1", "conv_shortcut", "time_emb_proj"))
+    save_lora_weights(pipe.unet, tmp_path / "run", pipeline_class=type(pipe))
+    expected = pictures(pipe, 1, 4)
+    assert (expected - base).abs().max() > 0.02
+    file, words = tmp_path / "x.safetensors", ["--model", str(tmp_path / "model"), "--to", "single-file"]
+    assert main([str(tmp_path / "run"), *words, "--output", str(file)]) == 0
+    more = {"add_watermarker": False} if name == "sdxl" else {"safety_checker": None}
+    single = type(pipe).from_single_file(file, config=str(tmp_path / "model"), local_files_only=True, **more)
+    assert (pictures(single, 1, 4) - expected).abs().max() < 1e-3
+
+
+def test_the_base_models_fingerprint_is_that_of_its_weights_whatever_holds_them(tmp_path: Path) -> None:
+    pipe = narrow("sd15")
+    file = whole_file("sd15", pipe, tmp_path / "model.safetensors")
+    pipe.save_pretrained(tmp_path / "model", max_shard_size="300KB")
+    assert len(list((tmp_path / "model" / "unet").glob("*.safetensors"))) > 2
+    text = save_text(pipe, tmp_path / "text")
+    found = {
+        fingerprint(load_model(source, dtype=dtype, text_path=given).denoiser)
+        for source, given in ((file, text), (tmp_path / "model", None))
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    assert found == {fingerprint(pipe.unet)}
+    pipe.unet.mid_block.resnets[0].conv1.bias.data[0] += 0.1
+    assert fingerprint(pipe.unet) not in found
 
 
 def test_from_one_lora_layout_to_the_other(tuned: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

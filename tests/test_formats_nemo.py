@@ -125,6 +125,11 @@ def test_system_tar_reads_what_we_write(tmp_path: Path) -> None:
         (b"this is no tar" * 100, "no tar"),
         (b"\x1f\x8b not gzip either", "no tar"),
         (gzip.compress(b"x" * 2000, mtime=0), "no tar"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 34\n",
+            "but a Git LFS pointer, .* git lfs pull",
+        ),
+        (b"<!DOCTYPE html><html>Sign in</html>", "but a web page; download the file itself"),
     ],
 )
 def test_no_tar(tmp_path: Path, content: bytes, message: str) -> None:

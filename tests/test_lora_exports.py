@@ -12,13 +12,13 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_pipelines import MAIN, PROMPTS, named
 from tiny_pipelines.main import flux_transformer, stable_diffusion_3, xl_unet
 
 from nemo_aligner_diffusion.diffusion.families import FAMILIES, UNET_LORA
 from nemo_aligner_diffusion.diffusion.lora import add_lora, lora_state_dict, save_lora_weights
-from nemo_aligner_diffusion.diffusion.lora_files import KOHYA_NAME, WEIGHT_NAME, read_lora
+from nemo_aligner_diffusion.diffusion.lora_files import KOHYA_NAME, WEIGHT_NAME, read_lora, write_lora
 
 RANK, ALPHA = 4, 6.0
 
@@ -167,33 +167,63 @@ def published(family: str) -> tuple[Any, set[str]]:
     return adapted(flux_transformer(num_layers=2, num_single_layers=3), targets), comfy_flux()
 
 
-FAMILIES_READ = [
-    "StableDiffusion",
-    pytest.param("StableDiffusionXL", marks=pytest.mark.slow),
-    "StableDiffusion3",
-    "Flux",
-]
-
-
-@pytest.mark.parametrize("family", FAMILIES_READ)
+@pytest.mark.parametrize("family", ["StableDiffusion", "StableDiffusionXL", "StableDiffusion3", "Flux"])
 def test_comfyui_finds_every_layer_at_its_scale(family: str, tmp_path: Path) -> None:
     import diffusers
 
     denoiser, expected = published(family)
-    save_lora_weights(denoiser, tmp_path, pipeline_class=getattr(diffusers, f"{family}Pipeline"))
-    is_unet = isinstance(denoiser, UNet2DConditionModel)
-    state = load_file(tmp_path / (KOHYA_NAME if is_unet else WEIGHT_NAME))
-    down, up = ("lora_down", "lora_up") if is_unet else ("lora_A", "lora_B")
-    kinds = [f"{down}.weight", f"{up}.weight", *(["alpha"] if is_unet else [])]
-    assert set(state) == {f"{name}.{kind}" for name in expected for kind in kinds}
+    pipeline_class = getattr(diffusers, f"{family}Pipeline")
+    save_lora_weights(denoiser, tmp_path, pipeline_class=pipeline_class)
+    if isinstance(denoiser, UNet2DConditionModel):
+        check_as_comfyui(load_file(tmp_path / KOHYA_NAME), expected, denoiser, ("lora_down", "lora_up"))
+        return
+    check_as_comfyui(load_file(tmp_path / WEIGHT_NAME), expected, denoiser, ("lora_A", "lora_B"), has_alpha=False)
+    again = read_lora(tmp_path, denoiser, "transformer", pipeline_class)  # what export.py --to kohya writes
+    write_lora(again, tmp_path / KOHYA_NAME, "transformer", kohya=True)
+    check_as_comfyui(load_file(tmp_path / KOHYA_NAME), expected, denoiser, ("lora_A", "lora_B"))
+
+
+def check_as_comfyui(
+    state: dict[str, torch.Tensor], names: set[str], denoiser: Any, sides: tuple[str, str], has_alpha: bool = True
+) -> None:
+    """Every tensor has its place, and every layer's change is that of ``denoiser``, at ComfyUI's scale."""
+    down, up = sides
+    kinds = [f"{down}.weight", f"{up}.weight", *(["alpha"] if has_alpha else [])]
+    assert set(state) == {f"{name}.{kind}" for name in names for kind in kinds}
     for module, change in changes(denoiser).items():
-        name = f"lora_unet_{module.replace('.', '_')}" if is_unet else f"transformer.{module}"
+        name = f"lora_unet_{module.replace('.', '_')}" if down == "lora_down" else f"transformer.{module}"
         factors = state[f"{name}.{down}.weight"], state[f"{name}.{up}.weight"]
         # comfy/weight_adapter/lora.py: alpha = v[2] / v[1].shape[0] if v[2] is not None else 1.0
         alpha = state.get(f"{name}.alpha")
+        assert alpha is None or alpha.shape == ()
         scale = 1.0 if alpha is None else alpha.item() / factors[0].shape[0]
         assert torch.allclose(scale * factors[1].flatten(1) @ factors[0].flatten(1), change, atol=1e-5)
         assert factors[0].shape[1:] == denoiser.get_submodule(module).base_layer.weight.shape[1:]  # 4-D where it is
+
+
+def test_a_wrong_scale_or_name_does_not_pass(tmp_path: Path) -> None:
+    denoiser, names = published("StableDiffusion")
+    save_lora_weights(denoiser, tmp_path)
+    state = load_file(tmp_path / KOHYA_NAME)
+    layer = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
+    without = {key: value for key, value in state.items() if key != f"{layer}.alpha"}
+    for spoilt in (
+        {**state, f"{layer}.alpha": torch.tensor(ALPHA)},  # beside a scale that is in the matrices
+        {**state, f"{layer}.lora_up.weight": state[f"{layer}.lora_up.weight"] * RANK / ALPHA},  # none is
+        without,
+        {**without, f"{layer.replace('to_k', 'to.k')}.alpha": state[f"{layer}.alpha"]},
+    ):
+        with pytest.raises(AssertionError):
+            check_as_comfyui(spoilt, names, denoiser, ("lora_down", "lora_up"))
+    check_as_comfyui(state, names, denoiser, ("lora_down", "lora_up"))
+
+
+def test_a_wrong_scale_is_seen_in_the_pictures(exports: Path) -> None:
+    row, _, expected = tuned("sd", exports / "sd")
+    state = load_file(exports / "sd" / KOHYA_NAME)
+    pipe = row.build()
+    pipe.load_lora_weights({key: value * (2 if key.endswith(".alpha") else 1) for key, value in state.items()})
+    assert (pictures(row, pipe) - expected).abs().max() > 0.01
 
 
 def test_kohyas_names_are_those_of_diffusers_converter(tmp_path: Path) -> None:
@@ -223,6 +253,25 @@ def test_the_headers_agree_with_the_tensors_and_the_files_have_the_usual_mode(tm
             described = json.loads(header["lora_adapter_metadata"])
             assert described["unet.r"] == described["unet.lora_alpha"] == RANK
     assert sorted(path.name for path in tmp_path.iterdir()) == [KOHYA_NAME, WEIGHT_NAME]
+
+
+def test_where_one_layout_finds_no_room_both_stay_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = adapted(named("sd").build().unet, ("to_q",))
+    save_lora_weights(unet, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert set(before) == {KOHYA_NAME, WEIGHT_NAME}
+    for parameter in unet.parameters():
+        parameter.data += 1
+
+    def fill(tensors: Any, file: Path, header: Any) -> None:
+        if KOHYA_NAME in file.name:
+            raise OSError(28, "No space left on device")
+        save_file(tensors, file, header)
+
+    monkeypatch.setattr("safetensors.torch.save_file", fill)
+    with pytest.raises(OSError, match="No space left"):
+        save_lora_weights(unet, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_exports_with_the_scale_in_the_header_are_read_as_ever(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def test_a_transformer_is_trained_as_by_one_process(processes, inputs, tmp_path,
     found = {}
     for layout, (size, more) in {"one": (1, []), **LAYOUTS}.items():
         if "TP2" in layout:
-            more = [*more, "model.tensor_parallel_text_encoder=true"]
+            more = [*more, "model.tensor_parallel_text_encoder=true", "model.cond_stage_config.cache_prompts=8"]
         directory = tmp_path / layout
         run = processes.run(size, train, size, tmp_path / "model", inputs[1], directory, [*settings, *more])
         assert run == [0] * size

@@ -12,7 +12,9 @@ from tiny_pipelines import MAIN, PROMPTS, named
 
 from nemo_aligner_diffusion.algorithms.leapalign import Leaps
 from nemo_aligner_diffusion.algorithms.registry import methods
+from nemo_aligner_diffusion.config.families import sampling_of
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
+from nemo_aligner_diffusion.training.build import build_sampling
 
 STEPS = 4
 SETTINGS = {
@@ -41,6 +43,19 @@ def adapted(name):
 def inputs_of(model, name):
     row = named(name)
     return model.inputs(PROMPTS, STEPS, row.guidance[1], 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "given"),
+    [
+        ("flux", "flux1", {"guidance_scale": 3.5}),  # an input of the network
+        ("qwen-image", "qwen_image", {"true_cfg_scale": 4.0, "negative_prompt": [" "]}),  # by a second call
+        ("sdxl", "sdxl", {"guidance_scale": 5.0}),
+    ],
+)
+def test_a_familys_guidance_goes_where_its_pipeline_takes_it(name, family, given):
+    inputs = row_model(named(name)).inputs(["a"], **vars(build_sampling(sampling_of(family))))
+    assert {key: value for key, value in inputs.items() if "cfg" in key or "guid" in key or "neg" in key} == given
 
 
 @pytest.mark.parametrize("method", list(methods()))

@@ -18,6 +18,8 @@ from tiny.stable_diffusion import tiny_stable_diffusion
 
 from nemo_aligner_diffusion.config.load import load_config
 from nemo_aligner_diffusion.errors import ConfigurationError, NumericalError, OutputError
+from nemo_aligner_diffusion.formats.checkpoints import read_notes, read_tensors
+from nemo_aligner_diffusion.training.export import fingerprint
 from nemo_aligner_diffusion.training.run import run_training
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,6 +96,13 @@ def test_full_fine_tuning_exports_a_unet_that_diffusers_loads(pipeline, prompts,
     base = UNet2DConditionModel.from_pretrained(pipeline / "unet")
     moved = [name for name, value in base.state_dict().items() if not torch.equal(value, tuned.state_dict()[name])]
     assert len(moved) > 0.9 * len(base.state_dict())
+    header = read_notes(directory / "export" / "unet" / "diffusion_pytorch_model.safetensors")
+    expected = {"format": "pt", "ss_sd_model_name": pipeline.name, "ss_steps": "4", "ss_learning_rate": "0.001",
+                "modelspec.architecture": "stable-diffusion-v1", "nemo_aligner_diffusion.method": "draft+",
+                "nemo_aligner_diffusion.reward": "symmetry"}  # fmt: skip
+    assert {key: header.get(key) for key in expected} == expected
+    assert "peft" not in json.loads(header["nemo_aligner_diffusion.settings"])
+    assert header["nemo_aligner_diffusion.base_model_fingerprint"] == fingerprint(base)
 
 
 EVERYWHERE = "[to_q,to_k,to_v,to_out.0,proj_in,proj_out,ff.net.0.proj,ff.net.2,conv1,conv2,conv_shortcut,time_emb_proj]"
@@ -315,6 +324,7 @@ def test_a_report_that_fails_leaves_a_finished_run_finished(pipeline, prompts, t
     more += ["trainer.draftp_sd.max_steps=2", "model.seed=5", "exp_manager.resume_if_exists=true"]
     assert run(pipeline, prompts, tmp_path / "run", *more) == 0
     assert "resuming with model.seed = 5; it was" in caplog.text
+    assert "in effect: sampling steps 4, guidance 2, solver the pipeline's own, size the pipeline's own" in caplog.text
     assert "model.seed has changed: what is drawn at random" in caplog.text
 
 
@@ -336,15 +346,17 @@ def test_a_run_goes_on_with_an_adapter_and_its_resume_with_its_own_checkpoint(pi
 
 
 def test_an_exported_adapter_says_where_it_comes_from(pipeline, prompts, tmp_path):
-    from safetensors import safe_open
+    from diffusers import UNet2DConditionModel
 
     tuning = "model.peft.lora_tuning"
-    words = ["trainer.draftp_sd.max_steps=1", "name=mine", f"{tuning}.adapter_dim=8", f"{tuning}.alpha=32"]
+    words = ["trainer.draftp_sd.max_steps=1", "name=mine", f"{tuning}.adapter_dim=8", f"{tuning}.alpha=32",
+             "model.frozen_precision=bf16"]  # fmt: skip
     run(pipeline, prompts, tmp_path / "run", *words)
     prefix = "nemo_aligner_diffusion."
     for name in ("pytorch_lora_weights.safetensors", "kohya_lora_weights.safetensors"):
-        with safe_open(tmp_path / "run" / "export" / name, "pt") as file:
-            header = file.metadata()
+        file = tmp_path / "run" / "export" / name
+        assert {tensor.dtype for tensor in read_tensors(file).values()} == {torch.float32}
+        header = read_notes(file)
         expected = {"ss_output_name": "mine", "ss_steps": "1", "ss_network_dim": "8", "ss_network_alpha": "8",
                     "ss_sd_model_name": pipeline.name, "ss_base_model_version": "sd_v1", "ss_learning_rate": "0.01",
                     "ss_seed": "1234", "modelspec.architecture": "stable-diffusion-v1/lora",
@@ -353,5 +365,6 @@ def test_an_exported_adapter_says_where_it_comes_from(pipeline, prompts, tmp_pat
         settings = json.loads(header[f"{prefix}settings"])
         assert settings["infer"]["inference_steps"] == 4
         assert settings["peft"]["lora_tuning"]["alpha"] == 32
-        assert len(header[f"{prefix}base_model_fingerprint"]) == 64
+        base = UNet2DConditionModel.from_pretrained(pipeline / "unet")  # in float32
+        assert header[f"{prefix}base_model_fingerprint"] == fingerprint(base)
         assert str(tmp_path) not in json.dumps(header)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import functools
 import re
+import shutil
 import sys
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from nemo_aligner_diffusion.command_line import Parser
@@ -24,24 +26,28 @@ if TYPE_CHECKING:
 TOO_EARLY = "interrupted before training began"
 
 USED_MOST = """\
-  algorithm=leapalign                         the method; model.algorithm=my_module:MyRule: your own
+  algorithm=leapalign                         the method; a rule of your own:
+                                              model.algorithm=my_module:MyRule
   model.kl_coeff=0.1                          weight of the KL penalty; 0: none
-  model.truncation_steps=1                    last sampling steps that get a gradient (draft_k, draft+)
-  model.drtune.train_steps=4                  sampling steps that get a gradient (drtune)
+  model.truncation_steps=1                    last steps with gradient (draft+)
+  model.drtune.train_steps=4                  steps with gradient (drtune)
   model.optim.lr=3e-4                         learning rate
   model.micro_batch_size=8                    pictures a process handles at once
   model.global_batch_size=8                   pictures an optimizer step
   model.infer.inference_steps=20              sampling steps
   model.infer.unconditional_guidance_scale=3  classifier-free guidance
   model.peft.peft_scheme=sdlora               sdlora: LoRA; none: every weight
-  model.unet_config.from_pretrained=FILE      your denoiser; model.from_pretrained=FOLDER: your whole model
-  model.first_stage_config.from_pretrained=FILE   your VAE
+  model.from_pretrained=FOLDER                whole model: folder, hub id, file
+  model.unet_config.from_pretrained=FILE      your denoiser
+  model.first_stage_config.from_pretrained=FILE
+                                              your VAE
   rm.model.restore_from_path=FILE.nemo        your reward
-  model.data.train.webdataset.local_root_path='prompts-{0000..0127}.tar'   your prompts
+  model.data.train.webdataset.local_root_path='prompts-{0000..0127}.tar'
+                                              your prompts
   trainer.devices=1 trainer.num_nodes=1 trainer.precision=32
   trainer.draftp_sd.max_steps=60 trainer.draftp_sd.val_check_interval=20
   exp_manager.explicit_log_dir=results/mine   the run directory
-  exp_manager.resume_if_exists=true           go on where the run directory stands"""
+  exp_manager.resume_if_exists=true           go on where the run stands"""
 
 
 def parse_arguments(
@@ -78,17 +84,27 @@ def parse_arguments(
 def _recipes_and_keys() -> str:
     from nemo_aligner_diffusion.config.recipes import groups, recipes
 
+    def table(rows: Mapping[str, str]) -> list[str]:
+        column = 4 + max(map(len, rows))
+        width = min(max(shutil.get_terminal_size().columns, 80), 120)
+        return [
+            textwrap.fill(text, width, initial_indent=f"  {name}".ljust(column), subsequent_indent=" " * column,
+                          break_on_hyphens=False)
+            for name, text in rows.items()
+        ]  # fmt: skip
+
     lines = [
         "recipes (--config-name):",
-        *(f"  {name:<14} {text}" for name, text in recipes().items()),
+        *table(recipes()),
         "",
         "groups (group=option):",
-        *(f"  {group:<14} {', '.join(options)}" for group, options in groups().items()),
+        *table({group: ", ".join(options) for group, options in groups().items()}),
         "",
         "keys used most, with example values:",
         USED_MOST,
         "",
-        "All keys with their meaning: docs/configuration.md, and the comments in conf/. NeMo-Aligner's are understood.",
+        "All keys with their meaning: docs/configuration.md, and the comments in conf/.",
+        "NeMo-Aligner's are understood.",
     ]
     return "\n".join(lines)
 
@@ -110,7 +126,7 @@ def main(config_name: str, argv: Sequence[str] | None = None) -> int:
 
 def _main(config_name: str, argv: Sequence[str], startup: Startup) -> int:
     parser = Parser(
-        "Trains a text-to-image model on a reward. Without any argument: the embedded model, reward and prompts.",
+        "Trains a text-to-image model on a reward.\nWithout any argument: the embedded model, reward and prompts.",
         add_help=False,
     )
     arguments = parse_arguments(config_name, argv, parser)

@@ -7,7 +7,7 @@ from typing import Any
 
 from nemo_aligner_diffusion.algorithms.registry import methods
 from nemo_aligner_diffusion.config.layers import Layer, read_sections
-from nemo_aligner_diffusion.config.recipes import FAMILY, conf_directory
+from nemo_aligner_diffusion.config.recipes import FAMILY, conf_directory, groups
 from nemo_aligner_diffusion.config.words import settled
 from nemo_aligner_diffusion.diffusion.recognition import Recognised
 from nemo_aligner_diffusion.diffusion.settings import SamplingSettings
@@ -20,7 +20,7 @@ def family_of(found: Recognised) -> tuple[str, str]:
     """The family of a checkpoint, and why, half a sentence."""
     if found.architecture:
         return found.architecture, found.because
-    return OTHER, f"no family of conf/family: {found.because}"
+    return OTHER, f"not recognised: {found.because}"
 
 
 def family_layer(name: str, algorithm: str = "", optimizer: str = "") -> Layer:
@@ -32,6 +32,14 @@ def family_layer(name: str, algorithm: str = "", optimizer: str = "") -> Layer:
     if optimizer == "sgd":
         del content["optim"]
     return Layer(flatten({"model": content}), f"{FAMILY}={name}")
+
+
+def family_keys() -> frozenset[str]:
+    """Every key that some family, or a method's share of it, says."""
+    contents = [_content(name) for name in groups()[FAMILY]]
+    shares = [share for content in contents for share in content["methods"].values()]
+    said = {key for content in (*contents, *shares) for key in flatten({"model": content})}
+    return frozenset(key for key in said if not key.startswith("model.methods.")) | {"model.drtune.early_stop_steps"}
 
 
 def sampling_of(name: str) -> SamplingSettings:

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_aligner_diffusion.algorithms.registry import defaults, reads
-from nemo_aligner_diffusion.config.families import family_layer, family_of
+from nemo_aligner_diffusion.config.families import family_keys, family_layer, family_of
 from nemo_aligner_diffusion.config.layers import (
     Layer,
     Override,
@@ -42,7 +42,9 @@ from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.keys import closest, flatten, unflatten
 from nemo_aligner_diffusion.rewards.parts import PartedSettings
 from nemo_aligner_diffusion.rewards.registry import read_reward
+from nemo_aligner_diffusion.runtime.directory import CONFIG_FILE, checkpoint_files, resolve_run_directory
 from nemo_aligner_diffusion.runtime.process import this_process
+from nemo_aligner_diffusion.runtime.settings import RunDirectorySettings
 from nemo_aligner_diffusion.training.settings import RunSettings
 
 logger = logging.getLogger(__name__)
@@ -102,7 +104,10 @@ def load_config(
     # model.algorithm=… alone leaves as it is what goes with the recipe's own method
     methods = [layer.leaves.get("model.algorithm") for layer in users if layer.composed]
     algorithm = settled(next(filter(None, methods), tree["model.algorithm"]))
-    complete = over(family_layer(family, algorithm, known["model.optim.name"]), notes)
+    chosen = family_layer(family, algorithm, known["model.optim.name"])
+    if known["model.family"] is None or known["model.family_because"] is not None:  # the user names none
+        because += _as_begun(chosen, known)
+    complete = over(chosen, notes)
     complete |= {"model.family": family, "model.family_because": because}
     cfg = OmegaConf.create(unflatten(_methods_own(keys.values(complete))))
     settings = RunSettings.of(cfg)
@@ -130,6 +135,32 @@ def _chosen_family(known: Mapping[str, Any], fetch: bool) -> tuple[str, str]:
     if known["model.family"] is not None:
         return known["model.family"], known["model.family_because"] or "model.family says so"
     return family_of(recognise(WeightsSettings.from_tree(unflatten(known)), fetch))
+
+
+def _as_begun(family: Layer, known: Mapping[str, Any]) -> str:
+    """Let a run that is resumed go on with what held for its family when it began: an earlier version may have known
+    other numbers, or no families.
+
+    Returns:
+        what to add to why the family is chosen.
+    """
+    if not known["exp_manager.resume_if_exists"]:
+        return ""
+    tree: Any = OmegaConf.to_container(OmegaConf.create(unflatten(known)), resolve=True)
+    folder = resolve_run_directory(RunDirectorySettings.from_tree(tree))
+    if not checkpoint_files(folder / "checkpoints"):
+        return ""
+    try:
+        begun = flatten(settled(read_sections(folder / CONFIG_FILE)))
+    except ConfigurationError:  # of which the run will warn
+        return ""
+    values = {key: value for key, value in begun.items() if key in family_keys()}
+    clipping = {key: value for key, value in begun.items() if re.fullmatch(r"trainer\.\w+\.gradient_clip_val", key)}
+    if clipping:
+        family.leaves.pop("model.gradient_clip_val", None)  # a family's word for it in the loop of any recipe
+    changed = any(key not in family.leaves or family.leaves[key] != value for key, value in values.items())
+    family.leaves.update(values | clipping)
+    return f"; resumed with the settings in its {CONFIG_FILE}" if changed else ""
 
 
 @functools.cache

@@ -38,6 +38,7 @@ from nemo_aligner_diffusion.diffusion.schedule import (
     without_global_noise,
 )
 from nemo_aligner_diffusion.diffusion.taps import (
+    PLAIN,
     Proxy,
     any_gradient,
     called_in_mode,
@@ -58,8 +59,6 @@ if TYPE_CHECKING:
     from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 
 Mode = Literal["train", "sample", "replay", "last step"]
-
-_PLAIN = (type(None), Tensor, bool, int, float, str, torch.dtype, torch.device)
 
 
 @dataclass
@@ -216,9 +215,10 @@ class Loop:
         except (ValueError, TypeError, LookupError, AttributeError, NameError, ImportError) as error:
             if self.started:
                 raise
+            cached = "" if self.model.prompt_cache is None else "model.cond_stage_config.cache_prompts=0 may help; "
             raise ConfigurationError(
-                f"{type(self.pipe).__name__} refused what it was called with: {first_line(error)}; if it needs more "
-                f"than a prompt, it is no text-to-image pipeline, or wants it in model.pipeline.arguments"
+                f"{type(self.pipe).__name__} refused what it was called with: {first_line(error)}; {cached}if it needs "
+                f"more than a prompt, it is no text-to-image pipeline, or wants it in model.pipeline.arguments"
             ) from error
 
     def _start(self) -> None:
@@ -251,7 +251,10 @@ class Loop:
         if not self.started:  # text and image encoders
             if self.mode in ("replay", "last step"):
                 return next(self.encoded_queue[name])
-            self.encoded.setdefault(name, []).append(self.model.networks[name](*args, **kwargs))
+            encoder: Any = self.model.networks[name]
+            if self.model.prompt_cache is not None and name.startswith("text_encoder"):
+                encoder = functools.partial(self.model.prompt_cache, name, encoder)
+            self.encoded.setdefault(name, []).append(encoder(*args, **kwargs))
             return self.encoded[name][-1]
         active = self.i in self.active and not self.skipping
         if self.mode == "replay" and active:
@@ -409,7 +412,7 @@ class Loop:
         return out
 
     def _refuse_state(self, name: str, given: Any) -> None:
-        opaque = {type(x).__name__ for x in tree_leaves(given) if not isinstance(x, _PLAIN)} - self.model.stateless
+        opaque = {type(x).__name__ for x in tree_leaves(given) if not isinstance(x, PLAIN)} - self.model.stateless
         if opaque:
             raise ConfigurationError(
                 f"{type(self.pipe).__name__} hands its {name} a {', '.join(sorted(opaque))}: what it remembers between "

@@ -8,14 +8,14 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from nemo_aligner_diffusion.diffusion.families import ATTENTION_LORA
-from nemo_aligner_diffusion.diffusion.lora_files import KOHYA_NAME, WEIGHT_NAME, Lora, read_lora, write_lora
+from nemo_aligner_diffusion.diffusion.lora_files import KOHYA_NAME, WEIGHT_NAME, Lora, read_lora, writing_lora
 from nemo_aligner_diffusion.diffusion.settings import LoRASettings
 from nemo_aligner_diffusion.errors import ConfigurationError
 
@@ -102,7 +102,7 @@ def save_lora_weights(
     pipeline_class: Any = None,
     header: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write an adapter into ``directory`` for every reader, each file whole or not at all.
+    """Write an adapter into ``directory`` for every reader: all files whole, or none at all.
 
     ``pytorch_lora_weights.safetensors`` has ``diffusers``' names; of a UNet's adapter ComfyUI, Forge and A1111 want
     ``kohya_lora_weights.safetensors``, which is written beside it (:func:`write_lora`).
@@ -123,11 +123,12 @@ def save_lora_weights(
         tensor = value if state is None else state[name].to(value.dtype)
         tensor = tensor.detach().cpu() * (scales[module] if part.startswith("B.") else 1)
         layers.setdefault(module, {})[f"lora_{part}"] = tensor.contiguous()
-    component = lora_component(pipeline_class)
-    written = write_lora(Lora(layers, dict(header or {})), directory / WEIGHT_NAME, component)
-    if component == "unet":
-        write_lora(Lora(layers, dict(header or {})), directory / KOHYA_NAME, component, kohya=True)
-    return written
+    lora, component = Lora(layers, dict(header or {})), lora_component(pipeline_class)
+    with ExitStack() as both:
+        both.enter_context(writing_lora(lora, directory / WEIGHT_NAME, component))
+        if component == "unet" and not lora.more:
+            both.enter_context(writing_lora(lora, directory / KOHYA_NAME, component, kohya=True))
+    return directory / WEIGHT_NAME
 
 
 def load_lora_weights(denoiser: Any, path: Path, adapter_name: str, pipeline_class: Any = None) -> None:
@@ -164,7 +165,7 @@ def continue_lora(denoiser: Any, path: Path, settings: LoRASettings, pipeline_cl
             f"model.peft.restore_from_path = {path}: has an adapter on {others[0]} and {len(others) - 1} more layers "
             f"that {settings.given('target_modules')} leaves out; its layers are trained, so leave that null"
         )
-    if any("lora_magnitude_vector" in layer for layer in lora.layers.values()):
+    if "lora_magnitude_vector" in lora.more:
         raise ConfigurationError(
             f"model.peft.restore_from_path = {path}: is DoRA, which can be used but not trained on here"
         )
@@ -180,7 +181,6 @@ def attach_lora(
         alpha: of the adapter from now on (B is divided by ``alpha / rank``); ``None``: its rank.
     """
     ranks = {f"^{module}": rank for module, rank in lora.ranks.items() if rank != lora.rank}  # ^: not a name's end
-    parts = {part for layer in lora.layers.values() for part in layer}
     config = {
         "r": lora.rank,
         "lora_alpha": lora.rank if alpha is None else alpha,
@@ -188,8 +188,8 @@ def attach_lora(
         "alpha_pattern": ranks if alpha is None else {},
         "target_modules": list(lora.layers),
         "lora_dropout": dropout,
-        "lora_bias": "lora_B.bias" in parts,
-        "use_dora": "lora_magnitude_vector" in parts,
+        "lora_bias": "lora_B.bias" in lora.more,
+        "use_dora": "lora_magnitude_vector" in lora.more,
     }
     state = {
         f"unet.{module}.{part}": tensor * (lora.ranks[module] / alpha if alpha and part.startswith("lora_B") else 1)

@@ -15,8 +15,10 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_aligner_diffusion.errors import CheckpointError, first_line, printable
-from nemo_aligner_diffusion.formats.checkpoints import read_tensors
+from nemo_aligner_diffusion.errors import CheckpointError, ConfigurationError, first_line, printable
+from nemo_aligner_diffusion.formats.checkpoints import read_notes, read_tensors
 from nemo_aligner_diffusion.formats.files import parse_json, read_json
 from nemo_aligner_diffusion.formats.ldm import unet_names
 from nemo_aligner_diffusion.runtime.files import atomic_path
@@ -38,7 +40,9 @@ _PEFT_NAME, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 _PREFIXES = ("base_model.model.", "unet.", "transformer.", "model.diffusion_model.", "diffusion_model.", "lora_unet_",
              "lora_transformer_")  # fmt: skip
-_TEXT_ENCODER = re.compile(r"(base_model\.model\.)?(lora_te\d*_|text_encoders?[._]|te\d?[._]|text_model\.)")
+_TEXT_ENCODER = re.compile(  # bundle_emb: OneTrainer's, of words that it has taught them
+    r"(base_model\.model\.)?(lora_te\d*_|text_encoders?[._]|te\d?[._]|text_model\.|bundle_emb\.)"
+)
 _TENSOR = re.compile(
     r"(?P<module>.+)\.(?:(?:lora_(?P<side>A|B|down|up)(?:\.[^.]+)?\.(?P<kind>weight|bias))|(?P<alpha>alpha)"
     r"|(?P<magnitude>lora_magnitude_vector(?:\.[^.]+)?))"
@@ -59,14 +63,19 @@ class Lora:
     layers: dict[str, dict[str, Tensor]]
     header: dict[str, str]
 
-    @property
+    @cached_property
     def ranks(self) -> dict[str, int]:
         return {module: len(layer["lora_A.weight"]) for module, layer in self.layers.items()}
 
-    @property
+    @cached_property
     def rank(self) -> int:
         """The most frequent one."""
         return Counter(self.ranks.values()).most_common(1)[0][0]
+
+    @cached_property
+    def more(self) -> list[str]:
+        """What its layers have besides their matrices: DoRA's magnitudes, biases."""
+        return sorted({part for layer in self.layers.values() for part in layer} - {"lora_A.weight", "lora_B.weight"})
 
     def scaled(self, weight: float) -> Lora:
         """``W + weight·B·A``."""
@@ -91,7 +100,7 @@ def read_lora(path: Path, denoiser: Any, component: str = "unet", pipeline_class
     file = lora_file(path)
     if file is None:
         raise CheckpointError(f"{path}: no such LoRA file; expected an export folder or a .safetensors file")
-    tensors, header = read_tensors(file), _header(file)
+    tensors, header = read_tensors(file), read_notes(file)
     modules = _modules(denoiser)
     spelt = _spellings(modules, denoiser)
     found, texts, unknown = _sort(tensors, spelt, component)
@@ -132,15 +141,6 @@ def lora_file(path: Path) -> Path | None:
         if usual or (len(files) == 1 and not (folder / "config.json").exists()):  # a network's own folder
             return (usual or files)[0]
     return None
-
-
-def _header(file: Path) -> dict[str, str]:
-    if file.suffix != ".safetensors":
-        return {}
-    from safetensors import safe_open
-
-    with safe_open(file, "pt") as opened:  # read_tensors has found it readable
-        return dict(opened.metadata() or {})
 
 
 def _modules(denoiser: Any) -> dict[str, torch.Size]:
@@ -296,16 +296,34 @@ class _Metadata:
 
 
 def write_lora(lora: Lora, file: Path, component: str, kohya: bool = False) -> Path:
-    """Write ``lora`` with the names of ``diffusers``, or with those of kohya's trainers (``kohya``).
+    """:func:`writing_lora`, done."""
+    with writing_lora(lora, file, component, kohya):
+        return file
+
+
+@contextmanager
+def writing_lora(lora: Lora, file: Path, component: str, kohya: bool = False) -> Iterator[None]:
+    """Write ``lora`` with the names of ``diffusers``, or with those of kohya's trainers (``kohya``), to take ``file``'s
+    place on leaving.
 
     The scale is in B, and alpha, wherever a file says it, is the rank. So no reader can be wrong about it: not one that
     takes ``alpha / rank``, of a tensor or of the header, nor one that knows no alpha and takes 1; not a dict of
     tensors, which has no header; not ``diffusers``, whose Stable Diffusion loader refuses ``….alpha`` beside its names.
+    Where ranks are mixed, kohya's layout has the most frequent one as the alpha of all, B multiplied accordingly:
+    ``diffusers`` 0.42 forgets alphas that differ on attention layers of UNets.
 
     kohya's names of a UNet are ``lora_unet_<path with underscores>.lora_down``, ``.lora_up``, ``.alpha``; for SDXL,
     too, which sd-scripts itself writes with LDM's block names: readers take both. For transformers ComfyUI and Forge
     read ``diffusers``' names; these files differ by ``.alpha`` alone.
+
+    Raises:
+        ConfigurationError: DoRA or biases in kohya's layout, whose readers would pass them over.
     """
+    if kohya and lora.more:
+        raise ConfigurationError(
+            f"{file}: this adapter has {', '.join(lora.more)} beside its matrices, which kohya's layout has no place "
+            "for; write --to diffusers, or merged: --to pipeline or single-file"
+        )
     tensors: dict[str, Tensor] = {}
     for module, layer in lora.layers.items():
         rank = len(layer["lora_A.weight"])
@@ -313,11 +331,13 @@ def write_lora(lora: Lora, file: Path, component: str, kohya: bool = False) -> P
         if kohya and component == "unet":
             path = f"lora_unet_{module.replace('.', '_')}"
         for part, tensor in layer.items():
+            if kohya and part == "lora_B.weight" and rank != lora.rank:
+                tensor = tensor * (rank / lora.rank)
             if path.startswith("lora_unet_"):
                 part = part.replace("lora_A", "lora_down").replace("lora_B", "lora_up")
             tensors[f"{path}.{part}"] = tensor
         if kohya:
-            tensors[f"{path}.alpha"] = torch.tensor(float(rank))
+            tensors[f"{path}.alpha"] = torch.tensor(float(lora.rank))
     from safetensors.torch import save_file
 
     header = {**lora.header, "ss_network_module": "networks.lora"}
@@ -329,8 +349,8 @@ def write_lora(lora: Lora, file: Path, component: str, kohya: bool = False) -> P
         "rank_pattern": patterns,
         "alpha_pattern": patterns,
         "target_modules": sorted(lora.layers),
-        "lora_bias": any("lora_B.bias" in layer for layer in lora.layers.values()),
-        "use_dora": any("lora_magnitude_vector" in layer for layer in lora.layers.values()),
+        "lora_bias": "lora_B.bias" in lora.more,
+        "use_dora": "lora_magnitude_vector" in lora.more,
     }
     header.pop(METADATA_KEY, None)
     if not kohya:  # for diffusers, which takes it or ``.alpha``, not both
@@ -338,4 +358,4 @@ def write_lora(lora: Lora, file: Path, component: str, kohya: bool = False) -> P
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(file) as temporary:
         save_file(tensors, temporary, {"format": "pt", **header})
-    return file
+        yield

@@ -16,6 +16,7 @@ from nemo_aligner_diffusion.diffusion.families import DENOISERS, Family, as_pipe
 from nemo_aligner_diffusion.diffusion.lora import adapters_off, has_lora
 from nemo_aligner_diffusion.diffusion.schedule import build_scheduler
 from nemo_aligner_diffusion.diffusion.settings import DecoderSettings
+from nemo_aligner_diffusion.diffusion.taps import PromptCache
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.keys import closest
 
@@ -63,6 +64,7 @@ class DiffusionModel(nn.Module):
         self.reference_denoiser: Any = None  # frozen copy, full fine-tuning only
         self.decoder = DecoderSettings()  # of the pictures in training: see decoding.set_up_decoder
         self.small_decoder: Any = None
+        self.prompt_cache: PromptCache | None = None
         self.notes: dict[str, str] = {}  # for the metadata of its exports
         self._as_reference = False
         names = [name for name, part in pipe.components.items() if isinstance(part, nn.Module)]

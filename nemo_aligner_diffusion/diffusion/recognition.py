@@ -102,7 +102,7 @@ def recognise(weights: WeightsSettings, fetch: bool = False) -> Recognised:
     """
     source = weights.from_pretrained or weights.denoiser_path
     if source is None:
-        return Recognised(EMBEDDED, _PLAIN, "no model is named")
+        return Recognised(EMBEDDED, _PLAIN, "no model is named: the embedded one")
     try:
         if weights.from_pretrained is None:
             path = own_folder(source, "unet", fetch)
@@ -119,9 +119,11 @@ def recognise(weights: WeightsSettings, fetch: bool = False) -> Recognised:
     if path.is_dir() and not has_weights(path) and not has_weights(path / "unet"):
         config = read_json(path / "config.json", CheckpointError) if (path / "config.json").exists() else {}
         found = of_pipeline(_PLAIN, lambda part: config)
-        return (
-            found if found.architecture else Recognised(EMBEDDED, _PLAIN, "its denoiser has the embedded one's place")
-        )
+        if not found.architecture:
+            found = Recognised(
+                EMBEDDED, _PLAIN, f"{path} is no known denoiser: the embedded model's is to have its place"
+            )
+        return found
     return of_file(path)
 
 

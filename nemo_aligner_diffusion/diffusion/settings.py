@@ -250,6 +250,12 @@ class WeightsSettings(Settings):
         "folder or hub id of text encoders and tokenizers; null: the model's, or those published with its architecture",
         key="model.cond_stage_config.from_pretrained",
     )
+    cache_prompts: int = setting(
+        0,
+        integer(0),
+        "prompts whose embeddings are kept in host memory: each is encoded once, not in every step; 0: none",
+        key="model.cond_stage_config.cache_prompts",
+    )
     frozen_precision: str | None = setting(
         None,
         choice("32", "bf16", nullable=True),

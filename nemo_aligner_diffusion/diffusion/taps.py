@@ -1,17 +1,24 @@
-"""How a pipeline is tapped without a change to it: proxies, recomputation, and gradients that values do not show."""
+"""How a pipeline is tapped without a change to it: proxies, recomputation, prompts that are encoded once, and gradients
+that values do not show."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator
+import operator
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.checkpoint import checkpoint
+
+PLAIN = (type(None), Tensor, bool, int, float, str, torch.dtype, torch.device)  # values that carry no state
+log = logging.getLogger(__name__)
 
 
 class Proxy:
@@ -91,6 +98,126 @@ class _Connect(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient.to(ctx.dtype), None
+
+
+class PromptCache:
+    """Outputs of frozen text encoders, kept prompt by prompt on the CPU: of each output what the pipeline reads of it.
+
+    Each prompt is encoded alone: in a batch it rounds by what else is there. So its outputs are the same to the bit
+    whatever it shares a batch with, and whether they are kept still; they differ from those of a batch by rounding.
+
+    Args:
+        most: prompts that are kept of each encoder; those that were not asked for longest are encoded again.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._kept: dict[str, OrderedDict[bytes, dict[tuple[Any, ...], Tensor]]] = {}
+        self._forms: dict[tuple[str, str], Any] = {}  # of an encoder's output, by how it is called
+        self._whole: set[str] = set()  # encoders whose calls cannot be taken apart
+        self._said: set[str] = set()
+
+    def __call__(self, name: str, encoder: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """``encoder(*args, **kwargs)``, in which every tensor has a row for each prompt."""
+        given, spec = tree_flatten((args, kwargs))
+        batch = next((len(x) for x in given if isinstance(x, Tensor)), 0)
+        by_rows = batch and all(x.shape[:1] == (batch,) and x.ndim == 2 for x in given if isinstance(x, Tensor))
+        if name in self._whole or not by_rows or not all(isinstance(x, PLAIN) for x in given):
+            return self._pass(name, encoder(*args, **kwargs), "is called with more than rows of tokens")
+        device = next(x.device for x in given if isinstance(x, Tensor))
+        autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        call = repr((spec, autocast, [x.dtype if isinstance(x, Tensor) else x for x in given]))
+        rows = [[x[j : j + 1] if isinstance(x, Tensor) else x for x in given] for j in range(batch)]
+        lists = [[x.tolist() for x in row if isinstance(x, Tensor)] for row in rows]
+        keys = [hashlib.sha256(repr((call, values)).encode()).digest() for values in lists]
+        fresh: dict[bytes, Any] = {}  # whole outputs, as long as the pipeline holds what it is given here
+
+        def encode(j: int) -> Any:
+            if keys[j] not in fresh:
+                a, k = tree_unflatten(rows[j], spec)
+                fresh[keys[j]] = encoder(*a, **k)
+            return fresh[keys[j]]
+
+        self._report(name)
+        kept = self._kept.setdefault(name, OrderedDict())
+        prompts = [kept.setdefault(key, {}) for key in keys]
+        for j, key in enumerate(keys):
+            kept.move_to_end(key)
+            if not prompts[j]:
+                encode(j)
+        while len(kept) > self.most:
+            kept.popitem(last=False)
+            self._say(f"{name} {self.most}", "%s: more prompts than model.cond_stage_config.cache_prompts = %d: those "
+                      "that were not asked for longest are encoded again", name, self.most)  # fmt: skip
+        form = self._forms.get((name, call))
+        if form is None:
+            form = self._forms[name, call] = _form(encode(0))
+
+        def read(path: tuple[Any, ...]) -> Tensor:
+            for j, prompt in enumerate(prompts):
+                if path in prompt:
+                    continue
+                with torch.no_grad():
+                    value = functools.reduce(operator.getitem, path, encode(j))
+                if not isinstance(value, Tensor) or value.shape[:1] != (1,):
+                    whole = functools.reduce(operator.getitem, path, encoder(*args, **kwargs))
+                    return self._pass(name, whole, f"gives {path or 'output'} not by rows")
+                prompt[path] = value.detach().cpu()
+            return torch.cat([prompt[path].to(device) for prompt in prompts])
+
+        return read(form) if isinstance(form, tuple) else CachedOutput(form, read)
+
+    def _pass(self, name: str, output: Any, why: str) -> Any:
+        self._whole.add(name)
+        self._kept.pop(name, None)
+        self._say(name, "model.cond_stage_config.cache_prompts: %s %s, and is called in every step", name, why)
+        return output
+
+    def _report(self, name: str) -> None:
+        first = next(iter(self._kept.get(name, {}).values()), None)
+        if first:
+            size = sum(x.nbytes for x in first.values()) / 1e6
+            self._say(f"{name} MB", "%s: outputs of up to %d prompts are kept: %.3g MB a prompt, %.3g MB at most", name,
+                      self.most, size, size * self.most, level=logging.INFO)  # fmt: skip
+
+    def _say(self, key: str, *message: Any, level: int = logging.WARNING) -> None:
+        if key not in self._said:
+            self._said.add(key)
+            log.log(level, *message)
+
+
+class CachedOutput:
+    """A network's output of which each tensor is fetched when it is read: by attribute, key or index."""
+
+    def __init__(self, form: Any, read: Callable[[tuple[Any, ...]], Any]) -> None:
+        self._form, self._read = form, read
+
+    def _of(self, form: Any) -> Any:
+        return self._read(form) if isinstance(form, tuple) else form and CachedOutput(form, self._read)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or not isinstance(self._form, Mapping):
+            raise AttributeError(name)
+        return self._of(self._form.get(name))  # as of an output's fields that are not there: None
+
+    def __getitem__(self, key: Any) -> Any:
+        entries = self._form if isinstance(key, str) or isinstance(self._form, list) else [*self._form.values()]
+        return self._of(entries[key])
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self._of(entry) for entry in (self._form.values() if isinstance(self._form, Mapping) else self._form))
+
+    def __len__(self) -> int:
+        return len(self._form)
+
+
+def _form(output: Any, path: tuple[Any, ...] = ()) -> Any:
+    """An output's containers, with the way to it in the place of each value; ``None`` stays."""
+    if isinstance(output, Mapping):
+        return {name: _form(value, (*path, name)) for name, value in output.items()}
+    if isinstance(output, Sequence) and not isinstance(output, str):
+        return [_form(value, (*path, j)) for j, value in enumerate(output)]
+    return None if output is None else path
 
 
 def recomputed(network: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any, handle: Tensor) -> Any:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from nemo_aligner_diffusion.diffusion.loading import load_model
 from nemo_aligner_diffusion.diffusion.lora import attach_lora, lora_component
 from nemo_aligner_diffusion.diffusion.lora_files import lora_file, read_lora, write_lora
+from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.errors import CheckpointError, ConfigurationError, OutputError
 from nemo_aligner_diffusion.evaluation.generation import DTYPES, resolve_settings, run_of
 from nemo_aligner_diffusion.evaluation.request import Adapter, Request
-from nemo_aligner_diffusion.formats.checkpoints import load_component
+from nemo_aligner_diffusion.formats.checkpoints import load_component, read_notes, save_component
 from nemo_aligner_diffusion.formats.ldm import ldm_state_dict
+from nemo_aligner_diffusion.formats.weight_files import find_weights
 from nemo_aligner_diffusion.runtime.files import atomic_folder, atomic_path
 from nemo_aligner_diffusion.runtime.messages import quiet_libraries
+
+NOTES = ("ss_", "modelspec.", "nemo_aligner_diffusion.")  # keys of headers that are kept
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ def convert_export(asked: Conversion) -> Path:
     if lora is None:
         assert denoiser is not None
         load_component(model.denoiser, model.trained, denoiser)
+        header = read_notes(find_weights(denoiser, model.trained)[0])
     else:
         component = lora_component(type(model.pipe))
         adapter = read_lora(lora, model.denoiser, component, type(model.pipe)).scaled(asked.weight)
@@ -73,20 +78,31 @@ def convert_export(asked: Conversion) -> Path:
         attach_lora(model.denoiser, adapter)
         model.denoiser.fuse_lora()
         model.denoiser.unload_lora()
-    return _write_merged(model.pipe, asked)
+        header = {**adapter.header, f"{NOTES[-1]}merged_weight": str(asked.weight)}
+    return _write_merged(model, asked, _of_merged(header))
 
 
-def _write_merged(pipe: Any, asked: Conversion) -> Path:
+def _of_merged(header: Mapping[str, str]) -> dict[str, str]:
+    """A header without what holds of an adapter alone."""
+    kept = {k: v for k, v in header.items() if k.startswith(NOTES) and not k.startswith("ss_network_")}
+    if "modelspec.architecture" in kept:
+        kept["modelspec.architecture"] = kept["modelspec.architecture"].removesuffix("/lora")
+    return kept
+
+
+def _write_merged(model: DiffusionModel, asked: Conversion, notes: dict[str, str]) -> Path:
     if asked.to == "pipeline":
+        denoiser = model.denoiser
+        denoiser.save_pretrained = lambda folder: save_component(denoiser, Path(folder), notes)
         with atomic_folder(asked.output) as folder:
-            pipe.save_pretrained(folder)
+            model.pipe.save_pretrained(folder)
         return asked.output
     from safetensors.torch import save_file
 
-    state = ldm_state_dict(pipe)
+    state = ldm_state_dict(model.pipe)
     asked.output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(asked.output) as file:
-        save_file(state, file, {"format": "pt"})
+        save_file(state, file, {"format": "pt", **notes})
     return asked.output
 
 

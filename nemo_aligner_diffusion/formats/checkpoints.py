@@ -178,6 +178,39 @@ def load_component(module: Any, component: str, path: str | Path) -> None:
     module.load_state_dict({name: tensors[name] for name in expected}, assign=empty)
 
 
+def save_component(
+    module: Any, folder: Path, notes: Mapping[str, str] | None = None, state: dict[str, Tensor] | None = None
+) -> None:
+    """``module.save_pretrained(folder)`` of ``diffusers``, with ``notes`` in the header (of shards: in their index).
+
+    Args:
+        state: other weights in place of the module's, by the same names.
+    """
+    from huggingface_hub import save_torch_state_dict
+
+    module.save_config(folder)
+    save_torch_state_dict(
+        module.state_dict() if state is None else state,
+        folder,
+        filename_pattern="diffusion_pytorch_model{suffix}.safetensors",
+        max_shard_size="10GB",  # as diffusers does
+        metadata=dict(notes or {}),
+    )
+
+
+def read_notes(path: Path) -> dict[str, str]:
+    """What a readable file says of itself: a safetensors header's metadata, or what an index of shards has for it."""
+    notes: Any = {}
+    if (kind := kind_of(path)) == "index":
+        notes = read_json(path, CheckpointError).get("metadata")
+    elif kind == "safetensors":
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as opened:
+            notes = opened.metadata()
+    return {key: value for key, value in notes.items() if isinstance(value, str)} if isinstance(notes, dict) else {}
+
+
 def own_copies(
     tensors: dict[str, Tensor], of_file: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]
 ) -> dict[str, Tensor]:

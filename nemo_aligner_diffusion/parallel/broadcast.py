@@ -98,7 +98,7 @@ def _build_one_of_each_class(module: nn.Module) -> None:
     Which outputs a model can record (``output_hidden_states=True``) is noted by class when one is built, for this
     process alone; a model that was unpickled would give none. One on the meta device takes no memory.
     """
-    library = sys.modules.get("transformers.modeling_utils")
+    library: Any = sys.modules.get("transformers.modeling_utils")
     known: set[type] = set()
     for part in module.modules() if library is not None else ():
         if isinstance(part, library.PreTrainedModel) and type(part) not in known:

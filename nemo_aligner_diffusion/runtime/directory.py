@@ -47,7 +47,11 @@ _STATE_TYPES: dict[str, Any] = {
     "slurm": (dict, type(None)),
     "history": list,
 }
-_HOW_TO_RESUME = ("exp_manager.resume_", "exp_manager.explicit_log_dir", "exp_manager.exp_dir", "exp_manager.version")
+# beginnings of keys that are no change of a run: where it is, that it resumes, whose defaults it has
+_NO_CHANGE = (
+    *("exp_manager.resume_", "exp_manager.explicit_log_dir", "exp_manager.exp_dir", "exp_manager.version"),
+    "model.family",
+)
 CHECKPOINT_PATTERN = re.compile(r"step_(\d+)")
 PACKAGES = (
     "nemo-aligner-diffusion",
@@ -181,7 +185,7 @@ class RunDirectory:
         """Keys whose value differs from the ``config.yaml`` already here: ``{dotted key: (there, now)}``.
 
         Call it before :meth:`begin`, to tell the user of a resumed run what is no longer the same. What says where the
-        run is and that it resumes is left out.
+        run is and that it resumes is left out, and what an earlier version had no key for.
 
         Args:
             config: YAML, as for :meth:`begin`.
@@ -201,7 +205,8 @@ class RunDirectory:
         return {
             key: (there.get(key), now.get(key))
             for key in sorted({*there, *now})
-            if there.get(key) != now.get(key) and not key.startswith(_HOW_TO_RESUME)
+            if there.get(key) != now.get(key) and not key.startswith(_NO_CHANGE)
+            if key in there or now.get(key)  # a key that an earlier version did not know, and that does nothing
         }
 
     def begin(self, config: str, argv: Sequence[str] | None = None) -> None:

@@ -27,9 +27,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        umask = os.umask(0o022)  # there is no call that only reads it
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner can read
+        give_usual_mode(temporary)
         os.replace(temporary, path)
         sync_directory(path.parent)
     except BaseException:
@@ -50,12 +48,22 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(leftover, ignore_errors=True)
     try:
         yield fresh
+        for file in fresh.rglob("*"):
+            if file.is_file() and not file.is_symlink():
+                give_usual_mode(file)
         if path.exists():
             path.rename(old)
         fresh.rename(path)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def give_usual_mode(file: Path) -> None:
+    """``tempfile`` makes files that only their owner can read; safetensors does, too."""
+    umask = os.umask(0o022)  # there is no call that only reads it
+    os.umask(umask)
+    os.chmod(file, 0o666 & ~umask)
 
 
 def write_atomic(path: str | Path, data: bytes | str) -> Path:

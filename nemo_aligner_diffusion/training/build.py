@@ -19,6 +19,7 @@ from nemo_aligner_diffusion.diffusion.loading import load_model
 from nemo_aligner_diffusion.diffusion.lora import add_lora, continue_lora, has_lora
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.diffusion.settings import SamplingSettings
+from nemo_aligner_diffusion.diffusion.taps import PromptCache
 from nemo_aligner_diffusion.parallel.broadcast import load_once, on_every_process
 from nemo_aligner_diffusion.parallel.module import OptimizerFactory
 from nemo_aligner_diffusion.parallel.non_finite import NonFinitePolicy
@@ -68,7 +69,8 @@ def build_model(
     set_up_decoder(
         model, section.decoder, None if small is None else load_once(lambda: load_small_decoder(small), device)
     )
-    model.notes = export_notes(settings, model)
+    model.prompt_cache = PromptCache(section.cache_prompts) if section.cache_prompts else None
+    model.notes = export_notes(settings, model, None if pipe is None else pipe.name_or_path or type(pipe).__name__)
     _prepare(section, model)
     if frozen is not None:
         convert_frozen(model, frozen)

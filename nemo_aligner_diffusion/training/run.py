@@ -126,6 +126,20 @@ def train(
         return _train(settings, frame, startup, given or Given())
 
 
+def _in_words(section: ModelSettings) -> str:
+    """What families differ in most."""
+
+    def said(value: Any) -> str:
+        return "the pipeline's own" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+    infer = section.infer
+    size = said(None) if infer.width is infer.height is None else f"{said(infer.width)} x {said(infer.height)}"
+    return (
+        f"sampling steps {said(infer.inference_steps)}, guidance {said(infer.unconditional_guidance_scale)}, solver "
+        f"{said(infer.sampler_type)}, size {size}, learning rate {said(section.optim.lr)}"
+    )
+
+
 def _train(settings: RunSettings, frame: RunFrame, startup: Startup, given: Given) -> Ended:
     directory, device, watch = frame.directory, frame.device, frame.watch
     loop, section, layout = settings.loop, settings.model, settings.layout
@@ -143,7 +157,8 @@ def _train(settings: RunSettings, frame: RunFrame, startup: Startup, given: Give
     startup.enter("building")
     policy = NonFinitePolicy(section.nan_policy.max_consecutive)
     if directory.is_writer:
-        log.info("settings where nothing else is said: those of %s (%s)", section.family, section.family_because)
+        log.info("model family: %s (%s)", section.family, section.family_because)
+        log.info("in effect: %s (defaults: conf/family/%s.yaml)", _in_words(section), section.family)
     model = build_model(settings, device, startup.phase, given.pipe)
     on_every_process(lambda: method.check(section.infer.inference_steps or model.default_steps))
     reward = given.reward.to(device) if given.reward is not None else _build_reward(settings.rm, device, startup)
@@ -199,7 +214,7 @@ def _train(settings: RunSettings, frame: RunFrame, startup: Startup, given: Give
                 model.prompt_limit,
             )
         frame.record(
-            pipeline=model.described(),
+            pipeline=model.described() | ({} if given.pipe is None else {"given": given.pipe.name_or_path or ""}),
             truncated_prompts=model.truncated_prompts,
             skipped_steps=policy.skipped,
             non_finite_events=policy.events,

@@ -179,6 +179,11 @@ class RunSettings(ProgramSettings):
     def check(self) -> None:
         self.model.accumulation(self.trainer)
         self._check_frozen_precision()
+        if self.model.cache_prompts and "text_encoder" in (self.model.fsdp_frozen or ()):
+            raise ConfigurationError(
+                f"{self.model.given('cache_prompts')} with text_encoder in model.fsdp_frozen: processes that shard a "
+                "text encoder must all call it equally often; leave one of the two out"
+            )
         steps = self.model.infer.inference_steps  # of a pipeline's own number the loaded model knows
         if steps is not None and not is_import_path(self.model.algorithm):  # a user's module is imported in training
             self.method().check(steps)

@@ -13,7 +13,7 @@ from nemo_aligner_diffusion.errors import ConfigurationError, printable
 from nemo_aligner_diffusion.evaluation.run_files import RunFiles
 
 LORA_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "kohya_lora_weights.safetensors"
-_GENERATE = "python examples/mm/stable_diffusion/generate.py"
+_GENERATE, _EXPORT = (f"python examples/mm/stable_diffusion/{name}.py" for name in ("generate", "export"))
 
 
 def usage(run: RunFiles) -> dict[str, Any]:
@@ -29,9 +29,9 @@ def usage(run: RunFiles) -> dict[str, Any]:
     export = f"{run.setting('exp_manager.explicit_log_dir', run.folder)}/export"
     export = export if is_lora else f"{export}/{denoiser}"
     prompt = printable(run.prompt_rewards[0]["prompt"], 2000) if run.prompt_rewards else "a red apple"
-    model = run.setting("model.from_pretrained")
-    base = f"{_GENERATE} --model {shlex.quote(str(model))}" if model else _GENERATE
-    tuned = f"{base} {'--lora' if is_lora else '--unet'} {shlex.quote(export)}"
+    tuned = f"{_GENERATE} {'--lora' if is_lora else '--unet'} {shlex.quote(export)}"  # the base model is the run's
+    given = _given(run)
+    tuned += f" --model {shlex.quote(given or 'FOLDER')}" if given is not None else ""
     asked = f"--prompt {shlex.quote(prompt)}"
     commands = [
         "# the base model beside the tuned one, same seeds",
@@ -44,37 +44,59 @@ def usage(run: RunFiles) -> dict[str, Any]:
             "# anneal from the base model to the tuned one along the sampling steps",
             f"{tuned} --weights base,draft,linear,power_2 {asked}",
         ]
+    merged = None
+    if not _is_one_folder(run):
+        merged = f"{run.setting('exp_manager.explicit_log_dir', run.folder)}/merged"
+        commands += [
+            "# the whole tuned model as a folder of plain diffusers, for the code below",
+            f"{_EXPORT} {shlex.quote(export)} --to pipeline --output {shlex.quote(merged)}",
+        ]
     if (run.folder / "export" / KOHYA_FILE).is_file():
         commands.append(f"# for ComfyUI, Forge and A1111: {export}/{KOHYA_FILE}")
     return {
         "commands": _lines(commands),
-        "code": _lines(_diffusers(run, export, None if is_lora else denoiser, prompt)),
+        "code": _lines(_diffusers(run, export, None if is_lora else denoiser, merged, prompt)),
     }
+
+
+def _given(run: RunFiles) -> str | None:
+    """Where a pipeline object that a program tuned is from, ``""`` if it does not say; ``None``: there was none."""
+    facts = run.run.get("pipeline")
+    given = facts.get("given") if isinstance(facts, dict) else None
+    return given if isinstance(given, str) else None
+
+
+def _is_one_folder(run: RunFiles) -> bool:
+    """Whether the base model is what ``DiffusionPipeline.from_pretrained`` takes, all of it: a folder or a hub id."""
+    parts = (run.setting(f"model.{part}_config.from_pretrained") for part in ("unet", "first_stage", "cond_stage"))
+    whole = str(run.setting("model.from_pretrained") or "")
+    return not any(parts) and not whole.lower().endswith((".safetensors", ".ckpt", ".bin", ".pt", ".pth"))
 
 
 def _lines(lines: list[str]) -> Markup:
     return Markup("\n").join(printable(line, 4000) for line in lines)
 
 
-def _diffusers(run: RunFiles, export: str, denoiser: str | None, prompt: str) -> list[str]:
+def _diffusers(run: RunFiles, export: str, denoiser: str | None, merged: str | None, prompt: str) -> list[str]:
     names, notes, lines = ["DiffusionPipeline"], [], []
-    model = run.setting("model.from_pretrained")
+    model, revision = run.setting("model.from_pretrained"), run.setting("model.revision")
+    if (given := _given(run)) is not None:
+        model = given or "FOLDER"  # of the pipeline that was tuned
     source = repr(str(model)) if model else "embedded_model_path()"
-    if not model:
-        notes.append("from nemo_aligner_diffusion.embedded_assets import embedded_model_path")
-    for key, part in (("unet_config", "denoiser"), ("first_stage_config", "VAE")):
-        weights = run.setting(f"model.{key}.from_pretrained")
-        if weights and (part == "VAE" or denoiser is None):
-            notes.append(f"# the run was based on the {part} of {printable(weights)}: the pipeline must hold it too")
+    source += f", revision={str(revision)!r}" if model and revision else ""
     facts = run.run.get("pipeline")
     facts = facts if isinstance(facts, dict) else {}
-    if denoiser is None:
+    if merged is not None:
+        lines.append(f"pipeline = DiffusionPipeline.from_pretrained({merged!r})  # made by export.py, above")
+    elif not model:
+        notes.append("from nemo_aligner_diffusion.embedded_assets import embedded_model_path")
+    if merged is None and denoiser is None:
         load = f"load_lora_weights({export!r}, weight_name={LORA_FILE!r})"
         if not facts.get("loads_lora", True):
             trained = _identifier(facts.get("trained"), "transformer")
             load = f'{trained}.load_lora_adapter({export!r}, weight_name={LORA_FILE!r}, prefix="transformer")'
         lines += [f"pipeline = DiffusionPipeline.from_pretrained({source})", f"pipeline.{load}"]
-    else:
+    elif merged is None:
         names.append("AutoModel")
         lines.append(f"{denoiser} = AutoModel.from_pretrained({export!r})")
         lines.append(f"pipeline = DiffusionPipeline.from_pretrained({source}, {denoiser}={denoiser})")

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nemo_aligner_diffusion.formats.files import parse_json, read_bytes
-from nemo_aligner_diffusion.runtime.files import UNFINISHED, sync_directory, write_atomic
+from nemo_aligner_diffusion.runtime.files import UNFINISHED, give_usual_mode, sync_directory, write_atomic
 
 FORMAT = 2  # 1 was a single file, written by torch.save
 MANIFEST = "manifest.json"
@@ -55,6 +55,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Record:
         OSError, SafetensorError: the disk is full, or something else of the kind.
     """
     save_file(dict(tensors), path, metadata={"format": "pt"})
+    give_usual_mode(path)
     with open(path, "rb+") as file:  # some network file systems report a full disk no earlier
         os.fsync(file.fileno())
     return record_of(path)
