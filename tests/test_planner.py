@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gc
 import json
 import subprocess
@@ -71,6 +72,20 @@ def test_memory_is_within_the_stated_15_percent():
     real, (plan, _) = measured(cfg), planned(cfg)
     assert plan.peak == pytest.approx(real.peak, rel=0.15)
     assert plan.flops == real.flops
+
+
+@pytest.mark.slow
+def test_a_plan_for_this_machine_is_within_15_percent_of_what_metrics_csv_says(tmp_path):
+    words = ["trainer.accelerator=cpu", "trainer.draftp_sd.max_steps=1", "model.infer.inference_steps=5",
+             "model.micro_batch_size=8", "model.global_batch_size=8", "trainer.draftp_sd.val_check_interval=0",
+             "report.enable=false", f"exp_manager.explicit_log_dir={tmp_path / 'run'}"]  # fmt: skip
+    code = "import sys; from nemo_aligner_diffusion.cli.train import main; sys.exit(main('draftp_sd', sys.argv[1:]))"
+    subprocess.run([sys.executable, "-c", code, *words], check=True, timeout=300)
+    (row,) = csv.DictReader((tmp_path / "run" / "metrics.csv").read_text().splitlines())
+    plan = [sys.executable, "-c", code.replace("train", "plan").replace("'draftp_sd', ", ""), *words, "--json"]
+    planned = json.loads(subprocess.run(plan, check=True, timeout=300, capture_output=True).stdout)
+    assert planned["gpu"] == "this machine's CPU"
+    assert planned["bytes_per_rank"]["needed_on_device"] == pytest.approx(int(row["peak_memory_bytes"]), rel=0.15)
 
 
 def test_dropout_of_adapters_is_held_in_the_replay(tiny):

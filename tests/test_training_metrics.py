@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,6 +86,10 @@ def test_peak_memory_grows_with_what_is_held() -> None:
     block = bytearray(before + (64 << 20))  # twice the peak: must raise it
     block[::4096] = b"x" * len(block[::4096])
     assert peak_memory_bytes() >= before + (32 << 20)
+    # a program that this one starts is asked for its own
+    code = "from nemo_aligner_diffusion.evaluation.metrics.peak_memory import peak_memory_bytes as p; print(p())"
+    started = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=300)
+    assert int(started.stdout) < before
 
 
 @pytest.mark.parametrize("every", [1, 2])

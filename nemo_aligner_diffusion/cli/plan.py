@@ -29,7 +29,7 @@ examples:
   nad-plan --model sd15 --gpu a100-80gb trainer.precision=bf16 model.infer.inference_steps=50
   nad-plan --model sdxl --gpu h100-80gb --layouts trainer.devices=8 model.global_batch_size=64 trainer.precision=bf16
   nad-plan --model sdxl --gpu rtx4090 trainer.precision=bf16 model.peft.lora_tuning.adapter_dim=32
-  nad-plan --config-name drtune_sd --json
+  nad-plan --config-name drtune_sd --gpu cpu --json
 Assumptions and what was checked: docs/planner.md"""
 
 
@@ -40,7 +40,8 @@ def _parser() -> Parser:
         "the embedded model")  # fmt: skip
     add("--reward", choices=(*REWARDS, "recipe"), help="the size of PickScore and HPSv2 is clip-h; recipe: what its rm "
         "section builds; default: clip-h for a named model whose recipe names no reward file")  # fmt: skip
-    add("--gpu", metavar="NAME", default="h100-80gb", help=f"{', '.join(GPUS)}; default %(default)s")
+    add("--gpu", metavar="NAME", help=f"{', '.join(GPUS)}, or cpu: this machine's processors and free memory; default: "
+        "cpu with trainer.accelerator=cpu, else h100-80gb")  # fmt: skip
     add("--layouts", action="store_true", help="also search every layout of trainer.devices × trainer.num_nodes GPUs "
         "for model.global_batch_size")  # fmt: skip
     add("--json", action="store_true", help="print JSON")
@@ -55,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
     if options.show_help:
         parser.print_help()
         return 0
-    gpu = gpu_named(options.gpu)
+    gpu = gpu_named(options.gpu or "h100-80gb") if options.gpu != "cpu" else None
     from nemo_aligner_diffusion.config.load import load_settings
 
     named = [] if options.model is None else _named(options.model)
@@ -67,11 +68,16 @@ def main(argv: Sequence[str]) -> int:
     from nemo_aligner_diffusion.planner.plan import make_plan  # torch and all, only now
     from nemo_aligner_diffusion.planner.settings import Settings, settings_from
 
+    if gpu is None or (options.gpu is None and run.trainer.accelerator == "cpu"):
+        from nemo_aligner_diffusion.planner.processors import this_machine
+
+        gpu = this_machine()
+
     def changed(words: Sequence[str]) -> Settings:
         more = load_settings(options.config_name, [*named, *options.overrides, *words], config_dir=options.config_path)
-        return settings_from(more, spec, options.reward)
+        return settings_from(more, spec, options.reward, not gpu.is_cpu)
 
-    plan = make_plan(settings_from(run, spec, options.reward), gpu, options.layouts, _say, changed)
+    plan = make_plan(settings_from(run, spec, options.reward, not gpu.is_cpu), gpu, options.layouts, _say, changed)
     if options.json:
         print(json.dumps(as_json(plan), indent=2))
     else:

@@ -114,18 +114,22 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _memory_table(plan: Plan) -> Table:
-    held, gpu = plan.asked.memory, plan.machines.gpu
-    table = _table("memory of a rank", "what", ">bytes")
-    for name, size in held.parts.items():
-        table.add_row(name, human(size))
+    gpu, shown = plan.machines.gpu, [plan.asked]
+    if plan.fitted is not None and plan.words:
+        shown.append(plan.fitted)
+    both = [item.memory for item in shown]
+    table = _table("memory of a rank", "what", *(">as asked", ">with what helps") if len(shown) > 1 else (">bytes",))
+    for name in both[0].parts:
+        table.add_row(name, *(human(held.parts[name]) for held in both))
     table.add_section()
-    for name, peak in held.phases.items():
-        mark = "  [bold]<- peak[/bold]" if name == held.peak_phase else ""
-        table.add_row(f"in {name}{mark}", human(peak))
+    for name in both[0].phases:
+        peaks = [human(held.phases[name]) + (" [bold]peak[/bold]" * (name == held.peak_phase)) for held in both]
+        table.add_row(f"in {name}", *peaks)
     table.add_section()
-    table.add_row("needed, context and fragmentation included", human(held.needed))
-    verdict = "[green]fits[/green]" if plan.asked.fits else "[red]does not fit[/red]"
-    table.add_row(f"{gpu.name}: {verdict}", human(gpu.memory_bytes))
+    beside = "interpreter, libraries" if gpu.is_cpu else "context"
+    table.add_row(f"needed, {beside} and fragmentation included", *(human(held.needed) for held in both))
+    verdicts = ["[green]fits[/green]" if item.fits else "[red]does not fit[/red]" for item in shown]
+    table.add_row(f"{gpu.name}: {human(gpu.memory_bytes)}{' free' if gpu.is_cpu else ''}", *verdicts)
     return table
 
 

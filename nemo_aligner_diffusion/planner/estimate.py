@@ -32,7 +32,6 @@ class Assumptions:
             take at batch 1 without compiling.
         cast_seconds: host time of a change of dtype, most of which autocast makes below Python.
         message_seconds: fixed cost of a collective.
-        reserved_bytes: CUDA context, libraries' workspaces, NCCL's buffers.
         fragmentation: share of what is needed that the caching allocator holds on top.
     """
 
@@ -44,7 +43,6 @@ class Assumptions:
     launch_seconds: float = 42e-6
     cast_seconds: float = 8e-6
     message_seconds: float = 20e-6
-    reserved_bytes: float = 2e9
     fragmentation: float = 0.05
 
 
@@ -67,10 +65,12 @@ class Memory:
     Attributes:
         parts: what is held all the time (weights by network, optimizer, moving average) and the gradients.
         phases: the most that is held in each phase, all parts then held included.
+        reserved: what is held beside tensors.
     """
 
     parts: dict[str, int]
     phases: Mapping[str, float]
+    reserved: float
 
     @property
     def peak_phase(self) -> str:
@@ -83,7 +83,15 @@ class Memory:
     @property
     def needed(self) -> float:
         """Of the device, context and fragmentation included."""
-        return self.peak * (1 + ASSUMED.fragmentation) + ASSUMED.reserved_bytes
+        return self._of_device(self.peak)
+
+    def too_large(self, device: float) -> list[str]:
+        """The phases that need more than ``device`` bytes, the largest first."""
+        ordered = sorted(self.phases, key=lambda name: -self.phases[name])
+        return [name for name in ordered if self._of_device(self.phases[name]) > device]
+
+    def _of_device(self, peak: float) -> float:
+        return peak * (1 + ASSUMED.fragmentation) + self.reserved
 
 
 @dataclass
@@ -166,7 +174,7 @@ TRAFFIC = {
 }
 
 
-def memory(settings: Settings, measured: Measurement, accumulation: int, micro_batch_size: int) -> Memory:
+def memory(settings: Settings, measured: Measurement, accumulation: int, micro_batch_size: int, gpu: GPU) -> Memory:
     """What a process holds, in the steady state (from the second optimizer step on)."""
     phases, gradients = measured.phases, measured.trained
     optim, ema = settings.run.model.optim, settings.run.exp_manager.ema
@@ -187,7 +195,8 @@ def memory(settings: Settings, measured: Measurement, accumulation: int, micro_b
     if "validation" in phases:
         larger = max(1.0, settings.validation_batch_size / micro_batch_size)
         peaks["validation"] = max(phases["validation"].peak, int(phases["call"].peak * larger))
-    return Memory({**parts, "gradients": gradients}, {name: always + peak for name, peak in peaks.items()})
+    held = {name: always + peak for name, peak in peaks.items()}
+    return Memory({**parts, "gradients": gradients}, held, gpu.reserved)
 
 
 def micro_batch(measured: Measurement, counts: StepCounts) -> dict[str, list[tuple[float, Record]]]:

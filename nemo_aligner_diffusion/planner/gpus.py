@@ -25,6 +25,8 @@ class GPU:
         bandwidth: of device memory, bytes/s.
         link: to the other GPUs of the server, bytes/s, one direction.
         network: to other servers, bytes/s for each GPU, one direction.
+        reserved: bytes of the memory that are no tensors': CUDA context, libraries' workspaces, NCCL's buffers.
+        is_cpu: this machine's processors, and its memory.
     """
 
     name: str
@@ -33,11 +35,14 @@ class GPU:
     bandwidth: float
     link: float
     network: float
+    reserved: float = 2e9
+    is_cpu: bool = False
 
 
 def _gpu(name: str, tera: tuple[float, float, float, float], giga: tuple[float, float, float, float]) -> GPU:
     flops = {kind: rate * 1e12 for kind, rate in zip(("bf16", "tf32", "fp32", "fp64"), tera, strict=True)}
-    return GPU(name, flops, *(number * 1e9 for number in giga))
+    memory, bandwidth, link, network = (number * 1e9 for number in giga)
+    return GPU(name, flops, memory, bandwidth, link, network)
 
 
 GPUS: dict[str, GPU] = {
@@ -60,5 +65,5 @@ def gpu_named(name: str) -> GPU:
     if key not in GPUS:
         longer = [known for known in GPUS if known.startswith(key)]
         hint = f"; did you mean {longer[0]}?" if longer else closest(key, GPUS, least=0.4)
-        raise ConfigurationError(f"--gpu {name!r}: no such GPU{hint}; there are {', '.join(GPUS)}")
+        raise ConfigurationError(f"--gpu {name!r}: no such GPU{hint}; there are {', '.join(GPUS)}, cpu")
     return GPUS[key]

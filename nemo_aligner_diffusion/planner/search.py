@@ -6,12 +6,13 @@ are on straight lines through these. The layout asked for is measured itself.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.parallel.layout import Layout
-from nemo_aligner_diffusion.planner.estimate import ASSUMED, Machines, Memory, PhaseTime, StepEstimate, estimate, memory
+from nemo_aligner_diffusion.planner.estimate import Machines, Memory, PhaseTime, StepEstimate, estimate, memory
 from nemo_aligner_diffusion.planner.measure import Measurement, measure
 from nemo_aligner_diffusion.planner.schedule import StepCounts
 from nemo_aligner_diffusion.planner.settings import Case, Settings, case_of
@@ -51,7 +52,7 @@ def candidate(settings: Settings, case: Case, measured: Measurement, counts: Ste
     """
     pictures = (micro_batch_size or case.micro_batch_size) * case.layout.data
     accumulation = max(1, settings.run.model.global_batch_size // pictures)
-    held = memory(settings, measured, accumulation, case.micro_batch_size)
+    held = memory(settings, measured, accumulation, case.micro_batch_size, machines.gpu)
     step = estimate(settings, measured, counts, case.layout, accumulation, machines)
     return Candidate(case, accumulation, held, step, held.needed <= machines.gpu.memory_bytes)
 
@@ -73,32 +74,34 @@ def fit(
     machines: Machines,
     progress: Callable[[str], None],
 ) -> Fit:
-    """Add to ``asked`` those of :data:`REMEDIES` that lower the peak, one by one, until it fits.
+    """Add to ``asked`` those of :data:`REMEDIES` that lower a peak, the next one for every phase that is too large at
+    once, until it fits.
 
     Args:
         changed: the settings of the same command with further overrides.
     """
     best, left = asked, list(REMEDIES)
     while not best.found.fits:
-        held, device = best.found.memory, machines.gpu.memory_bytes - ASSUMED.reserved_bytes
+        held, device = best.found.memory, machines.gpu.memory_bytes - machines.gpu.reserved
         if sum(held.parts.values()) / 2 > device:  # in 16 bits all of it would be too much still
             break
-        here = next((item for item in left if not item[0] or held.peak_phase in item[0]), None)
-        if here is None:
+        settings, words = best.settings, best.words
+        for phase in held.too_large(machines.gpu.memory_bytes):
+            for remedy in [item for item in left if not item[0] or phase in item[0]]:
+                left.remove(remedy)
+                with contextlib.suppress(ConfigurationError):  # not with these settings
+                    more = changed((*words, remedy[1]))
+                    if more.run != settings.run:  # it was not so already
+                        settings, words = more, (*words, remedy[1])
+                        break
+        if words == best.words:
             break
-        left.remove(here)
-        words = (*best.words, here[1])
-        try:
-            settings = changed(words)
-            if settings.run == best.settings.run:  # so it was already
-                continue
-            progress(" ".join(words))
+        progress(" ".join(words))
+        with contextlib.suppress(ConfigurationError):  # not with this VAE
             measured = measure(settings, case_of(settings.run), counts.plan)
-        except ConfigurationError:  # not with these settings, or not with this VAE
-            continue
-        found = candidate(settings, case_of(settings.run), measured, counts, machines)
-        if found.memory.peak < held.peak:
-            best = Fit(words, settings, measured, found)
+            found = candidate(settings, case_of(settings.run), measured, counts, machines)
+            if found.memory.peak < held.peak:
+                best = Fit(words, settings, measured, found)
     return best
 
 
@@ -161,7 +164,7 @@ def between(low: Candidate, high: Candidate, size: int, machines: Machines) -> C
     one, other = low.step, high.step
     times = {name: PhaseTime(**line(vars(time), vars(other.times[name]))) for name, time in one.times.items()}
     step = StepEstimate(line(one.flops, other.flops), line(one.sent, other.sent), times)
-    held = Memory(low.memory.parts, line(low.memory.phases, high.memory.phases))
+    held = Memory(low.memory.parts, line(low.memory.phases, high.memory.phases), low.memory.reserved)
     case = replace(low.case, micro_batch_size=size)
     return Candidate(case, low.accumulation, held, step, held.needed <= machines.gpu.memory_bytes)
 

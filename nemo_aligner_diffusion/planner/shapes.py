@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
 _CONSTANTS = (aten.arange, aten.full, aten.linspace, aten.ones, aten.scalar_tensor, aten.zeros)
@@ -26,11 +26,12 @@ class ShapesMode(FakeTensorMode):
         super().__init__(allow_non_fake_inputs=True)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        leaves, structure = tree_flatten((args, kwargs or {}))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        kwargs = kwargs or {}
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if tensors and all(map(_is_real, tensors)):
-            return func(*args, **(kwargs or {}))
-        args, kwargs = tree_unflatten(list(map(self._on_cpu, leaves)), structure)
+            return func(*args, **kwargs)
+        if any(map(_is_elsewhere, tensors)):
+            args, kwargs = tree_map(self._on_cpu, (args, kwargs))
         if func is aten.index.Tensor:
             args = (args[0], [place for index in args[1] for place in _places(index)])
         out: Any = super().__torch_dispatch__(func, types, args, kwargs)
@@ -40,10 +41,14 @@ class ShapesMode(FakeTensorMode):
 
     def _on_cpu(self, leaf: Any) -> Any:
         """A tensor of the meta device that no module lists (positions of Lumina 2's rotations), as a fake one."""
-        if not isinstance(leaf, Tensor) or isinstance(leaf, FakeTensor) or not leaf.is_meta:
+        if not isinstance(leaf, Tensor) or not _is_elsewhere(leaf):
             return leaf
         options = {"dtype": leaf.dtype, "device": torch.device("cpu")}
         return super().__torch_dispatch__(aten.empty.memory_format, (), (list(leaf.shape),), options)
+
+
+def _is_elsewhere(tensor: Tensor) -> bool:
+    return not isinstance(tensor, FakeTensor) and tensor.is_meta
 
 
 def _is_real(tensor: Tensor) -> bool:

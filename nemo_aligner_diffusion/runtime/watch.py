@@ -30,6 +30,7 @@ from nemo_aligner_diffusion.runtime.health.progress import Progress
 from nemo_aligner_diffusion.runtime.health.server import HealthServer
 from nemo_aligner_diffusion.runtime.health.stragglers import StragglerWatch
 from nemo_aligner_diffusion.runtime.health.verdict import Watch
+from nemo_aligner_diffusion.runtime.memory import out_of_memory
 from nemo_aligner_diffusion.runtime.process import Process, check_agrees, this_process
 from nemo_aligner_diffusion.runtime.settings import MachineSettings, WatchSettings
 
@@ -216,7 +217,7 @@ def explained(error: Exception, directory: RunDirectory | None) -> Exception:
         return error  # nothing of the run was there to be written
     if isinstance(error, OutputError) and "resume_if_exists" in str(error):
         return error  # it says already how to go on
-    return unusable_disk(error, directory.path if directory is not None else None) or error
+    return unusable_disk(error, directory.path if directory is not None else None) or out_of_memory(error) or error
 
 
 def _of_a_thread(caught: threading.ExceptHookArgs) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,10 +28,11 @@ from nemo_aligner_diffusion.formats.weight_files import (
     has_weights,
     inner_names,
     kind_of,
-    read_header,
+    read_shapes,
     shards_of,
     weight_patterns,
 )
+from nemo_aligner_diffusion.runtime.memory import check_room
 
 # how text encoders are named in whole-model files -> one of their tensors; those of OpenCLIP are converted
 _CLIP = "text_model.embeddings.token_embedding.weight"
@@ -46,6 +48,7 @@ def network_of_file(part_class: Any, component: str, config: Mapping[str, Any], 
         raise CheckpointError(
             f"{path}: a {component} of this configuration cannot be built: {first_line(error)}"
         ) from error
+    check_room(sum(p.numel() for p in module.parameters()) * dtype.itemsize, f"{path} ({component}, {_called(dtype)})")
     load_component(module, component, path)
     return module.eval()
 
@@ -63,8 +66,10 @@ def network_of_folder(part_class: Any, folder: Path, dtype: torch.dtype) -> nn.M
     if not (folder / "config.json").exists():
         raise CheckpointError(f"{folder}: has no config.json; copy the whole folder")
     file, variant = find_weights(folder, folder.name)
-    for each in shards_of(file) if kind_of(file) == "index" else [file]:  # what a library would say worse
-        read_header(each) if kind_of(each) == "safetensors" else read_tensors(each)
+    files = shards_of(file) if kind_of(file) == "index" else [file]
+    size = sum(math.prod(shape) for each in files for shape in read_shapes(each).values())  # says what is damaged
+    if size * dtype.itemsize > 1.01 * sum(each.stat().st_size for each in files):  # else they are mapped, not copied
+        check_room(size * dtype.itemsize, f"{folder} ({_called(dtype)})")
     try:
         network, report = part_class.from_pretrained(
             folder, dtype=dtype, variant=variant or None, local_files_only=True, output_loading_info=True
@@ -74,6 +79,10 @@ def network_of_folder(part_class: Any, folder: Path, dtype: torch.dtype) -> nn.M
     remedy = f"if another transformers than {transformers.__version__} saved it, use that"
     _check_report(report, folder, part_class, remedy)
     return network.eval()
+
+
+def _called(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _check_report(report: Mapping[str, Any], source: Path, part_class: Any, remedy: str) -> None:

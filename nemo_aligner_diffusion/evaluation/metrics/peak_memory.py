@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import resource
 import sys
+from pathlib import Path
 from typing import Any
 
 from nemo_aligner_diffusion.evaluation.metrics.base import Step, Tile, TrainingMetric
@@ -37,5 +39,9 @@ def peak_memory_bytes(device: Any = "cpu") -> int:
     device = torch.device(device)
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    with contextlib.suppress(OSError):  # of this program alone; Linux's ru_maxrss is also that of who started it
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
