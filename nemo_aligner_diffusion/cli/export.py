@@ -12,7 +12,8 @@ from nemo_aligner_diffusion.runtime.ending import command
 
 _EXAMPLES = """\
 what --to names:
-  kohya        LoRA file for ComfyUI, Forge, A1111 (lora_unet_…, .alpha)
+  kohya        LoRA file for ComfyUI, Forge, A1111 (lora_unet_…, .alpha); of
+               transformers the diffusers file serves them, too
   diffusers    LoRA file for load_lora_weights
   pipeline     diffusers folder of the whole model, with what was learnt in its weights
   single-file  the same as one .safetensors (Stable Diffusion 1.x, 2.x, SDXL)

@@ -153,7 +153,7 @@ def _networks(
         found = getattr(library, pair[1], None)
         if needed := getattr(found, "_backends", None):  # a stand-in for a class
             raise CheckpointError(
-                f"{folder / name}: {pair[1]} of {pair[0]} needs the packages {', '.join(needed)}; install what is missing"
+                f"{folder / name}: {pair[1]} of {pair[0]} needs {', '.join(needed)}; install what is missing"
             )
         if isinstance(found, type) and issubclass(found, torch.nn.Module):
             networks[name] = network_of_folder(found, folder / name, dtype)
