@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from tiny.published import narrow, save_text, unet_names, vae_names, whole_file
 from tiny.stable_diffusion import save_tiny_pipeline, tiny_parts, to_ldm_unet
@@ -222,6 +223,20 @@ def test_the_published_commands_two_files(sd15: Any, names: str, tmp_path: Path)
     assert type(pipe.scheduler) is type(sd15.scheduler)
     assert dict(pipe.scheduler.config) == dict(sd15.scheduler.config)
     assert torch.equal(pictures(pipe), pictures(sd15))
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"scaling_factor": 0.13025}, "scaling factor is 0.13025, this model's is 0.18215"),
+    ({"latent_channels": 16}, "latent channels is 16, this model's is 4"),
+])  # fmt: skip
+def test_another_models_vae_is_refused(sd15: Any, changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    sd15.save_pretrained(tmp_path / "model")
+    config = {key: value for key, value in sd15.vae.config.items() if not key.startswith("_")}
+    AutoencoderKL(**{**config, **changes}).save_pretrained(tmp_path / "vae")
+    with pytest.raises(CheckpointError, match=said):
+        load_model(tmp_path / "model", vae_path=tmp_path / "vae")
+    with pytest.raises(CheckpointError, match=said):
+        load_model(None, tmp_path / "model" / "unet", tmp_path / "vae", text_path=tmp_path / "model")
 
 
 def test_text_encoders_of_their_own_folder_and_from_the_cache(

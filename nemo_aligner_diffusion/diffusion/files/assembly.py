@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from nemo_aligner_diffusion.diffusion.files.architectures import ARCHITECTURES, Architecture, fitted, plain
-from nemo_aligner_diffusion.diffusion.files.parts import network_of_file, text_parts
+from nemo_aligner_diffusion.diffusion.files.parts import check_vae, network_of_file, text_parts
 from nemo_aligner_diffusion.diffusion.recognition import Recognised, denoiser_shapes, vae_shapes
 from nemo_aligner_diffusion.errors import CheckpointError, printable
 from nemo_aligner_diffusion.formats.checkpoints import component_config
@@ -62,6 +62,7 @@ def assemble(
         kind.denoiser: _network(kind, kind.denoiser, denoiser, own, dtype),
         "vae": _network(kind, "vae", vae, vaes, dtype),
     }
+    check_vae(parts["vae"], kind.components["vae"][1], vae)
     encoders = {name: part for name, (part, _) in kind.components.items() if name.startswith("text_encoder")}
     tokenizers = {n.replace("text_encoder", "tokenizer"): _TOKENIZERS[part[:4]] for n, part in encoders.items()}
     configs = {name: kind.components[name][1] for name in encoders}

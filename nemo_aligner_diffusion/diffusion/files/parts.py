@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -51,6 +52,26 @@ def network_of_file(part_class: Any, component: str, config: Mapping[str, Any], 
     check_room(sum(p.numel() for p in module.parameters()) * dtype.itemsize, f"{path} ({component}, {_called(dtype)})")
     load_component(module, component, path)
     return module.eval()
+
+
+def check_vae(vae: Any, expected: Mapping[str, Any] | None, path: Path) -> None:
+    """A VAE given by itself has latents of the number and scale that the model was made with.
+
+    Args:
+        expected: the configuration of the model's own; ``None``: there is none.
+
+    Raises:
+        CheckpointError: it was made for another model.
+    """
+    if expected is None:
+        return
+    defaults = inspect.signature(type(vae).__init__).parameters
+    for key in ("latent_channels", "scaling_factor"):
+        if key in defaults and (found := vae.config[key]) != (wanted := expected.get(key, defaults[key].default)):
+            raise CheckpointError(
+                f"{path}: the VAE of another model: its {key.replace('_', ' ')} is {found}, this model's is {wanted}; "
+                f"give the one that belongs to the denoiser as model.first_stage_config.from_pretrained"
+            )
 
 
 def network_of_folder(part_class: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
