@@ -31,6 +31,7 @@ class Conversion:
         to: ``diffusers`` or ``kohya`` (a LoRA file), ``pipeline`` (a folder) or ``single-file``, both with it merged.
         output: the file or folder.
         model: base model; ``None``: the run's, else the embedded one.
+        text: its text encoders and tokenizers, folder or hub id; ``None``: the run's, else the model's.
         weight: of the adapter.
         precision: of merged weights: 32, bf16 or 16.
         overwrite: replace what ``output`` names.
@@ -40,6 +41,7 @@ class Conversion:
     to: str
     output: Path
     model: Path | None = None
+    text: Path | None = None
     weight: float = 1.0
     precision: str = "32"
     overwrite: bool = False
@@ -60,7 +62,7 @@ def convert_export(asked: Conversion) -> Path:
         raise ConfigurationError(
             f"{asked.source}: every weight was trained, which no LoRA can hold; write --to pipeline or single-file"
         )
-    request = Request(adapters=[Adapter(lora)] if lora else [], unet=denoiser, model=asked.model)
+    request = Request(adapters=[Adapter(lora)] if lora else [], unet=denoiser, model=asked.model, text=asked.text)
     settings = resolve_settings(request, run_of(request))
     quiet_libraries()
     dtype = DTYPES[asked.precision]

@@ -177,7 +177,7 @@ def resolve_settings(request: Request, run: RunFiles | None) -> Settings:
         model=request.model or base_path("model.from_pretrained"),
         unet=base_path("model.unet_config.from_pretrained"),
         vae=request.vae or base_path("model.first_stage_config.from_pretrained"),
-        text=base_path("model.cond_stage_config.from_pretrained"),
+        text=request.text or base_path("model.cond_stage_config.from_pretrained"),
         revision=run.setting("model.revision") if run and request.model is None else None,
         sampling=Sampling(
             first(request.steps, infer.inference_steps),
