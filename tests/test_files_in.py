@@ -258,18 +258,26 @@ def test_text_encoders_of_their_own_folder_and_from_the_cache(
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl", "sd35"])
-def test_one_file_of_the_whole_model(name: str, tmp_path: Path) -> None:
+def test_one_file_of_the_whole_model(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """As its makers publish it; configurations and tokenizers from a folder without weights, no network."""
     pipe = narrow(name, seed=5)
     file = whole_file(name, pipe, tmp_path / "model.safetensors")
     assert of_file(file).architecture == name
-    model = load_model(file, text_path=save_text(pipe, tmp_path / "text", weights=False))
+    folder = save_text(pipe, tmp_path / "text", weights=False)
+    with caplog.at_level("INFO", "nemo_aligner_diffusion"):
+        model = load_model(file, text_path=folder)
+    assert "text_encoder" in caplog.text.partition(" from the file; tokenizer")[0]
+    assert f" from {folder}\n" in caplog.text
     assert type(model.pipe) is type(pipe)
     assert dict(model.pipe.scheduler.config) == dict(pipe.scheduler.config)
     for part, network in pipe.components.items():
         if isinstance(network, torch.nn.Module):
             assert same(getattr(model.pipe, part), network), part
     assert torch.equal(pictures(model.pipe), pictures(pipe))
+    last = sorted(path.name for path in folder.glob("tokenizer*"))[-1]
+    shutil.rmtree(folder / last)
+    with pytest.raises(CheckpointError, match=rf", or --text = .*lacks weights or tokenizer files of {last}$"):
+        load_model(file, text_path=folder)
 
 
 def test_marks_of_how_a_file_was_trained(sd15: Any, tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from omegaconf import OmegaConf
 
 from nemo_aligner_diffusion.errors import AlignerError, first_line
 from nemo_aligner_diffusion.parallel.broadcast import gather, on_every_process
@@ -110,7 +109,7 @@ class RunFrame:
                 directory.release(inputs)
 
     def _tell_of_changes(self) -> None:
-        changed = self.directory.changed_keys(OmegaConf.to_yaml(self.settings.shown))
+        changed = self.directory.changed_keys(self.settings.recorded())
         for key, (before, now) in changed.items():
             log.warning("resuming with %s = %s; it was %s", key, now, before)
         if "model.seed" in changed:
@@ -132,7 +131,7 @@ class RunFrame:
         if self.resume is not None:
             check_fits(self.resume, module)
             check_moments(self.resume.optimizer, optimizer)
-        self.directory.begin(OmegaConf.to_yaml(self.settings.shown))
+        self.directory.begin(self.settings.recorded())
         self.watch.directory = self.directory
         if self.directory.is_writer:
             self.notes.set(_BEGUN, "1")

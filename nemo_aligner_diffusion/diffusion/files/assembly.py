@@ -68,7 +68,7 @@ def assemble(
     configs = {name: kind.components[name][1] for name in encoders}
     file = whole if whole is not None and whole.is_file() else None
     sources, of = ([text], revision) if text else (kind.text, None)
-    given, folder = text_parts(encoders, tokenizers, sources, dtype, of, file, configs)
+    given, folder, texts = text_parts(encoders, tokenizers, sources, dtype, of, file, configs)
     parts |= given
     _check_width(parts, denoiser, folder)
     parts["scheduler"] = marked(_scheduler(kind, folder, found), found)
@@ -78,7 +78,7 @@ def assemble(
     for option in ("requires_safety_checker", "add_watermarker"):
         if option in {p.name for p in parameters}:
             parts[option] = False
-    log.info("%s: %s; text encoder and tokenizer from %s", denoiser, kind.title, folder)
+    log.info("%s: %s; %s", denoiser, kind.title, texts)
     return pipeline_class(**parts)
 
 
@@ -105,7 +105,7 @@ def _check_width(parts: dict[str, Any], denoiser: Path, folder: Path) -> None:
     if sum(widths) != width:
         raise CheckpointError(
             f"{folder}: its text encoder gives {' + '.join(map(str, widths))} numbers a token, the UNet in {denoiser} "
-            f"reads {width}; give model.cond_stage_config.from_pretrained that belongs to it"
+            f"reads {width}; give model.cond_stage_config.from_pretrained, or --text, that belongs to it"
         )
 
 
