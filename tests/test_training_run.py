@@ -80,6 +80,8 @@ def test_a_run_that_is_out_of_time_says_so_and_goes_on_to_the_same_end(pipeline,
     state = json.loads((directory / "run.json").read_text())
     assert (state["status"], state["step"]) == ("interrupted", 1)
     assert "This run was interrupted" in (directory / "report.html").read_text(encoding="utf-8")
+    with pytest.raises(ConfigurationError, match=r"this run was of .*, and model\.from_pretrained = None now"):
+        run(pipeline, prompts, directory, "exp_manager.resume_if_exists=true", "model.from_pretrained=null")
     assert run(pipeline, prompts, directory, "exp_manager.resume_if_exists=true") == 0
     assert json.loads((directory / "run.json").read_text())["status"] == "finished"
     run(pipeline, prompts, undisturbed)
