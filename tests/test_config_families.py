@@ -135,6 +135,15 @@ def test_a_resumed_run_goes_on_with_what_it_began_with(tmp_path: Path) -> None:
     assert values(load_config("draftp_sd", words)) == PUBLISHED["sdxl"], "the run will say that it is damaged"
 
 
+def test_an_adapters_file_has_the_rank_unless_somebody_says_it() -> None:
+    rank, words = "model.peft.lora_tuning.adapter_dim", ["family=sdxl", "model.peft.restore_from_path=a.safetensors"]
+    assert load_config("draftp_sd", words[:1]).model.peft.lora_tuning.adapter_dim == 32
+    assert load_config("draftp_sd", words).model.peft.lora_tuning.adapter_dim is None
+    assert load_config("draftp_sd", [*words, f"{rank}=32"]).model.peft.lora_tuning.adapter_dim == 32
+    with pytest.raises(ConfigurationError, match="adapter_dim = None without model.peft.restore_from_path"):
+        load_config("draftp_sd", [f"{rank}=null"])
+
+
 def test_a_run_is_resumed_with_its_own_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     mine = str(folder(tmp_path / "mine", *CHECKPOINTS["sdxl"]))
