@@ -158,6 +158,10 @@ def test_free_sections_take_any_key() -> None:
         ("rm.model.restore_path", "rm.model.restore_from_path"),
         ("exp_manager.explicit_logdir", "exp_manager.explicit_log_dir"),
         ("model.sampling.base.step", "model.sampling.base.steps"),
+        ("model.guidance_scale", "model.infer.unconditional_guidance_scale?"),
+        ("true_cfg_scale", "model.infer.unconditional_guidance_scale?"),
+        ("model.num_inference_steps", "model.infer.inference_steps?"),
+        ("height", "model.infer.height?"),
     ],
 )
 def test_an_unknown_key_is_an_error_that_names_the_nearest(wrong: str, right: str) -> None:

@@ -55,9 +55,19 @@ def test_a_list_of_devices_counts_its_entries() -> None:
     [
         ("draftp_sd", ["model.truncation_steps=21"], "model.truncation_steps = 21 is beyond"),
         ("draft_k_sd", ["model.infer.inference_steps=4", "model.truncation_steps=5"], "expected 1 … 4"),
-        ("drtune_sd", ["model.infer.inference_steps=10", "model.drtune.early_stop_steps=8"], "expected 1 … 3"),
-        ("drtune_sd", ["model.infer.inference_steps=4"], "early stopping may leave 3: expected 1 … 3"),
-        ("drtune_sd", ["model.drtune.train_steps=14"], "early stopping may leave 13: expected 1 … 13"),
+        (
+            "drtune_sd",
+            ["model.infer.inference_steps=10", "model.drtune.early_stop_steps=8"],
+            "set model.drtune.train_steps=3, ",
+        ),
+        (
+            "drtune_sd",
+            ["model.infer.inference_steps=4"],
+            "model.drtune.train_steps = 4, but of 4 sampling steps early stopping (up to 2, 40 % of the steps: "
+            "model.drtune.early_stop_steps) may leave 3: set model.drtune.train_steps=3, "
+            "model.drtune.early_stop_steps=0, or more model.infer.inference_steps",
+        ),
+        ("drtune_sd", ["model.drtune.train_steps=21"], "may leave 13: set model.drtune.train_steps=13, or more model."),
         ("drtune_sd", ["model.drtune.early_stop_steps=21"], "expected 0 … 20"),
         ("refl_sd", ["model.refl.window=[15,20]"], "0 <= first <= last <= 19"),
         ("refl_sd", ["model.refl.window=[9,5]"], "0 <= first <= last <= 19"),

@@ -14,7 +14,7 @@ from settings_page import BEGIN, END, recipe_table
 
 from nemo_aligner_diffusion.algorithms.registry import methods
 from nemo_aligner_diffusion.config.families import sampling_of
-from nemo_aligner_diffusion.config.load import load_config
+from nemo_aligner_diffusion.config.load import load_config, load_settings
 from nemo_aligner_diffusion.config.recipes import conf_directory, recipes
 from nemo_aligner_diffusion.diffusion.recognition import of_pipeline
 from nemo_aligner_diffusion.diffusion.settings import FAMILIES
@@ -125,11 +125,49 @@ def test_a_resumed_run_goes_on_with_what_it_began_with(tmp_path: Path) -> None:
         assert (cfg.model.truncation_steps, cfg.model.kl_coeff) == (5, 5.0)
         assert cfg.model.family_because.endswith("; resumed with the settings in its config.yaml")
         OmegaConf.save(cfg, run / "config.yaml")
+    another = load_config("config", [f"exp_manager.explicit_log_dir={tmp_path / 'again'}"], config_dir=run)
+    assert values(another) == values(begun)
+    assert another.model.family_because == "it is a StableDiffusionXLPipeline", "nothing is resumed"
     given = load_config("draftp_sd", [*words, "model.optim.lr=1e-5", "trainer.draftp_sd.gradient_clip_val=3"])
     assert values(given) == {**PUBLISHED["embedded"], "lr": 1e-5, "clip": 3}
     assert values(load_config("draftp_sd", [*words, "family=sdxl"])) == PUBLISHED["sdxl"]
     (run / "config.yaml").write_text("{", "utf-8")
     assert values(load_config("draftp_sd", words)) == PUBLISHED["sdxl"], "the run will say that it is damaged"
+
+
+def test_an_adapters_file_has_the_rank_unless_somebody_says_it() -> None:
+    rank, words = "model.peft.lora_tuning.adapter_dim", ["family=sdxl", "model.peft.restore_from_path=a.safetensors"]
+    assert load_config("draftp_sd", words[:1]).model.peft.lora_tuning.adapter_dim == 32
+    assert load_config("draftp_sd", words).model.peft.lora_tuning.adapter_dim is None
+    assert load_config("draftp_sd", [*words, f"{rank}=32"]).model.peft.lora_tuning.adapter_dim == 32
+    with pytest.raises(ConfigurationError, match="adapter_dim = None without model.peft.restore_from_path"):
+        load_config("draftp_sd", [f"{rank}=null"])
+
+
+def test_a_run_is_resumed_with_its_own_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    mine = str(folder(tmp_path / "mine", *CHECKPOINTS["sdxl"]))
+    key, unet = "model.from_pretrained", "model.unet_config.from_pretrained"
+    embedded, known = load_settings("draftp_sd"), load_settings("draftp_sd", [f"{key}={mine}"])
+    known.check_resumes({})
+    known.check_resumes({key: ("mine", mine)})
+    known.check_resumes({key: ("/moved/mine", mine)})
+    known.check_resumes({key: ("org/mine", mine)})
+    known.check_resumes({key: (None, mine)} | {"model.family": ("sd15", "sdxl")})  # a program's pipeline
+    families = {"model.family": ("sdxl", "embedded")}
+    for settings, changed, words in (
+        (embedded, {key: (mine, None)} | families, f"was of {mine}, and {key} = None now: give {key}={mine} again, or"),
+        (embedded, {unet: ("/gone", None)} | families, f"of /gone, and {unet} = None now: give {unet}=/gone again"),
+        (
+            known,
+            {key: (None, mine), "model.family": ("embedded", "sdxl")},
+            "of the embedded model, and .* give .*=null",
+        ),
+        (known, {key: ("org/other", mine)}, "this run was of org/other, and"),
+        (known, {unet: (mine, None)}, f"this run was of {mine} with {mine}, and {unet} = None now"),
+    ):
+        with pytest.raises(ConfigurationError, match=words):
+            settings.check_resumes(changed)
 
 
 def test_groups_that_are_picked_go_with_the_family(tmp_path: Path) -> None:

@@ -220,7 +220,7 @@ def test_names_of_flux_that_only_its_own_converter_knows(tmp_path: Path) -> None
     assert list(lora.layers) == ["single_transformer_blocks.0.attn.to_k"]
 
 
-def test_an_adapter_is_gone_on_with_in_place(unet: Any, tmp_path: Path) -> None:
+def test_an_adapter_is_gone_on_with_in_place(unet: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The same function under the run's own alpha, one adapter, exported as it came."""
     made = pairs(unet, LAYERS[:3], ranks=(4, 8))
     file = write(tmp_path / "a.safetensors", spelt(unet, made, "PEFT, raw"))
@@ -238,6 +238,9 @@ def test_an_adapter_is_gone_on_with_in_place(unet: Any, tmp_path: Path) -> None:
     fresh = tiny_parts(seed=1)["unet"]
     with pytest.raises(ConfigurationError, match=r"rank 4, 8, and .*adapter_dim.*2; set .*adapter_dim=8"):
         continue_lora(fresh, file, LoRASettings(adapter_dim=2))
+    with caplog.at_level("INFO"):
+        continue_lora(tiny_parts(seed=1)["unet"], file, LoRASettings(adapter_dim=None))
+    assert f"going on with the adapter of {file}: rank 4, 8" in caplog.text
     with pytest.raises(ConfigurationError, match=r"has an adapter on .*attn2.to_out.0 and 1 more"):
         continue_lora(fresh, file, LoRASettings(target_modules=("to_q",)))
     with pytest.raises(CheckpointError, match="no such LoRA file"):

@@ -129,6 +129,9 @@ def test_a_network_that_gives_another_output_when_recomputed_is_an_error():
         ),
         ({"num_inference_steps": 3}, "arguments.num_inference_steps is set by model.infer.inference_steps"),
         ({"generator": None}, "arguments.generator is set by model.seed"),
+        ({"height": 64}, "arguments.height is set by model.infer.height"),
+        ({"width": 64}, "arguments.width is set by model.infer.width"),
+        ({"guidance_scale": 3.0}, "arguments.guidance_scale is set by model.infer.unconditional_guidance_scale"),
     ],
 )
 def test_arguments_that_a_pipeline_does_not_take_are_refused(arguments, words):

@@ -18,7 +18,7 @@ from tiny.runs import overrides, rows
 from tiny.stable_diffusion import tiny_stable_diffusion
 
 from nemo_aligner_diffusion.config.load import load_config, load_settings
-from nemo_aligner_diffusion.errors import ConfigurationError, NumericalError, OutputError
+from nemo_aligner_diffusion.errors import CheckpointError, ConfigurationError, NumericalError, OutputError
 from nemo_aligner_diffusion.formats.checkpoints import read_notes, read_tensors
 from nemo_aligner_diffusion.training.export import fingerprint
 from nemo_aligner_diffusion.training.run import run_training
@@ -81,6 +81,8 @@ def test_a_run_that_is_out_of_time_says_so_and_goes_on_to_the_same_end(pipeline,
     state = json.loads((directory / "run.json").read_text())
     assert (state["status"], state["step"]) == ("interrupted", 1)
     assert "This run was interrupted" in (directory / "report.html").read_text(encoding="utf-8")
+    with pytest.raises(ConfigurationError, match=r"this run was of .*, and model\.from_pretrained = None now"):
+        run(pipeline, prompts, directory, "exp_manager.resume_if_exists=true", "model.from_pretrained=null")
     assert run(pipeline, prompts, directory, "exp_manager.resume_if_exists=true") == 0
     assert json.loads((directory / "run.json").read_text())["status"] == "finished"
     run(pipeline, prompts, undisturbed)
@@ -177,6 +179,13 @@ def test_a_run_that_resumes_with_other_micro_batches_takes_the_same_steps(pipeli
         assert mine == [pytest.approx(row, rel=1e-3) for row in theirs]
 
 
+def test_nothing_is_in_effect_for_a_model_that_is_not_here(prompts, tmp_path, caplog):
+    with caplog.at_level("INFO"), pytest.raises(CheckpointError, match="nowhere"):
+        run(tmp_path / "nowhere", prompts, tmp_path / "run")
+    assert "in effect" not in caplog.text
+    assert "model family" not in caplog.text
+
+
 def test_a_second_run_into_a_finished_directory_is_refused_and_changes_nothing(pipeline, prompts, tmp_path):
     directory = tmp_path / "run"
     run(pipeline, prompts, directory, "trainer.draftp_sd.max_steps=1")
@@ -269,8 +278,6 @@ def test_two_processes_train_as_one(pipeline, prompts, tmp_path):
 
 def test_single_file_weights_are_used_and_misfits_are_named(pipeline, prompts, tmp_path):
     from safetensors.torch import load_file, save_file
-
-    from nemo_aligner_diffusion.errors import CheckpointError
 
     weights = load_file(pipeline / "unet" / "diffusion_pytorch_model.safetensors")
     torch.save(weights, tmp_path / "unet.ckpt")

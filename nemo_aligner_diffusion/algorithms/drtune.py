@@ -47,8 +47,16 @@ class DRTune(Method):
             )
         shortest = steps - most + 1 if most else steps
         if self.train_steps > shortest:
-            early = f", of which early stopping may leave {shortest}" if most else ""
-            raise ConfigurationError(f"{self.given('train_steps')} is beyond {within}{early}: expected 1 … {shortest}")
+            if not most:
+                raise ConfigurationError(f"{self.given('train_steps')} is beyond {within}: expected 1 … {steps}")
+            usual = ", 40 % of the steps" if self.early_stop_steps is None else ""
+            keys = self.keys()
+            whole = f"{keys['early_stop_steps']}=0, " if self.train_steps <= steps else ""
+            raise ConfigurationError(
+                f"{self.given('train_steps')}, but of {steps} sampling steps early stopping (up to {most}{usual}: "
+                f"{keys['early_stop_steps']}) may leave {shortest}: set {keys['train_steps']}={shortest}, {whole}or more "
+                "model.infer.inference_steps"
+            )
 
     def plan(self, path: SamplingPath, rng: random.Random) -> Plan:
         most = self.most_early(path.steps)

@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_aligner_diffusion.config.nemo_names import HALVES, NOT_YET, WITHOUT_EFFECT, Alias, pattern_of
 from nemo_aligner_diffusion.config.words import is_secret, of_the_environment, quoted, settled, split, with_words
+from nemo_aligner_diffusion.diffusion.families import GUIDANCE, GUIDANCE_KEY, OURS
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.formats.yaml_reader import read_yaml
 from nemo_aligner_diffusion.keys import closest, flatten, unflatten
@@ -273,8 +274,14 @@ class Vocabulary:
         if pattern is not None and not (pattern.endswith("*") and self._nearly_known(key)):
             return
         source = "" if origin == COMMAND_LINE else f" in {origin}"
-        suggestions = closest(key, [*self.kinds, *self.aliases])
+        suggestions = self._in_diffusers_words(key) or closest(key, [*self.kinds, *self.aliases])
         raise ConfigurationError(f"unknown key {key!r}{source}{suggestions or '; --help lists the keys'}")
+
+    def _in_diffusers_words(self, key: str) -> str:
+        """What is meant by a key that ends as an argument of pipelines is called."""
+        last = key.rpartition(".")[2]
+        meant = GUIDANCE_KEY if last in GUIDANCE else OURS.get(last, "")
+        return f"; did you mean {meant}?" if meant in self.kinds and meant.startswith("model.infer.") else ""
 
     def _nearly_known(self, key: str) -> bool:
         section, _, last = key.rpartition(".")

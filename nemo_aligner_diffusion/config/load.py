@@ -49,6 +49,8 @@ from nemo_aligner_diffusion.training.settings import RunSettings
 
 logger = logging.getLogger(__name__)
 
+_RESUMED = f"; resumed with the settings in its {CONFIG_FILE}"
+
 
 def load_config(
     config_name: str,
@@ -105,6 +107,8 @@ def load_config(
     methods = [layer.leaves.get("model.algorithm") for layer in users if layer.composed]
     algorithm = settled(next(filter(None, methods), tree["model.algorithm"]))
     chosen = family_layer(family, algorithm, known["model.optim.name"])
+    if known["model.peft.restore_from_path"] is not None:
+        chosen.leaves["model.peft.lora_tuning.adapter_dim"] = None  # the file's, unless somebody says else
     if known["model.family"] is None or known["model.family_because"] is not None:  # the user names none
         because += _as_begun(chosen, known)
     complete = over(chosen, notes)
@@ -133,7 +137,8 @@ def load_settings(
 def _chosen_family(known: Mapping[str, Any], fetch: bool) -> tuple[str, str]:
     """The family whose settings hold, and why: what ``model.family`` says, else the checkpoint's."""
     if known["model.family"] is not None:
-        return known["model.family"], known["model.family_because"] or "model.family says so"
+        because = known["model.family_because"] or "model.family says so"
+        return known["model.family"], because.split(_RESUMED)[0]  # of the run whose file this one starts from
     return family_of(recognise(WeightsSettings.from_tree(unflatten(known)), fetch))
 
 
@@ -160,7 +165,7 @@ def _as_begun(family: Layer, known: Mapping[str, Any]) -> str:
         family.leaves.pop("model.gradient_clip_val", None)  # a family's word for it in the loop of any recipe
     changed = any(key not in family.leaves or family.leaves[key] != value for key, value in values.items())
     family.leaves.update(values | clipping)
-    return f"; resumed with the settings in its {CONFIG_FILE}" if changed else ""
+    return _RESUMED if changed else ""
 
 
 @functools.cache

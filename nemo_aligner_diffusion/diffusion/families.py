@@ -24,6 +24,14 @@ _KANDINSKY5_LORA = ("to_query", "to_key", "to_value", "feed_forward.in_layer", "
 # networks that predict in a pipeline's loop; the first that there is is the trained one
 DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder")
 
+# arguments of a pipeline's call that are given here -> by what
+OURS = {"prompt": "model.data", "num_inference_steps": "model.infer.inference_steps", "height": "model.infer.height",
+        "width": "model.infer.width", "eta": "model.infer.eta", "generator": "model.seed",
+        "output_type": "the training loop", "return_dict": "the training loop"}  # fmt: skip
+# what pipelines call their guidance, the first that there is; and what sets it here
+GUIDANCE = ("guidance_scale", "true_cfg_scale")
+GUIDANCE_KEY = "model.infer.unconditional_guidance_scale"
+
 
 @dataclass(frozen=True)
 class Family:

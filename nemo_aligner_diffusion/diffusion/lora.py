@@ -6,6 +6,7 @@ What files hold, and whose names they have, is :mod:`.lora_files`' business.
 from __future__ import annotations
 
 import inspect
+import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,6 +19,8 @@ from nemo_aligner_diffusion.diffusion.families import ATTENTION_LORA
 from nemo_aligner_diffusion.diffusion.lora_files import KOHYA_NAME, WEIGHT_NAME, Lora, read_lora, writing_lora
 from nemo_aligner_diffusion.diffusion.settings import LoRASettings
 from nemo_aligner_diffusion.errors import ConfigurationError
+
+log = logging.getLogger(__name__)
 
 ADAPTER = "default"
 
@@ -144,8 +147,8 @@ def load_lora_weights(denoiser: Any, path: Path, adapter_name: str, pipeline_cla
 def continue_lora(denoiser: Any, path: Path, settings: LoRASettings, pipeline_class: Any = None) -> None:
     """Go on with the adapter of a file (``model.peft.restore_from_path``): the same function, trained as configured.
 
-    Its layers and ranks are the file's; its alpha is the setting's, B divided accordingly, so that a learning rate
-    means what it means in a run from the start.
+    Its layers and ranks are the file's, and a rank that is set must be one of these; its alpha is the setting's, B
+    divided accordingly, so that a learning rate means what it means in a run from the start.
 
     Raises:
         CheckpointError: unreadable, or of another model.
@@ -154,7 +157,9 @@ def continue_lora(denoiser: Any, path: Path, settings: LoRASettings, pipeline_cl
     _check_takes_lora(denoiser)
     lora = read_lora(path, denoiser, lora_component(pipeline_class), pipeline_class)
     ranks = sorted(set(lora.ranks.values()))
-    if settings.adapter_dim not in ranks:
+    if settings.adapter_dim is None:
+        log.info("going on with the adapter of %s: rank %s", path, ", ".join(map(str, ranks)))
+    elif settings.adapter_dim not in ranks:
         raise ConfigurationError(
             f"model.peft.restore_from_path = {path}: its adapters have rank {', '.join(map(str, ranks))}, and "
             f"{settings.given('adapter_dim')}; set model.peft.lora_tuning.adapter_dim={ranks[-1]}"

@@ -12,18 +12,22 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
-from nemo_aligner_diffusion.diffusion.families import DENOISERS, Family, as_pipelines_write, family_of, lora_targets
+from nemo_aligner_diffusion.diffusion.families import (
+    DENOISERS,
+    GUIDANCE,
+    GUIDANCE_KEY,
+    OURS,
+    Family,
+    as_pipelines_write,
+    family_of,
+    lora_targets,
+)
 from nemo_aligner_diffusion.diffusion.lora import adapters_off, has_lora
 from nemo_aligner_diffusion.diffusion.schedule import build_scheduler
 from nemo_aligner_diffusion.diffusion.settings import DecoderSettings
 from nemo_aligner_diffusion.diffusion.taps import PromptCache
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.keys import closest
-
-# arguments of a pipeline's call that are given here -> by what
-_OURS = {"prompt": "model.data", "num_inference_steps": "model.infer.inference_steps", "height": "model.infer.height",
-         "width": "model.infer.width", "eta": "model.infer.eta", "generator": "model.seed",
-         "output_type": "the training loop", "return_dict": "the training loop"}  # fmt: skip
 
 
 class DiffusionModel(nn.Module):
@@ -154,7 +158,7 @@ class DiffusionModel(nn.Module):
 
     @property
     def guidance_argument(self) -> str | None:
-        known = [name for name in ("guidance_scale", "true_cfg_scale") if name in self._signature]
+        known = [name for name in GUIDANCE if name in self._signature]
         return self.family.guidance or next(iter(known), None)
 
     def inputs(
@@ -232,7 +236,7 @@ class DiffusionModel(nn.Module):
         ]
         needed = [
             name for name, parameter in signature.items()
-            if parameter.default is parameter.empty and name not in ("self", *_OURS)
+            if parameter.default is parameter.empty and name not in ("self", *OURS)
             and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
         ]  # fmt: skip
         if needed:
@@ -246,10 +250,11 @@ class DiffusionModel(nn.Module):
     def _check_argument(self, name: str) -> None:
         kind = type(self.pipe).__name__
         given = f"model.pipeline.arguments.{name}"
-        if name in _OURS:
-            raise ConfigurationError(f"{given} is set by {_OURS[name]}; leave it out of model.pipeline.arguments")
+        ours = GUIDANCE_KEY if name == self.guidance_argument else OURS.get(name)
+        if ours is not None:
+            raise ConfigurationError(f"{given} is set by {ours}; leave it out of model.pipeline.arguments")
         if name not in self._signature or name == "self":
-            free = [known for known in self._signature if known != "self" and known not in _OURS]
+            free = [known for known in self._signature if known != "self" and known not in OURS]
             hint = closest(name, free) or f"; it takes {', '.join(free)}"
             raise ConfigurationError(f"{given} is no argument of {kind}{hint}")
 

@@ -166,7 +166,9 @@ class LoRASettings(Settings):
 
     section = "model.peft.lora_tuning"
 
-    adapter_dim: int = setting(8, integer(1), "rank r; integer >= 1")
+    adapter_dim: int | None = setting(
+        8, integer(1, nullable=True), "rank r; integer >= 1, null: that of restore_from_path, and the default with it"
+    )
     alpha: float | None = setting(
         32,
         number(above=0, nullable=True),
@@ -203,6 +205,10 @@ class TunedSettings(Settings):
             raise ConfigurationError(
                 f"{self.given('restore_from_path')} with peft_scheme=none: an adapter is gone on with as one "
                 "(peft_scheme=sdlora); to train every weight from it, merge it first: nad-export --to pipeline"
+            )
+        if self.restore_from_path is None and self.lora_tuning.adapter_dim is None:
+            raise ConfigurationError(
+                f"{self.lora_tuning.given('adapter_dim')} without model.peft.restore_from_path: expected an integer >= 1"
             )
 
     @property

@@ -277,7 +277,8 @@ def _model(settings: Settings, case: Case) -> DiffusionModel:
     if settings.lora is not None:
         tuning = settings.lora
         targets = list(tuning.target_modules or model.lora_targets)
-        add_lora(model.denoiser, tuning.adapter_dim, tuning.alpha, tuning.dropout, targets)
+        rank = tuning.adapter_dim or 32  # a file's is not looked up: that of most families
+        add_lora(model.denoiser, rank, tuning.alpha, tuning.dropout, targets)
     else:
         model.denoiser.requires_grad_(True)
         model.keep_reference()

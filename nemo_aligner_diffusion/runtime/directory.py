@@ -47,10 +47,10 @@ _STATE_TYPES: dict[str, Any] = {
     "slurm": (dict, type(None)),
     "history": list,
 }
-# beginnings of keys that are no change of a run: where it is, that it resumes, whose defaults it has
+# beginnings of keys that are no change of a run: where it is, that it resumes, why its family was chosen
 _NO_CHANGE = (
     *("exp_manager.resume_", "exp_manager.explicit_log_dir", "exp_manager.exp_dir", "exp_manager.version"),
-    "model.family",
+    "model.family_because",
 )
 CHECKPOINT_PATTERN = re.compile(r"step_(\d+)")
 PACKAGES = (

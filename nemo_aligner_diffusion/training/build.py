@@ -121,6 +121,7 @@ def _prepare(section: ModelSettings, model: DiffusionModel) -> None:
         else:
             targets = list(tuning.target_modules or model.lora_targets)
             torch.manual_seed(section.seed)  # the adapter's start is part of the run
+            assert tuning.adapter_dim is not None, "without a file there is a rank"
             add_lora(model.denoiser, tuning.adapter_dim, tuning.alpha, tuning.dropout, targets)
     else:
         model.denoiser.requires_grad_(True)

@@ -156,10 +156,10 @@ def _train(settings: RunSettings, frame: RunFrame, startup: Startup, given: Give
     watch.phase("loading the model")
     startup.enter("building")
     policy = NonFinitePolicy(section.nan_policy.max_consecutive)
+    model = build_model(settings, device, startup.phase, given.pipe)
     if directory.is_writer:
         log.info("model family: %s (%s)", section.family, section.family_because)
         log.info("in effect: %s (defaults: conf/family/%s.yaml)", _in_words(section), section.family)
-    model = build_model(settings, device, startup.phase, given.pipe)
     on_every_process(lambda: method.check(section.infer.inference_steps or model.default_steps))
     reward = given.reward.to(device) if given.reward is not None else _build_reward(settings.rm, device, startup)
     startup.enter("building")

@@ -102,14 +102,18 @@ class RunFrame:
                 resume = find_resume_point(directory.checkpoints) if resumes else None
                 frame = cls(settings, watch, interruption, device, directory, resume, notes)
                 inputs = frame.inputs
-                if resume is not None and directory.is_writer:
-                    frame._tell_of_changes()
+                if resume is not None:
+                    on_every_process(frame._tell_of_changes)
                 yield frame
             finally:
                 directory.release(inputs)
 
     def _tell_of_changes(self) -> None:
+        if not self.directory.is_writer:
+            return
         changed = self.directory.changed_keys(self.settings.recorded())
+        self.settings.check_resumes(changed)
+        changed.pop("model.family", None)  # whose defaults it has: they are compared themselves
         for key, (before, now) in changed.items():
             log.warning("resuming with %s = %s; it was %s", key, now, before)
         if "model.seed" in changed:

@@ -10,6 +10,7 @@ import copy
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
@@ -19,9 +20,11 @@ from nemo_aligner_diffusion.algorithms.custom import is_import_path
 from nemo_aligner_diffusion.algorithms.registry import method_of
 from nemo_aligner_diffusion.algorithms.settings import RewardTuningSettings
 from nemo_aligner_diffusion.data.settings import PromptSettings
+from nemo_aligner_diffusion.diffusion.recognition import EMBEDDED
 from nemo_aligner_diffusion.diffusion.settings import WeightsSettings
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.evaluation.settings import ReportSettings
+from nemo_aligner_diffusion.formats.hub import is_hub_name
 from nemo_aligner_diffusion.parallel.layout import Layout
 from nemo_aligner_diffusion.parallel.settings import LayoutSettings
 from nemo_aligner_diffusion.runtime.settings import (
@@ -172,6 +175,16 @@ class ProgramSettings(Settings):
                 node[last] = _absolute(node[last])
         return OmegaConf.to_yaml(tree)
 
+    def check_resumes(self, changed: Mapping[str, tuple[Any, Any]]) -> None:
+        """Whether a run can be gone on with although settings have changed.
+
+        Args:
+            changed: ``{dotted key: (then, now)}``.
+
+        Raises:
+            ConfigurationError: no.
+        """
+
     def resuming(self: Self) -> Self:
         """The same run, going on where its directory stands."""
         section = replace(self.exp_manager, resume_if_exists=True, resume_ignore_no_checkpoint=True)
@@ -220,6 +233,24 @@ class RunSettings(ProgramSettings):
             self.method().check(steps)
         self.model.optim.sched.factor(self.loop.max_steps)
 
+    def check_resumes(self, changed: Mapping[str, tuple[Any, Any]]) -> None:
+        """The model must be the one that the run is of; a path that is gone may stand for one that has moved."""
+        keys = self.model.keys()
+        now = {keys[f]: getattr(self.model, f) for f in ("from_pretrained", "denoiser_path", "vae_path", "text_path")}
+        then = {key: changed[key][0] if key in changed else value for key, value in now.items()}
+        families = changed.get("model.family", (self.model.family, self.model.family))
+        for paths, family in ((then, families[0]), (now, families[1])):
+            if not any(paths.values()) and family not in (None, EMBEDDED):
+                return  # a program's own pipeline: its weights are compared. None: of a version that knew no families
+        others = [key for key in now if _differ(then[key], now[key])]
+        if others:
+            was = " with ".join(path for path in then.values() if path) or "the embedded model"
+            again = " ".join(f"{key}={then[key] or 'null'}" for key in others)
+            raise ConfigurationError(
+                f"this run was of {was}, and {', '.join(f'{key} = {now[key]}' for key in others)} now: give {again} "
+                "again, or start a new run directory (exp_manager.explicit_log_dir)"
+            )
+
     def _check_frozen_precision(self) -> None:
         kind = self.trainer.lightning_precision
         if self.model.frozen_precision is not None and kind.endswith("-true") and kind != "32-true":
@@ -227,3 +258,13 @@ class RunSettings(ProgramSettings):
                 f"model.frozen_precision = {self.model.frozen_precision} with {self.trainer.given('precision')}, which "
                 "converts every weight: leave one of the two out"
             )
+
+
+def _differ(then: str | None, now: str | None) -> bool:
+    """Whether two names are of other models, as far as can be told: folders are moved, and hub ids downloaded."""
+    if then is None or now is None:
+        return then != now
+    before, after = (Path(name).expanduser() for name in (then, now))
+    if before.exists():
+        return before.resolve() != after.resolve()
+    return is_hub_name(then) and before.name != after.name
