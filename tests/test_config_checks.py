@@ -55,7 +55,11 @@ def test_a_list_of_devices_counts_its_entries() -> None:
     [
         ("draftp_sd", ["model.truncation_steps=21"], "model.truncation_steps = 21 is beyond"),
         ("draft_k_sd", ["model.infer.inference_steps=4", "model.truncation_steps=5"], "expected 1 … 4"),
-        ("drtune_sd", ["model.infer.inference_steps=10", "model.drtune.early_stop_steps=8"], "set model.drtune.train_steps=3, "),
+        (
+            "drtune_sd",
+            ["model.infer.inference_steps=10", "model.drtune.early_stop_steps=8"],
+            "(up to 8: model.drtune.early_stop_steps) may leave 3: set model.drtune.train_steps=3, ",
+        ),
         (
             "drtune_sd",
             ["model.infer.inference_steps=4"],

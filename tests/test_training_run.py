@@ -278,7 +278,6 @@ def test_two_processes_train_as_one(pipeline, prompts, tmp_path):
 def test_single_file_weights_are_used_and_misfits_are_named(pipeline, prompts, tmp_path):
     from safetensors.torch import load_file, save_file
 
-
     weights = load_file(pipeline / "unet" / "diffusion_pytorch_model.safetensors")
     torch.save(weights, tmp_path / "unet.ckpt")
     more = ["trainer.draftp_sd.max_steps=1", "trainer.draftp_sd.val_check_interval=0"]
