@@ -58,7 +58,7 @@ def test_a_list_of_devices_counts_its_entries() -> None:
         (
             "drtune_sd",
             ["model.infer.inference_steps=10", "model.drtune.early_stop_steps=8"],
-            "set model.drtune.train_steps=3, ",
+            "(up to 8: model.drtune.early_stop_steps) may leave 3: set model.drtune.train_steps=3, ",
         ),
         (
             "drtune_sd",

@@ -140,7 +140,7 @@ def test_an_adapters_file_has_the_rank_unless_somebody_says_it() -> None:
     assert load_config("draftp_sd", words[:1]).model.peft.lora_tuning.adapter_dim == 32
     assert load_config("draftp_sd", words).model.peft.lora_tuning.adapter_dim is None
     assert load_config("draftp_sd", [*words, f"{rank}=32"]).model.peft.lora_tuning.adapter_dim == 32
-    with pytest.raises(ConfigurationError, match="adapter_dim = None without model.peft.restore_from_path"):
+    with pytest.raises(ConfigurationError, match=r"adapter_dim = None without model\.peft\.restore_from_path"):
         load_config("draftp_sd", [f"{rank}=null"])
 
 
@@ -158,11 +158,7 @@ def test_a_run_is_resumed_with_its_own_model(tmp_path: Path, monkeypatch: pytest
     for settings, changed, words in (
         (embedded, {key: (mine, None)} | families, f"was of {mine}, and {key} = None now: give {key}={mine} again, or"),
         (embedded, {unet: ("/gone", None)} | families, f"of /gone, and {unet} = None now: give {unet}=/gone again"),
-        (
-            known,
-            {key: (None, mine), "model.family": ("embedded", "sdxl")},
-            "of the embedded model, and .* give .*=null",
-        ),
+        (known, {key: (None, mine), "model.family": ("embedded", "sdxl")}, "of the embedded model, .* give .*=null"),
         (known, {key: ("org/other", mine)}, "this run was of org/other, and"),
         (known, {unet: (mine, None)}, f"this run was of {mine} with {mine}, and {unet} = None now"),
     ):

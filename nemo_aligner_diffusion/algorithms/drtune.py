@@ -54,8 +54,8 @@ class DRTune(Method):
             whole = f"{keys['early_stop_steps']}=0, " if self.train_steps <= steps else ""
             raise ConfigurationError(
                 f"{self.given('train_steps')}, but of {steps} sampling steps early stopping (up to {most}{usual}: "
-                f"{keys['early_stop_steps']}) may leave {shortest}: set {keys['train_steps']}={shortest}, {whole}or more "
-                "model.infer.inference_steps"
+                f"{keys['early_stop_steps']}) may leave {shortest}: set {keys['train_steps']}={shortest}, {whole}or "
+                "more model.infer.inference_steps"
             )
 
     def plan(self, path: SamplingPath, rng: random.Random) -> Plan:

@@ -147,8 +147,8 @@ def load_lora_weights(denoiser: Any, path: Path, adapter_name: str, pipeline_cla
 def continue_lora(denoiser: Any, path: Path, settings: LoRASettings, pipeline_class: Any = None) -> None:
     """Go on with the adapter of a file (``model.peft.restore_from_path``): the same function, trained as configured.
 
-    Its layers and ranks are the file's, and a rank that is set must be one of these; its alpha is the setting's, B
-    divided accordingly, so that a learning rate means what it means in a run from the start.
+    Its layers and ranks are the file's, which a rank that is set must be one of; its alpha is the setting's, B divided
+    accordingly, so that a learning rate means what it means in a run from the start.
 
     Raises:
         CheckpointError: unreadable, or of another model.

@@ -208,7 +208,7 @@ class TunedSettings(Settings):
             )
         if self.restore_from_path is None and self.lora_tuning.adapter_dim is None:
             raise ConfigurationError(
-                f"{self.lora_tuning.given('adapter_dim')} without model.peft.restore_from_path: expected an integer >= 1"
+                f"{self.lora_tuning.given('adapter_dim')} without model.peft.restore_from_path: expected 1 or more"
             )
 
     @property
