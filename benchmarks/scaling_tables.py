@@ -35,7 +35,8 @@ GPU = "h100-80gb"
 COMMON = ["model.infer.inference_steps=50", "model.truncation_steps=5", "model.activation_checkpointing=true",
           "trainer.draftp_sd.val_check_interval=0"]  # fmt: skip
 MIXED = [*COMMON, "trainer.precision=bf16", "model.infer.unconditional_guidance_scale=7.5"]
-WHOLE_16 = [*COMMON, "trainer.precision=bf16-true", "model.infer.unconditional_guidance_scale=1"]
+WHOLE_16 = [*COMMON, "trainer.precision=bf16-true", "model.infer.unconditional_guidance_scale=1",
+            "model.infer.height=1024", "model.infer.width=1024"]  # fmt: skip
 FULL = ["peft=none", "model.kl_coeff=5"]
 
 
@@ -62,9 +63,11 @@ SCENARIOS = (
     Scenario("SD 1.5, every weight, FSDP", "sd15", (*MIXED, *FULL), 8, 4, fsdp=True),
     Scenario("SDXL, LoRA, replicas", "sdxl", tuple(MIXED), 4, 2),
     Scenario("SDXL, LoRA, tensor 2", "sdxl", tuple(MIXED), 4, 2, tensor=2),
+    Scenario("SDXL, LoRA, frozen bf16", "sdxl", (*MIXED, "model.frozen_precision=bf16"), 4, 2),
     Scenario("SDXL, every weight, FSDP", "sdxl", (*MIXED, *FULL), 4, 2, fsdp=True),
     Scenario("12 B DiT, LoRA, replicas", "flux1", tuple(WHOLE_16), 2, 1),
     Scenario("12 B DiT, LoRA, FSDP", "flux1", tuple(WHOLE_16), 2, 1, fsdp=True),
+    Scenario("12 B DiT, LoRA, tensor 2", "flux1", tuple(WHOLE_16), 2, 1, tensor=2),
     Scenario("12 B DiT, every weight, FSDP", "flux1", (*WHOLE_16, *FULL), 2, 1, fsdp=True),
 )
 
@@ -72,7 +75,7 @@ SCENARIOS = (
 def prepared(scenario: Scenario) -> tuple[Settings, StepCounts]:
     sizes = [f"model.micro_batch_size={scenario.micro_batch_size}",
              f"model.global_batch_size={scenario.micro_batch_size}"]  # fmt: skip
-    cfg = load_settings("draftp_sd", [*scenario.overrides, *sizes])
+    cfg = load_settings("draftp_sd", [f"family={scenario.model}", *scenario.overrides, *sizes])
     spec = model_spec(scenario.model)
     return settings_from(cfg, spec), step_counts(cfg, spec)
 
@@ -97,7 +100,7 @@ def on(scenario: Scenario, settings: Settings, counts: StepCounts, measured: Mea
         measured = replace(measured, weights=weights, trained=round(measured.trained * shrink),
                            trained_elements=round(measured.trained_elements * shrink),
                            phases=measured.phases | {"average": average})  # fmt: skip
-    held = memory(settings, measured, 1, scenario.micro_batch_size)
+    held = memory(settings, measured, 1, scenario.micro_batch_size, GPUS[GPU])
     return held, estimate(settings, measured, counts, layout, 1, Machines(GPUS[GPU], gpus, NODE))
 
 
