@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny.stable_diffusion import save_tiny_pipeline
 
+from nemo_aligner_diffusion.cli.export import main as export
 from nemo_aligner_diffusion.cli.generate import main, parse_seeds, read_request
 from nemo_aligner_diffusion.diffusion.loading import load_model
 from nemo_aligner_diffusion.diffusion.lora import add_lora, save_lora_weights
@@ -127,7 +128,11 @@ def test_mixed_adapters_are_those_of_diffusers(
 
 
 def test_adapters_of_other_trainers_are_applied_or_refused(
-    pipeline_folder: Path, adapter: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    pipeline_folder: Path,
+    adapter: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """As PEFT saves them; with a layer of a larger model; with layers of a text encoder."""
     expected = run(pipeline_folder, tmp_path / "out", "--lora", str(adapter)).images["tuned"]
@@ -142,6 +147,13 @@ def test_adapters_of_other_trainers_are_applied_or_refused(
         CheckpointError, match=r"a\.safetensors: .* 1 of its \d+ tensors have no place .*down_blocks\.7"
     ):
         run(pipeline_folder, tmp_path / "out", "--lora", str(file))
+    save_file({n.replace("down_blocks", "sideways"): value for n, value in state.items()}, file)
+    for more, said in (([], True), (["--model", str(pipeline_folder)], False)):
+        with pytest.raises(CheckpointError, match="does not fit") as caught:
+            run_generation(read_request(["--prompt", "a", "--lora", str(file), *more]))
+        assert ("no --model was given and it is in no run's folder, so the embedded" in str(caught.value)) == said
+    assert export([str(file), "--to", "kohya", "--output", str(tmp_path / "k.safetensors")]) == 2
+    assert "no --model was given and it is in no run's folder" in capsys.readouterr().err
     save_file({**state, "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_A.weight": torch.zeros(2, 8)}, file)
     made = run(pipeline_folder, tmp_path / "out", "--lora", str(file)).images
     assert torch.equal(made["tuned"], expected)
@@ -236,6 +248,9 @@ def test_the_run_behind_an_adapter_gives_the_settings(pipeline_folder: Path, ada
         assert resolve_settings(request, read_run(adapter.parent)).model == Path("some/hub-id")
         (adapter.parent / "config.yaml").write_text("model: {from_pretrained: /nowhere/model}\n")
         with pytest.raises(ConfigurationError, match=r"/nowhere/model is gone: .*config.yaml names it"):
+            resolve_settings(request, read_run(adapter.parent))
+        (adapter.parent / "config.yaml").write_text("model: {from_pretrained: ../model}\n")
+        with pytest.raises(ConfigurationError, match=r"\.\./model is not there, seen from .*config.yaml names it"):
             resolve_settings(request, read_run(adapter.parent))
     finally:
         (adapter.parent / "config.yaml").unlink()

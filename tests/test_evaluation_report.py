@@ -289,8 +289,8 @@ def test_a_base_model_that_is_no_one_folder_becomes_one(tmp_path: Path, base: st
     tree = OmegaConf.from_dotlist([f"{key}={value}" for key, value in settings.items()])
     OmegaConf.save(tree, run / "config.yaml")
     shown = usage(read_run(run))
-    (command,) = [line for line in unescape(shown["commands"]).splitlines() if "export.py" in line]
-    assert export(shlex.split(command)[2:]) == 0
+    (command,) = [line for line in unescape(shown["commands"]).splitlines() if "nad-export" in line]
+    assert export(shlex.split(command)[1:]) == 0
     check_the_picture(unescape(shown["code"]), model, 32)
 
 

@@ -20,6 +20,7 @@ from tiny_pipelines.parts import clip
 from transformers import CLIPTextModel
 
 from nemo_aligner_diffusion.cli.export import main
+from nemo_aligner_diffusion.cli.generate import main as generate
 from nemo_aligner_diffusion.diffusion.loading import load_model
 from nemo_aligner_diffusion.diffusion.lora import lora_state_dict, save_lora_weights
 from nemo_aligner_diffusion.diffusion.lora_files import KOHYA_NAME, WEIGHT_NAME
@@ -167,6 +168,30 @@ def test_single_files_of_published_structure_make_the_same_pictures(name: str, t
     more = {"add_watermarker": False} if name == "sdxl" else {"safety_checker": None}
     single = type(pipe).from_single_file(file, config=str(tmp_path / "model"), local_files_only=True, **more)
     assert (pictures(single, 1, 4) - expected).abs().max() < 1e-3
+
+
+def test_a_file_without_tokenizers_takes_them_from_the_folder_given_as_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe = narrow("sd15")
+    words = ["--model", str(whole_file("sd15", pipe, tmp_path / "model.safetensors"))]
+    save_text(pipe, tmp_path / "text", weights=False)
+    adapted(pipe.unet, ("to_q",))
+    save_lora_weights(pipe.unet, tmp_path / "lora")
+    made = [str(tmp_path / "lora"), "--to", "pipeline", "--output", str(tmp_path / "out"), *words]
+    assert main([*made, "--text", str(tmp_path)]) == 2
+    assert "model.cond_stage_config.from_pretrained, or --text = a folder with tokenizer/" in capsys.readouterr().err
+    words += ["--text", str(tmp_path / "text")]
+    assert main([*made, *words]) == 0
+    assert same_text(DiffusionPipeline.from_pretrained(tmp_path / "out"), pipe)
+    drawn = ["--prompt", "a", "--steps", "1", "--height", "64", "--width", "64", "--reward", "none"]
+    assert generate([*words, *drawn, "--output", str(tmp_path / "pictures")]) == 0
+
+
+def same_text(a: Any, b: Any) -> bool:
+    return a.tokenizer("red").input_ids == b.tokenizer("red").input_ids and equal(
+        a.text_encoder.state_dict(), b.text_encoder.state_dict()
+    )
 
 
 def test_the_base_models_fingerprint_is_that_of_its_weights_whatever_holds_them(tmp_path: Path) -> None:

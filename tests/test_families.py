@@ -52,8 +52,8 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 }
 
 
-def each(*slow: str, nightly: str = "") -> Any:
-    marks = {name: [SLOW] for name in slow} | {nightly: [pytest.mark.nightly]}
+def each(*slow: str, nightly: tuple[str, ...] = ()) -> Any:
+    marks = {name: [SLOW] for name in slow} | {name: [pytest.mark.nightly] for name in nightly}
     return pytest.mark.parametrize("family", [pytest.param(name, marks=marks.get(name, [])) for name in PUBLISHED])
 
 
@@ -198,7 +198,8 @@ def test_all_weights_of_a_hub_id(
     assert (pictures(family, model.pipe) - pictures(family, pipe)).abs().max() < 1e-3
 
 
-@each("sd15", "sd21", "flux2", "flux2_klein", "qwen_image", "z_image", nightly="sdxl")
+# of those at night, tests/test_pipelines_matrix.py has the same of a smaller model, in float64, every day
+@each("sd15", "sd21", "flux1", "flux2", nightly=("sdxl", "flux2_klein", "qwen_image", "z_image"))
 def test_the_gradient_of_every_method_is_that_of_the_naive_graph(family: str) -> None:
     pipe = narrow(family)
     arguments = {**family_of(type(pipe)).arguments, **ARGUMENTS.get(family, {})}
@@ -231,7 +232,7 @@ LAYOUTS = {
 }
 
 
-@each(*PUBLISHED, nightly="sdxl")
+@each(*PUBLISHED, nightly=("sdxl",))
 def test_two_processes_train_as_one(
     processes: ProcessPool, family: str, folder: Any, prompts: Path, tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from tiny.published import narrow, save_text, unet_names, vae_names, whole_file
 from tiny.stable_diffusion import save_tiny_pipeline, tiny_parts, to_ldm_unet
@@ -224,6 +225,20 @@ def test_the_published_commands_two_files(sd15: Any, names: str, tmp_path: Path)
     assert torch.equal(pictures(pipe), pictures(sd15))
 
 
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"scaling_factor": 0.13025}, "scaling factor is 0.13025, this model's is 0.18215"),
+    ({"latent_channels": 16}, "latent channels is 16, this model's is 4"),
+])  # fmt: skip
+def test_another_models_vae_is_refused(sd15: Any, changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    sd15.save_pretrained(tmp_path / "model")
+    config = {key: value for key, value in sd15.vae.config.items() if not key.startswith("_")}
+    AutoencoderKL(**{**config, **changes}).save_pretrained(tmp_path / "vae")
+    with pytest.raises(CheckpointError, match=said):
+        load_model(tmp_path / "model", vae_path=tmp_path / "vae")
+    with pytest.raises(CheckpointError, match=said):
+        load_model(None, tmp_path / "model" / "unet", tmp_path / "vae", text_path=tmp_path / "model")
+
+
 def test_text_encoders_of_their_own_folder_and_from_the_cache(
     sd15: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,18 +258,26 @@ def test_text_encoders_of_their_own_folder_and_from_the_cache(
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl", "sd35"])
-def test_one_file_of_the_whole_model(name: str, tmp_path: Path) -> None:
+def test_one_file_of_the_whole_model(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """As its makers publish it; configurations and tokenizers from a folder without weights, no network."""
     pipe = narrow(name, seed=5)
     file = whole_file(name, pipe, tmp_path / "model.safetensors")
     assert of_file(file).architecture == name
-    model = load_model(file, text_path=save_text(pipe, tmp_path / "text", weights=False))
+    folder = save_text(pipe, tmp_path / "text", weights=False)
+    with caplog.at_level("INFO", "nemo_aligner_diffusion"):
+        model = load_model(file, text_path=folder)
+    assert "text_encoder" in caplog.text.partition(" from the file; tokenizer")[0]
+    assert f" from {folder}\n" in caplog.text
     assert type(model.pipe) is type(pipe)
     assert dict(model.pipe.scheduler.config) == dict(pipe.scheduler.config)
     for part, network in pipe.components.items():
         if isinstance(network, torch.nn.Module):
             assert same(getattr(model.pipe, part), network), part
     assert torch.equal(pictures(model.pipe), pictures(pipe))
+    last = sorted(path.name for path in folder.glob("tokenizer*"))[-1]
+    shutil.rmtree(folder / last)
+    with pytest.raises(CheckpointError, match=rf", or --text = .*lacks weights or tokenizer files of {last}$"):
+        load_model(file, text_path=folder)
 
 
 def test_marks_of_how_a_file_was_trained(sd15: Any, tmp_path: Path) -> None:

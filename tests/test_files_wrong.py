@@ -94,7 +94,11 @@ DENOISERS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "GGUF": ("a.gguf", text("GGUF\3\0\0\0"), "a GGUF file"),
     "gzip": ("a.nemo", lambda f: f.write_bytes(b"\x1f\x8b\x08\0"), "a gzip archive"),
     "picture": ("a.ckpt", lambda f: f.write_bytes(b"\x89PNG\r\n\x1a\n"), "no weights that are known here"),
-    "LoRA": ("a.pt", pickled({"unet.to_q.lora_A.weight": torch.zeros(2, 2)}), "looks like a LoRA, not a model"),
+    "LoRA": (
+        "a.pt",
+        pickled({"unet.down_blocks.0.attentions.0.transformer_blocks.0.to_q.lora_A.weight": torch.zeros(2, 2)}),
+        r"looks like a LoRA, not a model \(1 tensors",
+    ),
     "VAE": ("a.pt", lambda f: torch.save(PARTS["vae"].state_dict(), f), "holds no unet .*looks like a VAE's"),
     "text encoder": (
         "a.pt",

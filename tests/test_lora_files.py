@@ -245,5 +245,8 @@ def test_an_adapter_is_gone_on_with_in_place(unet: Any, tmp_path: Path, caplog: 
         continue_lora(fresh, file, LoRASettings(target_modules=("to_q",)))
     with pytest.raises(CheckpointError, match="no such LoRA file"):
         continue_lora(fresh, tmp_path / "nowhere", LoRASettings())
+    fresh.save_pretrained(tmp_path / "unet")
+    with pytest.raises(CheckpointError, match="unet: this folder holds no LoRA file"):
+        continue_lora(fresh, tmp_path / "unet", LoRASettings())
     attach_lora(fresh, read_lora(file, unet))
     assert fresh.get_submodule(LAYERS[0]).scaling["default"] == 1

@@ -141,8 +141,6 @@ FAST = {
     ("FSDP2", "full", "draft+"),
 }
 SLOW = {
-    ("DP2", "full", "draft+"),
-    ("DP4", "LoRA", "drtune"),
     ("TP2", "full", "draft+"),
     ("TP2 DP2", "full", "draft+"),
     ("FSDP2", "LoRA", "drtune"),

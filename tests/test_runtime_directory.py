@@ -179,6 +179,14 @@ def test_what_changed_between_two_runs(tmp_path: Path) -> None:
     assert run.changed_keys(now) == {"model.lr": (1e-4, 2e-4), "gone": (1, None)}
 
 
+def test_a_path_that_is_written_in_full_is_no_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = RunDirectory.prepare(tmp_path / "run")
+    run.begin("model: {from_pretrained: ../flux}\n")
+    assert run.changed_keys(f"model: {{from_pretrained: {tmp_path.parent / 'flux'}}}") == {}
+    assert list(run.changed_keys(f"model: {{from_pretrained: {tmp_path / 'flux'}}}")) == ["model.from_pretrained"]
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_atomic(path, "old")

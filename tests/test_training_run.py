@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from tiny.runs import overrides, rows
 from tiny.stable_diffusion import tiny_stable_diffusion
 
-from nemo_aligner_diffusion.config.load import load_config
+from nemo_aligner_diffusion.config.load import load_config, load_settings
 from nemo_aligner_diffusion.errors import CheckpointError, ConfigurationError, NumericalError, OutputError
 from nemo_aligner_diffusion.formats.checkpoints import read_notes, read_tensors
 from nemo_aligner_diffusion.training.export import fingerprint
@@ -350,6 +351,22 @@ def test_a_run_goes_on_with_an_adapter_and_its_resume_with_its_own_checkpoint(pi
     run(pipeline, prompts, first, "trainer.draftp_sd.max_steps=4", "exp_manager.resume_if_exists=true")
     run(pipeline, prompts, parted, given, *steps[:1], f"{steps[1]}4", "exp_manager.resume_if_exists=true")
     assert all(torch.allclose(value, adapter(straight)[name], atol=1e-6) for name, value in adapter(parted).items())
+
+
+def test_config_yaml_has_whole_paths_of_weights(tmp_path, monkeypatch):
+    (tmp_path / "here" / "org").mkdir(parents=True)
+    (tmp_path / "weights").touch()
+    monkeypatch.chdir(tmp_path / "here")
+    places = ["model.from_pretrained", *(f"model.{part}_config.from_pretrained" for part in ("unet", "cond_stage"))]
+    places += ["model.first_stage_config.small_decoder", "model.peft.restore_from_path"]
+    words = [f"{key}=../weights" for key in places]
+    settings = load_settings(
+        "draftp_sd", [*words, "model.family=sd15", "model.first_stage_config.from_pretrained=org/vae"]
+    )
+    kept = OmegaConf.create(settings.recorded())
+    assert {OmegaConf.select(kept, key) for key in places} == {str(tmp_path / "weights")}
+    assert kept.model.first_stage_config.from_pretrained == "org/vae"
+    assert settings.model.from_pretrained == settings.shown["model"]["from_pretrained"] == "../weights"
 
 
 def test_an_exported_adapter_says_where_it_comes_from(pipeline, prompts, tmp_path):

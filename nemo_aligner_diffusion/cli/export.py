@@ -42,7 +42,8 @@ def _parser() -> argparse.ArgumentParser:
         "--to", required=True, choices=("kohya", "diffusers", "pipeline", "single-file"), metavar="LAYOUT", help="below"
     )
     add("--output", required=True, type=lambda text: Path(text).expanduser(), metavar="PATH", help="file or folder")
-    add("--model", type=Path, metavar="FOLDER", help="base model (default: the run's, else the embedded one)")
+    add("--model", type=Path, metavar="PATH", help="base model (default: the run's, else the embedded one)")
+    add("--text", type=Path, metavar="FOLDER", help="its text encoders and tokenizers: folder or hub id, beside a file")
     add("--weight", type=finite_number, default=1.0, metavar="W", help="of the adapter, any real number (default: 1)")
     add("--precision", choices=("32", "bf16", "16"), default="32", help="of merged weights (default: 32)")
     add("--overwrite", action="store_true", help="replace PATH if it exists")

@@ -51,8 +51,13 @@ def build_parser() -> argparse.ArgumentParser:
     seeds.add_argument("--num-images", type=whole_number, metavar="N", help="the same as --seeds 0-(N-1)")
 
     model = parser.add_argument_group("model")
-    model.add_argument("--model", type=Path, metavar="FOLDER", help="diffusers pipeline folder (default: embedded)")
+    model.add_argument(
+        "--model", type=Path, metavar="PATH", help="diffusers folder, hub id or file (default: embedded)"
+    )
     model.add_argument("--vae", type=Path, metavar="PATH", help="another VAE: a folder or a file")
+    model.add_argument(
+        "--text", type=Path, metavar="FOLDER", help="text encoders and tokenizers: folder or hub id, beside a file"
+    )
     tuned = model.add_mutually_exclusive_group()
     tuned.add_argument("--unet", type=Path, metavar="PATH", help="fully fine-tuned denoiser: export/unet, or a file")
     tuned.add_argument(

@@ -36,8 +36,8 @@ Assumptions and what was checked: docs/planner.md"""
 def _parser() -> Parser:
     parser = Parser(DESCRIPTION, EPILOG, add_help=False)
     add = parser.add_argument
-    add("--model", metavar="NAME", help=f"{', '.join(MODELS)}, or a diffusers folder; default: the recipe's, which is "
-        "the embedded model")  # fmt: skip
+    add("--model", metavar="NAME", help=f"{', '.join(MODELS)}, or your model's folder or file; default: the recipe's, "
+        "or the embedded model")  # fmt: skip
     add("--reward", choices=(*REWARDS, "recipe"), help="the size of PickScore and HPSv2 is clip-h; recipe: what its rm "
         "section builds; default: clip-h for a named model whose recipe names no reward file")  # fmt: skip
     add("--gpu", metavar="NAME", help=f"{', '.join(GPUS)}, or cpu: this machine's processors and free memory; default: "
@@ -63,7 +63,9 @@ def main(argv: Sequence[str]) -> int:
     run = load_settings(options.config_name, [*named, *options.overrides], config_dir=options.config_path)
     from nemo_aligner_diffusion.embedded_assets import embedded_model_path
 
-    spec = model_spec(options.model or model_name(run.model) or str(embedded_model_path()))
+    preset = options.model if options.model in MODELS else None
+    spec = model_spec(preset or model_name(run.model) or str(embedded_model_path()))
+    reward = options.reward or (None if preset else "recipe")  # of one's own files what training will use
     from nemo_aligner_diffusion.planner.answer import as_json, show
     from nemo_aligner_diffusion.planner.plan import make_plan  # torch and all, only now
     from nemo_aligner_diffusion.planner.settings import Settings, settings_from
@@ -75,9 +77,9 @@ def main(argv: Sequence[str]) -> int:
 
     def changed(words: Sequence[str]) -> Settings:
         more = load_settings(options.config_name, [*named, *options.overrides, *words], config_dir=options.config_path)
-        return settings_from(more, spec, options.reward, not gpu.is_cpu)
+        return settings_from(more, spec, reward, not gpu.is_cpu)
 
-    plan = make_plan(settings_from(run, spec, options.reward, not gpu.is_cpu), gpu, options.layouts, _say, changed)
+    plan = make_plan(settings_from(run, spec, reward, not gpu.is_cpu), gpu, options.layouts, _say, changed)
     if options.json:
         print(json.dumps(as_json(plan), indent=2))
     else:

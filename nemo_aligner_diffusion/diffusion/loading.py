@@ -14,6 +14,7 @@ from nemo_aligner_diffusion.diffusion.families import DENOISERS, family_of
 from nemo_aligner_diffusion.diffusion.files.assembly import assemble, marked
 from nemo_aligner_diffusion.diffusion.files.parts import (
     check_tokenizers,
+    check_vae,
     network_of_file,
     network_of_folder,
     text_parts,
@@ -119,6 +120,8 @@ def _load(
         # architecture: what the weights' own folder says, else the pipeline folder's
         config = component_config(path, name) or component_config(folder / name, name)
         parts[name] = network_of_file(part_class, name, config or {}, path, dtype)
+        if name == "vae":
+            check_vae(parts[name], component_config(folder / name, name), path)
     if text is not None:
         encoders = {n: pair[1] for n, pair in index.items() if n.startswith("text_encoder") and _is_class(pair)}
         tokenizers = {n: pair[1] for n, pair in index.items() if n.startswith("tokenizer") and _is_class(pair)}

@@ -99,7 +99,8 @@ def read_lora(path: Path, denoiser: Any, component: str = "unet", pipeline_class
     """
     file = lora_file(path)
     if file is None:
-        raise CheckpointError(f"{path}: no such LoRA file; expected an export folder or a .safetensors file")
+        what = "this folder holds no LoRA file" if path.is_dir() else "no such LoRA file"
+        raise CheckpointError(f"{path}: {what}; expected an export folder or a .safetensors file")
     tensors, header = read_tensors(file), read_notes(file)
     modules = _modules(denoiser)
     spelt = _spellings(modules, denoiser)

@@ -11,7 +11,7 @@ from nemo_aligner_diffusion.diffusion.lora import attach_lora, lora_component
 from nemo_aligner_diffusion.diffusion.lora_files import lora_file, read_lora, write_lora
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.errors import CheckpointError, ConfigurationError, OutputError
-from nemo_aligner_diffusion.evaluation.generation import DTYPES, resolve_settings, run_of
+from nemo_aligner_diffusion.evaluation.generation import DTYPES, naming_the_base, resolve_settings, run_of
 from nemo_aligner_diffusion.evaluation.request import Adapter, Request
 from nemo_aligner_diffusion.formats.checkpoints import load_component, read_notes, save_component
 from nemo_aligner_diffusion.formats.ldm import ldm_state_dict
@@ -31,6 +31,7 @@ class Conversion:
         to: ``diffusers`` or ``kohya`` (a LoRA file), ``pipeline`` (a folder) or ``single-file``, both with it merged.
         output: the file or folder.
         model: base model; ``None``: the run's, else the embedded one.
+        text: its text encoders and tokenizers, folder or hub id; ``None``: the run's, else the model's.
         weight: of the adapter.
         precision: of merged weights: 32, bf16 or 16.
         overwrite: replace what ``output`` names.
@@ -40,6 +41,7 @@ class Conversion:
     to: str
     output: Path
     model: Path | None = None
+    text: Path | None = None
     weight: float = 1.0
     precision: str = "32"
     overwrite: bool = False
@@ -60,8 +62,9 @@ def convert_export(asked: Conversion) -> Path:
         raise ConfigurationError(
             f"{asked.source}: every weight was trained, which no LoRA can hold; write --to pipeline or single-file"
         )
-    request = Request(adapters=[Adapter(lora)] if lora else [], unet=denoiser, model=asked.model)
-    settings = resolve_settings(request, run_of(request))
+    request = Request(adapters=[Adapter(lora)] if lora else [], unet=denoiser, model=asked.model, text=asked.text)
+    run = run_of(request)
+    settings = resolve_settings(request, run)
     quiet_libraries()
     dtype = DTYPES[asked.precision]
     model = load_model(settings.model, settings.unet, settings.vae, dtype, text_path=settings.text,
@@ -72,7 +75,8 @@ def convert_export(asked: Conversion) -> Path:
         header = read_notes(find_weights(denoiser, model.trained)[0])
     else:
         component = lora_component(type(model.pipe))
-        adapter = read_lora(lora, model.denoiser, component, type(model.pipe)).scaled(asked.weight)
+        with naming_the_base(settings, run):
+            adapter = read_lora(lora, model.denoiser, component, type(model.pipe)).scaled(asked.weight)
         if is_adapter:
             return write_lora(adapter, asked.output, component, kohya=asked.to == "kohya")
         attach_lora(model.denoiser, adapter)

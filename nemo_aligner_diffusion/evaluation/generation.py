@@ -9,8 +9,8 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.diffusion.settings import PipelineSettings, SamplingSettings
 from nemo_aligner_diffusion.diffusion.trajectory import check_repeatable
 from nemo_aligner_diffusion.embedded_assets import embedded_model_path
-from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError, OutputError, printable
+from nemo_aligner_diffusion.errors import AlignerError, CheckpointError, ConfigurationError, OutputError, printable
 from nemo_aligner_diffusion.evaluation.figures import picture_grid, save_image, to_pictures
 from nemo_aligner_diffusion.evaluation.request import Request, annealed_weights
 from nemo_aligner_diffusion.evaluation.run_files import RunFiles, read_config
@@ -102,7 +102,8 @@ def run_generation(request: Request) -> Result:
                        text_path=settings.text, revision=settings.revision, **settings.pipeline)  # fmt: skip
     _set_sampler(model, settings)
     _check_size(model, settings.sampling)
-    _load_tuned(model, request)
+    with naming_the_base(settings, run):
+        _load_tuned(model, request)
     model.to(device)
     reward = _reward(request, run, device)
     _warn_of_truncation(model, request.prompts)
@@ -164,8 +165,9 @@ def resolve_settings(request: Request, run: RunFiles | None) -> Settings:
         path = Path(str(value)).expanduser()
         if not path.exists() and not is_hub_name(str(value)):
             where = run.folder / "config.yaml" if run else "config.yaml"
+            there = "is gone" if path.is_absolute() else f"is not there, seen from {Path.cwd()}"
             raise ConfigurationError(
-                f"{path} is gone: {where} names it as {key}, which this adapter was made for; "
+                f"{path} {there}: {where} names it as {key}, which this adapter was made for; "
                 "give the model's present place with --model FOLDER"
             )
         return path
@@ -177,7 +179,7 @@ def resolve_settings(request: Request, run: RunFiles | None) -> Settings:
         model=request.model or base_path("model.from_pretrained"),
         unet=base_path("model.unet_config.from_pretrained"),
         vae=request.vae or base_path("model.first_stage_config.from_pretrained"),
-        text=base_path("model.cond_stage_config.from_pretrained"),
+        text=request.text or base_path("model.cond_stage_config.from_pretrained"),
         revision=run.setting("model.revision") if run and request.model is None else None,
         sampling=Sampling(
             first(request.steps, infer.inference_steps),
@@ -205,6 +207,19 @@ def run_of(request: Request) -> RunFiles | None:
                 print(f"warning: {printable(text, 600)}", file=sys.stderr)
             return run
     return None
+
+
+@contextmanager
+def naming_the_base(settings: Settings, run: RunFiles | None) -> Iterator[None]:
+    """A LoRA that does not fit the embedded model, which nobody asked for: the message says why that was taken."""
+    try:
+        yield
+    except CheckpointError as error:
+        if run is not None or settings.model is not None or "not fit the denoiser" not in str(error):
+            raise
+        raise CheckpointError(
+            f"{error}; no --model was given and it is in no run's folder, so the embedded model was taken"
+        ) from error
 
 
 def _device(name: str | None) -> torch.device:

@@ -27,6 +27,7 @@ class Request:
     model: Path | None = None
     unet: Path | None = None
     vae: Path | None = None
+    text: Path | None = None
     adapters: list[Adapter] = field(default_factory=list)
     scales: list[float] = field(default_factory=list)
     weights: list[str] = field(default_factory=list)

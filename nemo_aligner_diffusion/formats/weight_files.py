@@ -224,6 +224,7 @@ def what_is_in(names: Sequence[str]) -> str:
         ("an optimizer's", ("exp_avg",)),
     )
     found = [what for what, marks in known if any(mark in text for mark in marks)]
+    found = found[:1] if "a LoRA, not a model" in found else found  # whose names are those of the network's layers
     listed = ", ".join(printable(name, 60) for name in names[:2])
     return f"{' and '.join(found) or 'something else'} ({len(names)} tensors: {listed}, …)"
 

@@ -206,6 +206,7 @@ class RunDirectory:
             key: (there.get(key), now.get(key))
             for key in sorted({*there, *now})
             if there.get(key) != now.get(key) and not key.startswith(_NO_CHANGE)
+            if not _same_path(there.get(key), now.get(key))  # as an earlier version wrote it
             if key in there or now.get(key)  # a key that an earlier version did not know, and that does nothing
         }
 
@@ -262,6 +263,11 @@ class RunDirectory:
             with open(self.path / STATE_FILE, "r+", encoding="utf-8") as file:
                 file.write(text)
                 file.truncate()
+
+
+def _same_path(typed: Any, absolute: Any) -> bool:
+    texts = isinstance(typed, str) and isinstance(absolute, str)
+    return texts and os.path.abspath(os.path.expanduser(typed)) == absolute
 
 
 def read_state(path: Path) -> dict[str, Any]:

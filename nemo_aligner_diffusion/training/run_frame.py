@@ -12,7 +12,6 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from omegaconf import OmegaConf
 
 from nemo_aligner_diffusion.errors import AlignerError, first_line
 from nemo_aligner_diffusion.parallel.broadcast import gather, on_every_process
@@ -112,7 +111,7 @@ class RunFrame:
     def _tell_of_changes(self) -> None:
         if not self.directory.is_writer:
             return
-        changed = self.directory.changed_keys(OmegaConf.to_yaml(self.settings.shown))
+        changed = self.directory.changed_keys(self.settings.recorded())
         self.settings.check_resumes(changed)
         changed.pop("model.family", None)  # whose defaults it has: they are compared themselves
         for key, (before, now) in changed.items():
@@ -136,7 +135,7 @@ class RunFrame:
         if self.resume is not None:
             check_fits(self.resume, module)
             check_moments(self.resume.optimizer, optimizer)
-        self.directory.begin(OmegaConf.to_yaml(self.settings.shown))
+        self.directory.begin(self.settings.recorded())
         self.watch.directory = self.directory
         if self.directory.is_writer:
             self.notes.set(_BEGUN, "1")

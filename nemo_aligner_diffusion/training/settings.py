@@ -6,6 +6,8 @@ settings is named here as a part, or as a base where its keys stand beside other
 
 from __future__ import annotations
 
+import copy
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -43,6 +45,23 @@ from nemo_aligner_diffusion.training.callbacks.settings import (
 from nemo_aligner_diffusion.training.optimizers import OptimizerSettings
 
 Self = TypeVar("Self", bound="ProgramSettings")
+
+_PLACES = (  # the run's directory, and what names weights of the model: config.yaml and the report have whole paths
+    "exp_manager.explicit_log_dir",
+    *("model.from_pretrained", "model.unet_config.from_pretrained", "model.first_stage_config.from_pretrained"),
+    *("model.first_stage_config.small_decoder", "model.cond_stage_config.from_pretrained"),
+    "model.peft.restore_from_path",
+)
+
+
+def _absolute(text: str) -> str:
+    """Of a file or folder that is here; a hub's id as it is."""
+    path = os.path.expanduser(text)
+    whole = os.path.abspath(path)
+    try:
+        return whole if os.path.samefile(whole, path) else text  # not where `..` follows a link
+    except OSError:
+        return text
 
 
 @dataclass(frozen=True)
@@ -153,6 +172,18 @@ class ProgramSettings(Settings):
         Raises:
             ConfigurationError: no.
         """
+
+    def recorded(self) -> str:
+        """``config.yaml``: what is :attr:`shown`, weights that are here by absolute paths: it is read from anywhere."""
+        tree: Any = copy.deepcopy(self.shown)
+        for key in _PLACES:
+            *sections, last = key.split(".")
+            node: Any = tree
+            for section in sections:
+                node = node.get(section) or {}
+            if isinstance(node.get(last), str):
+                node[last] = _absolute(node[last])
+        return OmegaConf.to_yaml(tree)
 
     def resuming(self: Self) -> Self:
         """The same run, going on where its directory stands."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from nemo_aligner_diffusion.diffusion.files.architectures import ARCHITECTURES, Architecture, fitted, plain
-from nemo_aligner_diffusion.diffusion.files.parts import network_of_file, text_parts
+from nemo_aligner_diffusion.diffusion.files.parts import check_vae, network_of_file, text_parts
 from nemo_aligner_diffusion.diffusion.recognition import Recognised, denoiser_shapes, vae_shapes
 from nemo_aligner_diffusion.errors import CheckpointError, printable
 from nemo_aligner_diffusion.formats.checkpoints import component_config
@@ -62,12 +62,13 @@ def assemble(
         kind.denoiser: _network(kind, kind.denoiser, denoiser, own, dtype),
         "vae": _network(kind, "vae", vae, vaes, dtype),
     }
+    check_vae(parts["vae"], kind.components["vae"][1], vae)
     encoders = {name: part for name, (part, _) in kind.components.items() if name.startswith("text_encoder")}
     tokenizers = {n.replace("text_encoder", "tokenizer"): _TOKENIZERS[part[:4]] for n, part in encoders.items()}
     configs = {name: kind.components[name][1] for name in encoders}
     file = whole if whole is not None and whole.is_file() else None
     sources, of = ([text], revision) if text else (kind.text, None)
-    given, folder = text_parts(encoders, tokenizers, sources, dtype, of, file, configs)
+    given, folder, texts = text_parts(encoders, tokenizers, sources, dtype, of, file, configs)
     parts |= given
     _check_width(parts, denoiser, folder)
     parts["scheduler"] = marked(_scheduler(kind, folder, found), found)
@@ -77,7 +78,7 @@ def assemble(
     for option in ("requires_safety_checker", "add_watermarker"):
         if option in {p.name for p in parameters}:
             parts[option] = False
-    log.info("%s: %s; text encoder and tokenizer from %s", denoiser, kind.title, folder)
+    log.info("%s: %s; %s", denoiser, kind.title, texts)
     return pipeline_class(**parts)
 
 
@@ -104,7 +105,7 @@ def _check_width(parts: dict[str, Any], denoiser: Path, folder: Path) -> None:
     if sum(widths) != width:
         raise CheckpointError(
             f"{folder}: its text encoder gives {' + '.join(map(str, widths))} numbers a token, the UNet in {denoiser} "
-            f"reads {width}; give model.cond_stage_config.from_pretrained that belongs to it"
+            f"reads {width}; give model.cond_stage_config.from_pretrained, or --text, that belongs to it"
         )
 
 

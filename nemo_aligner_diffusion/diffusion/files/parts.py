@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,6 +52,26 @@ def network_of_file(part_class: Any, component: str, config: Mapping[str, Any], 
     check_room(sum(p.numel() for p in module.parameters()) * dtype.itemsize, f"{path} ({component}, {_called(dtype)})")
     load_component(module, component, path)
     return module.eval()
+
+
+def check_vae(vae: Any, expected: Mapping[str, Any] | None, path: Path) -> None:
+    """A VAE given by itself has latents of the number and scale that the model was made with.
+
+    Args:
+        expected: the configuration of the model's own; ``None``: there is none.
+
+    Raises:
+        CheckpointError: it was made for another model.
+    """
+    if expected is None:
+        return
+    defaults = inspect.signature(type(vae).__init__).parameters
+    for key in ("latent_channels", "scaling_factor"):
+        if key in defaults and (found := vae.config[key]) != (wanted := expected.get(key, defaults[key].default)):
+            raise CheckpointError(
+                f"{path}: the VAE of another model: its {key.replace('_', ' ')} is {found}, this model's is {wanted}; "
+                f"give the one that belongs to the denoiser as model.first_stage_config.from_pretrained"
+            )
 
 
 def network_of_folder(part_class: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
@@ -103,8 +124,8 @@ def text_parts(
     revision: str | None = None,
     whole: Path | None = None,
     configs: Mapping[str, Mapping[str, Any]] | None = None,
-) -> tuple[dict[str, Any], Path]:
-    """Text encoders and tokenizers, and the folder that they (the latter at least) came from.
+) -> tuple[dict[str, Any], Path, str]:
+    """Text encoders and tokenizers, the folder that they (the latter at least) came from, and in words what from where.
 
     Args:
         wanted: text encoders by component name → class of ``transformers``.
@@ -124,16 +145,16 @@ def text_parts(
     def place(folder: Path, name: str) -> Path:
         return folder / name if (folder / name).is_dir() or len(tokenizers) > 1 else folder
 
-    def complete(folder: Path) -> bool:
+    def lacking(folder: Path) -> list[str]:
         vocabularies = ("tokenizer.json", "vocab.json", "spiece.model", "vocab.txt")
-        return all(has_weights(place(folder, name)) for name in needed) and all(
-            any((place(folder, name) / file).is_file() for file in vocabularies) for name in tokenizers
-        )
+        return [name for name in needed if not has_weights(place(folder, name))] + [
+            name for name in tokenizers if not any((place(folder, name) / file).is_file() for file in vocabularies)
+        ]
 
     small = ("*.json", "*.txt", "tokenizer*/*", "text_encoder*/*.json", "scheduler/*.json")
     weights = {v: tuple(p for f in ("", "text_encoder*/") for p in weight_patterns(f, v)) for v in VARIANTS if needed}
-    lacking = [*needed, *tokenizers]
-    folder = _first_complete(sources, [(*small, *weights.get(v, ())) for v in VARIANTS], complete, revision, lacking)
+    patterns = [(*small, *weights.get(v, ())) for v in VARIANTS]
+    folder = _first_complete(sources, patterns, lacking, revision, [*needed, *tokenizers])
     parts: dict[str, Any] = {}
     for name, kind in wanted.items():
         part_class = getattr(transformers, kind)
@@ -153,26 +174,32 @@ def text_parts(
             parts[name] = getattr(transformers, kind).from_pretrained(own, local_files_only=True)
         except Exception as error:  # of transformers and tokenizers
             raise CheckpointError(f"{own}: no tokenizer can be made of it: {first_line(error)}") from error
-    return parts, folder
+    said = {"from the file": [n for n in wanted if n in in_file], f"from {folder}": [*needed, *tokenizers]}
+    return parts, folder, "; ".join(f"{', '.join(names)} {where}" for where, names in said.items() if names)
 
 
 def _first_complete(
-    sources: Sequence[str], patterns: Sequence[Sequence[str]], complete: Any, revision: str | None, lacking: list[str]
+    sources: Sequence[str],
+    patterns: Sequence[Sequence[str]],
+    lacking: Callable[[Path], list[str]],
+    revision: str | None,
+    needed: list[str],
 ) -> Path:
-    key = "model.cond_stage_config.from_pretrained"
+    key = "model.cond_stage_config.from_pretrained, or --text"
     problems = []
     for source in sources:
         try:
-            folder = locate(source, patterns, complete, "a folder with text encoder and tokenizer", revision)
+            wanted = "a folder with text encoder and tokenizer"
+            folder = locate(source, patterns, lambda place: not lacking(place), wanted, revision)
         except CheckpointError as error:
             problems.append(str(error))
             continue
-        if complete(folder):
+        if not (missing := lacking(folder)):
             return folder
-        problems.append(f"{folder} lacks weights or tokenizer files of {', '.join(lacking)}")
+        problems.append(f"{folder} lacks weights or tokenizer files of {', '.join(missing)}")
     raise CheckpointError(
-        f"these weights come without {', '.join(lacking)}: give {key} = a folder with "
-        f"{', '.join(f'{name}/' for name in lacking)}, or a hub id. {problems[0]}"
+        f"these weights come without {', '.join(needed)}: give {key} = a folder with "
+        f"{', '.join(f'{name}/' for name in needed)}, or a hub id. {problems[0]}"
     )
 
 

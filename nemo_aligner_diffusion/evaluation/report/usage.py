@@ -13,7 +13,7 @@ from nemo_aligner_diffusion.errors import ConfigurationError, printable
 from nemo_aligner_diffusion.evaluation.run_files import RunFiles
 
 LORA_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "kohya_lora_weights.safetensors"
-_GENERATE, _EXPORT = (f"python examples/mm/stable_diffusion/{name}.py" for name in ("generate", "export"))
+_GENERATE, _EXPORT = "nad-generate", "nad-export"
 
 
 def usage(run: RunFiles) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def _diffusers(run: RunFiles, export: str, denoiser: str | None, merged: str | N
     facts = run.run.get("pipeline")
     facts = facts if isinstance(facts, dict) else {}
     if merged is not None:
-        lines.append(f"pipeline = DiffusionPipeline.from_pretrained({merged!r})  # made by export.py, above")
+        lines.append(f"pipeline = DiffusionPipeline.from_pretrained({merged!r})  # made by nad-export, above")
     elif not model:
         notes.append("from nemo_aligner_diffusion.embedded_assets import embedded_model_path")
     if merged is None and denoiser is None:
