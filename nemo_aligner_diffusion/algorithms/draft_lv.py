@@ -12,8 +12,7 @@ from nemo_aligner_diffusion.settings import BOOL, integer
 
 @dataclass(frozen=True)
 class DRaFTLV(Method):
-    """The last step is supervised, from n re-noised latents (of a multistep solver without history: of first order);
-    the reward reads each of the n pictures.
+    """The last step is supervised, from n re-noised latents (multistep solvers: of first order); the reward reads each.
 
     DRaFT-1 with the variance of its gradient lowered. FlowBP's reproduction scores the trajectory's own last step
     besides the n: ``include_own_step``.
