@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from diffusers import (
+    AnimateDiffPAGPipeline,
     AnimateDiffPipeline,
     AutoencoderKLCogVideoX,
     AutoencoderKLHunyuanVideo,
@@ -198,6 +199,8 @@ ROWS = (
     row("animatediff", AnimateDiffPipeline, animatediff, video=True, train="unet", lora_targets=UNET_LORA,
         arguments={**SMALL, "num_frames": 2},
         notes="pictures come out in float32 in any case"),
+    row("animatediff-pag", AnimateDiffPAGPipeline, animatediff, video=True, train="unet", lora_targets=UNET_LORA,
+        arguments={**SMALL, "num_frames": 2}),
     row("hunyuan-video", HunyuanVideoPipeline, hunyuan_video, video=True,
         lora_targets=(*ATTENTION, *ADDED, *FEED_FORWARD, "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp",
                       "single_transformer_blocks.0.proj_out"),
