@@ -221,6 +221,11 @@ FOLDERS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "VAE lacks a tensor": ("vae", renamed_tensor("vae"), "lacks 1 weights.*it has renamed instead"),
     "text encoder lacks one": ("text_encoder", renamed_tensor("text_encoder"), "lacks 1 weights"),
     "tokenizer is a FIFO": ("tokenizer/tokenizer.json", replaced("tokenizer/tokenizer.json", None), "no regular file"),
+    "tokenizer without a length": (
+        "tokenizer",
+        rewritten("tokenizer/tokenizer_config.json", model_max_length=[77]),
+        "its model_max_length is",
+    ),
     "tokenizer damaged": ("", replaced("tokenizer/tokenizer.json", "{"), "not a complete StableDiffusionPipeline"),
     "scheduler damaged": (
         "scheduler/scheduler_config.json",

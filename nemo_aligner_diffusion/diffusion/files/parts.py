@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nemo_aligner_diffusion.errors import CheckpointError, first_line
+from nemo_aligner_diffusion.errors import CheckpointError, first_line, printable
 from nemo_aligner_diffusion.formats.checkpoints import (
     component_config,
     empty_module,
@@ -261,7 +261,10 @@ def check_tokenizers(folder: Path, pipe: Any) -> None:
     for name, part in pipe.components.items():
         encoder: Any = pipe.components.get(name.replace("tokenizer", "text_encoder"))
         positions = getattr(getattr(encoder, "config", None), "max_position_embeddings", None)
-        if name.startswith("tokenizer") and positions and getattr(part, "model_max_length", 0) > positions:
+        length = getattr(part, "model_max_length", 0)
+        if name.startswith("tokenizer") and not isinstance(length, int | float):
+            raise CheckpointError(f"{folder / name}: its model_max_length is {printable(length)!r}; expected a number")
+        if name.startswith("tokenizer") and positions and length > positions:
             part.model_max_length = positions
         special = getattr(part, "all_special_ids", None)
         if special is not None and hasattr(part, "get_vocab") and len(part) <= len(set(special)):
