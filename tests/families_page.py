@@ -7,8 +7,7 @@ Run from the project's root to write it anew:
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+from generated import write
 
 BEGIN, END = "<!-- matrix: tests/families_page.py -->", "<!-- end of matrix -->"
 ROWS = {
@@ -107,12 +106,5 @@ def matrix() -> str:
     return "\n".join([BEGIN, *lines, END])
 
 
-def renewed(page: str) -> str:
-    """``page`` with its matrix as it should be."""
-    before, rest = page.split(BEGIN)
-    return before + matrix() + rest.split(END)[1]
-
-
 if __name__ == "__main__":
-    path = Path(sys.argv[1])
-    path.write_text(renewed(path.read_text("utf-8")), "utf-8")
+    write(matrix())

@@ -8,9 +8,8 @@ Run from the project's root to write it anew:
 from __future__ import annotations
 
 import inspect
-import sys
-from pathlib import Path
 
+from generated import write
 from tiny_pipelines import MAIN, ROWS, TinyPipeline
 
 from nemo_aligner_diffusion.diffusion.families import family_of, lora_targets
@@ -65,12 +64,5 @@ def table() -> str:
     return "\n".join([BEGIN, *lines, END])
 
 
-def renewed(page: str) -> str:
-    """``page`` with its table as it should be."""
-    before, rest = page.split(BEGIN)
-    return before + table() + rest.split(END)[1]
-
-
 if __name__ == "__main__":
-    path = Path(sys.argv[1])
-    path.write_text(renewed(path.read_text("utf-8")), "utf-8")
+    write(table())

@@ -17,7 +17,8 @@ import pytest
 import torch
 import transformers
 from diffusers import DDIMScheduler, DiffusionPipeline, FluxTransformer2DModel
-from families_page import COLUMNS, NO, NOTED, OTHERS, ROWS, held_by, renewed
+from families_page import COLUMNS, NO, NOTED, OTHERS, ROWS, held_by, matrix
+from generated import renewed
 from naive_pipeline import naive_loss
 from process_pool import ProcessPool
 from safetensors.torch import load_file, save_file
@@ -304,7 +305,7 @@ def test_single_files_that_are_not_read_say_what_to_give(family: str, tmp_path: 
 
 def test_the_matrix_in_the_documentation_is_current_and_its_tests_exist() -> None:
     page = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
-    assert page == renewed(page), "python tests/families_page.py docs/models.md"
+    assert page == renewed(page, matrix()), "python tests/families_page.py docs/models.md"
     cells = {(family, column) for family in PUBLISHED for column in COLUMNS}
     assert list(ROWS) == list(PUBLISHED)
     assert {*NO, *OTHERS, *NOTED} <= cells
