@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_aligner_diffusion.diffusion.files.architectures import ARCHITECTURES
+from nemo_aligner_diffusion.diffusion.files.architectures import ARCHITECTURES, unet_levels
 from nemo_aligner_diffusion.diffusion.settings import WeightsSettings
 from nemo_aligner_diffusion.embedded_assets import embedded_model_path
 from nemo_aligner_diffusion.errors import CheckpointError, printable
@@ -227,9 +227,7 @@ def inner_shapes(shapes: Shapes, anchor: str) -> dict[str, tuple[int, ...]]:
 def _of_unet(shapes: Shapes, source: Path, edm: bool) -> str:
     theirs = "input_blocks.0.0.weight" in shapes
     first = shapes["input_blocks.0.0.weight" if theirs else "conv_in.weight"] if _has_first(shapes) else (0, 4)
-    channels = first[1]
-    side, halving = ("input_blocks.", ".0.op.weight") if theirs else ("down_blocks.", ".downsamplers.0.conv.weight")
-    levels = 1 + sum(name.startswith(side) and name.endswith(halving) for name in shapes)
+    channels, levels = first[1], unet_levels(shapes)
     sized = "label_emb.0.0.weight" in shapes or "add_embedding.linear_1.weight" in shapes
     linear = any(name.endswith(".proj_in.weight") and len(shape) == 2 for name, shape in shapes.items())
     blocks = [match for name in shapes if (match := re.search(r"\.transformer_blocks\.(\d+)\.", name))]

@@ -25,8 +25,10 @@ def free_memory(root: Path = Path("/")) -> int | None:
 
 
 def check_room(size: int, what: str) -> None:
-    """Raises:
-    AlignerError: ``what`` takes more than is free; better said now than when the machine has ended the process.
+    """Refuse ``size`` bytes that memory does not hold, before the system ends the process for them.
+
+    Raises:
+        AlignerError: says what is too large, what is free, and what to do.
     """
     free = free_memory()
     if free is not None and size > free:

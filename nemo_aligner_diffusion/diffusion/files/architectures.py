@@ -72,15 +72,13 @@ def fitted(kind: str, config: dict[str, Any], shapes: Shapes) -> dict[str, Any]:
 
 def _unet(shapes: Shapes) -> dict[str, Any]:
     sizes: dict[str, Any] = {}
+    levels, widths = unet_levels(shapes), []
     if "input_blocks.0.0.weight" in shapes:  # the first convolution of each level
-        levels, widths = _levels(shapes), []
         per_level = _count(shapes, "input_blocks") // levels  # convolutions and a halving; the first has one before
         for level in range(levels):
             widths.append(shapes[f"input_blocks.{1 + level * per_level}.0.in_layers.2.weight"][0])
     else:
-        widths = [
-            shapes[f"down_blocks.{level}.resnets.0.conv1.weight"][0] for level in range(_count(shapes, "down_blocks"))
-        ]
+        widths = [shapes[f"down_blocks.{level}.resnets.0.conv1.weight"][0] for level in range(levels)]
     sizes["block_out_channels"] = widths
     context = [shape[-1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")]
     if context:
@@ -91,8 +89,10 @@ def _unet(shapes: Shapes) -> dict[str, Any]:
     return sizes
 
 
-def _levels(shapes: Shapes) -> int:
-    return 1 + sum(name.startswith("input_blocks.") and name.endswith(".0.op.weight") for name in shapes)
+def unet_levels(shapes: Shapes) -> int:
+    """Resolutions of a UNet, counted by the halvings between them; in ``diffusers``' names or LDM's."""
+    halvings = (("input_blocks.", ".0.op.weight"), ("down_blocks.", ".downsamplers.0.conv.weight"))
+    return 1 + sum(name.startswith(begin) and name.endswith(end) for name in shapes for begin, end in halvings)
 
 
 def _vae(shapes: Shapes) -> dict[str, Any]:
