@@ -20,7 +20,7 @@ from nemo_aligner_diffusion.data.datamodule import PromptDataModule
 from nemo_aligner_diffusion.data.prompts import read_prompts
 from nemo_aligner_diffusion.diffusion.recognition import EMBEDDED, recognise
 from nemo_aligner_diffusion.embedded_assets import embedded_prompts_path, embedded_reward_path
-from nemo_aligner_diffusion.evaluation.metrics.base import validation_figures
+from nemo_aligner_diffusion.evaluation.metrics.base import training_columns, validation_figures
 from nemo_aligner_diffusion.evaluation.report import write_report
 from nemo_aligner_diffusion.parallel.broadcast import load_once, on_every_process
 from nemo_aligner_diffusion.parallel.non_finite import NonFinitePolicy
@@ -181,8 +181,8 @@ def _train(settings: RunSettings, frame: RunFrame, startup: Startup, given: Give
         RewardNormalization(directory.path),
         *([ema] if ema is not None else []),
         ValidationFiles(directory.path, settings.report.max_prompts),
-        MetricsCSV(directory.path),
-        TrainingProgress(silent=given.silent),
+        MetricsCSV(directory.path, training_columns(module.reports)),
+        TrainingProgress(module.shown, silent=given.silent),
     ]
     startup.enter("trainer")
     validates = bool(data.validation_prompts)
