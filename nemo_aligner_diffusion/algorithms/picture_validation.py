@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 _Self = TypeVar("_Self", bound="PictureValidation")
 _COUNTS = ("images", "pairs")  # figures that are added up over the micro-batches and processes of a step
 
+
 @dataclass(frozen=True)
 class ValidationPictures:
     """The last validation, all ranks together: ``N`` (prompt, seed) pairs, pictures ``(N, 3, H, W)`` in [0, 1]."""
