@@ -1,28 +1,19 @@
-"""What modules that tune a model of pictures share: the layout, a step's figures, and validation by pictures."""
+"""Validation of a model that makes pictures: the same prompts and seeds every time, base against tuned."""
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from nemo_aligner_diffusion.diffusion.generate import Sampling, generate
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
-from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.parallel.module import ParallelModule
 from nemo_aligner_diffusion.rewards.base import Reward, scores_of
 from nemo_aligner_diffusion.runtime.signals import Interrupted
-
-log = logging.getLogger(__name__)
-
-_Self = TypeVar("_Self", bound="PictureValidation")
-_COUNTS = ("images", "pairs")  # figures that are added up over the micro-batches and processes of a step
 
 
 @dataclass(frozen=True)
@@ -38,28 +29,18 @@ class ValidationPictures:
 
 
 class PictureValidation(ParallelModule):
-    """A module that validates by pictures: the same prompts and seeds every time, base against tuned. How it trains is
-    the subclass's, which calls :meth:`report` in its ``training_step``.
+    """The half of a module that validates by pictures; what trains is the subclass's.
 
     Args:
-        model: only its denoiser's parameters that require grad are trained; its
-            :meth:`.DiffusionModel.reference` is the base model.
+        model: whose :meth:`.DiffusionModel.reference` is the base model.
         reward: scores ``(B, 3, H, W)``; of a video its frames, whose scores are averaged.
         sampling: how pictures are made.
         decode_micro_batch_size: pictures decoded at a time; ``None``: all.
         optimizer_factory, guard, parallel: see :class:`.ParallelModule`.
 
     Attributes:
-        reports: names of the figures that a step reports: which columns ``metrics.csv`` begins with.
-        watched: what the values are of which :meth:`report` is told.
-        shown: those of them that the progress line shows, and the words for them.
-        last_metrics: of the last optimizer step, means over micro-batches and processes.
         measure_validation: gives :attr:`last_validation`; a run sets it to all metrics (``evaluation/metrics``).
     """
-
-    reports: ClassVar[tuple[str, ...]] = ()
-    watched: ClassVar[str] = "reward"
-    shown: ClassVar[Mapping[str, str]] = {}
 
     def __init__(
         self,
@@ -81,98 +62,6 @@ class PictureValidation(ParallelModule):
         self._base_images: dict[int, Tensor] = {}  # row of the validation set -> the base model's picture
         self._base_rewards: dict[int, Tensor] = {}
         self._validated: list[tuple[int, str, int, Tensor, Tensor]] = []
-        self.last_metrics: dict[str, float] = {}
-        self._micro_batches: list[dict[str, Tensor]] = []  # figures of the micro-batches of the running optimizer step
-        self._values: list[Tensor] = []
-        self._step_started = 0.0
-        self._gradients_checked = False
-
-    def _apply(self: _Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Self:
-        """A move takes everything along, another dtype (``trainer.precision``) not the reward: it has its own."""
-
-        def moved(tensor: Tensor) -> Tensor:
-            changed = fn(tensor)
-            return changed if changed.dtype == tensor.dtype else tensor.to(changed.device)
-
-        super()._apply(fn, recurse=False)
-        for child in self.children():
-            child._apply(moved if child is self.reward else fn, recurse)
-        return self
-
-    def trainable_parameters(self) -> list[tuple[str, Parameter]]:
-        return self.model.trainable_parameters()
-
-    # a step's figures
-
-    def begin_micro_batch(self) -> None:
-        """The first of an optimizer step starts the clock."""
-        if not self._micro_batches:
-            self._step_started = time.perf_counter()
-
-    def report(self, prompts: list[str], values: Tensor, figures: Mapping[str, Tensor]) -> None:
-        """What is said of a micro-batch.
-
-        Args:
-            prompts: ``B``.
-            values: ``(B,)``, which the guard looks at under the name :attr:`watched`.
-            figures: scalars for ``metrics.csv``, the same names in all micro-batches of a step.
-        """
-        self._prompts += prompts
-        self._values.append(values.detach())
-        self._micro_batches.append(dict(figures))
-
-    def step_values(self) -> dict[str, Any]:
-        return {self.watched: torch.cat(self._values)}
-
-    # Lightning's hooks
-
-    def configure_model(self) -> None:
-        """Spread the model over the processes, if there are several; before the optimizer sees its parameters."""
-        mesh = self.device_mesh
-        if mesh is not None:
-            model = self.model
-            denoisers = [part for part in (model.denoiser, model.reference_denoiser) if part is not None]
-            self.parallel.apply(mesh, denoisers, {**model.frozen_parts(), "reward": self.reward})
-
-    def on_train_start(self) -> None:
-        self.eval()  # frozen parts stay as they are; only the denoiser may have dropout
-        self.model.denoiser.train()
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if not self._gradients_checked:
-            self._check_gradients()
-        super().on_before_optimizer_step(optimizer)
-
-    def _check_gradients(self) -> None:
-        """Once: parameters that no gradient reaches stay as they are for ever, and nobody would be told."""
-        self._gradients_checked = True
-        parameters = self.trainable_parameters()
-        without = [name for name, parameter in parameters if parameter.grad is None]
-        if len(without) == len(parameters):
-            raise ConfigurationError(
-                f"no trained parameter of {self.model.trained} gets a gradient: the pipeline runs it where gradients "
-                f"are off, or the loss does not depend on it"
-            )
-        if without:
-            log.warning(
-                "%d of %d trained tensors get no gradient and stay as they are: %s%s",
-                len(without),
-                len(parameters),
-                ", ".join(without[:5]),
-                ", …" if len(without) > 5 else "",
-            )
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        super().optimizer_step(*args, **kwargs)
-        names = list(self._micro_batches[0])
-        figures = torch.stack([torch.stack([micro[name].float() for name in names]) for micro in self._micro_batches])
-        averaged = self.trainer.strategy.reduce(figures.mean(0), reduce_op="mean")
-        self.last_metrics = dict(zip(names, averaged.tolist(), strict=True))
-        for name in set(_COUNTS) & set(names):
-            self.last_metrics[name] *= len(self._micro_batches) * self.parallel.layout.data
-        self.last_metrics["grad_norm"] = self._grad_norm
-        self.last_metrics["seconds"] = time.perf_counter() - self._step_started
-        self._micro_batches, self._prompts, self._values = [], [], []
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         prompts, seeds, rows = batch["prompts"], batch["seeds"], batch["rows"]

@@ -13,18 +13,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from nemo_aligner_diffusion.algorithms.picture_validation import PictureValidation
+from nemo_aligner_diffusion.algorithms.tuning import DenoiserTuning
 from nemo_aligner_diffusion.diffusion.generate import Sampling
 from nemo_aligner_diffusion.diffusion.loop import drawn
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.diffusion.noise import plan_random, sample_generator
 from nemo_aligner_diffusion.diffusion.plan import PlanRule
 from nemo_aligner_diffusion.diffusion.schedule import path_of
-from nemo_aligner_diffusion.diffusion.trajectory import Rollout, check_repeatable, distance_of_training, rollout
+from nemo_aligner_diffusion.diffusion.trajectory import Rollout, distance_of_training, rollout
 from nemo_aligner_diffusion.errors import AlignerError
 from nemo_aligner_diffusion.parallel.module import OptimizerFactory
-from nemo_aligner_diffusion.parallel.non_finite import NonFinitePolicy
-from nemo_aligner_diffusion.parallel.parallelism import Parallelism
 from nemo_aligner_diffusion.rewards.base import Reward
 from nemo_aligner_diffusion.rewards.support.augmented import SampleKeys, scoring_samples
 
@@ -33,7 +31,7 @@ log = logging.getLogger(__name__)
 _FLOAT16_SCALE = 256.0  # of the objective: decoders' gradients of some rewards are under float16's least number
 
 
-class RewardTuning(PictureValidation):
+class RewardTuning(DenoiserTuning):
     """Fine-tune a denoiser by the gradient of a reward through its own sampling.
 
     The loss is ``L = −λ·mean(R) + kl_coeff·KL``, or with a margin ``λ·mean(relu(margin − R)) + kl_coeff·KL``, which
@@ -44,17 +42,16 @@ class RewardTuning(PictureValidation):
         reward: frozen, differentiable in the image.
         sampling: how pictures are made, in training and validation.
         plan_rule: which steps are supervised, drawn once per optimizer step and equal on every rank.
-        optimizer_factory, guard, parallel: see :class:`.ParallelModule`.
+        optimizer_factory: see :class:`.ParallelModule`.
         kl_coeff: weight of the distance to the frozen model (DRaFT+); 0 makes no reference call.
         kl_space: in which it is measured: ``epsilon``, ``prediction`` or ``velocity``; ``None``: velocity for flows,
             else epsilon (as NeMo-Aligner's).
         reward_scale: ``λ``.
         reward_margin: see above; ``None`` for the plain reward.
-        decode_micro_batch_size: pictures decoded and scored at a time; ``None``: the micro-batch.
-        seed: of plans and noise; a run is a function of it, whatever the layout.
+        tuning: further arguments of :class:`.DenoiserTuning`.
     """
 
-    reports = ("reward", "kl_penalty", "loss", "grad_norm", "images")
+    reports = ("reward", "kl_penalty", "loss", "images", "grad_norm")
     shown: ClassVar = {"reward": "reward", "kl_penalty": "KL"}
 
     def __init__(
@@ -69,18 +66,14 @@ class RewardTuning(PictureValidation):
         kl_space: str | None = None,
         reward_scale: float = 1.0,
         reward_margin: float | None = None,
-        decode_micro_batch_size: int | None = None,
-        seed: int = 0,
-        guard: NonFinitePolicy | None = None,
-        parallel: Parallelism | None = None,
+        **tuning: Any,
     ) -> None:
-        super().__init__(model, reward, sampling, decode_micro_batch_size, optimizer_factory, guard, parallel)
+        super().__init__(model, reward, sampling, optimizer_factory, **tuning)
         self.plan_rule = plan_rule
         self.kl_coeff = kl_coeff
         self.kl_space = kl_space
         self.reward_scale = reward_scale
         self.reward_margin = reward_margin
-        self.seed = seed
         self._overflow_said = False
         if kl_coeff:
             model.keep_reference()
@@ -159,23 +152,19 @@ class RewardTuning(PictureValidation):
             "reward": scores.mean(),
             "kl_penalty": divergence,
             "loss": self.reward_loss(scores).mean() + self.kl_coeff * divergence,
-            "images": torch.tensor(float(len(prompts)), device=scores.device),
             "active_steps": torch.tensor(float(len(result.plan.active)), device=scores.device),
         }
         if list(scored.parts) != [self.reward.name]:  # a reward of parts: each on its own, raw
             figures.update({f"reward_{name}": torch.cat(part).mean() for name, part in scored.parts.items()})
-        self.report(prompts, scores.reshape(result.plan.network_reads, -1).mean(0), figures)
+        self.end_micro_batch(prompts, figures, reward=scores.reshape(result.plan.network_reads, -1).mean(0))
 
     def check_pipeline(self) -> None:
         """Draw a plan and make a picture twice, before anything is written: see :func:`.check_repeatable`."""
-        self.eval()
         steps = self.sampling.steps or self.model.default_steps
         drawn(self.plan_rule, path_of(self.model.pipe.scheduler, steps), plan_random(self.seed, 0))
-        prompt = next(iter(self.validation_prompts), "a picture")
-        inputs = self.model.inputs([prompt], **vars(self.sampling))
-        check_repeatable(self.model, inputs)
+        super().check_pipeline()
         if self.model.decoder.other_picture:
-            mean, most = distance_of_training(self.model, inputs)
+            mean, most = distance_of_training(self.model, self.inputs_for_checks())
             log.info(
                 "in training the reward scores %s; the first is %.2g from the VAE's on average, %.2g at most "
                 "(pixels in [0, 1]); validation and exports are of the VAE",
