@@ -15,13 +15,13 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
+from nemo_aligner_diffusion.data.preferences.shards import PreferencePair, write_preference_shards
 from nemo_aligner_diffusion.data.prompts import read_prompts
 from nemo_aligner_diffusion.data.shards import WrittenShards
 from nemo_aligner_diffusion.diffusion.generate import Sampling, generate
 from nemo_aligner_diffusion.diffusion.loading import load_model
 from nemo_aligner_diffusion.embedded_assets import embedded_model_path, embedded_prompts_path
 from nemo_aligner_diffusion.evaluation.figures import to_pictures
-from nemo_aligner_diffusion.reward_training.preference_shards import PreferencePair, write_preference_shards
 from nemo_aligner_diffusion.rewards.symmetry import Symmetry
 
 HELD_OUT = 0.2  # share of the prompts

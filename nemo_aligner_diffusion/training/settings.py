@@ -19,6 +19,7 @@ from nemo_aligner_diffusion.algorithms.base import TrainingMethod
 from nemo_aligner_diffusion.algorithms.custom import is_import_path
 from nemo_aligner_diffusion.algorithms.registry import method_of
 from nemo_aligner_diffusion.algorithms.settings import RewardTuningSettings
+from nemo_aligner_diffusion.data.preferences.settings import PairSettings
 from nemo_aligner_diffusion.data.settings import PromptSettings
 from nemo_aligner_diffusion.diffusion.recognition import EMBEDDED
 from nemo_aligner_diffusion.diffusion.settings import WeightsSettings
@@ -119,6 +120,7 @@ class ModelSettings(RewardTuningSettings, LayoutSettings, WeightsSettings):
     nan_policy: NonFiniteSettings = part(NonFiniteSettings)
     optim: OptimizerSettings = part(OptimizerSettings)
     data: PromptSettings = part(PromptSettings)
+    preference: PairSettings = part(PairSettings)
 
 
 @dataclass(frozen=True)

@@ -123,8 +123,8 @@ def shard(drawn: random.Random, folder: Path) -> Path:
 def read_shard(path: Path) -> None:
     """Its prompts, streamed and by their index, must be the same; preferences are looked for, too."""
     from nemo_aligner_diffusion.data.bad_samples import BadSamples
+    from nemo_aligner_diffusion.data.preferences.shards import locate_pairs, read_preference_file
     from nemo_aligner_diffusion.data.prompt_files import locate_prompts, parse_prompt
-    from nemo_aligner_diffusion.reward_training.preference_shards import locate_pairs, read_preference_file
 
     content = path.read_bytes()
     bad = BadSamples("skip")
