@@ -1,0 +1,1 @@
+"""Learning from pairs of pictures, without a reward: one file a method."""
