@@ -25,7 +25,7 @@ class DDEStep(PreferenceMethod):
     beta: float = setting(
         1000.0,
         number(above=0),
-        "β, scale of the argument; > 0; 1000·(v_t + Σ_{s>t} v_s) is Diffusion-DPO's 2500 at Stable Diffusion's median t",
+        "β, scale of the argument; > 0; 1000·(v_t + Σ_{s>t} v_s) is Diffusion-DPO's 2500 at SD's median t",
     )
     correction_scale: float = setting(1.0, number(above=0), "factor on v_t; > 0")
     correction_rate: float = setting(0.1, RATE_KIND, RATE)

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from nemo_aligner_diffusion.algorithms.preference.base import PreferenceMethod
 from nemo_aligner_diffusion.algorithms.preference.corrections import Corrections
-from nemo_aligner_diffusion.algorithms.preference.loss import DISEASE, both_rise, pair_loss, preferred_share, pull
+from nemo_aligner_diffusion.algorithms.preference.loss import pair_loss, preferred_share, pull
+from nemo_aligner_diffusion.algorithms.preference.watch import WINDOW, both_rise
 from nemo_aligner_diffusion.algorithms.tuning import DenoiserTuning
 from nemo_aligner_diffusion.data.preferences.settings import PairSettings
 from nemo_aligner_diffusion.diffusion.network.call import Conditioning, DirectCalls
@@ -59,7 +60,7 @@ class PreferenceTuning(DenoiserTuning):
         self.reports = ("loss", "pairs", "grad_norm", *(compared if method.compares else ()))
         self.weight_by_level = torch.zeros(BINS, 2, dtype=torch.float64)
         self._rows: list[Tensor] = []  # (B, 5) of the micro-batches: sample, t, Δ^w, Δ^l, gradient weight
-        self._errors: deque[tuple[float, float]] = deque(maxlen=2 * DISEASE)
+        self._errors: deque[tuple[float, float]] = deque(maxlen=2 * WINDOW)
         self._warned = False
         if method.compares:
             self.model.keep_reference()
@@ -99,8 +100,8 @@ class PreferenceTuning(DenoiserTuning):
         self.method.check_weights(levels, *self.range)
         if levels.flow and self.method.name == "dde_single":
             log.warning(
-                "model.algorithm=dde_single on a flow: its weight σ² is bounded, and DDE's argument about the noisy end "
-                "is about models that predict noise: an experiment; dpo and discounted are defined on flows"
+                "model.algorithm=dde_single on a flow: its weight σ² is bounded, and DDE's argument about the noisy "
+                "end is about models that predict noise: an experiment; dpo and discounted are defined on flows"
             )
 
     # one micro-batch
@@ -131,7 +132,7 @@ class PreferenceTuning(DenoiserTuning):
     def compared(
         self, prompts: list[str], samples: list[int], change: Tensor, t: Tensor, labels: Tensor, importance: Tensor
     ) -> Tensor:
-        """The loss of pairs whose errors have changed by ``Δ^w`` and ``Δ^l``, ``change`` ``(2, B)``, at levels ``t``."""
+        """The loss of pairs whose errors have changed by ``change``, ``Δ^w`` and ``Δ^l`` ``(2, B)``, at ``t``."""
         weights = self.weights[t]
         above = self.corrections.above(t) if self.corrections is not None else torch.zeros_like(weights)
         argument = -self.method.scale * (weights.to(change) * (change[0] - change[1]) + above.to(change))
@@ -222,7 +223,7 @@ class PreferenceTuning(DenoiserTuning):
                 "the last %d steps than over those before: the known disease of learning from preferences. A smaller "
                 "model.optim.lr, a larger model.%s.beta, or an earlier checkpoint may help",
                 self.global_step,
-                DISEASE,
+                WINDOW,
                 self.method.option,
             )
 

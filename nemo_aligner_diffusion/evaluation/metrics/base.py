@@ -46,6 +46,7 @@ class Chart:
     log: bool = False
     from_zero: bool = False
     main: bool = True
+    x_label: str = "optimizer step"
 
 
 @dataclass(frozen=True)
