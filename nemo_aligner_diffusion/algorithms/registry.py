@@ -69,6 +69,8 @@ def reads(algorithm: str, key: str) -> bool:
         return is_import_path(algorithm)
     if algorithm in methods() and key in methods()[algorithm].ignored:
         return False
+    if key.startswith("model.preference."):
+        return algorithm in methods() and methods()[algorithm].kind == "preference"
     return key not in method_keys() or (algorithm in methods() and key in methods()[algorithm].keys().values())
 
 
