@@ -178,7 +178,7 @@ def test_csv_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.slow
 def test_rule_preferences_obey_the_rule(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from nemo_aligner_diffusion.data.preferences.reward_pairs import pictures
-    from nemo_aligner_diffusion.reward_training.rule_preferences import TIE_MARGINS, colourfulness
+    from nemo_aligner_diffusion.algorithms.preference.self_made import TIE_MARGINS, colourfulness
 
     words = ["colourfulness", str(tmp_path), "--prompts", "3", "--seeds-per-prompt", "3", "--steps", "4"]
     margin = TIE_MARGINS["colourfulness"]
@@ -197,7 +197,7 @@ def test_rule_preferences_obey_the_rule(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_rule_names_are_the_rules() -> None:
-    from nemo_aligner_diffusion.reward_training.rule_preferences import RULES, TIE_MARGINS
+    from nemo_aligner_diffusion.algorithms.preference.self_made import RULES, TIE_MARGINS
 
     assert set(rule_cli.RULE_NAMES) == set(RULES) == set(TIE_MARGINS)
 

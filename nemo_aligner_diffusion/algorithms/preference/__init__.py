@@ -1,1 +1,1 @@
-"""Learning from pairs of pictures, without a reward: one file a method."""
+"""Learning from preferences between two pictures of a prompt."""
