@@ -118,12 +118,12 @@ class PreferenceTuning(DenoiserTuning):
         second = labels[:, 1] > labels[:, 0]
         both = torch.stack([latents[range(len(samples)), place.long()] for place in (second, ~second)])
         importance = torch.where(labels[:, 0] == labels[:, 1], self.pairs.tie_weight, 1.0)
+        conditioning = self.calls.conditioning(prompts)
         if not self.method.compares:
-            errors = self.errors(self.calls.conditioning(prompts), both[:1], noise, t)
+            errors = self.errors(conditioning, both[:1], noise, t)
             losses = importance * self.weights[t].to(errors) * errors[0]
             self.end_micro_batch(prompts, {"loss": losses.detach().mean()}, loss=losses.detach())
             return losses.mean()
-        conditioning = self.calls.conditioning(prompts * 2)
         with torch.no_grad(), self.model.reference():
             base = self.errors(conditioning, both, noise, t)
         change = self.errors(conditioning, both, noise, t) - base
@@ -136,7 +136,7 @@ class PreferenceTuning(DenoiserTuning):
         weights = self.weights[t]
         above = self.corrections.above(t) if self.corrections is not None else torch.zeros_like(weights)
         argument = -self.method.scale * (weights.to(change) * (change[0] - change[1]) + above.to(change))
-        share = preferred_share(labels, self.pairs.label_smoothing).to(change)
+        share = preferred_share(labels.to(change), self.pairs.label_smoothing)
         losses = importance * pair_loss(argument, share)
         with torch.no_grad():
             gradient = importance * pull(argument, share).abs() * self.method.scale * weights.to(change)
@@ -177,11 +177,11 @@ class PreferenceTuning(DenoiserTuning):
         if self.pairs.pairs == "online":
             return self._online(batch["prompts"], samples)
         both = [g for g in generators for _ in range(2)] if self.pairs.vae_sample else None
-        given = batch.get("moments")
+        given, shape = batch.get("moments"), self.calls.latent_shape
         if given is not None:
-            latents = from_moments(self.model, given.flatten(0, 1), both)
+            latents = from_moments(self.model, given.flatten(0, 1), both, latent_shape=shape)
         else:
-            latents = encode(self.model, batch["pictures"].flatten(0, 1), both)
+            latents = encode(self.model, batch["pictures"].flatten(0, 1), both, latent_shape=shape)
         return latents.unflatten(0, (-1, 2)), batch["labels"]
 
     def _online(self, prompts: list[str], samples: list[int]) -> tuple[Tensor, Tensor]:

@@ -77,8 +77,12 @@ class GradientWeight(TrainingMetric):
 
     def charts(self, run: RunFiles) -> list[Chart]:
         levels = run.levels
-        seen = [row for row in zip(*(levels.get(name, []) for name in ("t", "pairs", self.name)), strict=False) if row[1]]
-        by_level = [Curve(self.title, [t for t, *_ in seen], [weight for *_, weight in seen], self.colour, markers=True)]
+        seen = [
+            row for row in zip(*(levels.get(name, []) for name in ("t", "pairs", self.name)), strict=False) if row[1]
+        ]
+        by_level = [
+            Curve(self.title, [t for t, *_ in seen], [weight for *_, weight in seen], self.colour, markers=True)
+        ]
         caption = "Mean over the run's pairs, by the noise level t that they were trained at; noise grows to the right."
         return [
             *super().charts(run),
