@@ -1,4 +1,4 @@
-"""Learning from pairs, in float64: loss and gradient of every method against section 4 of the design notes written out."""
+"""Learning from pairs, in float64: every method against section 4 of the design notes written out."""
 
 from __future__ import annotations
 

@@ -34,8 +34,8 @@ class ImplicitMargin(TrainingMetric):
 class WinnerError(TrainingMetric):
     name, title, direction, order = "winner_error", "Denoising error against the base model's", "lower", 26
     caption = (
-        "Of winners and of losers apart, below 0: the tuned model denoises them better. Learning wants the winners' below "
-        "the losers'; if both rise, it forgets them alike."
+        "Of winners and of losers apart; below 0: the tuned model denoises them better. The winners' should be below the "
+        "losers'; if both rise, it forgets them alike."
     )
 
     def charts(self, run: RunFiles) -> list[Chart]:
@@ -54,9 +54,9 @@ class WinnerError(TrainingMetric):
         winner, loser = (sum(values[-WINDOW:]) / WINDOW for values in zip(*rows, strict=True))
         text = (
             f"Over the last {WINDOW} steps the tuned model's denoising errors are above the base model's by "
-            f"{format_number(winner)} (winners) and {format_number(loser)} (losers), both more than over the {WINDOW} steps "
-            "before: the known disease of learning from preferences. A smaller model.optim.lr, a larger β, or an earlier "
-            "checkpoint may help; look at the pictures."
+            f"{format_number(winner)} (winners) and {format_number(loser)} (losers), both more than over the {WINDOW} "
+            "steps before: the known disease of learning from preferences. A smaller model.optim.lr, a larger β, or an "
+            "earlier checkpoint may help; look at the pictures."
         )
         return [Finding("warning", "Winners and losers are denoised worse and worse", text)]
 
