@@ -21,7 +21,7 @@ ROOMS = {
     "diffusion": "how a picture is made",
     "data": "where samples come from",
     "rewards": "what is maximised",
-    "algorithms": "what a reward supervises",
+    "algorithms": "what is learnt from what",
     "evaluation": "metrics, figures, report",
     "training": "loop, callbacks, checkpoints",
     "config": "schema, NeMo's keys",

@@ -1,4 +1,4 @@
-"""Finds the methods: every module of this package is looked through, so that a new one is a new file. No torch."""
+"""Finds the methods: every module of these packages is looked through, so that a new one is a new file. No torch."""
 
 from __future__ import annotations
 
@@ -10,29 +10,33 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_aligner_diffusion.algorithms.base import CUSTOM_SECTION, Method
+from nemo_aligner_diffusion.algorithms.base import CUSTOM_SECTION, TrainingMethod
 from nemo_aligner_diffusion.algorithms.custom import is_import_path, load_method
 from nemo_aligner_diffusion.settings import ANY, Kind
 
-_PACKAGE = "nemo_aligner_diffusion.algorithms"
-# Modules of the package that hold no method; importing them may be slow.
-_OTHERS = {"base", "custom", "picture_validation", "registry", "reward_tuning", "settings"}
+_ALGORITHMS = "nemo_aligner_diffusion.algorithms"
+# Packages of methods -> their modules that hold none; importing those may be slow.
+_PACKAGES: dict[str, set[str]] = {
+    _ALGORITHMS: {"base", "custom", "picture_validation", "registry", "reward_tuning", "settings", "tuning"},
+}
 
 
 @functools.cache
-def methods() -> dict[str, type[Method]]:
+def methods() -> dict[str, type[TrainingMethod]]:
     """``model.algorithm`` -> the class of its settings, in the order of the files' names."""
-    found: dict[str, type[Method]] = {}
-    for module in pkgutil.iter_modules(importlib.import_module(_PACKAGE).__path__):
-        if module.name not in _OTHERS:
-            path = f"{_PACKAGE}.{module.name}"
+    found: dict[str, type[TrainingMethod]] = {}
+    for package, others in _PACKAGES.items():
+        for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
+            if module.ispkg or module.name in others:
+                continue
+            path = f"{package}.{module.name}"
             for entry in vars(importlib.import_module(path)).values():
-                if isinstance(entry, type) and issubclass(entry, Method) and entry.__module__ == path:
+                if isinstance(entry, type) and issubclass(entry, TrainingMethod) and entry.__module__ == path:
                     found[entry.name] = entry
     return found
 
 
-def method_of(cfg: Mapping[str, Any]) -> Method:
+def method_of(cfg: Mapping[str, Any]) -> TrainingMethod:
     """The method of ``model.algorithm`` with its settings; a user's own module is imported for it.
 
     Args:
@@ -58,9 +62,12 @@ def method_keys() -> dict[str, Kind]:
 
 
 def reads(algorithm: str, key: str) -> bool:
-    """Whether ``algorithm`` reads ``key``; true of every key that is no method's own."""
+    """Whether ``algorithm`` reads ``key``; true of every key that is no method's own, but for what its kind has no use
+    for."""
     if key.startswith(f"model.{CUSTOM_SECTION}."):
         return is_import_path(algorithm)
+    if algorithm in methods() and key in methods()[algorithm].ignored:
+        return False
     return key not in method_keys() or (algorithm in methods() and key in methods()[algorithm].keys().values())
 
 

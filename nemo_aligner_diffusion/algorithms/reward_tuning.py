@@ -8,35 +8,29 @@ from __future__ import annotations
 
 import functools
 import logging
-import time
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
-from nemo_aligner_diffusion.algorithms.picture_validation import PictureValidation
+from nemo_aligner_diffusion.algorithms.tuning import DenoiserTuning
 from nemo_aligner_diffusion.diffusion.generate import Sampling
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.diffusion.noise import plan_random, sample_generator
 from nemo_aligner_diffusion.diffusion.plan import PlanRule, drawn
 from nemo_aligner_diffusion.diffusion.schedule import path_of
-from nemo_aligner_diffusion.diffusion.trajectory import Rollout, check_repeatable, distance_of_training, rollout
-from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError
+from nemo_aligner_diffusion.diffusion.trajectory import Rollout, distance_of_training, rollout
+from nemo_aligner_diffusion.errors import AlignerError
 from nemo_aligner_diffusion.parallel.module import OptimizerFactory
-from nemo_aligner_diffusion.parallel.non_finite import NonFinitePolicy
-from nemo_aligner_diffusion.parallel.parallelism import Parallelism
 from nemo_aligner_diffusion.rewards.base import Reward
 from nemo_aligner_diffusion.rewards.support.augmented import SampleKeys, scoring_samples
 
 log = logging.getLogger(__name__)
 
-_Self = TypeVar("_Self", bound="RewardTuning")
 _FLOAT16_SCALE = 256.0  # of the objective: decoders' gradients of some rewards are under float16's least number
 
 
-class RewardTuning(PictureValidation):
+class RewardTuning(DenoiserTuning):
     """Fine-tune a denoiser by the gradient of a reward through its own sampling.
 
     The loss is ``L = −λ·mean(R) + kl_coeff·KL``, or with a margin ``λ·mean(relu(margin − R)) + kl_coeff·KL``, which
@@ -47,14 +41,13 @@ class RewardTuning(PictureValidation):
         reward: frozen, differentiable in the image.
         sampling: how pictures are made, in training and validation.
         plan_rule: which steps are supervised, drawn once per optimizer step and equal on every rank.
-        optimizer_factory, guard, parallel: see :class:`.ParallelModule`.
+        optimizer_factory: see :class:`.ParallelModule`.
         kl_coeff: weight of the distance to the frozen model (DRaFT+); 0 makes no reference call.
         kl_space: in which it is measured: ``epsilon``, ``prediction`` or ``velocity``; ``None``: velocity for flows,
             else epsilon (as NeMo-Aligner's).
         reward_scale: ``λ``.
         reward_margin: see above; ``None`` for the plain reward.
-        decode_micro_batch_size: pictures decoded and scored at a time; ``None``: the micro-batch.
-        seed: of plans and noise; a run is a function of it, whatever the layout.
+        tuning: further arguments of :class:`.DenoiserTuning`.
     """
 
     def __init__(
@@ -69,48 +62,21 @@ class RewardTuning(PictureValidation):
         kl_space: str | None = None,
         reward_scale: float = 1.0,
         reward_margin: float | None = None,
-        decode_micro_batch_size: int | None = None,
-        seed: int = 0,
-        guard: NonFinitePolicy | None = None,
-        parallel: Parallelism | None = None,
+        **tuning: Any,
     ) -> None:
-        super().__init__(model, reward, sampling, decode_micro_batch_size, optimizer_factory, guard, parallel)
+        super().__init__(model, reward, sampling, optimizer_factory, **tuning)
         self.plan_rule = plan_rule
         self.kl_coeff = kl_coeff
         self.kl_space = kl_space
         self.reward_scale = reward_scale
         self.reward_margin = reward_margin
-        self.seed = seed
-        self.last_metrics: dict[str, float] = {}
-        self._micro_batches: list[dict[str, Tensor]] = []  # figures of the micro-batches of the running optimizer step
-        self._rewards: list[Tensor] = []
-        self._step_started = 0.0
-        self._gradients_checked = self._overflow_said = False
+        self._overflow_said = False
         if kl_coeff:
             model.keep_reference()
 
-    def _apply(self: _Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Self:
-        """A move takes everything along, another dtype (``trainer.precision``) not the reward: it has its own."""
-
-        def moved(tensor: Tensor) -> Tensor:
-            changed = fn(tensor)
-            return changed if changed.dtype == tensor.dtype else tensor.to(changed.device)
-
-        super()._apply(fn, recurse=False)
-        for child in self.children():
-            child._apply(moved if child is self.reward else fn, recurse)
-        return self
-
-    def trainable_parameters(self) -> list[tuple[str, Parameter]]:
-        return self.model.trainable_parameters()
-
-    def step_values(self) -> dict[str, Any]:
-        return {"reward": torch.cat(self._rewards)}
-
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The surrogate loss of one micro-batch: its gradient is that of ``L``, its value is not."""
-        if not self._micro_batches:
-            self._step_started = time.perf_counter()
+        self.begin_micro_batch()
         prompts: list[str] = batch["prompts"]
         samples = [int(index) for index in batch["index"]]
         scored = Scored()
@@ -182,25 +148,19 @@ class RewardTuning(PictureValidation):
             "reward": scores.mean(),
             "kl_penalty": divergence,
             "loss": self.reward_loss(scores).mean() + self.kl_coeff * divergence,
-            "images": torch.tensor(float(len(prompts)), device=scores.device),
             "active_steps": torch.tensor(float(len(result.plan.active)), device=scores.device),
         }
         if list(scored.parts) != [self.reward.name]:  # a reward of parts: each on its own, raw
             figures.update({f"reward_{name}": torch.cat(part).mean() for name, part in scored.parts.items()})
-        self._micro_batches.append(figures)
-        self._prompts += prompts
-        self._rewards.append(scores.reshape(result.plan.network_reads, -1).mean(0))
+        self.end_micro_batch(prompts, figures, reward=scores.reshape(result.plan.network_reads, -1).mean(0))
 
     def check_pipeline(self) -> None:
         """Draw a plan and make a picture twice, before anything is written: see :func:`.check_repeatable`."""
-        self.eval()
         steps = self.sampling.steps or self.model.default_steps
         drawn(self.plan_rule, path_of(self.model.pipe.scheduler, steps), plan_random(self.seed, 0))
-        prompt = next(iter(self.validation_prompts), "a picture")
-        inputs = self.model.inputs([prompt], **vars(self.sampling))
-        check_repeatable(self.model, inputs)
+        super().check_pipeline()
         if self.model.decoder.other_picture:
-            mean, most = distance_of_training(self.model, inputs)
+            mean, most = distance_of_training(self.model, self.inputs_for_checks())
             log.info(
                 "in training the reward scores %s; the first is %.2g from the VAE's on average, %.2g at most "
                 "(pixels in [0, 1]); validation and exports are of the VAE",
@@ -208,55 +168,6 @@ class RewardTuning(PictureValidation):
                 mean,
                 most,
             )
-
-    # Lightning's hooks
-
-    def configure_model(self) -> None:
-        """Spread the model over the processes, if there are several; before the optimizer sees its parameters."""
-        mesh = self.device_mesh
-        if mesh is not None:
-            model = self.model
-            denoisers = [part for part in (model.denoiser, model.reference_denoiser) if part is not None]
-            self.parallel.apply(mesh, denoisers, {**model.frozen_parts(), "reward": self.reward})
-
-    def on_train_start(self) -> None:
-        self.eval()  # frozen parts stay as they are; only the denoiser may have dropout
-        self.model.denoiser.train()
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if not self._gradients_checked:
-            self._check_gradients()
-        super().on_before_optimizer_step(optimizer)
-
-    def _check_gradients(self) -> None:
-        """Once: parameters that no gradient reaches stay as they are for ever, and nobody would be told."""
-        self._gradients_checked = True
-        parameters = self.trainable_parameters()
-        without = [name for name, parameter in parameters if parameter.grad is None]
-        if len(without) == len(parameters):
-            raise ConfigurationError(
-                f"no trained parameter of {self.model.trained} gets a gradient: the pipeline runs it where gradients "
-                f"are off, or the reward does not depend on the picture"
-            )
-        if without:
-            log.warning(
-                "%d of %d trained tensors get no gradient and stay as they are: %s%s",
-                len(without),
-                len(parameters),
-                ", ".join(without[:5]),
-                ", …" if len(without) > 5 else "",
-            )
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        super().optimizer_step(*args, **kwargs)
-        names = list(self._micro_batches[0])
-        figures = torch.stack([torch.stack([micro[name].float() for name in names]) for micro in self._micro_batches])
-        averaged = self.trainer.strategy.reduce(figures.mean(0), reduce_op="mean")
-        self.last_metrics = dict(zip(names, averaged.tolist(), strict=True))
-        self.last_metrics["images"] *= len(self._micro_batches) * self.parallel.layout.data
-        self.last_metrics["grad_norm"] = self._grad_norm
-        self.last_metrics["seconds"] = time.perf_counter() - self._step_started
-        self._micro_batches, self._prompts, self._rewards = [], [], []
 
 
 class Scored:

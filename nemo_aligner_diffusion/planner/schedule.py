@@ -8,9 +8,11 @@ from statistics import fmean
 
 import diffusers
 
+from nemo_aligner_diffusion.algorithms.base import Method
 from nemo_aligner_diffusion.diffusion.model import default_steps
 from nemo_aligner_diffusion.diffusion.plan import Plan
 from nemo_aligner_diffusion.diffusion.schedule import build_scheduler, path_of
+from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.planner.presets import DEFAULT_SCHEDULER, ModelSpec
 from nemo_aligner_diffusion.training.settings import RunSettings
 
@@ -49,7 +51,13 @@ def step_counts(run: RunSettings, spec: ModelSpec | None = None, draw: random.Ra
     steps = run.model.infer.inference_steps
     if steps is None:
         steps = default_steps(getattr(diffusers, "StableDiffusionPipeline" if spec is None else spec.pipeline))
-    rule, path = run.method().plan, path_of(scheduler, steps)
+    method, path = run.method(), path_of(scheduler, steps)
+    if not isinstance(method, Method):
+        raise ConfigurationError(
+            f"{run.model.given('algorithm')}: nad-plan counts the calls of direct-gradient methods alone; expected one "
+            "of them, such as draft+"
+        )
+    rule = method.plan
     plans = [rule(path, each) for each in ([draw] if draw else map(random.Random, range(DRAWS)))]
     active = fmean(map(active_calls, plans))
     return StepCounts(

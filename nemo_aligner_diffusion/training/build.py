@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
-from nemo_aligner_diffusion.algorithms.base import Method
+from nemo_aligner_diffusion.algorithms.base import Method, TrainingMethod
 from nemo_aligner_diffusion.algorithms.reward_tuning import RewardTuning
+from nemo_aligner_diffusion.algorithms.tuning import DenoiserTuning
 from nemo_aligner_diffusion.diffusion.decoding import load_small_decoder, set_up_decoder
 from nemo_aligner_diffusion.diffusion.generate import Sampling
 from nemo_aligner_diffusion.diffusion.loading import load_model
@@ -151,22 +152,27 @@ def build_module(
     reward: Reward,
     max_steps: int,
     guard: NonFinitePolicy | None = None,
-    method: Method | None = None,
-) -> RewardTuning:
-    """The Lightning module, with the rule of ``method``, or of ``model.algorithm``."""
+    method: TrainingMethod | None = None,
+) -> DenoiserTuning:
+    """The Lightning module of ``method``'s kind, or of that of ``model.algorithm``."""
     section = settings.model
+    method = method or settings.method()
+    common: dict[str, Any] = {
+        "model": model,
+        "reward": reward,
+        "sampling": build_sampling(section.infer),
+        "optimizer_factory": optimizer_factory(section.optim, settings.trainer, max_steps),
+        "decode_micro_batch_size": section.decode_micro_batch_size,
+        "seed": section.seed,
+        "guard": guard,
+        "parallel": Parallelism(settings.layout),
+    }
+    assert isinstance(method, Method), "no other kind yet"
     return RewardTuning(
-        model,
-        reward,
-        build_sampling(section.infer),
-        (method or settings.method()).plan,
-        optimizer_factory(section.optim, settings.trainer, max_steps),
+        plan_rule=method.plan,
         kl_coeff=section.kl_coeff,
         kl_space=section.kl_space,
         reward_scale=section.reward_scale,
         reward_margin=section.reward_margin,
-        decode_micro_batch_size=section.decode_micro_batch_size,
-        seed=section.seed,
-        guard=guard,
-        parallel=Parallelism(settings.layout),
+        **common,
     )

@@ -14,8 +14,8 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from nemo_aligner_diffusion.algorithms.base import Method
-from nemo_aligner_diffusion.algorithms.reward_tuning import RewardTuning
+from nemo_aligner_diffusion.algorithms.base import TrainingMethod
+from nemo_aligner_diffusion.algorithms.tuning import DenoiserTuning
 from nemo_aligner_diffusion.data.datamodule import PromptDataModule
 from nemo_aligner_diffusion.data.prompts import read_prompts
 from nemo_aligner_diffusion.diffusion.recognition import EMBEDDED, recognise
@@ -76,7 +76,7 @@ class Given:
 
     pipe: Any = None
     reward: Reward | None = None
-    method: Method | None = None
+    method: TrainingMethod | None = None
     prompts: Mapping[str, Sequence[str]] = field(default_factory=dict)
     silent: bool = False
     keep: bool = True
@@ -87,7 +87,7 @@ class Ended:
     """A run that has ended: its exit code, what it tuned, on which device, and how far it came."""
 
     code: int
-    module: RewardTuning
+    module: DenoiserTuning
     device: torch.device
     directory: Path
     step: int
@@ -236,7 +236,7 @@ def _train(settings: RunSettings, frame: RunFrame, startup: Startup, given: Give
     return Ended(code, module, device, directory.path, trainer.global_step)
 
 
-def _method(settings: RunSettings, given: Given) -> Method:
+def _method(settings: RunSettings, given: Given) -> TrainingMethod:
     method, steps = given.method or settings.method(), settings.model.infer.inference_steps
     if steps is not None:
         method.check(steps)

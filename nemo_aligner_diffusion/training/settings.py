@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_aligner_diffusion.algorithms.base import Method
+from nemo_aligner_diffusion.algorithms.base import TrainingMethod
 from nemo_aligner_diffusion.algorithms.custom import is_import_path
 from nemo_aligner_diffusion.algorithms.registry import method_of
 from nemo_aligner_diffusion.algorithms.settings import RewardTuningSettings
@@ -216,7 +216,7 @@ class RunSettings(ProgramSettings):
         """Micro-batches an optimizer step on each process."""
         return self.model.accumulation(self.trainer)
 
-    def method(self) -> Method:
+    def method(self) -> TrainingMethod:
         """The method; a user's own module is imported for it."""
         return method_of(self.tree)
 

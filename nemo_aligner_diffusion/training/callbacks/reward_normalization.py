@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from nemo_aligner_diffusion.algorithms.reward_tuning import RewardTuning
+from nemo_aligner_diffusion.algorithms.picture_validation import PictureValidation
 from nemo_aligner_diffusion.rewards.support.parted import (
     STATISTICS_FILE,
     PartedReward,
@@ -47,7 +47,7 @@ class RewardNormalization(pl.Callback):
         self.statistics = state_dict["statistics"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, RewardTuning)
+        assert isinstance(pl_module, PictureValidation)
         apply_statistics(pl_module.reward, self.statistics)
         for parted in parted_rewards(pl_module.reward):
             for part in parted.unmeasured():
@@ -67,7 +67,7 @@ class RewardNormalization(pl.Callback):
 
     on_validation_start = on_train_start  # a run that is resumed at its last step trains no more
 
-    def _raw_scores(self, trainer: pl.Trainer, module: RewardTuning, parted: PartedReward, part: str) -> Tensor:
+    def _raw_scores(self, trainer: pl.Trainer, module: PictureValidation, parted: PartedReward, part: str) -> Tensor:
         """``(N,)``: of every (prompt, seed) pair once, in order; ranks share the work."""
         rows: list[int] = []
         scores: list[Tensor] = []

@@ -10,8 +10,7 @@ from typing import Any
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
-from nemo_aligner_diffusion.algorithms.picture_validation import ValidationPictures
-from nemo_aligner_diffusion.algorithms.reward_tuning import RewardTuning
+from nemo_aligner_diffusion.algorithms.picture_validation import PictureValidation, ValidationPictures
 from nemo_aligner_diffusion.evaluation.figures import picture_grid, save_image
 from nemo_aligner_diffusion.runtime.files import write_atomic
 
@@ -48,7 +47,7 @@ class ValidationFiles(pl.Callback):
         self.max_prompts = max_prompts
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, RewardTuning)
+        assert isinstance(pl_module, PictureValidation)
         pictures = pl_module.validation_pictures
         if pictures is None or not trainer.is_global_zero:
             return
