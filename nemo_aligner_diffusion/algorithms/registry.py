@@ -18,6 +18,7 @@ _ALGORITHMS = "nemo_aligner_diffusion.algorithms"
 # Packages of methods -> their modules that hold none; importing those may be slow.
 _PACKAGES: dict[str, set[str]] = {
     _ALGORITHMS: {"base", "custom", "picture_validation", "registry", "reward_tuning", "settings", "tuning"},
+    f"{_ALGORITHMS}.policy": {"advantages", "module"},
 }
 
 

@@ -15,6 +15,7 @@ import pytorch_lightning as pl
 import torch
 
 from nemo_aligner_diffusion.algorithms.base import TrainingMethod
+from nemo_aligner_diffusion.algorithms.policy.ddpo import DDPO
 from nemo_aligner_diffusion.algorithms.tuning import DenoiserTuning
 from nemo_aligner_diffusion.data.datamodule import PromptDataModule
 from nemo_aligner_diffusion.data.prompts import read_prompts
@@ -148,7 +149,8 @@ def _train(settings: RunSettings, frame: RunFrame, startup: Startup, given: Give
     for name, prompts in given.prompts.items():
         frame.inputs.append(name)
         write_atomic(directory.path / name, "".join(f"{prompt}\n" for prompt in prompts))
-    data = _build_data(settings)
+    accumulation, batches = _batches(settings, method)
+    data = _build_data(settings, **batches)
     watch.phase("opening the data")
     startup.enter("data index")
     # names a missing or unreadable shard before anything is loaded or written
@@ -186,7 +188,7 @@ def _train(settings: RunSettings, frame: RunFrame, startup: Startup, given: Give
     ]
     startup.enter("trainer")
     validates = bool(data.validation_prompts)
-    trainer = frame.make_trainer(loop, layout, settings.accumulation, callbacks, validates=validates, saves=given.keep)
+    trainer = frame.make_trainer(loop, layout, accumulation, callbacks, validates=validates, saves=given.keep)
 
     def fit() -> None:
         # dropout masks differ between samples, and are the same where processes share a sample
@@ -251,7 +253,17 @@ def _build_reward(rm: Mapping[str, Any], device: torch.device, startup: Startup)
         return load_once(lambda: build_reward(rm), device)
 
 
-def _build_data(settings: RunSettings) -> RunData:
+def _batches(settings: RunSettings, method: TrainingMethod) -> tuple[int, dict[str, int]]:
+    """Batches of the loader an optimizer step, and their sizes. A policy gradient's is the whole share of a process,
+    as rewards are compared over the global batch, and comes once for each pass over it."""
+    sizes = settings.model
+    if not isinstance(method, DDPO):
+        return settings.accumulation, {"micro_batch_size": sizes.micro_batch_size}
+    share = sizes.global_batch_size // settings.layout.data
+    return 1, {"micro_batch_size": share, "repeats": method.inner_passes}
+
+
+def _build_data(settings: RunSettings, **batches: int) -> RunData:
     section, sizes = settings.model.data, settings.model
     if settings.loop.val_check_interval == 0:
         prompts: list[str] = []
@@ -267,7 +279,7 @@ def _build_data(settings: RunSettings) -> RunData:
         prompts[: section.max_prompts],
         list(section.seeds),
         train=section.train_path or str(embedded_prompts_path("train")),
-        micro_batch_size=sizes.micro_batch_size,
+        **batches,
         global_batch_size=sizes.global_batch_size,
         seed=sizes.seed,
         epochs=settings.loop.max_epochs,

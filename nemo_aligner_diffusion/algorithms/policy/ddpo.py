@@ -23,7 +23,10 @@ class DDPO(TrainingMethod):
     name = "ddpo"
     title = "DDPO"
     source = "arXiv 2305.13301"
-    unread: ClassVar[tuple[str, ...]] = ("model.reward_scale", "model.reward_margin", "model.kl_coeff", "model.kl_space")
+    kind = "policy"
+    ignored: ClassVar[tuple[str, ...]] = (
+        "model.reward_scale", "model.reward_margin", "model.kl_coeff", "model.kl_space",
+    )  # fmt: skip
 
     clip_range: float = setting(
         1e-4, Kind("float", low=0, high=1, open_low=True, open_high=True), "c: ratios are clipped to 1 − c … 1 + c"

@@ -14,20 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_aligner_diffusion.algorithms.picture_validation import PictureValidation
 from nemo_aligner_diffusion.algorithms.policy.advantages import Advantages, moments
 from nemo_aligner_diffusion.algorithms.policy.ddpo import DDPO
+from nemo_aligner_diffusion.algorithms.tuning import DenoiserTuning
 from nemo_aligner_diffusion.diffusion.generate import Sampling
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.diffusion.noise import plan_random, sample_generator
 from nemo_aligner_diffusion.diffusion.policy.rollout import PolicyRollout, policy_rollout
 from nemo_aligner_diffusion.diffusion.policy.transitions import Transitions
 from nemo_aligner_diffusion.diffusion.schedule import timed
-from nemo_aligner_diffusion.diffusion.trajectory import check_repeatable
 from nemo_aligner_diffusion.parallel.broadcast import gather
 from nemo_aligner_diffusion.parallel.module import OptimizerFactory
-from nemo_aligner_diffusion.parallel.non_finite import NonFinitePolicy
-from nemo_aligner_diffusion.parallel.parallelism import Parallelism
 from nemo_aligner_diffusion.rewards.base import Reward
 from nemo_aligner_diffusion.rewards.support.augmented import SampleKeys, scoring_samples
 
@@ -71,7 +68,7 @@ class Stored:
         return replace(self, samples=samples, **{name: rows[chosen] for name, rows in self.rows.items()})
 
 
-class PolicyGradient(PictureValidation):
+class PolicyGradient(DenoiserTuning):
     """DDPO (Black et al., 2023) through any pipeline whose steps have a density: see :class:`.Transitions`.
 
     A batch of the loader is this process's whole share of a global batch; each global batch comes
@@ -80,17 +77,12 @@ class PolicyGradient(PictureValidation):
     density of the transition, log-densities being means over a latent's elements.
 
     Args:
-        model: the pipeline; only its denoiser's parameters that require grad are trained.
+        model, sampling, optimizer_factory, options: see :class:`.DenoiserTuning`; in training pictures are sampled with
+            ``method.noise_level``.
         reward: numbers are enough, no gradient is taken.
-        sampling: how pictures are made; in training with the noise of ``method.noise_level``.
         method: the settings.
-        optimizer_factory, guard, parallel: see :class:`.ParallelModule`.
         micro_batch_size: pictures sampled at a time, and gone along with at a time; gradients do not depend on it.
-        decode_micro_batch_size: pictures decoded at a time; ``None``: all of these.
-        seed: of noise and drawn steps; a run is a function of it, whatever the layout.
     """
-
-    reports = ("reward", "loss", "images", "reward_std", "advantage_std", "approx_kl", "clip_fraction")
 
     def __init__(
         self,
@@ -101,15 +93,11 @@ class PolicyGradient(PictureValidation):
         optimizer_factory: OptimizerFactory,
         *,
         micro_batch_size: int,
-        decode_micro_batch_size: int | None = None,
-        seed: int = 0,
-        guard: NonFinitePolicy | None = None,
-        parallel: Parallelism | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(model, reward, sampling, decode_micro_batch_size, optimizer_factory, guard, parallel)
+        super().__init__(model, reward, sampling, optimizer_factory, **options)
         self.method = method
         self.micro_batch_size = micro_batch_size
-        self.seed = seed
         self.advantages = Advantages(
             method.buffer if method.statistics == "prompt" else None, method.min_count, method.advantage_clip
         )
@@ -153,7 +141,9 @@ class PolicyGradient(PictureValidation):
     def _chunks(rows: int, size: int) -> list[slice]:
         return [slice(start, start + size) for start in range(0, rows, size)]
 
-    def _rolled(self, prompts: list[str], samples: list[int], step: int, latents: Tensor | None = None) -> PolicyRollout:
+    def _rolled(
+        self, prompts: list[str], samples: list[int], step: int, latents: Tensor | None = None
+    ) -> PolicyRollout:
         """One call of the pipeline; of ``step`` are the samples, of the present one the drawn steps."""
         return policy_rollout(
             self.model,
@@ -212,17 +202,14 @@ class PolicyGradient(PictureValidation):
             "clip_fraction": ((ratio - 1).abs() > self.method.clip_range).to(new).mean(),
             **{name: new.new_tensor(value) for name, value in figures.items()},
         }
-        self.report(prompts, rewards, {name: value.to(new) for name, value in measured.items()})
+        self.end_micro_batch(prompts, {name: value.to(new) for name, value in measured.items()}, reward=rewards)
         return losses.mean()
 
     def check_pipeline(self) -> None:
-        """That the solver's steps have a density, and that the pipeline makes a picture twice: before anything is
-        written."""
-        self.eval()
+        """Also that the solver's steps have a density."""
         steps = self.sampling.steps or self.model.default_steps
         Transitions(timed(self.model.pipe.scheduler, steps), steps, self.method.noise_level)
-        prompt = next(iter(self.validation_prompts), "a picture")
-        check_repeatable(self.model, self.model.inputs([prompt], **vars(self.sampling)))
+        super().check_pipeline()
 
     # checkpoints: what further passes need, whole, so that any layout goes on with it
 
