@@ -85,6 +85,11 @@ def _as_list(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+def kind_of(algorithm: str) -> str:
+    """See :class:`.base.TrainingMethod`; a user's own method learns by the reward's gradient."""
+    return methods()[algorithm].kind if algorithm in methods() else "reward"
+
+
 def title_of(algorithm: str) -> str:
     """The name people use; of a user's own method its name, without the module."""
     if algorithm in methods():

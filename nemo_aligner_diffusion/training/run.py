@@ -172,7 +172,7 @@ def _train(settings: RunSettings, frame: RunFrame, startup: Startup, given: Give
         size = section.micro_batch_size
         reading = section.data
         prompts = read_prompts(data.train, size, reading.on_bad_sample, reading.on_bad_shard, reading.prompt_key)
-        try_out(module, list(itertools.islice(itertools.cycle(prompts), size)))
+        try_out(module, list(itertools.islice(itertools.cycle(prompts), size)), method.kind == "reward")
     startup.enter("checking the pipeline")
     on_every_process(module.check_pipeline)
     startup.enter("run directory")

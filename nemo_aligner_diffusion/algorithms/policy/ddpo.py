@@ -26,6 +26,7 @@ class DDPO(TrainingMethod):
     kind = "policy"
     ignored: ClassVar[tuple[str, ...]] = (
         "model.reward_scale", "model.reward_margin", "model.kl_coeff", "model.kl_space",
+        "model.first_stage_config.activation_checkpointing",
     )  # fmt: skip
 
     clip_range: float = setting(
