@@ -149,7 +149,7 @@ def _train(settings: RunSettings, frame: RunFrame, startup: Startup, given: Give
     for name, prompts in given.prompts.items():
         frame.inputs.append(name)
         write_atomic(directory.path / name, "".join(f"{prompt}\n" for prompt in prompts))
-    accumulation, batches = _batches(settings, method)
+    accumulation, batches = batches_of(settings, method)
     data = _build_data(settings, **batches)
     watch.phase("opening the data")
     startup.enter("data index")
@@ -253,7 +253,7 @@ def _build_reward(rm: Mapping[str, Any], device: torch.device, startup: Startup)
         return load_once(lambda: build_reward(rm), device)
 
 
-def _batches(settings: RunSettings, method: TrainingMethod) -> tuple[int, dict[str, int]]:
+def batches_of(settings: RunSettings, method: TrainingMethod) -> tuple[int, dict[str, int]]:
     """Batches of the loader an optimizer step, and their sizes. A policy gradient's is the whole share of a process,
     as rewards are compared over the global batch, and comes once for each pass over it."""
     sizes = settings.model
