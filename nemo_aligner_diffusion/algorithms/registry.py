@@ -18,6 +18,8 @@ _ALGORITHMS = "nemo_aligner_diffusion.algorithms"
 # Packages of methods -> their modules that hold none; importing those may be slow.
 _PACKAGES: dict[str, set[str]] = {
     _ALGORITHMS: {"base", "custom", "picture_validation", "registry", "reward_tuning", "settings", "tuning"},
+    f"{_ALGORITHMS}.preference": {"base", "corrections", "loss", "module", "self_made", "watch"},
+    f"{_ALGORITHMS}.policy": {"advantages", "module"},
 }
 
 
@@ -68,6 +70,8 @@ def reads(algorithm: str, key: str) -> bool:
         return is_import_path(algorithm)
     if algorithm in methods() and key in methods()[algorithm].ignored:
         return False
+    if key.startswith("model.preference."):
+        return algorithm in methods() and methods()[algorithm].kind == "preference"
     return key not in method_keys() or (algorithm in methods() and key in methods()[algorithm].keys().values())
 
 
@@ -82,6 +86,11 @@ def defaults(algorithm: str) -> dict[str, Any]:
 
 def _as_list(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
+
+
+def kind_of(algorithm: str) -> str:
+    """See :class:`.base.TrainingMethod`; a user's own method learns by the reward's gradient."""
+    return methods()[algorithm].kind if algorithm in methods() else "reward"
 
 
 def title_of(algorithm: str) -> str:

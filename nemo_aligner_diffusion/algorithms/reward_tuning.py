@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from nemo_aligner_diffusion.algorithms.tuning import DenoiserTuning
 from nemo_aligner_diffusion.diffusion.generate import Sampling
-from nemo_aligner_diffusion.diffusion.loop import drawn
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.diffusion.noise import plan_random, sample_generator
-from nemo_aligner_diffusion.diffusion.plan import PlanRule
+from nemo_aligner_diffusion.diffusion.plan import PlanRule, drawn
 from nemo_aligner_diffusion.diffusion.schedule import path_of
 from nemo_aligner_diffusion.diffusion.trajectory import Rollout, distance_of_training, rollout
 from nemo_aligner_diffusion.errors import AlignerError
@@ -50,6 +49,9 @@ class RewardTuning(DenoiserTuning):
         reward_margin: see above; ``None`` for the plain reward.
         tuning: further arguments of :class:`.DenoiserTuning`.
     """
+
+    reports = ("reward", "kl_penalty", "loss", "images", "grad_norm")
+    shown: ClassVar = {"reward": "reward", "kl_penalty": "KL"}
 
     def __init__(
         self,
