@@ -101,7 +101,7 @@ class DirectCalls:
         Returns:
             ``(B, *latent_shape)``, in the network's dtype.
         """
-        return self._called(conditioning, z, self.levels.timesteps[t.cpu()])
+        return self._called(conditioning, z, self.levels.timesteps.to(t.device)[t])
 
     def _called(self, conditioning: Conditioning, z: Tensor, timesteps: Tensor) -> Tensor:
         times, rest = divmod(len(z), conditioning.rows)
@@ -111,7 +111,7 @@ class DirectCalls:
         slope, shift = self._map
         latents, own, told = given[self._latents], given[self._timestep], timesteps * slope + shift
         kind = own.dtype if isinstance(own, Tensor) else torch.tensor(own).dtype  # a number for all rows
-        if not kind.is_floating_point and (told != told.round()).any():  # a flow's solver that rounds them
+        if self._told_fractions and not kind.is_floating_point:  # a flow's solver rounds them
             kind = torch.float32
         given |= {self._latents: z.to(latents), self._timestep: told.to(latents.device, kind)}
         network: Any = self.model.network(self.model.trained)
@@ -130,6 +130,8 @@ class DirectCalls:
         self.latent_shape = tuple(first.latents.shape[1:])
         self._latents = first.latents_name()
         self._timestep, self._map = followed(steps, self._latents, self.levels.scale)
+        told = self.levels.timesteps * self._map[0] + self._map[1]
+        self._told_fractions = bool((told != told.round()).any())
         parts = [part for part in first.parts() if all(part in step.parts() for step in steps)]
         self._part = parts[0] if parts else stop("what of its output is the prediction differs from step to step")
         more = self.conditioning([*PROMPTS, "a"]).arguments
