@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from process_pool import ProcessPool
 from safetensors.torch import save
 from tiny.prompts import tar
 from tiny.reward_training import blue_pairs, encode, picture
@@ -340,3 +341,27 @@ def test_labellers() -> None:
         self_made.labeller_of("clipp")
     with pytest.raises(ConfigurationError, match="needs"):
         self_made.labeller_of("classifier")
+
+
+def make_in_a_group(folder: Path) -> list[str]:
+    """On a rank: the names of what is there afterwards, and the process that wrote it."""
+    writers: list[int] = []
+    write = self_made.make_preferences
+
+    def noted(*args: Any, **options: Any) -> Any:
+        writers.append(torch.distributed.get_rank())
+        return write(*args, **options)
+
+    self_made.make_preferences = noted  # type: ignore[assignment]
+    try:
+        settings = SelfMadeSettings(labeller="symmetry", prompts=1, seeds=2, steps=1)
+        made = self_made.own_preferences(load_model(embedded_model_path()), folder, settings, 0)
+    finally:
+        self_made.make_preferences = write
+    return [*sorted(path.name for path in made.iterdir()), *map(str, writers)]
+
+
+@pytest.mark.slow
+def test_one_of_several_processes_makes_the_pairs(tmp_path: Path, processes: ProcessPool) -> None:
+    first, second = processes.run(2, make_in_a_group, tmp_path)
+    assert first == [*second, "0"] == ["made.json", "preferences-0000.tar", "0"]
