@@ -32,6 +32,21 @@ class PairSettings(Settings):
     section = "model.preference"
     title = "Preferences"
 
+    pairs: str = setting(
+        "shards",
+        choice("shards", "online"),
+        "shards, or online: two pictures of each prompt by the model as it stands, the reward (rm) prefers one",
+    )
+    steps: tuple[int, int] | None = setting(
+        None,
+        Kind("ints", low=0, length=2, nullable=True),
+        "[first, end]: noise levels t that are trained, first <= t < end, of 1000 as a rule; null: all",
+    )
+    label_smoothing: float = setting(
+        0.0,
+        Kind("float", low=0, high=0.5, open_high=True),
+        "probability that a label is wrong (conservative DPO); in [0, 0.5)",
+    )
     crop: str = setting(
         "center",
         choice("center", "random"),
