@@ -20,6 +20,7 @@ from tiny.prompts import tar
 from tiny.reward_training import blue_pairs, encode, picture
 from tiny.runs import rows
 from tiny.stable_diffusion import save_tiny_pipeline
+from tiny_pipelines import named
 
 from nemo_aligner_diffusion.algorithms.preference import self_made
 from nemo_aligner_diffusion.cli.encode_latents import main as encode_main
@@ -394,3 +395,17 @@ def test_a_run_on_latents_is_the_run_on_pictures(tmp_path: Path, model: Diffusio
         figures.append([{name: value for name, value in row.items() if name not in timed} for row in measured])
     assert figures[0] == figures[1]
     assert float(figures[0][1]["winner_error"]) != 0
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
+def test_families_latents(tmp_path: Path, family: str) -> None:
+    other = DiffusionModel(named(family).build())
+    tar(tmp_path / "s.tar", GOOD)
+    encode_latents(other, str(tmp_path / "s.tar"), tmp_path / "l", Choices(16, 16))
+    read = {}
+    for name, path in (("pictures", tmp_path / "s.tar"), ("moments", tmp_path / "l")):
+        data = PairDataModule(str(path), settings=PairSettings(), micro_batch_size=1)
+        data.setup("fit")
+        data.fit_to(other, Sampling(height=16, width=16))
+        read[name] = next(iter(data.train_dataloader()))[name][0]
+    assert torch.equal(from_moments(other, read["moments"]), to_latents(other, read["pictures"]))
