@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from nemo_aligner_diffusion.diffusion.loop import Loop
 from nemo_aligner_diffusion.diffusion.network.latents import from_vae
 from nemo_aligner_diffusion.diffusion.schedule import untapped
+from nemo_aligner_diffusion.diffusion.taps import refuse_state
 from nemo_aligner_diffusion.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ class _DryRun(_Taps):
     def _network(self, name: str, *args: Any, **kwargs: Any) -> Any:
         output = super()._network(name, *args, **kwargs)
         if name == self.model.trained:
-            self._refuse_state(name, (args, kwargs))
+            refuse_state((args, kwargs), self.model.stateless, f"{type(self.pipe).__name__} hands its {name}")
             self.pending.append((self.named(args, kwargs), _raw(output)))
         return output
 
