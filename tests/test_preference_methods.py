@@ -22,6 +22,7 @@ from nemo_aligner_diffusion.diffusion.generate import Sampling
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.diffusion.noise import sample_generator
 from nemo_aligner_diffusion.errors import CheckpointError, ConfigurationError
+from nemo_aligner_diffusion.rewards.symmetry import Symmetry
 
 METHODS = [name for name, method in methods().items() if method.kind == "preference"]
 SEED = 3
@@ -193,17 +194,10 @@ def test_a_tie_counts_as_much_as_it_is_said_to():
     assert losses[1.0] > losses[0.0]
 
 
-class Redness(torch.nn.Module):
-    name = "redness"
-
-    def forward(self, images, prompts):
-        return images[:, 0].mean((1, 2))
-
-
 def test_online_pairs_are_the_present_models_own_and_labelled_by_the_reward():
     def made(**own):
         module = tuning("dpo", settings={"pairs": "online", **own})
-        module.reward, module.sampling = Redness(), Sampling(steps=2, height=16, width=16)
+        module.reward, module.sampling = Symmetry().build(), Sampling(steps=2, height=16, width=16)
         return module, *module.latents({"prompts": ["a", "b"]}, [4, 9], [])
 
     module, latents, labels = made()
@@ -211,8 +205,8 @@ def test_online_pairs_are_the_present_models_own_and_labelled_by_the_reward():
     vae = module.model.pipe.vae
     with torch.no_grad():
         pictures = (vae.decode(latents.flatten(0, 1) / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
-    red = pictures[:, 0].mean((1, 2)).reshape(2, 2)
-    assert torch.equal(labels.argmax(1), red.argmax(1))
+    scores = Symmetry().score(pictures, ["a", "a", "b", "b"]).reshape(2, 2)
+    assert torch.equal(labels.argmax(1), scores.argmax(1))
     assert labels.sum(1).tolist() == [1, 1]
     assert torch.equal(made(self_made=SelfMadeSettings(label_noise=1.0))[2], labels.flip(1))
     loss = module.training_step({"prompts": ["a", "b"], "index": torch.tensor([4, 9])}, 0)
