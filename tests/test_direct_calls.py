@@ -6,7 +6,9 @@ import functools
 
 import pytest
 import torch
+from process_pool import ProcessPool
 from tiny.gradients import with_adapters
+from tiny.stable_diffusion import tiny_stable_diffusion
 from tiny_pipelines import PROMPTS, named
 
 from nemo_aligner_diffusion.diffusion.generate import Sampling
@@ -177,6 +179,17 @@ def test_what_is_found_of_other_families(name, map_, sign, off):
     assert got.isfinite().all()
 
 
+def test_latents_that_change_their_precision_in_the_loop():
+    """Autocast: the first call gets float32, the others what the network gives."""
+    model, sampling = build("flux")
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        calls = DirectCalls(model, sampling)
+        conditioning = calls.conditioning(PROMPTS)
+        got = calls.predict(conditioning, normal(calls), T)
+    assert (calls._map, conditioning.arguments["timestep"].dtype, got.dtype) == ((1e-3, 0.0), torch.float32,
+                                                                              torch.bfloat16)  # fmt: skip
+
+
 def test_nothing_of_the_pipeline_stays_changed():
     model, sampling = build("sdxl")
     model.pipe.vae.register_to_config(force_upcast=True)
@@ -197,7 +210,11 @@ def test_nothing_of_the_pipeline_stays_changed():
 @pytest.mark.parametrize(
     ("name", "size", "said"),
     [
-        ("z-image", 16, "expected one argument that is the latents of the 2 prompts, found none .lists: argument 0"),
+        (
+            "z-image",
+            16,
+            "expected one argument that is the latents of the 2 prompts, found none .lists: 'x', 'cap_feats'",
+        ),
         ("if", 16, "is no part of the network's output"),
         ("hunyuan-image", 16, "calls it 2 times a step"),
         ("flux-2-klein", 16, "how its VAE's latents .* become its own .* is not known"),
@@ -211,3 +228,44 @@ def test_what_cannot_be_called_so_is_refused_by_name(name, size, said):
     kind = type(model.pipe).__name__
     assert kind in str(refused.value) or "Scheduler" in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def spread(layout: str) -> dict[str, float]:
+    """Prediction, reference, gradients and moments of two processes: how far they are from one's."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from nemo_aligner_diffusion.diffusion.network.latents import moments
+    from nemo_aligner_diffusion.parallel.layout import Layout
+    from nemo_aligner_diffusion.parallel.parallelism import Parallelism
+
+    def made() -> DiffusionModel:
+        return with_adapters(tiny_stable_diffusion(torch.float64, channels=(16, 32)), ("to_q", "to_out.0"))
+
+    def used(model: DiffusionModel) -> list[torch.Tensor]:
+        calls = DirectCalls(model, Sampling(guidance_scale=4.0))
+        conditioning, z = calls.conditioning(PROMPTS), normal(calls).double()
+        got = calls.predict(conditioning, z, T)
+        with model.reference(), torch.no_grad():
+            reference = calls.predict(conditioning, z, T)
+        got.square().sum().backward()
+        pictures = torch.linspace(0, 1, 2 * 3 * 16 * 16, dtype=torch.float64).reshape(2, 3, 16, 16)
+        return [got.detach(), reference, moments(model, pictures)]
+
+    plain, model = made(), made()
+    data, tensor = (2, 1) if layout == "fsdp" else (1, 2)
+    mesh = init_device_mesh("cpu", (data, tensor), mesh_dim_names=("data_parallel", "tensor_parallel"))
+    parallel = Parallelism(Layout(data=data, tensor=tensor, fsdp=layout == "fsdp",
+                                  sharded_frozen=("vae", "text_encoder") if layout == "fsdp" else ()))  # fmt: skip
+    parallel.apply(mesh, [model.denoiser], model.frozen_parts())
+    pairs = list(zip(used(model), used(plain), strict=True))
+    expected = dict(plain.trainable_parameters())
+    for name, parameter in model.trainable_parameters():
+        pairs.append((parallel.placement(name).full(parameter.grad), expected[name].grad))
+    return {"parts": len(pairs), "far": max(float((a - b).abs().max()) for a, b in pairs)}
+
+
+@pytest.mark.parametrize("layout", ["fsdp", "tensor"])
+def test_two_processes_call_as_one(processes: ProcessPool, layout: str) -> None:
+    for answer in processes.run(2, spread, layout):
+        assert answer["parts"] > 10
+        assert answer["far"] < 1e-9

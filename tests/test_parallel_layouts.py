@@ -33,6 +33,7 @@ WHAT = {
 METHODS = {
     "draft+": ("draftp_sd", ["model.truncation_steps=2", "model.kl_coeff=2"]),
     "drtune": ("drtune_sd", ["model.drtune.train_steps=2", "model.drtune.early_stop_steps=2"]),
+    "ddpo": ("ddpo_sd", ["model.infer.sampler_type=ddim", "model.ddpo.inner_passes=2", "model.ddpo.clip_range=0.2"]),
 }
 
 
@@ -46,6 +47,7 @@ def train(devices: int, recipe: str, more: list[str]) -> dict[str, Any]:
     from nemo_aligner_diffusion.parallel.strategy import ParallelStrategy
     from nemo_aligner_diffusion.rewards import build_reward
     from nemo_aligner_diffusion.training.build import build_model, build_module
+    from nemo_aligner_diffusion.training.run import batches_of
 
     words = [
         f"trainer.devices={devices}",
@@ -78,12 +80,13 @@ def train(devices: int, recipe: str, more: list[str]) -> dict[str, Any]:
                 self.gradients = {name: module.parallel.placement(name).full(p.grad) for name, p in named}
 
     watch = Watch()
+    accumulation, batches = batches_of(cfg, cfg.method())
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=devices,
         strategy=ParallelStrategy(layout) if layout.world_size > 1 else "auto",
         max_steps=STEPS,
-        accumulate_grad_batches=cfg.accumulation,
+        accumulate_grad_batches=accumulation,
         gradient_clip_val=1.0,
         limit_val_batches=0,
         callbacks=[watch],
@@ -93,9 +96,7 @@ def train(devices: int, recipe: str, more: list[str]) -> dict[str, Any]:
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-    data = PromptDataModule(
-        embedded_prompts_path("train"), micro_batch_size=cfg.model.micro_batch_size, global_batch_size=4, seed=11
-    )
+    data = PromptDataModule(embedded_prompts_path("train"), global_batch_size=4, seed=11, **batches)
     trainer.fit(module, datamodule=data)
     weights = {name: module.parallel.placement(name).full(p) for name, p in module.trainable_parameters()}
     return {"losses": losses, "gradients": watch.gradients, "weights": weights}
@@ -145,6 +146,9 @@ SLOW = {
     ("TP2 DP2", "full", "draft+"),
     ("FSDP2", "LoRA", "drtune"),
     ("FSDP2 TP2", "LoRA", "drtune"),
+    ("DP2", "LoRA", "ddpo"),
+    ("FSDP2", "full", "ddpo"),
+    ("TP2", "LoRA", "ddpo"),
 }
 
 
@@ -166,7 +170,8 @@ def test_every_layout_trains_as_one_process(processes, alone, tmp_path: Path, la
     losses = processes.run(size, _share, size, recipe, [*settings, *WHAT[what], *more], str(file))
     many = torch.load(file, weights_only=True)
     assert all(rank == losses[0] for rank in losses)
-    assert many["losses"] == pytest.approx(one["losses"], rel=TOLERANCE)
+    # a policy gradient's is a mean of advantages, numbers about 1 whose sum is 0
+    assert many["losses"] == pytest.approx(one["losses"], rel=TOLERANCE, abs=1e-6 if method == "ddpo" else 0)
     print(*(f"{distance(many[kind], one[kind]):.1e}" for kind in ("gradients", "weights")), layout, what, method)
     assert distance(many["gradients"], one["gradients"]) < TOLERANCE
     assert distance(many["weights"], one["weights"]) < TOLERANCE

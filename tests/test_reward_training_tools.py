@@ -177,8 +177,8 @@ def test_csv_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.slow
 def test_rule_preferences_obey_the_rule(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from nemo_aligner_diffusion.data.preferences.reward_pairs import pictures
     from nemo_aligner_diffusion.algorithms.preference.self_made import TIE_MARGINS, colourfulness
+    from nemo_aligner_diffusion.data.preferences.reward_pairs import pictures
 
     words = ["colourfulness", str(tmp_path), "--prompts", "3", "--seeds-per-prompt", "3", "--steps", "4"]
     margin = TIE_MARGINS["colourfulness"]

@@ -19,6 +19,7 @@ _ALGORITHMS = "nemo_aligner_diffusion.algorithms"
 _PACKAGES: dict[str, set[str]] = {
     _ALGORITHMS: {"base", "custom", "picture_validation", "registry", "reward_tuning", "settings", "tuning"},
     f"{_ALGORITHMS}.preference": {"base", "corrections", "loss", "module", "self_made", "watch"},
+    f"{_ALGORITHMS}.policy": {"advantages", "module"},
 }
 
 
@@ -85,6 +86,11 @@ def defaults(algorithm: str) -> dict[str, Any]:
 
 def _as_list(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
+
+
+def kind_of(algorithm: str) -> str:
+    """See :class:`.base.TrainingMethod`; a user's own method learns by the reward's gradient."""
+    return methods()[algorithm].kind if algorithm in methods() else "reward"
 
 
 def title_of(algorithm: str) -> str:

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from nemo_aligner_diffusion.algorithms.tuning import DenoiserTuning
 from nemo_aligner_diffusion.diffusion.generate import Sampling
-from nemo_aligner_diffusion.diffusion.loop import drawn
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.diffusion.noise import plan_random, sample_generator
-from nemo_aligner_diffusion.diffusion.plan import PlanRule
+from nemo_aligner_diffusion.diffusion.plan import PlanRule, drawn
 from nemo_aligner_diffusion.diffusion.schedule import path_of
 from nemo_aligner_diffusion.diffusion.trajectory import Rollout, distance_of_training, rollout
 from nemo_aligner_diffusion.errors import AlignerError

@@ -74,11 +74,11 @@ class DenoiserTuning(PictureValidation):
 
         Args:
             prompts: of the ``B`` samples.
-            figures: name -> a number, the mean over the samples.
+            figures: name -> a number, the mean over the samples; ``images``, how many were made, is ``B`` unless given.
             values: name -> ``(B,)``, each of which must be finite.
         """
         count = torch.tensor(float(len(prompts)), device=self.device)
-        self._micro_batches.append({**figures, self.counted: count})
+        self._micro_batches.append({self.counted: count, **figures})
         self._prompts += prompts
         self._values.append(values)
 

@@ -23,7 +23,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_aligner_diffusion.algorithms.registry import defaults, reads
+from nemo_aligner_diffusion.algorithms.registry import defaults, kind_of, reads
 from nemo_aligner_diffusion.config.families import family_keys, family_layer, family_of
 from nemo_aligner_diffusion.config.layers import (
     Layer,
@@ -289,6 +289,9 @@ def _methods_own(values: Mapping[str, Any]) -> dict[str, Any]:
 def _check_reward(settings: RunSettings) -> None:
     """Raises :class:`ConfigurationError` for a reward that lacks a key, or has one that cannot act."""
     reward, _ = read_reward(settings.rm)
+    if kind_of(settings.model.algorithm) == "reward":
+        for message in reward.without_gradient():
+            raise ConfigurationError(message)
     measured = list(reward.measured()) if isinstance(reward, PartedSettings) else []
     if measured and settings.loop.val_check_interval == 0:
         raise ConfigurationError(

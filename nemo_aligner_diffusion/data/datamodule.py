@@ -37,6 +37,7 @@ class StreamDataModule(pl.LightningDataModule, ABC):
         validation_batch_size: samples a validation batch on one rank; ``micro_batch_size`` by default. Validation
             "wraps": an ``index`` not below the number of samples marks a repetition that fills the last batch.
         start_sample: global samples to leave out at the start; a loaded checkpoint overrides it.
+        repeats: how many times in a row each training batch comes; a checkpoint in the middle of them goes on there.
 
     Raises:
         DataError: at ``setup`` when files are missing, a sample cannot be read, or sizes do not fit.
@@ -54,6 +55,7 @@ class StreamDataModule(pl.LightningDataModule, ABC):
         worker_timeout_seconds: float = WORKER_TIMEOUT_SECONDS,
         validation_batch_size: int | None = None,
         start_sample: int = 0,
+        repeats: int = 1,
         rank: int | None = None,
         world_size: int | None = None,
         **stream: Any,
@@ -66,6 +68,8 @@ class StreamDataModule(pl.LightningDataModule, ABC):
         self.micro_batch_size = micro_batch_size
         self.validation_batch_size = validation_batch_size or micro_batch_size
         self.start_sample = start_sample
+        self.repeats = repeats
+        self._start_repeat = 0  # of the batch at start_sample: how many times it has come
         self._order = {"seed": seed, "shuffle_buffer": shuffle_buffer}
         self._workers = {"num_workers": num_workers, "worker_timeout_seconds": worker_timeout_seconds}
         self._stream = stream
@@ -89,11 +93,18 @@ class StreamDataModule(pl.LightningDataModule, ABC):
 
     @property
     def samples_consumed(self) -> int:
-        """Global samples whose micro-step is over: prefetched batches do not count, skipped steps do."""
-        if self._train_samples is None:
-            return self.start_sample
-        batches = self._batches_processed() - self._batches_before
-        return self._train_samples.start_sample + batches * self._train_samples.step_size
+        """Global samples whose micro-step is over, for the last time where batches are repeated: prefetched batches do
+        not count, skipped steps do."""
+        return self._consumed[0]
+
+    @property
+    def _consumed(self) -> tuple[int, int]:
+        """That, and how many times the batch after them has come."""
+        stream = self._train_samples
+        if stream is None:
+            return self.start_sample, self._start_repeat
+        came = stream.start_repeat + self._batches_processed() - self._batches_before
+        return stream.start_sample + came // stream.repeats * stream.step_size, came % stream.repeats
 
     @abstractmethod
     def build_loader(self, paths: PathSpec, **options: Any) -> StreamLoader:
@@ -116,7 +127,7 @@ class StreamDataModule(pl.LightningDataModule, ABC):
 
     def train_dataloader(self) -> StreamLoader:
         """Return the loader from the first unconsumed sample on."""
-        self.start_sample = self.samples_consumed
+        self.start_sample, self._start_repeat = self._consumed
         loader = self._make_train_loader()
         self._compare_contents()
         self._train_samples = loader.stream
@@ -130,12 +141,14 @@ class StreamDataModule(pl.LightningDataModule, ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position, and what the order of the stream depends on."""
-        state = {"samples_consumed": self.samples_consumed, "order": dict(self._order)}
+        consumed, came = self._consumed
+        state = {"samples_consumed": consumed, "order": dict(self._order)} | ({"came": came} if came else {})
         return state | ({"contents": dict(self._contents)} if self._contents else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a saved position; warn when seed or shuffle buffer differ: then it is a place in another order."""
         self.start_sample = int(state_dict["samples_consumed"])
+        self._start_repeat = min(int(state_dict.get("came", 0)), self.repeats - 1)
         self._train_samples = None
         self._contents_before = state_dict.get("contents")
         for name, saved in state_dict.get("order", {}).items():
@@ -159,6 +172,8 @@ class StreamDataModule(pl.LightningDataModule, ABC):
             self.train,
             micro_batch_size=self.micro_batch_size,
             start_sample=self.start_sample,
+            repeats=self.repeats,
+            start_repeat=self._start_repeat,
             **self._order,
             **self._workers,
             **self._stream,

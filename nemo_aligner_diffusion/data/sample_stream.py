@@ -55,6 +55,8 @@ class SampleStream(IterableDataset[Any], ABC):
             with the first samples of the following epoch (``"wrap"``; their ``index`` is beyond the last true one).
             Either way all ranks get equally many batches.
         start_sample: global samples already consumed; a multiple of ``micro_batch_size * world_size``.
+        repeats: how many times in a row each micro-batch comes.
+        start_repeat: how many times the first one has come already.
         on_bad_sample: ``"error"`` stops at an unusable sample; ``"skip"`` warns, counts and goes on.
         on_bad_shard: the same for files that are unreadable, damaged or empty, None: as ``on_bad_sample``. Under
             ``"skip"``, the samples of a file that becomes unreadable while it is in use are replaced, each by another
@@ -86,6 +88,8 @@ class SampleStream(IterableDataset[Any], ABC):
         global_batch_size: int | None = None,
         incomplete: Literal["drop", "wrap"] = "drop",
         start_sample: int = 0,
+        repeats: int = 1,
+        start_repeat: int = 0,
         on_bad_sample: OnBadSample = "error",
         on_bad_shard: OnBadSample | None = None,
         index_folder: str | os.PathLike[str] | None = None,
@@ -94,6 +98,8 @@ class SampleStream(IterableDataset[Any], ABC):
         check_whole("micro_batch_size", micro_batch_size, 1)
         check_whole("shuffle_buffer", shuffle_buffer, 0)
         check_whole("start_sample", start_sample, 0)
+        check_whole("repeats", repeats, 1)
+        check_whole("start_repeat", start_repeat, 0)
         check_whole("epochs", 1 if epochs is None else epochs, 1)
         if not 0 <= rank < world_size:
             raise DataError(f"rank is {rank}; expected less than world_size {world_size}")
@@ -115,6 +121,8 @@ class SampleStream(IterableDataset[Any], ABC):
         self.rank = rank
         self.epochs = epochs
         self.start_sample = start_sample
+        self.repeats = repeats
+        self.start_repeat = start_repeat
         self.on_bad_sample: OnBadSample = on_bad_sample
         self.on_bad_shard: OnBadSample = on_bad_shard or on_bad_sample
         self.replaced = 0
@@ -147,7 +155,8 @@ class SampleStream(IterableDataset[Any], ABC):
 
     def positions(self, number: int) -> range:
         """Global sample indices of this rank's micro-batch ``number``, from 0."""
-        first = self.start_sample + number * self.step_size + self.rank * self.micro_batch_size
+        whole = (self.start_repeat + number) // self.repeats
+        first = self.start_sample + whole * self.step_size + self.rank * self.micro_batch_size
         return range(first, first + self.micro_batch_size)
 
     def __iter__(self) -> Iterator[Any]:

@@ -20,15 +20,14 @@ import functools
 import inspect
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from nemo_aligner_diffusion.diffusion.decoding import decode_as_set_up
-from nemo_aligner_diffusion.diffusion.plan import Plan, PlanRule, check_plan
+from nemo_aligner_diffusion.diffusion.plan import Plan, PlanRule, drawn
 from nemo_aligner_diffusion.diffusion.schedule import (
     KeyedNoise,
     SchedulerPath,
@@ -38,17 +37,18 @@ from nemo_aligner_diffusion.diffusion.schedule import (
     without_global_noise,
 )
 from nemo_aligner_diffusion.diffusion.taps import (
-    PLAIN,
     Proxy,
+    RecordedTrace,
     any_gradient,
     called_in_mode,
-    connect,
     detached,
+    in_form_of,
     in_place_of,
     no_autocast_cache,
     processors_of,
     quiet_pipeline,
     recomputed,
+    refuse_state,
     share,
     shared,
     undecorated,
@@ -59,32 +59,6 @@ if TYPE_CHECKING:
     from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 
 Mode = Literal["train", "sample", "replay", "last step"]
-
-
-@dataclass
-class _Trace:
-    """See :class:`.plan.Trace`."""
-
-    path: SchedulerPath
-    latents: list[Tensor] = field(default_factory=list)
-    predictions: dict[int, Tensor] = field(default_factory=dict)
-
-    connect = staticmethod(connect)
-    share = staticmethod(share)
-
-
-def drawn(rule: PlanRule, path: SchedulerPath, rng: random.Random) -> Plan:
-    """A rule's plan, checked.
-
-    Raises:
-        ConfigurationError: it names steps that the trajectory does not have.
-    """
-    plan = rule(path, rng)
-    try:
-        check_plan(plan, path.steps)
-    except ValueError as error:
-        raise ConfigurationError(f"{type(plan).__name__} for {path.steps} sampling steps: {error}") from error
-    return plan
 
 
 class Loop:
@@ -240,7 +214,7 @@ class Loop:
         self.active = frozenset(self.plan.active)
         if self.plan.renoise:
             self.active = frozenset({self.total - 1} if self.plan.own_step else ())
-        self.trace = _Trace(self.path)
+        self.trace = RecordedTrace(self.path)
 
     # the three taps
 
@@ -264,7 +238,7 @@ class Loop:
             return self.outputs.get(name, next(iter(self.outputs.values())))
         network = self.model.network(name)
         if trained and self.rule is not None:
-            self._refuse_state(name, (args, kwargs))
+            refuse_state((args, kwargs), self.model.stateless, f"{type(self.pipe).__name__} hands its {name}")
         if active:
             torch.set_grad_enabled(True)  # from here on
         plan = self.plan
@@ -396,29 +370,9 @@ class Loop:
         return self.leaves[-1]
 
     def _returned(self, sample: Tensor, everywhere: bool = False) -> Any:
-        """``sample`` in the form in which the scheduler's ``step`` last returned.
-
-        ``everywhere``: from now on in place of the clean estimate too, which is what LCM decodes at the end.
-        """
-        if isinstance(self.step_output, tuple):
-            if everywhere:
-                self.step_output = tuple(sample if isinstance(x, Tensor) else x for x in self.step_output)
-            return (sample, *self.step_output[1:])
-        out = copy.copy(self.step_output)
-        for name in [*out] if everywhere else ["prev_sample"]:
-            if isinstance(out.get(name), Tensor):
-                out[name] = sample
-        self.step_output = out
+        """``sample`` in the form in which the scheduler's ``step`` last returned: see :func:`.in_form_of`."""
+        out, self.step_output = in_form_of(self.step_output, sample, everywhere)
         return out
-
-    def _refuse_state(self, name: str, given: Any) -> None:
-        opaque = {type(x).__name__ for x in tree_leaves(given) if not isinstance(x, PLAIN)} - self.model.stateless
-        if opaque:
-            raise ConfigurationError(
-                f"{type(self.pipe).__name__} hands its {name} a {', '.join(sorted(opaque))}: what it remembers between "
-                f"calls would be lost where a call is recomputed. If it carries nothing from step to step, declare it: "
-                f"model.pipeline.stateless=[{','.join(sorted(opaque))}]; else switch it off by model.pipeline.arguments"
-            )
 
     def _call_of(self, network: Any, gradient: bool = False) -> Callable[..., Any]:
         declared = self.model.family.gradient_in_training

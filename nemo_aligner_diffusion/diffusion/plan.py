@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+from nemo_aligner_diffusion.errors import ConfigurationError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -139,6 +141,20 @@ def check_plan(plan: Plan, steps: int) -> None:
     for name, factors in (("input_share", plan.input_share), ("gain", plan.gain)):
         if not isinstance(factors, Mapping) or not all(_is_step(i, last) for i in factors):
             raise ValueError(f"{name} must map steps in {within} to numbers; got {factors!r}")
+
+
+def drawn(rule: PlanRule, path: SamplingPath, rng: random.Random) -> Plan:
+    """A rule's plan, checked.
+
+    Raises:
+        ConfigurationError: it names steps that the trajectory does not have.
+    """
+    plan = rule(path, rng)
+    try:
+        check_plan(plan, path.steps)
+    except ValueError as error:
+        raise ConfigurationError(f"{type(plan).__name__} for {path.steps} sampling steps: {error}") from error
+    return plan
 
 
 def _is_step(step: object, last: int) -> bool:

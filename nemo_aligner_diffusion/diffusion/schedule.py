@@ -139,13 +139,18 @@ class SchedulerPath:
         return (alpha + sigma if self.flow else (alpha**2 + sigma**2) ** 0.5) / determinant
 
 
-def path_of(scheduler: Any, steps: int) -> SchedulerPath:
-    """The path of ``steps`` steps outside of a pipeline's call, which may shift it by the picture's size."""
+def timed(scheduler: Any, steps: int) -> Any:
+    """A copy with ``steps`` timesteps, outside of a pipeline's call, which may shift them by the picture's size."""
     scheduler = copy.deepcopy(scheduler)
     if scheduler.config.get("use_dynamic_shifting"):
         scheduler.register_to_config(use_dynamic_shifting=False)
     scheduler.set_timesteps(steps)
-    return SchedulerPath(scheduler)
+    return scheduler
+
+
+def path_of(scheduler: Any, steps: int) -> SchedulerPath:
+    """The path of :func:`timed`."""
+    return SchedulerPath(timed(scheduler, steps))
 
 
 def untapped(scheduler: Any) -> Any:

@@ -4,18 +4,23 @@ that values do not show."""
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import hashlib
 import logging
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.checkpoint import checkpoint
+
+from nemo_aligner_diffusion.diffusion.plan import SamplingPath
+from nemo_aligner_diffusion.errors import ConfigurationError
 
 PLAIN = (type(None), Tensor, bool, int, float, str, torch.dtype, torch.device)  # values that carry no state
 log = logging.getLogger(__name__)
@@ -98,6 +103,18 @@ class _Connect(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient.to(ctx.dtype), None
+
+
+@dataclass
+class RecordedTrace:
+    """See :class:`.plan.Trace`."""
+
+    path: SamplingPath
+    latents: list[Tensor] = field(default_factory=list)
+    predictions: dict[int, Tensor] = field(default_factory=dict)
+
+    connect = staticmethod(connect)
+    share = staticmethod(share)
 
 
 class PromptCache:
@@ -300,6 +317,36 @@ def processors_of(network: Any, wanted: dict[str, Any] | None) -> Iterator[None]
 
 def any_gradient(tree: Iterable[Any]) -> bool:
     return any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(tree))
+
+
+def refuse_state(given: Any, stateless: Collection[str], who: str) -> None:
+    """Raises :class:`ConfigurationError` where a network is handed (``given``) an object that may remember something.
+
+    ``who``: hands it: ``FluxPipeline hands its transformer``.
+    """
+    opaque = ({type(x).__name__ for x in tree_leaves(given) if not isinstance(x, PLAIN)}).difference(stateless)
+    if opaque:
+        raise ConfigurationError(
+            f"{who} a {', '.join(sorted(opaque))}: what it remembers between "
+            f"calls would be lost where a call is recomputed. If it carries nothing from step to step, declare it: "
+            f"model.pipeline.stateless=[{','.join(sorted(opaque))}]; else switch it off by model.pipeline.arguments"
+        )
+
+
+def in_form_of(output: Any, sample: Tensor, everywhere: bool) -> tuple[Any, Any]:
+    """``sample`` in the form of a scheduler's ``output``, and the form that the next one is to have.
+
+    ``everywhere``: from now on in place of the clean estimate too, which is what LCM decodes at the end.
+    """
+    if isinstance(output, tuple):
+        if everywhere:
+            output = tuple(sample if isinstance(x, Tensor) else x for x in output)
+        return (sample, *output[1:]), output
+    out = copy.copy(output)
+    for name in [*out] if everywhere else ["prev_sample"]:
+        if isinstance(out.get(name), Tensor):
+            out[name] = sample
+    return out, out
 
 
 @contextlib.contextmanager

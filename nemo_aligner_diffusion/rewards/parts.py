@@ -166,6 +166,11 @@ class PartedSettings(RewardSettings, ABC):
             if isinstance(part.reward, PartedSettings):
                 yield from part.reward.measured(here)
 
+    def without_gradient(self, where: str = "rm") -> Iterator[str]:
+        for label, part in self.members.items():
+            if isinstance(part.reward, RewardSettings):
+                yield from part.reward.without_gradient(f"{where}.parts.{label}")
+
     @abstractmethod
     def combine(self, scores: Sequence[Tensor]) -> Tensor:
         """The parts' shaped scores, each ``(B,)``, as one ``(B,)``."""

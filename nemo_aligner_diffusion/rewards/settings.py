@@ -16,7 +16,7 @@ A Hugging Face reward is one file of this package and ``conf/rm/<name>.yaml``::
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -44,6 +44,7 @@ class RewardSettings(Settings):
         name: value of ``rm.name``, and the reward's name in metrics.
         needs: fields that have no default, with an example of each.
         free: sections whose keys are free, such as a composite's ``parts``, and the field of each.
+        differentiable: in the pictures; a policy gradient needs it not.
         augment: random changes of the pictures that the reward sees in training.
     """
 
@@ -51,6 +52,7 @@ class RewardSettings(Settings):
     name: ClassVar[str] = ""
     needs: ClassVar[Mapping[str, str]] = {}
     free: ClassVar[Mapping[str, str]] = {}
+    differentiable: ClassVar[bool] = True
 
     augment: Augmentation = part(Augmentation)
 
@@ -77,6 +79,11 @@ class RewardSettings(Settings):
             if getattr(self, needed) is None:
                 key = self.keys()[needed].replace("rm", where, 1)
                 raise ConfigurationError(f"{where}.name = {self.name} needs {key}, such as {key}={example}")
+
+    def without_gradient(self, where: str = "rm") -> Iterator[str]:
+        """Why nothing can be learnt by this reward's gradient, and what to do: one message for each such part."""
+        if not self.differentiable:
+            yield f"{where}.name = {self.name} has no gradient: expected algorithm=ddpo, or another reward"
 
     def describe(self) -> str:
         """What is rewarded, in words: a report says that a model was tuned towards it."""

@@ -15,6 +15,7 @@ import pytorch_lightning as pl
 import torch
 
 from nemo_aligner_diffusion.algorithms.base import TrainingMethod
+from nemo_aligner_diffusion.algorithms.policy.ddpo import DDPO
 from nemo_aligner_diffusion.algorithms.preference.self_made import FOLDER, own_preferences
 from nemo_aligner_diffusion.algorithms.tuning import DenoiserTuning
 from nemo_aligner_diffusion.data.datamodule import PromptDataModule, StreamDataModule
@@ -160,13 +161,14 @@ def _train(settings: RunSettings, frame: RunFrame, startup: Startup, given: Give
     for name, prompts in given.prompts.items():
         frame.inputs.append(name)
         write_atomic(directory.path / name, "".join(f"{prompt}\n" for prompt in prompts))
+    accumulation, batches = batches_of(settings, method)
     shards = section.data.train_path
     makes_pairs = _learns_from_pairs(settings, method) and shards is None
 
     def opened() -> RunData | RunPairs:
         watch.phase("opening the data")
         startup.enter("data index")
-        data = _build_data(settings, method, shards)
+        data = _build_data(settings, method, shards, **batches)
         on_every_process(lambda: data.setup("fit"))
         return data
 
@@ -199,7 +201,7 @@ def _train(settings: RunSettings, frame: RunFrame, startup: Startup, given: Give
         size = section.micro_batch_size
         reading = section.data
         prompts = read_prompts(data.train, size, reading.on_bad_sample, reading.on_bad_shard, reading.prompt_key)
-        try_out(module, list(itertools.islice(itertools.cycle(prompts), size)))
+        try_out(module, list(itertools.islice(itertools.cycle(prompts), size)), method.kind == "reward")
     startup.enter("checking the pipeline")
     on_every_process(module.check_pipeline)
     startup.enter("run directory")
@@ -216,7 +218,7 @@ def _train(settings: RunSettings, frame: RunFrame, startup: Startup, given: Give
     ]
     startup.enter("trainer")
     validates = bool(data.validation_prompts)
-    trainer = frame.make_trainer(loop, layout, settings.accumulation, callbacks, validates=validates, saves=given.keep)
+    trainer = frame.make_trainer(loop, layout, accumulation, callbacks, validates=validates, saves=given.keep)
 
     def fit() -> None:
         # dropout masks differ between samples, and are the same where processes share a sample
@@ -286,7 +288,19 @@ def _learns_from_pairs(settings: RunSettings, method: TrainingMethod) -> bool:
     return method.data == "pairs" and settings.model.preference.pairs == "shards"
 
 
-def _build_data(settings: RunSettings, method: TrainingMethod, shards: PathSpec | None) -> RunData | RunPairs:
+def batches_of(settings: RunSettings, method: TrainingMethod) -> tuple[int, dict[str, int]]:
+    """Batches of the loader an optimizer step, and their sizes. A policy gradient's is the whole share of a process,
+    as rewards are compared over the global batch, and comes once for each pass over it."""
+    sizes = settings.model
+    if not isinstance(method, DDPO):
+        return settings.accumulation, {"micro_batch_size": sizes.micro_batch_size}
+    share = sizes.global_batch_size // settings.layout.data
+    return 1, {"micro_batch_size": share, "repeats": method.inner_passes}
+
+
+def _build_data(
+    settings: RunSettings, method: TrainingMethod, shards: PathSpec | None, **batches: int
+) -> RunData | RunPairs:
     """Of the run's ``shards``; ``None``: the embedded prompts."""
     section, sizes = settings.model.data, settings.model
     pairs = _learns_from_pairs(settings, method)
@@ -304,7 +318,7 @@ def _build_data(settings: RunSettings, method: TrainingMethod, shards: PathSpec 
         prompts[: section.max_prompts],
         list(section.seeds),
         train=shards or str(embedded_prompts_path("train")),
-        micro_batch_size=sizes.micro_batch_size,
+        **batches,
         global_batch_size=sizes.global_batch_size,
         seed=sizes.seed,
         epochs=settings.loop.max_epochs,

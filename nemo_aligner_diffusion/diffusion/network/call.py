@@ -30,7 +30,7 @@ from nemo_aligner_diffusion.diffusion.network.dry_run import (
 )
 from nemo_aligner_diffusion.diffusion.network.levels import TrainingLevels
 from nemo_aligner_diffusion.diffusion.taps import called_in_mode, no_autocast_cache
-from nemo_aligner_diffusion.errors import ConfigurationError, first_line
+from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError, first_line
 
 if TYPE_CHECKING:
     from nemo_aligner_diffusion.diffusion.model import DiffusionModel
@@ -68,23 +68,26 @@ class DirectCalls:
     def __init__(self, model: DiffusionModel, sampling: Sampling) -> None:
         self.model = model
         self.levels = TrainingLevels(model.pipe.scheduler)
-        self._sizes = {"height": sampling.height, "width": sampling.width}
+        self._height, self._width = sampling.height, sampling.width
         was_training = model.denoiser.training
         model.denoiser.eval()
         try:
             with torch.no_grad():
                 self._find(sampling.guidance_scale)
-        except Stop as end:
+        except (AlignerError, torch.OutOfMemoryError):
+            raise
+        except (Stop, Exception) as end:  # networks fail in many ways with a row of their own for each prompt
+            reason = end.reason if isinstance(end, Stop) else f"it fails with {type(end).__name__}: {first_line(end)}"
             raise ConfigurationError(
                 f"{type(model.pipe).__name__}: its {model.trained} cannot be called at a noise level of our choice, "
-                f"which training on given pictures needs: {end.reason}; train this model with a reward instead"
-            ) from None
+                f"which training on given pictures needs: {reason}; train this model with a reward instead"
+            ) from (None if isinstance(end, Stop) else end)
         finally:
             model.denoiser.train(was_training)
 
     def conditioning(self, prompts: Sequence[str]) -> Conditioning:
         """The pipeline's own call for these prompts, up to its first call of the network; no gradient."""
-        inputs = {**self.model.inputs(prompts, STEPS, **self._sizes), **self._guidance}
+        inputs = {**self._inputs(prompts), **self._guidance}
         return Conditioning(first_call(self.model, prompts, inputs), len(prompts))
 
     def predict(self, conditioning: Conditioning, z: Tensor, t: Tensor) -> Tensor:
@@ -115,14 +118,15 @@ class DirectCalls:
         network: Any = self.model.network(self.model.trained)
         gradient, declared = torch.is_grad_enabled(), self.model.family.gradient_in_training
         call = functools.partial(called_in_mode, network, declared, gradient) if declared else network
-        placed = [given.pop(place) for place in sorted(name for name in given if isinstance(name, int))]
         with no_autocast_cache() if gradient else contextlib.nullcontext():
-            output = call(*placed, **given)
+            output = call(**given)
         return self._part.of(output)
 
+    def _inputs(self, prompts: Sequence[str]) -> dict[str, Any]:
+        return self.model.inputs(prompts, STEPS, height=self._height, width=self._width)
+
     def _find(self, guidance_scale: float | None) -> None:
-        inputs = self.model.inputs(PROMPTS, STEPS, **self._sizes)
-        steps, self._guidance = without_guidance(self.model, inputs, guidance_scale)
+        steps, self._guidance = without_guidance(self.model, self._inputs(PROMPTS), guidance_scale)
         first, last = steps[0], steps[-1]
         self.latent_shape = tuple(first.latents.shape[1:])
         self._latents = first.latents_name()
@@ -135,12 +139,7 @@ class DirectCalls:
         z = torch.stack([first.latents[0], last.latents[1]])
         expected = torch.stack([first.prediction[0], last.prediction[1]])
         levels = torch.tensor([first.timestep, last.timestep], dtype=torch.float64)
-        try:
-            got = self._called(Conditioning(first.arguments, len(PROMPTS)), z, levels)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            stop(f"with another timestep in each row it fails with {type(error).__name__}: {first_line(error)}")
+        got = self._called(Conditioning(first.arguments, len(PROMPTS)), z, levels)
         if not same(got, expected, 1e-3):
             stop("with another timestep in each row it gives other predictions than in its loop")
 

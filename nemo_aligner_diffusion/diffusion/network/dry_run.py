@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from nemo_aligner_diffusion.diffusion.loop import Loop
 from nemo_aligner_diffusion.diffusion.network.latents import from_vae
 from nemo_aligner_diffusion.diffusion.schedule import untapped
+from nemo_aligner_diffusion.diffusion.taps import refuse_state
 from nemo_aligner_diffusion.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 STEPS = 3  # the fewest that tell an affine map from another
 PROMPTS = ("a red apple on a table", "two birds")
-Arguments = dict[int | str, Any]  # of a network's call, by place or by name
+Arguments = dict[str, Any]  # of a network's call, by name
 
 
 class Stop(BaseException):
@@ -69,7 +70,7 @@ class Step:
     timestep: float
     prediction: Tensor
 
-    def latents_name(self) -> int | str:
+    def latents_name(self) -> str:
         """The argument that is the latents."""
         names = [
             name for name, x in self.arguments.items()
@@ -103,7 +104,20 @@ class Step:
 class _Taps(Loop):
     def __init__(self, model: DiffusionModel, prompts: Sequence[str], inputs: dict[str, Any]) -> None:
         generators = [torch.Generator().manual_seed(j) for j in range(len(prompts))]
-        super().__init__(model, generators, inputs, None, random.Random(0), False, True, None)
+        super().__init__(
+            model,
+            generators,
+            inputs,
+            rule=None,
+            rng=random.Random(0),
+            reference=False,
+            recompute=True,
+            decode_rows=None,
+        )
+
+    def named(self, args: Any, kwargs: Any) -> Arguments:
+        names = list(inspect.signature(self.model.denoiser.forward).parameters)[: len(args)]
+        return {**dict(zip(names, args, strict=True)), **kwargs}
 
     def watch(self) -> None:
         """Run until :class:`Stop`; what the pipeline has changed of its parts by then is put back."""
@@ -125,7 +139,7 @@ class _Capture(_Taps):
     def _network(self, name: str, *args: Any, **kwargs: Any) -> Any:
         if name != self.model.trained:
             return super()._network(name, *args, **kwargs)
-        self.arguments = {**dict(enumerate(args)), **kwargs}
+        self.arguments = self.named(args, kwargs)
         raise Stop
 
 
@@ -141,8 +155,8 @@ class _DryRun(_Taps):
     def _network(self, name: str, *args: Any, **kwargs: Any) -> Any:
         output = super()._network(name, *args, **kwargs)
         if name == self.model.trained:
-            self._refuse_state(name, (args, kwargs))
-            self.pending.append(({**dict(enumerate(args)), **kwargs}, _raw(output)))
+            refuse_state((args, kwargs), self.model.stateless, f"{type(self.pipe).__name__} hands its {name}")
+            self.pending.append((self.named(args, kwargs), _raw(output)))
         return output
 
     def _step(self, *args: Any, **kwargs: Any) -> Any:
@@ -185,14 +199,12 @@ def few_steps(model: DiffusionModel, inputs: dict[str, Any]) -> list[Step]:
     except Stop as end:
         if end.reason:
             raise
-    if loop.undecoded is None:
-        stop("it decodes its latents by no VAE, which would make latents of pictures")
-    latents, own = from_vae(model, loop.undecoded.to(loop.sample)), loop.sample
+    decoded, own = loop.undecoded, loop.sample
+    if decoded is None:
+        return stop("it decodes its latents by no VAE, which would make latents of pictures")
+    latents = from_vae(model, decoded.to(own))
     if latents.shape != own.shape or not same(latents, own):
-        stop(
-            f"how its VAE's latents {tuple(loop.undecoded.shape[1:])} become its own {tuple(own.shape[1:])} is not "
-            f"known"
-        )
+        stop(f"how its VAE's latents {tuple(decoded.shape[1:])} become its own {tuple(own.shape[1:])} is not known")
     return loop.made
 
 
@@ -246,7 +258,8 @@ def affine(x: Sequence[float], arguments: Sequence[Any], scale: float) -> tuple[
     Args:
         scale: by which pipelines divide timesteps.
     """
-    exact, told = _exactness(arguments[0]), [_number(argument) for argument in arguments]
+    # autocast: float32 in the first step, what the network gave from then on
+    exact, told = max(map(_exactness, arguments)), [_number(argument) for argument in arguments]
     y = [value for value in told if value is not None]
     if len(y) < len(told) or x[0] == x[-1]:
         return None
@@ -261,7 +274,7 @@ def affine(x: Sequence[float], arguments: Sequence[Any], scale: float) -> tuple[
     return None
 
 
-def followed(steps: Sequence[Step], latents: int | str, scale: float) -> tuple[int | str, tuple[float, float]]:
+def followed(steps: Sequence[Step], latents: str, scale: float) -> tuple[str, tuple[float, float]]:
     """Which argument follows the scheduler's timestep, and by what map; every other must stay as it is."""
     x = [step.timestep for step in steps]
     if len(set(x)) < STEPS:
@@ -302,4 +315,4 @@ def _number(x: Any) -> float | None:
 
 
 def _listed(names: Any) -> str:
-    return ", ".join(f"argument {x}" if isinstance(x, int) else f"{x!r}" for x in names) or "none"
+    return ", ".join(map(repr, names)) or "none"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -51,20 +52,26 @@ class CustomReward(Reward):
                 score, parts = self.judge.scores(images, prompts)
             else:
                 score = self.judge(images, prompts)
-        self._check(score, images)
-        score = wide(score)
+        score = wide(self._checked(score, images))
         return score, parts if len(parts) > 1 else {self.name: score}
 
-    def _check(self, score: Any, images: Tensor) -> None:
+    def _checked(self, given: Any, images: Tensor) -> Tensor:
+        """Scores as a tensor. Plain numbers are enough where no gradient is wanted: for DDPO, and to look at."""
+        wanted = images.requires_grad and torch.is_grad_enabled()
+        score = given
+        if not isinstance(given, Tensor) and not wanted:
+            with contextlib.suppress(TypeError, ValueError, RuntimeError):
+                score = torch.as_tensor(given, dtype=images.dtype, device=images.device)
         if not isinstance(score, Tensor):
-            raise RewardError(f"{self.origin} gave a {type(score).__name__}; expected a tensor ({len(images)},).")
-        if score.shape != (len(images),) or not score.is_floating_point():
+            more = ", with a gradient in the pictures; methods that need none, such as ddpo, take numbers" * wanted
+            raise RewardError(f"{self.origin} gave a {type(given).__name__}; expected a tensor ({len(images)},){more}.")
+        if score.shape != (len(images),) or not (score.is_floating_point() or not wanted):
             raise RewardError(
                 f"{self.origin} gave {tuple(score.shape)} {score.dtype} for {len(images)} pictures; expected one "
                 f"floating-point score for each, ({len(images)},)."
             )
-        if not (images.requires_grad and torch.is_grad_enabled()):
-            return
+        if not wanted:
+            return score
         if not score.requires_grad:
             raise RewardError(self._without_gradient())
         if not self._checked_gradient:  # it may come from elsewhere than the pictures; one look is enough
@@ -72,10 +79,12 @@ class CustomReward(Reward):
             if gradient is None:
                 raise RewardError(self._without_gradient())
             self._checked_gradient = True
+        return score
 
     def _without_gradient(self) -> str:
         return (
             f"{self.origin} gave scores without a gradient in the pictures, so there is nothing to train on. Something "
             "in it cuts the graph: torch.no_grad or inference_mode, .detach(), .item(), torch.tensor(…), a comparison, "
-            "argmax, or a way through NumPy or PIL. Compute the score from the given images with torch operations."
+            "argmax, or a way through NumPy or PIL. Compute the score from the given images with torch operations, or "
+            "take algorithm=ddpo, which needs no gradient."
         )

@@ -1,0 +1,1 @@
+"""Policy gradients: learning from rewards that are numbers and need no gradient."""
