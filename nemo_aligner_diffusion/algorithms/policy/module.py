@@ -55,7 +55,7 @@ class Stored:
     latents: Tensor
 
     @property
-    def rows(self) -> dict[str, Tensor]:
+    def rows(self) -> dict[str, Any]:
         """What has a row a sample."""
         return {name: getattr(self, name) for name in ("rewards", "advantages", "log_densities", "latents")}
 
@@ -234,7 +234,7 @@ class PolicyGradient(DenoiserTuning):
         if self.trainer.world_size > 1:
             gathered: Any = self.all_gather({name: rows.to(self.device) for name, rows in mine.items()})
             mine = {name: rows.flatten(0, 1) for name, rows in gathered.items()}
-        together = {name: rows.cpu() for name, rows in mine.items()}
+        together: dict[str, Any] = {name: rows.cpu() for name, rows in mine.items()}
         every = together.pop("samples").tolist()
         return replace(stored, samples=every, **together).of(sorted(set(every)))
 
