@@ -40,6 +40,11 @@ COLUMNS = {
         "the gradient of every method is that of a naive graph",
         f"{_OWN}test_the_gradient_of_every_method_is_that_of_the_naive_graph",
     ),
+    "pairs": (
+        "its network is called at a noise level of one's choice, on latents of given pictures: what preference methods "
+        "train on",
+        f"{_OWN}test_the_network_at_a_chosen_noise_level",
+    ),
     "TP2": ("two processes, tensor-parallel, train as one: reward, KL, loss and gradient norm to 1e-3", _SPREAD),
     "FSDP2": ("likewise, with sharded weights", _SPREAD),
     "LoRA for `diffusers`": ("the export in plain `diffusers` makes the tuned model's picture, to 1e-3", _ADAPTER),
@@ -58,10 +63,16 @@ NO_TP2 = (
     "FSDP2 instead"
 )
 NO_MERGED_FILE = "there is no writer of these makers' names: a merged folder, or the LoRA file"
+NO_PAIRS = {
+    "flux2": "its latents are normalised by statistics among its VAE's weights: refused at the start",
+    "z_image": "its network takes lists, one entry a picture: refused at the start",
+}
 # a cell that is a no -> (why, the test that says so)
 NO = {
     **{(family, "single file"): (NO_FILE, f"{_OWN}test_single_files_that_are_not_read_say_what_to_give")
        for family in ("flux2", "flux2_klein", "qwen_image", "z_image")},
+    **{(family, "pairs"): (NO_PAIRS[family.removesuffix("_klein")], COLUMNS["pairs"][1])
+       for family in ("flux2", "flux2_klein", "z_image")},
     ("sd21", "TP2"): (NO_TP2, _SPREAD),
     **{(family, "merged file"): (NO_MERGED_FILE, "test_exports_converted.py::test_what_cannot_be_written_is_said")
        for family in ROWS if family not in _UNETS},

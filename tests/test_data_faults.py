@@ -18,10 +18,10 @@ from tiny.prompts import LONGER, prompts_of, tar, uneven_shards
 from tiny.reward_training import blue_shards
 
 from nemo_aligner_diffusion.data.datamodule import PromptDataModule
+from nemo_aligner_diffusion.data.preferences.reward_pairs import PreferenceDataset
 from nemo_aligner_diffusion.data.prompts import PromptDataset, build_prompt_loader
 from nemo_aligner_diffusion.data.stream_loader import StreamLoader
 from nemo_aligner_diffusion.errors import DataError
-from nemo_aligner_diffusion.reward_training.preference_data import PreferenceDataset
 from nemo_aligner_diffusion.rewards import Preprocessing
 
 
@@ -246,7 +246,7 @@ def test_a_compressed_shard_may_go_once_it_is_indexed(tmp_path: Path) -> None:
 
 def test_preference_pairs_are_replaced_too(tmp_path: Path) -> None:
     folder = blue_shards(tmp_path, 24, samples_per_shard=6)
-    options: dict[str, Any] = {"preprocessing": Preprocessing(32), "micro_batch_size": 4, "epochs": 1, "seed": 1}
+    options: dict[str, Any] = {"prepare": Preprocessing(32).square, "micro_batch_size": 4, "epochs": 1, "seed": 1}
     before = list(PreferenceDataset(str(folder), **options))
     lenient = PreferenceDataset(str(folder), on_bad_shard="skip", **options)
     strict = PreferenceDataset(str(folder), **options)

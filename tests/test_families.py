@@ -32,10 +32,13 @@ from nemo_aligner_diffusion.algorithms.registry import methods
 from nemo_aligner_diffusion.cli.export import main as export
 from nemo_aligner_diffusion.config.load import load_config
 from nemo_aligner_diffusion.diffusion.families import family_of
+from nemo_aligner_diffusion.diffusion.generate import Sampling
 from nemo_aligner_diffusion.diffusion.loading import load_model
 from nemo_aligner_diffusion.diffusion.lora_files import KOHYA_NAME, WEIGHT_NAME
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
-from nemo_aligner_diffusion.errors import CheckpointError
+from nemo_aligner_diffusion.diffusion.network.call import DirectCalls
+from nemo_aligner_diffusion.diffusion.network.latents import encode
+from nemo_aligner_diffusion.errors import CheckpointError, ConfigurationError
 from nemo_aligner_diffusion.runtime.signals import Interruption
 from nemo_aligner_diffusion.training.run import run_training, train
 from nemo_aligner_diffusion.training.settings import RunSettings
@@ -221,6 +224,25 @@ def test_the_gradient_of_every_method_is_that_of_the_naive_graph(family: str) ->
         expected = flat(model, naive_loss(model, result.plan, inputs)[0])
         assert expected.norm() > 0, method
         assert relative(got, expected) < 1e-3, method
+
+
+@each()
+def test_the_network_at_a_chosen_noise_level(family: str) -> None:
+    pipe = narrow(family)
+    model = DiffusionModel(pipe, arguments={**family_of(type(pipe)).arguments, **ARGUMENTS.get(family, {})})
+    sampling = Sampling(guidance_scale=2.0, height=16, width=16)
+    if (family, "pairs") in NO:
+        with pytest.raises(ConfigurationError, match="cannot be called at a noise level of our choice"):
+            DirectCalls(model, sampling)
+        return
+    calls = DirectCalls(model, sampling)  # tries that each row of one call at mixed levels is the pipeline's own
+    pictures = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    latents = encode(model, pictures, latent_shape=calls.latent_shape)
+    with torch.no_grad():
+        prediction = calls.predict(calls.conditioning(PROMPTS), latents, torch.tensor([10, 700]))
+    assert prediction.shape == latents.shape
+    assert prediction.isfinite().all()
+    assert prediction.any()
 
 
 def spread(family: str, source: Path, prompts: Path, directory: Path, *more: str) -> int:

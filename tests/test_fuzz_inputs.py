@@ -28,14 +28,17 @@ def _campaign(target: str, cases: int, seed: int) -> None:
     assert result["outcomes"]["accepted"]  # or it tests the first byte only
 
 
-@pytest.mark.parametrize(("target", "cases"), [("shards", 1500), ("lora", 300), ("checkpoints", 200), ("folders", 25)])
+@pytest.mark.parametrize(
+    ("target", "cases"), [("shards", 1500), ("lora", 300), ("latents", 500), ("checkpoints", 200), ("folders", 25)]
+)
 def test_spoilt_inputs_are_refused_or_harmless(target: str, cases: int) -> None:
     _campaign(target, cases, seed=1)
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize(
-    ("target", "cases"), [("shards", 10_000), ("lora", 5_000), ("checkpoints", 5_000), ("folders", 500)]
+    ("target", "cases"),
+    [("shards", 10_000), ("lora", 5_000), ("latents", 10_000), ("checkpoints", 5_000), ("folders", 500)],
 )
 def test_many_spoilt_inputs_are_refused_or_harmless(target: str, cases: int) -> None:
     _campaign(target, cases, seed=0)

@@ -130,6 +130,7 @@ def test_every_console_command_exists(installed: Path) -> None:
         "nad-parquet-to-shards",
         "nad-folder-to-shards",
         "nad-make-rule-preferences",
+        "nad-encode-latents",
         "nad-plan",
         "nad-convert-reward",
     }

@@ -16,17 +16,17 @@ from tiny.prompts import ODD_PROMPTS, tar
 from tiny.reward_training import blue_pairs, blue_shards, encode, picture
 
 from nemo_aligner_diffusion.data.bad_samples import BadSamples
-from nemo_aligner_diffusion.data.prompts import read_prompts
-from nemo_aligner_diffusion.errors import DataError, OutputError
-from nemo_aligner_diffusion.formats.pictures import decode_picture
-from nemo_aligner_diffusion.reward_training.preference_data import PreferenceDataModule, PreferenceDataset, pictures
-from nemo_aligner_diffusion.reward_training.preference_shards import (
+from nemo_aligner_diffusion.data.preferences.reward_pairs import PreferenceDataModule, PreferenceDataset, pictures
+from nemo_aligner_diffusion.data.preferences.shards import (
     PreferencePair,
     format_label,
     read_label,
     read_preference_file,
     write_preference_shards,
 )
+from nemo_aligner_diffusion.data.prompts import read_prompts
+from nemo_aligner_diffusion.errors import DataError, OutputError
+from nemo_aligner_diffusion.formats.pictures import decode_picture
 from nemo_aligner_diffusion.rewards import Preprocessing
 
 PNG = encode(picture(0.5, 0))
@@ -143,7 +143,12 @@ def test_pictures_are_decoded_whole_only_when_used(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.tar: 7 has a picture that cannot be read"):
         pictures(pair)
     data = PreferenceDataset(
-        str(path), preprocessing=Preprocessing(32), micro_batch_size=1, epochs=1, shuffle_buffer=0, on_bad_sample="skip"
+        str(path),
+        prepare=Preprocessing(32).square,
+        micro_batch_size=1,
+        epochs=1,
+        shuffle_buffer=0,
+        on_bad_sample="skip",
     )
     assert [batch["prompts"] for batch in data] == [["ok"]]
     assert data.index.left_out["samples"] == 1
@@ -160,7 +165,7 @@ def test_compressed_shards_give_the_same_pairs(tmp_path: Path, policy: str) -> N
             shard.unlink()
         options: dict[str, Any] = {"micro_batch_size": 3, "epochs": 1, "on_bad_sample": policy}
         data = PreferenceDataset(
-            str(folder), preprocessing=Preprocessing(32), index_folder=tmp_path / "index", **options
+            str(folder), prepare=Preprocessing(32).square, index_folder=tmp_path / "index", **options
         )
         batches.append(list(data))
     for plain, unpacked in zip(*batches, strict=True):
@@ -221,7 +226,7 @@ def test_writing_is_all_or_nothing(tmp_path: Path) -> None:
 def stream(folder: Path, **options: object) -> list[int]:
     """Which pairs come, by the order of their first pictures' bytes."""
     settings: dict[str, object] = {
-        "preprocessing": Preprocessing(32),
+        "prepare": Preprocessing(32).square,
         "micro_batch_size": 4,
         "shuffle_buffer": 10,
         "epochs": 1,
@@ -246,7 +251,7 @@ def test_batches(tmp_path: Path) -> None:
     write_preference_shards(pairs, tmp_path)
     data = PreferenceDataset(
         str(tmp_path),
-        preprocessing=Preprocessing(32),
+        prepare=Preprocessing(32).square,
         micro_batch_size=2,
         epochs=1,
         shuffle_buffer=0,
@@ -263,10 +268,10 @@ def test_batches(tmp_path: Path) -> None:
 def test_data_module_resumes_where_it_was(tmp_path: Path) -> None:
     blue_shards(tmp_path / "t", 20)
     data = PreferenceDataModule(
-        str(tmp_path / "t"), preprocessing=Preprocessing(32), micro_batch_size=4, start_sample=8
+        str(tmp_path / "t"), prepare=Preprocessing(32).square, micro_batch_size=4, start_sample=8
     )
     data.setup("fit")
-    whole = PreferenceDataModule(str(tmp_path / "t"), preprocessing=Preprocessing(32), micro_batch_size=4)
+    whole = PreferenceDataModule(str(tmp_path / "t"), prepare=Preprocessing(32).square, micro_batch_size=4)
     stream = iter(whole.train_dataloader())
     batches = [next(stream) for _ in range(3)]
     assert torch.equal(next(iter(data.train_dataloader()))["images"], batches[2]["images"])
@@ -275,7 +280,9 @@ def test_data_module_resumes_where_it_was(tmp_path: Path) -> None:
 def test_names_with_a_further_dot_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     dotted = {f"cat no. {name}": content for name, content in GOOD.items()}
     path = tar(tmp_path / "a.tar", {**GOOD, **dotted})
-    data = PreferenceDataset(str(path), preprocessing=Preprocessing(32), micro_batch_size=1, epochs=1, shuffle_buffer=0)
+    data = PreferenceDataset(
+        str(path), prepare=Preprocessing(32).square, micro_batch_size=1, epochs=1, shuffle_buffer=0
+    )
     assert [batch["prompts"] for batch in data] == [["a cat"]]
     assert "4 members were passed over, 'cat no. 7." in caplog.text
 
@@ -289,7 +296,7 @@ def test_what_is_passed_over_in_a_sample_is_passed_over_again_when_its_turn_come
             header = tarfile.TarInfo(name)
             header.size = len(data)
             archive.addfile(header, io.BytesIO(data))
-    options: dict[str, Any] = {"preprocessing": Preprocessing(32), "micro_batch_size": 1, "epochs": 1}
+    options: dict[str, Any] = {"prepare": Preprocessing(32).square, "micro_batch_size": 1, "epochs": 1}
     with pytest.raises(DataError, match="is there twice"):
         PreferenceDataset(str(path), **options)
     data = PreferenceDataset(str(path), on_bad_sample="skip", **options)

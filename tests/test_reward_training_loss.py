@@ -8,10 +8,10 @@ import math
 import pytest
 import torch
 
+from nemo_aligner_diffusion.algorithms.preference.self_made import colourfulness
 from nemo_aligner_diffusion.errors import DataError
 from nemo_aligner_diffusion.reward_training.evaluate import preference_figures
 from nemo_aligner_diffusion.reward_training.loss import correct, decided, preference_loss
-from nemo_aligner_diffusion.reward_training.rule_preferences import colourfulness
 
 
 def oracle(first: float, second: float, share: float) -> float:

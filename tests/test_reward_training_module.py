@@ -11,6 +11,7 @@ from tiny.clip import tokenizer_files as toy_tokenizer_files
 from tiny.clip import toy_clip
 from tiny.reward_training import blue_shards, toy_nemo
 
+from nemo_aligner_diffusion.data.preferences.reward_pairs import PreferenceDataset, pictures
 from nemo_aligner_diffusion.errors import CheckpointError, ConfigurationError
 from nemo_aligner_diffusion.reward_training.clip_files import (
     load_hugging_face_clip,
@@ -25,7 +26,6 @@ from nemo_aligner_diffusion.reward_training.preference_clip import (
     PreferenceCLIP,
     choose_trained_parts,
 )
-from nemo_aligner_diffusion.reward_training.preference_data import PreferenceDataset, pictures
 from nemo_aligner_diffusion.rewards import Preprocessing, convert_hf_clip_to_nemo, restore_reward
 from nemo_aligner_diffusion.rewards.clip.reward import CLIPReward
 from nemo_aligner_diffusion.rewards.clip.tokenizer import tokenizer_from_bytes
@@ -68,11 +68,13 @@ def test_scores_are_the_rewards(reward: CLIPReward, parts: TrainedParts) -> None
 def test_pictures_of_any_size_are_scored_as_the_reward_scores_them(tmp_path: Path, reward: CLIPReward) -> None:
     from tiny.reward_training import blue_pairs
 
-    from nemo_aligner_diffusion.reward_training.preference_shards import write_preference_shards
+    from nemo_aligner_diffusion.data.preferences.shards import write_preference_shards
 
     pairs = blue_pairs(2, size=(48, 80))
     write_preference_shards(pairs, tmp_path / "s")
-    data = PreferenceDataset(str(tmp_path / "s"), preprocessing=Preprocessing(32), micro_batch_size=2, shuffle_buffer=0)
+    data = PreferenceDataset(
+        str(tmp_path / "s"), prepare=Preprocessing(32).square, micro_batch_size=2, shuffle_buffer=0
+    )
     batch = next(iter(data))
     mine = module(reward, EVERYTHING)(batch["images"], batch["prompts"])
     frozen = CLIPReward(toy_clip(), reward.tokenizer)
@@ -152,7 +154,7 @@ def test_the_scale_is_kept_below_a_hundred(tmp_path: Path, reward: CLIPReward) -
         reward, trained(0, 0, projections=False), lambda named: (torch.optim.SGD([p for _, p in named], 1e3), None)
     )
     data = PreferenceDataset(
-        str(blue_shards(tmp_path / "s", 16)), preprocessing=Preprocessing(32), micro_batch_size=4, epochs=1
+        str(blue_shards(tmp_path / "s", 16)), prepare=Preprocessing(32).square, micro_batch_size=4, epochs=1
     )
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -198,8 +200,8 @@ def test_a_reward_comes_back_as_it_was_and_is_trained_as_it_scores(tmp_path: Pat
     """HPSv2's archives pad their pictures; CLIPScore's prefix their prompts."""
     from tiny.reward_training import blue_pairs
 
+    from nemo_aligner_diffusion.data.preferences.shards import write_preference_shards
     from nemo_aligner_diffusion.reward_training.evaluate import score_pairs
-    from nemo_aligner_diffusion.reward_training.preference_shards import write_preference_shards
 
     prepared = Preprocessing(32, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25), "bilinear", "pad")
     start = convert_hf_clip_to_nemo(
@@ -214,7 +216,7 @@ def test_a_reward_comes_back_as_it_was_and_is_trained_as_it_scores(tmp_path: Pat
     assert (expected - other).abs().max() > 1e-2, "the toy must notice both"
     loaded = load_nemo_clip(start)
     data = PreferenceDataset(
-        str(tmp_path / "s"), preprocessing=loaded.preprocessing, micro_batch_size=2, shuffle_buffer=0
+        str(tmp_path / "s"), prepare=loaded.preprocessing.square, micro_batch_size=2, shuffle_buffer=0
     )
     batch = next(iter(data))
     torch.testing.assert_close(score_pairs(loaded, str(tmp_path / "s"))[0], expected, rtol=1e-5, atol=1e-5)

@@ -313,7 +313,7 @@ def test_the_test_command(folder: Path, trained: Path, tmp_path: Path, capsys: p
 
 def _pairs(folder: Path) -> list[Any]:
     from nemo_aligner_diffusion.data.bad_samples import BadSamples
-    from nemo_aligner_diffusion.reward_training.preference_shards import read_preference_file
+    from nemo_aligner_diffusion.data.preferences.shards import read_preference_file
 
     return [pair for path in sorted(folder.glob("*.tar")) for pair in read_preference_file(path, BadSamples())]
 

@@ -23,7 +23,7 @@ from nemo_aligner_diffusion.cli.preferences_to_shards import (
     parquet_parser,
 )
 from nemo_aligner_diffusion.data.bad_samples import BadSamples
-from nemo_aligner_diffusion.reward_training.preference_shards import PreferencePair, read_preference_file
+from nemo_aligner_diffusion.data.preferences.shards import PreferencePair, read_preference_file
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -177,8 +177,8 @@ def test_csv_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.slow
 def test_rule_preferences_obey_the_rule(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from nemo_aligner_diffusion.reward_training.preference_data import pictures
-    from nemo_aligner_diffusion.reward_training.rule_preferences import TIE_MARGINS, colourfulness
+    from nemo_aligner_diffusion.algorithms.preference.self_made import TIE_MARGINS, colourfulness
+    from nemo_aligner_diffusion.data.preferences.reward_pairs import pictures
 
     words = ["colourfulness", str(tmp_path), "--prompts", "3", "--seeds-per-prompt", "3", "--steps", "4"]
     margin = TIE_MARGINS["colourfulness"]
@@ -197,7 +197,7 @@ def test_rule_preferences_obey_the_rule(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_rule_names_are_the_rules() -> None:
-    from nemo_aligner_diffusion.reward_training.rule_preferences import RULES, TIE_MARGINS
+    from nemo_aligner_diffusion.algorithms.preference.self_made import RULES, TIE_MARGINS
 
     assert set(rule_cli.RULE_NAMES) == set(RULES) == set(TIE_MARGINS)
 

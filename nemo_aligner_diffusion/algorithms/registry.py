@@ -18,6 +18,7 @@ _ALGORITHMS = "nemo_aligner_diffusion.algorithms"
 # Packages of methods -> their modules that hold none; importing those may be slow.
 _PACKAGES: dict[str, set[str]] = {
     _ALGORITHMS: {"base", "custom", "picture_validation", "registry", "reward_tuning", "settings", "tuning"},
+    f"{_ALGORITHMS}.preference": {"base", "corrections", "loss", "module", "self_made", "watch"},
     f"{_ALGORITHMS}.policy": {"advantages", "module"},
 }
 
@@ -69,6 +70,8 @@ def reads(algorithm: str, key: str) -> bool:
         return is_import_path(algorithm)
     if algorithm in methods() and key in methods()[algorithm].ignored:
         return False
+    if key.startswith("model.preference."):
+        return algorithm in methods() and methods()[algorithm].kind == "preference"
     return key not in method_keys() or (algorithm in methods() and key in methods()[algorithm].keys().values())
 
 

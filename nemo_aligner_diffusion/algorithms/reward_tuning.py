@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -49,6 +49,9 @@ class RewardTuning(DenoiserTuning):
         reward_margin: see above; ``None`` for the plain reward.
         tuning: further arguments of :class:`.DenoiserTuning`.
     """
+
+    reports = ("reward", "kl_penalty", "loss", "images", "grad_norm")
+    shown: ClassVar = {"reward": "reward", "kl_penalty": "KL"}
 
     def __init__(
         self,

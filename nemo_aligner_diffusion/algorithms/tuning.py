@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,8 +35,15 @@ class DenoiserTuning(PictureValidation):
         seed: of all draws; a run is a function of it, whatever the layout.
 
     Attributes:
+        counted: what its samples are, the name of their count.
+        reports: names of the figures that a step has: which columns ``metrics.csv`` begins with.
+        shown: those of them that the progress line shows, and the words for them.
         last_metrics: figures of the last optimizer step, means over micro-batches and ranks, for ``metrics.csv``.
     """
+
+    counted: ClassVar[str] = "images"
+    reports: tuple[str, ...] = ()
+    shown: ClassVar[Mapping[str, str]] = {}
 
     def __init__(
         self,
@@ -71,7 +78,7 @@ class DenoiserTuning(PictureValidation):
             values: name -> ``(B,)``, each of which must be finite.
         """
         count = torch.tensor(float(len(prompts)), device=self.device)
-        self._micro_batches.append({"images": count, **figures})
+        self._micro_batches.append({self.counted: count, **figures})
         self._prompts += prompts
         self._values.append(values)
 
@@ -147,7 +154,7 @@ class DenoiserTuning(PictureValidation):
         figures = torch.stack([torch.stack([micro[name].float() for name in names]) for micro in self._micro_batches])
         averaged = self.trainer.strategy.reduce(figures.mean(0), reduce_op="mean")
         self.last_metrics = dict(zip(names, averaged.tolist(), strict=True))
-        self.last_metrics["images"] *= len(self._micro_batches) * self.parallel.layout.data
+        self.last_metrics[self.counted] *= len(self._micro_batches) * self.parallel.layout.data
         self.last_metrics["grad_norm"] = self._grad_norm
         self.last_metrics["seconds"] = time.perf_counter() - self._step_started
         self._micro_batches, self._prompts, self._values = [], [], []

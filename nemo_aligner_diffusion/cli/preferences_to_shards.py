@@ -16,15 +16,15 @@ from typing import Any, NamedTuple
 from nemo_aligner_diffusion.cli.prompts_to_shards import bad_rows, print_result
 from nemo_aligner_diffusion.command_line import Parser, whole_number
 from nemo_aligner_diffusion.data.bad_samples import BadSamples
-from nemo_aligner_diffusion.data.prompt_files import clean_prompt
-from nemo_aligner_diffusion.errors import ConfigurationError, DataError
-from nemo_aligner_diffusion.formats.files import read_bytes
-from nemo_aligner_diffusion.formats.pictures import MAX_PICTURE_BYTES, decode_picture, picture_format
-from nemo_aligner_diffusion.reward_training.preference_shards import (
+from nemo_aligner_diffusion.data.preferences.shards import (
     PreferencePair,
     read_label,
     write_preference_shards,
 )
+from nemo_aligner_diffusion.data.prompt_files import clean_prompt
+from nemo_aligner_diffusion.errors import ConfigurationError, DataError
+from nemo_aligner_diffusion.formats.files import read_bytes
+from nemo_aligner_diffusion.formats.pictures import MAX_PICTURE_BYTES, decode_picture, picture_format
 from nemo_aligner_diffusion.runtime.ending import command
 
 ROWS_AT_ONCE = 64  # of a parquet row group; pictures of 200 kB make that 25 MB

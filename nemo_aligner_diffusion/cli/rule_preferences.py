@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from nemo_aligner_diffusion.cli.generate import read_request
-from nemo_aligner_diffusion.command_line import Parser, whole_number
+from nemo_aligner_diffusion.command_line import Parser, finite_number, whole_number
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.runtime.ending import command
 
-RULE_NAMES = ("colourfulness", "symmetry")  # of reward_training/rule_preferences.py, which imports torch
+RULE_NAMES = ("colourfulness", "symmetry")  # of algorithms/preference/self_made.py, which imports torch
 
 
 @command(interrupted="interrupted; shards under their names are complete")
@@ -28,7 +28,7 @@ def make_main(argv: Sequence[str]) -> int:
     if min(arguments.prompts, arguments.seeds_per_prompt) < 2:
         raise ConfigurationError("--prompts and --seeds-per-prompt: expected at least 2, as pairs are of two pictures")
     started = time.perf_counter()
-    from nemo_aligner_diffusion.reward_training.rule_preferences import make_rule_preferences
+    from nemo_aligner_diffusion.algorithms.preference.self_made import make_rule_preferences
 
     for name, written in zip(("training", "held out"), make_rule_preferences(**vars(arguments)), strict=True):
         print(f"{name:<9} {written.samples:,} pairs in {written.paths[0].parent}")
@@ -42,14 +42,22 @@ def make_parser() -> argparse.ArgumentParser:
         "example: make_rule_preferences.py colourfulness preferences/",
     )
     add = parser.add_argument
-    add("rule", choices=RULE_NAMES, help="what decides which picture is preferred")
+    add("rule", help=f"what decides which is preferred: {', '.join(RULE_NAMES)}, or a reward without files, as clip")
     add("output", type=Path, help="folder; train/ and validation/ are made in it")
     add("--prompts", type=whole_number, metavar="N", default=160, help="of the embedded ones; default: %(default)s")
     add("--seeds-per-prompt", type=whole_number, default=4, metavar="N", help="default: %(default)s")
     add("--steps", type=whole_number, default=10, metavar="N", help="sampling steps; default: %(default)s")
     add("--seed", type=int, default=0, help="of the split and the pictures; default: %(default)s")
+    add("--label-noise", type=_share, default=0.0, metavar="P", help="share of labels turned round; default: 0")
     add("--overwrite", action="store_true", help="replace earlier shards there")
     return parser
+
+
+def _share(text: str) -> float:
+    value = finite_number(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a share from 0 to 1")
+    return value
 
 
 @command(interrupted="interrupted; the pictures written so far are complete")
@@ -69,7 +77,7 @@ def judge_main(argv: Sequence[str]) -> int:
     words += ["--compare", f"--lora={arguments.lora}", f"--output={arguments.output}", "--overwrite"]
     words += [f"--seeds=100-{99 + arguments.seeds}", f"--steps={usual.inference_steps}"]
     words += [f"--guidance={usual.unconditional_guidance_scale}"]
-    words += [f"--reward=nemo_aligner_diffusion.reward_training.rule_preferences:{arguments.rule}"]
+    words += [f"--reward=nemo_aligner_diffusion.algorithms.preference.self_made:{arguments.rule}"]
     result = run_generation(read_request(words))
     names = [prompt for prompt in prompts for _ in range(arguments.seeds)]
     candidates = read_prompts(str(embedded_prompts_path("train")))

@@ -24,14 +24,16 @@ def family_of(found: Recognised) -> tuple[str, str]:
 
 
 def family_layer(name: str, algorithm: str = "", optimizer: str = "") -> Layer:
-    """A family's settings, with those for one method; its learning rates are Adam's, ``sgd`` keeps its own."""
+    """A family's settings, with those for a method and its kind; its learning rates are Adam's, ``sgd`` keeps its own."""
     content = dict(_content(name))
     with_methods = content.pop("methods")
-    option = methods()[algorithm].option if algorithm in methods() else ""
-    content |= with_methods.get(option, {})
+    leaves = flatten({"model": content})
+    if algorithm in methods():
+        for share in (methods()[algorithm].kind, methods()[algorithm].option):
+            leaves |= flatten({"model": with_methods.get(share, {})})
     if optimizer == "sgd":
-        del content["optim"]
-    return Layer(flatten({"model": content}), f"{FAMILY}={name}")
+        del leaves["model.optim.lr"]
+    return Layer(leaves, f"{FAMILY}={name}")
 
 
 def family_keys() -> frozenset[str]:

@@ -48,7 +48,7 @@ class BadSamples:
         self.count = 0
         self.shards = 0
         self.messages: list[str] = []
-        self._passed_over: dict[str, tuple[int, str]] = {}  # reason -> members, the first
+        self._passed_over: dict[tuple[str, str], tuple[int, str]] = {}  # (what, reason) -> how many, the first
 
     def __call__(self, message: str) -> None:
         """A sample is unusable.
@@ -71,15 +71,18 @@ class BadSamples:
         self.shards += 1
         self._note(str(error))
 
-    def pass_over(self, reason: str, example: str) -> None:
-        """A member is no part of a sample although its name looks like one: counted, see :attr:`notes`."""
-        count, first = self._passed_over.get(reason, (0, printable(example)))
-        self._passed_over[reason] = count + 1, first
+    def pass_over(self, reason: str, example: str, what: str = "members") -> None:
+        """A member is no part of a sample although its name looks like one, or a sample is not asked for: counted."""
+        count, first = self._passed_over.get((what, reason), (0, printable(example)))
+        self._passed_over[what, reason] = count + 1, first
 
     @property
     def notes(self) -> list[str]:
-        """A line for each reason that members were passed over for."""
-        return [f"{n} members were passed over, {first} first, {why}" for why, (n, first) in self._passed_over.items()]
+        """A line for each reason that something was passed over for."""
+        return [
+            f"{count} {what} were passed over, {first} first, {reason}"
+            for (what, reason), (count, first) in self._passed_over.items()
+        ]
 
     def summary(self) -> dict[str, Any]:
         """All of it, for JSON and :func:`warn_of`."""

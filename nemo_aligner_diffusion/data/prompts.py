@@ -75,8 +75,12 @@ def read_prompts(
     on_bad_sample: OnBadSample = "error",
     on_bad_shard: OnBadSample | None = None,
     prompt_key: str | None = None,
+    distinct: bool = False,
 ) -> list[str]:
     """Return the first ``limit`` prompts in file order, for the fixed prompts of validation and reports.
+
+    Args:
+        distinct: no prompt twice: of preference shards each has several pairs.
 
     Raises:
         DataError: as :class:`PromptDataset`; also when there is no prompt at all.
@@ -84,7 +88,11 @@ def read_prompts(
     bad = BadSamples(on_bad_sample, shard_policy=on_bad_shard)
     files = expand_paths(paths, check=bad.shard_policy == "error")
     located = chain.from_iterable(locate_prompts(file, bad, _keys(prompt_key)) for file in files)
-    prompts = [one.prompt for one in islice(located, limit)]
+    texts: Iterator[str] = (one.prompt for one in located)
+    if distinct:
+        seen: set[str] = set()
+        texts = (text for text in texts if text not in seen and not seen.add(text))  # type: ignore[func-returns-value]
+    prompts = list(islice(texts, limit))
     warn_of(bad.summary())
     if not prompts and limit != 0:
         raise DataError(

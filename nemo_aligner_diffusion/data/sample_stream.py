@@ -130,10 +130,9 @@ class SampleStream(IterableDataset[Any], ABC):
         folder = Path(index_folder) if index_folder is not None else None
         self.index = open_index(self.files, self.kind, self.scan, self._bad, folder)
         if len(self.index) == 0:
-            raise DataError(
-                f"{self.named()}: not one usable {self.noun} ({self.index.left_out['samples']} unusable); set "
-                "on_bad_sample=error to see why"
-            )
+            unusable, notes = self.index.left_out["samples"], self.index.left_out["notes"]
+            why = "; ".join(notes) if notes and not unusable else "set on_bad_sample=error to see why"
+            raise DataError(f"{self.named()}: not one usable {self.noun} ({unusable} unusable); {why}")
         self.end = None if epochs is None else self._end(epochs * len(self.index), incomplete)
 
     @property

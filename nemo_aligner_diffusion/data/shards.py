@@ -67,13 +67,17 @@ def write_sample_shards(
     samples: Iterable[Sample],
     output: str | os.PathLike[str],
     noun: str,
-    samples_per_shard: int | None,
+    samples_per_shard: int | Sequence[int] | None,
     bytes_per_shard: int | None,
     gzip: bool,
     prefix: str,
     overwrite: bool,
 ) -> WrittenShards:
-    """Write samples of several members each; the rest as :func:`write_prompt_shards`. ``noun``: what one is called.
+    """Write samples of several members each; the rest as :func:`write_prompt_shards`.
+
+    Args:
+        noun: what one is called.
+        samples_per_shard: also of each shard.
 
     Raises:
         DataError: there is no sample, or an argument is impossible; what ``samples`` raises passes through.
@@ -82,7 +86,7 @@ def write_sample_shards(
     if samples_per_shard is not None and bytes_per_shard is not None:
         raise DataError("both samples_per_shard and bytes_per_shard were given; expected one of them")
     for name, value in (("samples_per_shard", samples_per_shard), ("bytes_per_shard", bytes_per_shard)):
-        if value is not None and value < 1:
+        if isinstance(value, int) and value < 1:
             raise DataError(f"{name} is {value}; expected at least 1")
     if not re.fullmatch(r"[\w][\w.-]*", prefix):
         raise DataError(f"prefix is {prefix!r}; expected letters, digits, '_', '-' and '.', as part of a file name")
@@ -167,7 +171,11 @@ def tar_sample(sample: Sample) -> bytes:
 
 
 def _write_all(
-    samples: Iterator[Sample], folder: Path, most_samples: int | None, most_bytes: int | None, compress: bool
+    samples: Iterator[Sample],
+    folder: Path,
+    most_samples: int | Sequence[int] | None,
+    most_bytes: int | None,
+    compress: bool,
 ) -> Iterator[tuple[Path, int]]:
     """Write shard after shard; yield each with its number of samples once it is complete and on disk."""
     blocks = map(tar_sample, samples)
@@ -176,11 +184,12 @@ def _write_all(
     while waiting is not None:
         path = folder / f"{number}.tar"
         count = used = 0
+        most = most_samples[number] if isinstance(most_samples, Sequence) else most_samples
         with open(path, "wb") as file:
             # no name and no time in the header, where they would make equal shards differ
             with gzip.GzipFile("", "wb", 6, file, mtime=0) if compress else nullcontext(file) as stream:
                 while waiting is not None:
-                    if count and (count == most_samples or (most_bytes and _padded(used + len(waiting)) > most_bytes)):
+                    if count and (count == most or (most_bytes and _padded(used + len(waiting)) > most_bytes)):
                         break
                     stream.write(waiting)
                     used += len(waiting)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -66,3 +66,11 @@ def generate(
     finally:
         model.denoiser.train(was_training)
     return torch.cat(images)
+
+
+def picture_size(model: DiffusionModel, sampling: Sampling) -> tuple[int, int]:
+    """(height, width) in pixels of the pictures that ``sampling`` makes; where it says no size, one is made to see."""
+    if sampling.height is not None and sampling.width is not None:
+        return sampling.height, sampling.width
+    height, width = generate(model, [""], [0], replace(sampling, steps=2)).shape[-2:]
+    return height, width

@@ -140,6 +140,15 @@ def sample(
     return loop.run("sample")
 
 
+@torch.no_grad()
+def sample_with_latents(
+    model: DiffusionModel, generators: Sequence[torch.Generator], inputs: dict[str, Any], decode_rows: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """:func:`sample`, and the finished latents ``(B, …)`` as the network is handed them."""
+    loop = Loop(model, generators, inputs, None, random.Random(0), False, True, decode_rows)
+    return loop.run("sample"), loop.sample.detach()
+
+
 def check_repeatable(model: DiffusionModel, inputs: dict[str, Any]) -> None:
     """Make a picture twice from the same seeds, in two steps.
 

@@ -26,6 +26,7 @@ from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 from nemo_aligner_diffusion.errors import first_line
 from nemo_aligner_diffusion.evaluation.run_files import finite
 from nemo_aligner_diffusion.evaluation.text import fit_text, font, format_gain, format_number
+from nemo_aligner_diffusion.formats.pictures import picture_of
 from nemo_aligner_diffusion.runtime.files import write_atomic
 
 GRID_KEY = "grid"  # name of the PNG text chunk that describes a grid
@@ -66,8 +67,7 @@ def _to_picture(image: Any) -> Image.Image:
         raise ValueError(
             f"a picture of shape {array.shape} was given, expected (3, height, width) with values in [0, 1]"
         )
-    array = np.nan_to_num(array, nan=0.0).clip(0.0, 1.0)
-    return Image.fromarray(np.rint(array.transpose(1, 2, 0) * 255.0).astype(np.uint8))
+    return picture_of(array)
 
 
 def enlarge(picture: Image.Image) -> Image.Image:

@@ -96,7 +96,7 @@ def run_generation(request: Request) -> Result:
     """
     run = run_of(request)
     settings = resolve_settings(request, run)
-    device = _device(request.device)
+    device = device_of(request.device)
     quiet_libraries()
     model = load_model(settings.model, settings.unet, settings.vae, DTYPES[request.precision],
                        text_path=settings.text, revision=settings.revision, **settings.pipeline)  # fmt: skip
@@ -222,7 +222,7 @@ def naming_the_base(settings: Settings, run: RunFiles | None) -> Iterator[None]:
         ) from error
 
 
-def _device(name: str | None) -> torch.device:
+def device_of(name: str | None) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 import re
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from nemo_aligner_diffusion.formats.yaml_reader import read_yaml
 from nemo_aligner_diffusion.runtime.csv_table import read_rows
 
 Table = dict[str, list[float]]
+LEVELS_FILE = "gradient_weight.csv"
 _DEEPEST = 50  # levels of a JSON document
 
 
@@ -26,6 +28,7 @@ class RunFiles:
     config: dict[str, Any] = field(default_factory=dict)
     metrics: Table = field(default_factory=dict)
     validation: Table = field(default_factory=dict)
+    levels: Table = field(default_factory=dict)  # gradient_weight.csv: a row for each twentieth of the noise levels
     samples: list[tuple[int, Path]] = field(default_factory=list)  # (optimizer step, grid), ascending
     run: dict[str, Any] = field(default_factory=dict)
     startup: dict[str, Any] = field(default_factory=dict)  # startup.json: seconds to the first step, by phase
@@ -84,7 +87,7 @@ def _number(text: str) -> float:
 
 
 def read_run(folder: str | Path) -> RunFiles:
-    """Read ``config.yaml, metrics.csv, validation.csv, samples/, run.json, startup.json, validation_samples.json``.
+    """Read ``config.yaml, metrics.csv, validation.csv, gradient_weight.csv, samples/`` and the JSON files.
 
     Raises:
         FileNotFoundError: the folder does not exist.
@@ -100,6 +103,7 @@ def read_run(folder: str | Path) -> RunFiles:
         config=read_config(folder, problems),
         metrics=_attempt(folder / "metrics.csv", lambda path: read_table(path, problems), problems) or {},
         validation=_attempt(folder / "validation.csv", lambda path: read_table(path, problems), problems) or {},
+        levels=_attempt(folder / LEVELS_FILE, _read_levels, problems) or {},
         samples=sorted((int(match.group(1)), path) for match, path in samples if match),
         run=_attempt(folder / "run.json", _read_object, problems) or {},
         startup=_attempt(folder / "startup.json", _read_object, problems) or {},
@@ -123,6 +127,13 @@ def _attempt(path: Path, read: Callable[[Path], Any], problems: list[str]) -> An
     except Exception as error:  # a damaged file must not take the report of the others with it
         problems.append(f"{path.name} cannot be read ({type(error).__name__}: {first_line(error)})")
         return None
+
+
+def _read_levels(path: Path) -> Table:
+    """A CSV of numbers as columns, in the order of its rows."""
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {name: [float(row[name]) for row in rows] for name in (rows[0] if rows else ())}
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -45,6 +46,19 @@ def decode_picture(data: bytes) -> Image.Image:
             raise ValueError(
                 f"has a picture that cannot be read ({printable(error, 100) or type(error).__name__}); copy it again"
             ) from error
+
+
+def picture_of(array: Any) -> Image.Image:
+    """``(3, H, W)`` floats in [0, 1] as an RGB picture; values outside are clamped, NaN becomes black."""
+    array = np.nan_to_num(np.asarray(array, dtype=np.float32), nan=0.0).clip(0.0, 1.0)
+    return Image.fromarray(np.rint(array.transpose(1, 2, 0) * 255.0).astype(np.uint8))
+
+
+def encode_png(picture: Image.Image) -> bytes:
+    """PNG: what is read back is what was given."""
+    stream = io.BytesIO()
+    picture.save(stream, "PNG")
+    return stream.getvalue()
 
 
 def _open(data: bytes) -> Image.Image:

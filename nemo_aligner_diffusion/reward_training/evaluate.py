@@ -19,11 +19,11 @@ from tqdm.auto import tqdm
 
 from nemo_aligner_diffusion.data.bad_samples import BadSamples, OnBadSample, warn_of
 from nemo_aligner_diffusion.data.paths import PathSpec, expand_paths
+from nemo_aligner_diffusion.data.preferences.reward_pairs import pictures
+from nemo_aligner_diffusion.data.preferences.shards import read_preference_file
 from nemo_aligner_diffusion.errors import DataError
 from nemo_aligner_diffusion.evaluation.curves import Curve, curve_plot
 from nemo_aligner_diffusion.reward_training.loss import correct, decided, preference_loss
-from nemo_aligner_diffusion.reward_training.preference_data import pictures
-from nemo_aligner_diffusion.reward_training.preference_shards import read_preference_file
 from nemo_aligner_diffusion.rewards.base import Reward
 from nemo_aligner_diffusion.rewards.clip.reward import CLIPReward
 from nemo_aligner_diffusion.runtime.files import write_atomic

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from nemo_aligner_diffusion.data.preferences.reward_pairs import PreferenceBatch
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.parallel.module import OptimizerFactory, ParallelModule
 from nemo_aligner_diffusion.parallel.non_finite import NonFinitePolicy
@@ -21,7 +22,6 @@ from nemo_aligner_diffusion.parallel.parallelism import Parallelism
 from nemo_aligner_diffusion.reward_training.configuration import TrainedParts
 from nemo_aligner_diffusion.reward_training.evaluate import preference_figures
 from nemo_aligner_diffusion.reward_training.loss import correct, decided, preference_loss
-from nemo_aligner_diffusion.reward_training.preference_data import PreferenceBatch
 from nemo_aligner_diffusion.rewards.base import unit_length
 from nemo_aligner_diffusion.rewards.clip.reward import CLIPReward
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import EarlyStopping
 
+from nemo_aligner_diffusion.data.preferences.reward_pairs import PreferenceDataModule
 from nemo_aligner_diffusion.parallel.broadcast import load_once, on_every_process
 from nemo_aligner_diffusion.parallel.layout import Layout
 from nemo_aligner_diffusion.parallel.non_finite import NonFinitePolicy
@@ -22,7 +23,6 @@ from nemo_aligner_diffusion.reward_training.clip_files import (
 from nemo_aligner_diffusion.reward_training.configuration import RewardTrainingSettings
 from nemo_aligner_diffusion.reward_training.outcome import write_reward_report
 from nemo_aligner_diffusion.reward_training.preference_clip import PreferenceCLIP
-from nemo_aligner_diffusion.reward_training.preference_data import PreferenceDataModule
 from nemo_aligner_diffusion.runtime.messages import log_to_screen
 from nemo_aligner_diffusion.runtime.signals import Interruption
 from nemo_aligner_diffusion.training.build import optimizer_factory
@@ -67,7 +67,7 @@ def _run(settings: RewardTrainingSettings, frame: RunFrame) -> int:
     data = PreferenceDataModule(
         section.data.train_path,
         section.data.validation_path,
-        preprocessing=reward.preprocessing,
+        prepare=reward.preprocessing.square,
         micro_batch_size=section.micro_batch_size,
         global_batch_size=section.global_batch_size,
         seed=section.seed,

@@ -10,6 +10,7 @@ import logging
 import os
 import platform
 import re
+import shutil
 import socket
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -173,7 +174,8 @@ class RunDirectory:
             return
         if not self.has_begun:
             for name in files:
-                (self.path / name).unlink(missing_ok=True)
+                path = self.path / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         self._claim.release()
         self._claim = None
         if not self.has_begun:

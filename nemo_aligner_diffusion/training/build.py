@@ -14,6 +14,8 @@ from torch.utils._pytree import tree_map
 from nemo_aligner_diffusion.algorithms.base import Method, TrainingMethod
 from nemo_aligner_diffusion.algorithms.policy.ddpo import DDPO
 from nemo_aligner_diffusion.algorithms.policy.module import PolicyGradient
+from nemo_aligner_diffusion.algorithms.preference.base import PreferenceMethod
+from nemo_aligner_diffusion.algorithms.preference.module import PreferenceTuning
 from nemo_aligner_diffusion.algorithms.reward_tuning import RewardTuning
 from nemo_aligner_diffusion.algorithms.tuning import DenoiserTuning
 from nemo_aligner_diffusion.diffusion.decoding import load_small_decoder, set_up_decoder
@@ -169,6 +171,8 @@ def build_module(
         "guard": guard,
         "parallel": Parallelism(settings.layout),
     }
+    if isinstance(method, PreferenceMethod):
+        return PreferenceTuning(method, section.preference, **common)
     if isinstance(method, DDPO):
         return PolicyGradient(method=method, micro_batch_size=section.micro_batch_size, **common)
     assert isinstance(method, Method), "no other kind yet"

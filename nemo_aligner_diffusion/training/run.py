@@ -16,12 +16,15 @@ import torch
 
 from nemo_aligner_diffusion.algorithms.base import TrainingMethod
 from nemo_aligner_diffusion.algorithms.policy.ddpo import DDPO
+from nemo_aligner_diffusion.algorithms.preference.self_made import FOLDER, own_preferences
 from nemo_aligner_diffusion.algorithms.tuning import DenoiserTuning
-from nemo_aligner_diffusion.data.datamodule import PromptDataModule
+from nemo_aligner_diffusion.data.datamodule import PromptDataModule, StreamDataModule
+from nemo_aligner_diffusion.data.paths import PathSpec
+from nemo_aligner_diffusion.data.preferences.pairs import PairDataModule
 from nemo_aligner_diffusion.data.prompts import read_prompts
 from nemo_aligner_diffusion.diffusion.recognition import EMBEDDED, recognise
 from nemo_aligner_diffusion.embedded_assets import embedded_prompts_path, embedded_reward_path
-from nemo_aligner_diffusion.evaluation.metrics.base import validation_figures
+from nemo_aligner_diffusion.evaluation.metrics.base import training_columns, validation_figures
 from nemo_aligner_diffusion.evaluation.report import write_report
 from nemo_aligner_diffusion.parallel.broadcast import load_once, on_every_process
 from nemo_aligner_diffusion.parallel.non_finite import NonFinitePolicy
@@ -34,6 +37,7 @@ from nemo_aligner_diffusion.runtime.signals import Interruption
 from nemo_aligner_diffusion.runtime.startup import Startup
 from nemo_aligner_diffusion.training.build import build_model, build_module
 from nemo_aligner_diffusion.training.callbacks.ema import EMACallback
+from nemo_aligner_diffusion.training.callbacks.gradient_weight import GradientWeightFile
 from nemo_aligner_diffusion.training.callbacks.metrics import MetricsCSV
 from nemo_aligner_diffusion.training.callbacks.progress import TrainingProgress
 from nemo_aligner_diffusion.training.callbacks.reward_normalization import RewardNormalization
@@ -47,8 +51,8 @@ from nemo_aligner_diffusion.training.trial import try_out
 log = logging.getLogger(__name__)
 
 
-class RunData(PromptDataModule):
-    """Training prompts by shards; validation prompts as a fixed list of (prompt, seed) pairs."""
+class _ValidatedData(StreamDataModule):
+    """What is trained on by shards; validation prompts as a fixed list of (prompt, seed) pairs."""
 
     def __init__(self, validation_prompts: list[str], seeds: list[int], **training: Any) -> None:
         super().__init__(**training)
@@ -60,6 +64,14 @@ class RunData(PromptDataModule):
             return []
         rank, size = self.data_parallel
         return validation_loader(self.validation_prompts, self.validation_seeds, self.validation_batch_size, rank, size)
+
+
+class RunData(_ValidatedData, PromptDataModule):
+    """Prompts."""
+
+
+class RunPairs(_ValidatedData, PairDataModule):
+    """Pairs of pictures."""
 
 
 @dataclass(frozen=True)
@@ -150,11 +162,18 @@ def _train(settings: RunSettings, frame: RunFrame, startup: Startup, given: Give
         frame.inputs.append(name)
         write_atomic(directory.path / name, "".join(f"{prompt}\n" for prompt in prompts))
     accumulation, batches = batches_of(settings, method)
-    data = _build_data(settings, **batches)
-    watch.phase("opening the data")
-    startup.enter("data index")
-    # names a missing or unreadable shard before anything is loaded or written
-    on_every_process(lambda: data.setup("fit"))
+    shards = section.data.train_path
+    makes_pairs = _learns_from_pairs(settings, method) and shards is None
+
+    def opened() -> RunData | RunPairs:
+        watch.phase("opening the data")
+        startup.enter("data index")
+        data = _build_data(settings, method, shards, **batches)
+        on_every_process(lambda: data.setup("fit"))
+        return data
+
+    if not makes_pairs:  # names a missing or unreadable shard before anything is loaded or written
+        data = opened()
     watch.phase("loading the model")
     startup.enter("building")
     policy = NonFinitePolicy(section.nan_policy.max_consecutive)
@@ -165,7 +184,17 @@ def _train(settings: RunSettings, frame: RunFrame, startup: Startup, given: Give
     on_every_process(lambda: method.check(section.infer.inference_steps or model.default_steps))
     reward = given.reward.to(device) if given.reward is not None else _build_reward(settings.rm, device, startup)
     startup.enter("building")
+    if makes_pairs:
+        watch.phase("making pairs of pictures")
+        if not (directory.path / FOLDER).exists():
+            frame.inputs.append(FOLDER)
+        shards = str(own_preferences(model, directory.path, section.preference.self_made, section.seed))
+        data = opened()
+        startup.enter("building")
     module = build_module(settings, model, reward, loop.max_steps, policy, method)
+    if isinstance(data, RunPairs):
+        pairs = data
+        on_every_process(lambda: pairs.fit_to(model, module.sampling))
     module.validation_prompts = [prompt for prompt in data.validation_prompts for _ in data.validation_seeds]
     module.measure_validation = functools.partial(validation_figures, embedder=_embedder(section, reward))
     if given.reward is not None:
@@ -183,8 +212,9 @@ def _train(settings: RunSettings, frame: RunFrame, startup: Startup, given: Give
         RewardNormalization(directory.path),
         *([ema] if ema is not None else []),
         ValidationFiles(directory.path, settings.report.max_prompts),
-        MetricsCSV(directory.path),
-        TrainingProgress(silent=given.silent),
+        GradientWeightFile(directory.path),
+        MetricsCSV(directory.path, training_columns(module.reports)),
+        TrainingProgress(module.shown, silent=given.silent),
     ]
     startup.enter("trainer")
     validates = bool(data.validation_prompts)
@@ -253,6 +283,11 @@ def _build_reward(rm: Mapping[str, Any], device: torch.device, startup: Startup)
         return load_once(lambda: build_reward(rm), device)
 
 
+def _learns_from_pairs(settings: RunSettings, method: TrainingMethod) -> bool:
+    """Whether it reads pairs of pictures: the online variant reads prompts."""
+    return method.data == "pairs" and settings.model.preference.pairs == "shards"
+
+
 def batches_of(settings: RunSettings, method: TrainingMethod) -> tuple[int, dict[str, int]]:
     """Batches of the loader an optimizer step, and their sizes. A policy gradient's is the whole share of a process,
     as rewards are compared over the global batch, and comes once for each pass over it."""
@@ -263,8 +298,12 @@ def batches_of(settings: RunSettings, method: TrainingMethod) -> tuple[int, dict
     return 1, {"micro_batch_size": share, "repeats": method.inner_passes}
 
 
-def _build_data(settings: RunSettings, **batches: int) -> RunData:
+def _build_data(
+    settings: RunSettings, method: TrainingMethod, shards: PathSpec | None, **batches: int
+) -> RunData | RunPairs:
+    """Of the run's ``shards``; ``None``: the embedded prompts."""
     section, sizes = settings.model.data, settings.model
+    pairs = _learns_from_pairs(settings, method)
     if settings.loop.val_check_interval == 0:
         prompts: list[str] = []
     elif section.prompts is not None:
@@ -272,19 +311,19 @@ def _build_data(settings: RunSettings, **batches: int) -> RunData:
     else:
         # a user's own prompts are validated on their first ones: the embedded ones say nothing about them
         source = section.validation_path or section.train_path or str(embedded_prompts_path("validation"))
-        prompts = read_prompts(
-            source, section.max_prompts, section.on_bad_sample, section.on_bad_shard, section.prompt_key
-        )
-    return RunData(
+        bad = section.on_bad_sample, section.on_bad_shard
+        prompts = read_prompts(source, section.max_prompts, *bad, section.prompt_key, distinct=pairs)
+    build: Any = functools.partial(RunPairs, settings=sizes.preference) if pairs else RunData
+    return build(
         prompts[: section.max_prompts],
         list(section.seeds),
-        train=section.train_path or str(embedded_prompts_path("train")),
+        train=shards or str(embedded_prompts_path("train")),
         **batches,
         global_batch_size=sizes.global_batch_size,
         seed=sizes.seed,
         epochs=settings.loop.max_epochs,
-        prompt_key=section.prompt_key,
         validation_batch_size=sizes.validation_batch_size,
+        **({} if pairs else {"prompt_key": section.prompt_key}),
         **section.reading,
     )
 

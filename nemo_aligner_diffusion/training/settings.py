@@ -17,10 +17,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_aligner_diffusion.algorithms.base import TrainingMethod
 from nemo_aligner_diffusion.algorithms.custom import is_import_path
-from nemo_aligner_diffusion.algorithms.registry import method_of
+from nemo_aligner_diffusion.algorithms.registry import method_of, methods
 from nemo_aligner_diffusion.algorithms.settings import RewardTuningSettings
+from nemo_aligner_diffusion.data.preferences.settings import PairSettings
 from nemo_aligner_diffusion.data.settings import PromptSettings
-from nemo_aligner_diffusion.diffusion.recognition import EMBEDDED
+from nemo_aligner_diffusion.diffusion.recognition import EMBEDDED, recognise
 from nemo_aligner_diffusion.diffusion.settings import WeightsSettings
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.evaluation.settings import ReportSettings
@@ -119,6 +120,7 @@ class ModelSettings(RewardTuningSettings, LayoutSettings, WeightsSettings):
     nan_policy: NonFiniteSettings = part(NonFiniteSettings)
     optim: OptimizerSettings = part(OptimizerSettings)
     data: PromptSettings = part(PromptSettings)
+    preference: PairSettings = part(PairSettings)
 
 
 @dataclass(frozen=True)
@@ -223,6 +225,7 @@ class RunSettings(ProgramSettings):
     def check(self) -> None:
         self.model.accumulation(self.trainer)
         self._check_frozen_precision()
+        self._check_pairs()
         if self.model.cache_prompts and "text_encoder" in (self.model.fsdp_frozen or ()):
             raise ConfigurationError(
                 f"{self.model.given('cache_prompts')} with text_encoder in model.fsdp_frozen: processes that shard a "
@@ -249,6 +252,17 @@ class RunSettings(ProgramSettings):
             raise ConfigurationError(
                 f"this run was of {was}, and {', '.join(f'{key} = {now[key]}' for key in others)} now: give {again} "
                 "again, or start a new run directory (exp_manager.explicit_log_dir)"
+            )
+
+    def _check_pairs(self) -> None:
+        method, section = methods().get(self.model.algorithm), self.model
+        if method is None or method.data != "pairs" or section.preference.pairs != "shards":
+            return
+        if section.data.train_path is None and recognise(section).architecture != EMBEDDED:
+            raise ConfigurationError(
+                f"{section.data.given('train_path')} with {section.given('algorithm')}: only the embedded model makes "
+                "its own pairs; expected preference shards (nad-parquet-to-shards and nad-folder-to-shards write them), "
+                "or model.preference.pairs=online"
             )
 
     def _check_frozen_precision(self) -> None:

@@ -123,8 +123,8 @@ def shard(drawn: random.Random, folder: Path) -> Path:
 def read_shard(path: Path) -> None:
     """Its prompts, streamed and by their index, must be the same; preferences are looked for, too."""
     from nemo_aligner_diffusion.data.bad_samples import BadSamples
+    from nemo_aligner_diffusion.data.preferences.shards import locate_pairs, read_preference_file
     from nemo_aligner_diffusion.data.prompt_files import locate_prompts, parse_prompt
-    from nemo_aligner_diffusion.reward_training.preference_shards import locate_pairs, read_preference_file
 
     content = path.read_bytes()
     bad = BadSamples("skip")
@@ -178,6 +178,38 @@ def read_lora(path: Path) -> None:
 
     for name, tensor in read_tensors(path).items():
         assert tensor.nbytes <= path.stat().st_size, name
+
+
+def latents(drawn: random.Random, folder: Path) -> Path:
+    """A latent shard whose one member of moments is spoilt: its header, what it says of itself, its values."""
+    import torch
+
+    from nemo_aligner_diffusion.data.preferences.latents import Encoding, write_moments
+    from nemo_aligner_diffusion.data.preferences.shards import MOMENTS
+    from nemo_aligner_diffusion.data.shards import tar_sample
+
+    values = torch.rand(2, 2, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    said = Encoding("ab" * 32, drawn.choice((16, 1 << 40)), 16, drawn.choice(("center", CONTROL)), False, 0)
+    content = write_moments(values, said)
+    if drawn.random() < 0.2:
+        content = content.replace(b'\\"crop\\"', drawn.choice((b'\\"cro1\\"', b"[[[[[[[[", b'\\u0000\\"')))
+    if drawn.random() < 0.9:
+        content = _safetensors(drawn, folder / "moments", content).read_bytes()
+    path = folder / "s.tar"
+    members = [(f"7.{MOMENTS}", content), ("7.txt", b"p"), ("7.label", drawn.choice((b"1/0", b"2/0", b"0.5/0.5")))]
+    path.write_bytes(tar_sample(members) + bytes(1024))
+    return path
+
+
+def read_latents(path: Path) -> None:
+    from nemo_aligner_diffusion.data.preferences.pairs import PairDataset, Wanted
+    from nemo_aligner_diffusion.data.preferences.settings import PairSettings
+
+    wanted = Wanted(16, 16, "ab" * 32, (4, 2, 2))
+    options: dict[str, Any] = {"settings": PairSettings(), "wanted": wanted, "shuffle_buffer": 0}
+    (batch,) = PairDataset(str(path), micro_batch_size=1, epochs=1, **options)
+    assert batch["moments"].isfinite().all()
+    assert batch["moments"].shape == (1, 2, 2, 4, 2, 2)
 
 
 def model_folder(drawn: random.Random, folder: Path) -> Path:
@@ -271,6 +303,7 @@ Make = Callable[[random.Random, Path], Path]
 TARGETS: dict[str, tuple[Make, Callable[[Path], None]]] = {
     "shards": (shard, read_shard),
     "lora": (lora, read_lora),
+    "latents": (latents, read_latents),
     "folders": (model_folder, read_model_folder),
     "checkpoints": (checkpoint, read_checkpoint),
 }

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from nemo_aligner_diffusion.reward_training.preference_shards import PreferencePair, write_preference_shards
+from nemo_aligner_diffusion.data.preferences.shards import PreferencePair, write_preference_shards
 from nemo_aligner_diffusion.rewards.clip.archive import convert_hf_clip_to_nemo
 
 from .clip import tokenizer_files, toy_clip

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -83,6 +83,9 @@ class PolicyGradient(DenoiserTuning):
         method: the settings.
         micro_batch_size: pictures sampled at a time, and gone along with at a time; gradients do not depend on it.
     """
+
+    reports = ("reward", "loss", "images", "grad_norm")
+    shown: ClassVar = {"reward": "reward", "clip_fraction": "clipped"}
 
     def __init__(
         self,

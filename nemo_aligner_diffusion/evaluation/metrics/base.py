@@ -20,7 +20,7 @@ import functools
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
@@ -46,6 +46,7 @@ class Chart:
     log: bool = False
     from_zero: bool = False
     main: bool = True
+    x_label: str = "optimizer step"
 
 
 @dataclass(frozen=True)
@@ -133,9 +134,16 @@ class Step:
 
 
 class TrainingMetric(Metric):
-    """Measured at each optimizer step: what the training step reports under this name, or what ``measure`` returns."""
+    """Measured at each optimizer step: what the training step reports under this name, or what ``measure`` returns.
 
-    noisy = True  # from step to step: the chart draws a running mean over it
+    Attributes:
+        needs: what of the training step's report it is made of; ``None``: what has its name, or with a ``measure`` of
+            its own nothing.
+        noisy: from step to step: the chart draws a running mean over it.
+    """
+
+    needs: ClassVar[str | None] = None
+    noisy = True
 
     def measure(self, step: Step) -> float | None:
         return step.reported.get(self.name)
@@ -211,13 +219,22 @@ def of_kind(kind: type[_Kind]) -> list[_Kind]:
     return [metric for metric in metrics() if isinstance(metric, kind)]
 
 
-def training_columns() -> list[str]:
-    """The columns that ``metrics.csv`` has in every run."""
-    return ["step", *(metric.name for metric in of_kind(TrainingMetric))]
+def training_columns(reports: Collection[str] | None = None) -> list[str]:
+    """The columns that ``metrics.csv`` begins with.
+
+    Args:
+        reports: names of what the training step reports; ``None``: of everything.
+    """
+
+    def reported(metric: TrainingMetric) -> bool:
+        own = type(metric).measure is not TrainingMetric.measure
+        return reports is None or (own and metric.needs is None) or (metric.needs or metric.name) in reports
+
+    return ["step", *(metric.name for metric in of_kind(TrainingMetric) if reported(metric))]
 
 
 def training_figures(step: Step) -> dict[str, Any]:
-    """A row of ``metrics.csv``: the metrics, then what else the training step reported."""
+    """A row of ``metrics.csv``: the metrics that can be measured, then what else the training step reported."""
     measured = {metric.name: metric.measure(step) for metric in of_kind(TrainingMetric)}
     return {**step.reported, **measured}
 

@@ -5,6 +5,7 @@ from nemo_aligner_diffusion.evaluation.metrics.base import Step, TrainingMetric
 
 class ImagesPerSecond(TrainingMetric):
     name, title, direction, order = "images_per_second", "Pictures per second", "higher", 80
+    needs = "images"
     colour = "third"
     from_zero = True
     main = False

@@ -124,8 +124,9 @@ class TrainingProgress(ProgressBar):
 
     def _figures(self, figures: Mapping[str, Any]) -> str:
         parts = [f"{word} {float(figures[name]):.5g}" for name, word in self.shown.items() if name in figures]
-        if figures.get("images") and figures.get("seconds"):
-            parts.append(f"{float(figures['images']) / float(figures['seconds']):.2f} images/s")
+        for count in ("images", "pairs"):
+            if figures.get(count) and figures.get("seconds"):
+                parts.append(f"{float(figures[count]) / float(figures['seconds']):.2f} {count}/s")
         return "  ".join(parts)
 
 

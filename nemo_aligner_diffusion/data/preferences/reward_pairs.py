@@ -1,12 +1,12 @@
-"""Preference pairs in batches: :mod:`nemo_aligner_diffusion.data.sample_stream` over preference shards.
+"""Preference pairs in batches for a reward: :mod:`nemo_aligner_diffusion.data.sample_stream` over preference shards.
 
-Pictures are decoded, resized and cropped here, by the very functions with which the reward prepares its pictures, so
+Pictures are decoded here, and resized and cropped by the very function with which the reward prepares its pictures, so
 that what is learnt is what is scored; loader workers do it beside the training.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any, TypedDict
@@ -18,6 +18,13 @@ from torch import Tensor
 from nemo_aligner_diffusion.data.bad_samples import BadSamples
 from nemo_aligner_diffusion.data.datamodule import StreamDataModule
 from nemo_aligner_diffusion.data.paths import PathSpec
+from nemo_aligner_diffusion.data.preferences.shards import (
+    PreferencePair,
+    locate_pairs,
+    pair_in,
+    pair_members,
+    read_preference_file,
+)
 from nemo_aligner_diffusion.data.sample_stream import SampleStream
 from nemo_aligner_diffusion.data.shard_index import is_compressed
 from nemo_aligner_diffusion.data.shards import tar_sample
@@ -25,14 +32,6 @@ from nemo_aligner_diffusion.data.spans import Span, SpanReader, checksum
 from nemo_aligner_diffusion.data.stream_loader import WORKER_TIMEOUT_SECONDS, StreamLoader
 from nemo_aligner_diffusion.errors import DataError
 from nemo_aligner_diffusion.formats.pictures import decode_picture
-from nemo_aligner_diffusion.reward_training.preference_shards import (
-    PreferencePair,
-    locate_pairs,
-    pair_in,
-    pair_members,
-    read_preference_file,
-)
-from nemo_aligner_diffusion.rewards.support.preprocessing import Preprocessing
 
 
 class PreferenceBatch(TypedDict):
@@ -54,15 +53,15 @@ class PreferenceDataset(SampleStream):
     """This rank's micro-batches of pairs; order and further arguments are those of :class:`.SampleStream`.
 
     Args:
-        preprocessing: the model's; its statistics are left to the training step.
+        prepare: (1, 3, H, W) in [0, 1] to (1, 3, S, S); the reward's, its statistics are left to the training step.
 
     Under ``on_bad_sample="skip"`` the process that makes the index decodes every picture, once.
     """
 
     noun = "pair"
 
-    def __init__(self, paths: PathSpec, *, preprocessing: Preprocessing, **stream: Any) -> None:
-        self.preprocessing = preprocessing
+    def __init__(self, paths: PathSpec, *, prepare: Callable[[Tensor], Tensor], **stream: Any) -> None:
+        self.prepare = prepare
         super().__init__(paths, **stream)
 
     def scan(self, file: Path, bad: BadSamples) -> Iterator[Span]:
@@ -81,9 +80,7 @@ class PreferenceDataset(SampleStream):
 
     def collate(self, items: list[PreferencePair], index: Tensor, epochs: list[int]) -> PreferenceBatch:
         return {
-            "images": torch.stack(
-                [torch.cat([self.preprocessing.square(p[None]) for p in pictures(pair)]) for pair in items]
-            ),
+            "images": torch.stack([torch.cat([self.prepare(p[None]) for p in pictures(pair)]) for pair in items]),
             "prompts": [pair.prompt for pair in items],
             "labels": torch.tensor([pair.label for pair in items]),
             "index": index,
@@ -106,11 +103,11 @@ def pictures(pair: PreferencePair) -> tuple[Tensor, Tensor]:
 
 
 class PreferenceDataModule(StreamDataModule):
-    """The preference pairs of a training run; ``preprocessing`` is the model's."""
+    """The preference pairs of a training run; ``prepare`` is :class:`PreferenceDataset`'s."""
 
-    def __init__(self, *args: Any, preprocessing: Preprocessing, **options: Any) -> None:
+    def __init__(self, *args: Any, prepare: Callable[[Tensor], Tensor], **options: Any) -> None:
         super().__init__(*args, **options)
-        self.preprocessing = preprocessing
+        self.prepare = prepare
 
     def build_loader(
         self,
@@ -119,5 +116,5 @@ class PreferenceDataModule(StreamDataModule):
         worker_timeout_seconds: float = WORKER_TIMEOUT_SECONDS,
         **options: Any,
     ) -> StreamLoader:
-        dataset = PreferenceDataset(paths, preprocessing=self.preprocessing, **options)
+        dataset = PreferenceDataset(paths, prepare=self.prepare, **options)
         return StreamLoader(dataset, num_workers, worker_timeout_seconds)

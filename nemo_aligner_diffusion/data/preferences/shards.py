@@ -10,7 +10,8 @@ al., 2023, arXiv 2305.01569), whose layout NeMo-Aligner's reward training reads 
 
 In place of ``.txt`` or ``.label`` a ``.json`` member may hold ``prompt`` or ``caption``, and ``label_0`` (``label_1``
 is its complement). Other members are passed over unread. Since prompts lie in ``.txt`` or ``.json``, preference shards
-serve as prompt shards too.
+serve as prompt shards too. In place of the pictures, ``.moments.safetensors`` holds both as a VAE has encoded them
+(:mod:`.latents`).
 
 Imports neither torch nor webdataset: the writing tools start at once.
 """
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,13 @@ from nemo_aligner_diffusion.formats.tar import ZERO_BLOCK, Member, walk_stream, 
 DEFAULT_PAIRS_PER_SHARD = 1_000
 MAX_LABEL_BYTES = 64
 LABEL_TOLERANCE = 1e-4  # on the sum of a label's parts
+MOMENTS = "moments.safetensors"
 _PICTURE_NAMES = ("jpg", "jpeg", "png", "webp", "image", "img")
 _SLOTS = {f"{name}_{slot}": slot for name in _PICTURE_NAMES for slot in (0, 1)}
 _SLOTS |= {f"{slot}.{name}": slot for name in _PICTURE_NAMES for slot in (0, 1)}
 _LIMITS = {"txt": MAX_PROMPT_BYTES + 2, "json": MAX_JSON_BYTES, "label": MAX_LABEL_BYTES}
-_LIMITS |= dict.fromkeys(_SLOTS, MAX_PICTURE_BYTES)
+_TEXTS = frozenset(_LIMITS)  # what says prompt and label
+_LIMITS |= dict.fromkeys((*_SLOTS, MOMENTS), MAX_PICTURE_BYTES)
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,16 @@ class PreferencePair:
     """
 
     pictures: tuple[bytes, bytes]
+    prompt: str
+    label: tuple[float, float]
+    origin: str = ""
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """The same, of pictures that a VAE has encoded: ``moments`` is what :func:`.latents.read_moments` reads."""
+
+    moments: bytes
     prompt: str
     label: tuple[float, float]
     origin: str = ""
@@ -110,7 +123,7 @@ def read_preference_file(path: Path, bad: BadSamples, decode: bool = False) -> I
     Raises:
         DataError: something is unusable and ``bad`` says to stop. The message names file and member.
     """
-    for key, members in _samples(path, bad, _wanted):
+    for key, members in samples(path, bad, wanted):
         pair = _usable(path, key, members, bad, decode)
         if pair is not None:
             yield pair
@@ -124,25 +137,43 @@ def locate_pairs(path: Path, bad: BadSamples, decode: bool = False) -> Iterator[
     Raises:
         DataError: the shard is unusable and ``bad`` says to stop.
     """
-    for key, members in _samples(path, bad, _wanted if decode else lambda *_: False):
+    for key, members in samples(path, bad, wanted if decode else lambda *_: False):
         if not decode or _usable(path, key, members, bad, decode) is not None:
-            start = min(member.start for member in members.values())
-            yield start, max(member.end for member in members.values()) - start
+            yield place_of(members)
+
+
+def place_of(members: Mapping[str, Member]) -> tuple[int, int]:
+    """(first byte, bytes) of a sample in its uncompressed shard."""
+    start = min(member.start for member in members.values())
+    return start, max(member.end for member in members.values()) - start
 
 
 def pair_in(data: bytes, path: Path, bad: BadSamples) -> PreferencePair:
     """The pair in the bytes that :func:`locate_pairs` found in ``path``; raises DataError where there is none."""
-    members = walk_stream(path, io.BytesIO(data + 2 * ZERO_BLOCK), None, _wanted)
-    for key, sample in shard_samples(path, members, _LIMITS, bad):
+    for key, sample in samples_in(data, path, bad):
         pair = _usable(path, key, sample, bad, decode=False)
         if pair is not None:
             return pair
-    raise DataError(f"{path}: a sample lost its members since it was indexed; copy the shard again")
+    raise lost(path)
 
 
-def _samples(
+def samples_in(data: bytes, path: Path, bad: BadSamples) -> Iterator[tuple[str, dict[str, Member]]]:
+    """:func:`samples` of the bytes of :func:`place_of`; there is one if the shard is as it was."""
+    return shard_samples(path, walk_stream(path, io.BytesIO(data + 2 * ZERO_BLOCK), None, wanted), _LIMITS, bad)
+
+
+def lost(path: Path) -> DataError:
+    return DataError(f"{path}: a sample lost its members since it was indexed; copy the shard again")
+
+
+def samples(
     path: Path, bad: BadSamples, wanted: Callable[[str, str, int], bool]
 ) -> Iterator[tuple[str, dict[str, Member]]]:
+    """(key, extension -> member) of each sample of a shard, with the data of those members that are ``wanted``.
+
+    Raises:
+        DataError: the shard is unusable, and ``bad`` says to stop.
+    """
     try:
         count_before, found = bad.count, False
         if is_text_file(path):
@@ -161,7 +192,7 @@ def _samples(
 def _usable(path: Path, key: str, members: dict[str, Member], bad: BadSamples, decode: bool) -> PreferencePair | None:
     try:
         contents = {extension: member.data or b"" for extension, member in members.items()}
-        pair = _pair(contents, f"{path}: {printable(key)}")
+        pair = read_pair(contents, f"{path}: {printable(key)}")
         for picture in pair.pictures:
             decode_picture(picture) if decode else picture_format(picture)
     except ValueError as error:
@@ -170,11 +201,22 @@ def _usable(path: Path, key: str, members: dict[str, Member], bad: BadSamples, d
     return pair
 
 
-def _wanted(name: str, kind: str, size: int) -> bool:
+def wanted(name: str, kind: str, size: int) -> bool:
+    """Every member of a sample."""
     return kind == "file" and size <= _LIMITS.get(split_name(name)[1], -1)
 
 
-def _pair(members: dict[str, bytes], origin: str) -> PreferencePair:
+def only_texts_wanted(name: str, kind: str, size: int) -> bool:
+    """What says prompt and label; pictures and moments are left unread."""
+    return split_name(name)[1] in _TEXTS and wanted(name, kind, size)
+
+
+def read_pair(members: Mapping[str, bytes], origin: str) -> PreferencePair:
+    """The pair of a sample's members by their extensions; nothing is decoded, so pictures may be empty.
+
+    Raises:
+        ValueError: a member is missing, or says no prompt or label; the message goes on after the sample's name.
+    """
     pictures: list[bytes] = []
     for slot in (0, 1):
         there = [name for name in members if _SLOTS.get(name) == slot]
@@ -183,6 +225,15 @@ def _pair(members: dict[str, bytes], origin: str) -> PreferencePair:
             listed = ", ".join(f".{name}" for name in members)
             raise ValueError(f"{several} (it has {listed}); expected .jpg_0, .jpg_1, .txt and .label")
         pictures.append(members[there[0]])
+    return PreferencePair((pictures[0], pictures[1]), *_prompt_and_label(members), origin)
+
+
+def read_encoded_pair(members: Mapping[str, bytes], origin: str) -> EncodedPair:
+    """The same of a sample with a member :data:`MOMENTS`."""
+    return EncodedPair(members[MOMENTS], *_prompt_and_label(members), origin)
+
+
+def _prompt_and_label(members: Mapping[str, bytes]) -> tuple[str, tuple[float, float]]:
     extra = _json(members["json"]) if "json" in members else {}
     if "txt" in members:
         try:
@@ -200,7 +251,7 @@ def _pair(members: dict[str, bytes], origin: str) -> PreferencePair:
         label = read_label(extra["label_0"], extra.get("label_1"))
     else:
         raise ValueError("lacks its label; expected a .label member such as 1/0, or .json with label_0")
-    return PreferencePair((pictures[0], pictures[1]), prompt, label, origin)
+    return prompt, label
 
 
 def _json(data: bytes) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Learning from preferences between two pictures of a prompt."""

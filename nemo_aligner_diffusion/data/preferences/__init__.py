@@ -1,0 +1,1 @@
+"""Preferences between two pictures of a prompt: shards of them, and batches for rewards and for diffusion models."""
