@@ -7,6 +7,7 @@ the batch go along the stored trajectories.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -23,6 +24,7 @@ from nemo_aligner_diffusion.diffusion.noise import plan_random, sample_generator
 from nemo_aligner_diffusion.diffusion.policy.rollout import PolicyRollout, policy_rollout
 from nemo_aligner_diffusion.diffusion.policy.transitions import Transitions
 from nemo_aligner_diffusion.diffusion.schedule import timed
+from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.parallel.broadcast import gather
 from nemo_aligner_diffusion.parallel.module import OptimizerFactory
 from nemo_aligner_diffusion.rewards.base import Reward
@@ -123,7 +125,7 @@ class PolicyGradient(DenoiserTuning):
         rewards, raw = self._scored(torch.cat([part.pictures for part in parts]), prompts, samples)
         advantages, spread = self._advantages(prompts, samples, rewards)
         figures = {"images": float(len(samples)), "reward_std": spread[0], "advantage_std": spread[1], **raw}
-        if self.method.inner_passes > 1:
+        if self.method.inner_passes > 1 and math.isfinite(spread[1]):  # else the update is skipped; sampled anew
             densities = torch.cat([part.trajectory_densities for part in parts])
             latents = torch.cat([part.latents for part in parts if part.latents is not None])
             self._stored = Stored(self.global_step, 1, spread, samples, rewards, advantages, densities, latents)
@@ -209,7 +211,13 @@ class PolicyGradient(DenoiserTuning):
         return losses.mean()
 
     def check_pipeline(self) -> None:
-        """Also that the solver's steps have a density."""
+        """Also that the solver's steps have a density, and that a further pass would see the network of the first."""
+        dropping = any(isinstance(part, torch.nn.Dropout) and part.p > 0 for part in self.model.denoiser.modules())
+        if dropping and self.method.inner_passes > 1:
+            raise ConfigurationError(
+                f"{self.method.given('inner_passes')} with dropout in the trained network: the ratio of a further pass "
+                "would be of two masks; expected model.peft.lora_tuning.dropout=0, or one pass"
+            )
         steps = self.sampling.steps or self.model.default_steps
         Transitions(timed(self.model.pipe.scheduler, steps), steps, self.method.noise_level)
         super().check_pipeline()
