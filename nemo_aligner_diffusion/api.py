@@ -15,7 +15,7 @@ from typing import Any
 import diffusers
 import torch
 
-from nemo_aligner_diffusion.algorithms.base import Method
+from nemo_aligner_diffusion.algorithms.base import Method, TrainingMethod
 from nemo_aligner_diffusion.algorithms.custom import CustomMethod
 from nemo_aligner_diffusion.algorithms.registry import methods
 from nemo_aligner_diffusion.config.families import family_of
@@ -228,7 +228,7 @@ def _read_method(method: Method | str) -> tuple[str, Method | None, list[str]]:
                 f"method={method!r}: no such method{closest(method, known)}; there are {', '.join(known)}"
             )
         kind = named[0]
-    elif isinstance(method, Method) and known.get(method.name) is type(method):
+    elif isinstance(method, TrainingMethod) and known.get(method.name) is type(method):
         kind = type(method)
         words = [f"{key}={_written(getattr(method, field))}" for field, key in method.keys().items()]
     elif inspect.isclass(method) or not (isinstance(method, Method) or callable(method)):

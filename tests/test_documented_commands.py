@@ -14,7 +14,7 @@ from nemo_aligner_diffusion.config.load import load_config
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "docs/slurm.md", "docs/parallelism.md", "docker/README.md")
 RECIPES = {"train_sd_draftp.py": "draftp_sd", "train_sd_drtune.py": "drtune_sd", "train_sdxl_draftp.py": "draftp_sdxl",
-           "train_sdxl_drtune.py": "drtune_sdxl", "train": "draftp_sd"}  # fmt: skip
+           "train_sdxl_drtune.py": "drtune_sdxl", "train_sd_ddpo.py": "ddpo_sd", "train": "draftp_sd"}  # fmt: skip
 VARIABLES = {"NUM_DEVICES": "8"}  # the others are paths
 
 

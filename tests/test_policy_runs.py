@@ -183,6 +183,30 @@ def test_a_solver_without_a_density_stops_before_anything_is_written(pipeline, p
     assert not (tmp_path / "run").exists()
 
 
+def test_dropout_and_further_passes(pipeline, prompts, tmp_path):
+    with pytest.raises(ConfigurationError, match=r"inner_passes = 2 with dropout.*lora_tuning\.dropout=0"):
+        ddpo(pipeline, prompts, tmp_path / "run", "model.ddpo.inner_passes=2", "model.peft.lora_tuning.dropout=0.1")
+
+
+def test_a_reward_that_is_not_finite_changes_no_weights_and_the_batch_is_sampled_anew(
+    pipeline, prompts, tmp_path, here
+):
+    (here / "faulty_of_test.py").write_text(
+        "calls = []\ndef judge(images, prompts):\n    calls.append(1)\n"
+        "    return [float('nan') if len(calls) == 2 else float(image.mean()) for image in images]\n"
+    )
+    more = [
+        "rm=custom",
+        "rm.import_path=faulty_of_test:judge",
+        "model.ddpo.inner_passes=2",
+        "model.ddpo.clip_range=0.2",
+    ]
+    assert ddpo(pipeline, prompts, tmp_path / "run", *more, "trainer.ddpo_sd.val_check_interval=0") == 0
+    metrics = rows(tmp_path / "run" / "metrics.csv")
+    assert [float(row["images"]) for row in metrics] == [4, 4, 4, 0]  # the second pass over the first batch is a first
+    assert [math.isfinite(float(row["grad_norm"])) for row in metrics] == [False, True, True, True]
+
+
 def test_functions_that_return_numbers(pipeline, prompts, tmp_path, here):
     (here / "numbers_of_test.py").write_text(
         "def brightness(images, prompts):\n    return [float(image.detach().mean()) for image in images]\n"

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from nemo_aligner_diffusion.rewards.image_reward.reward import ImageReward as ImageReward
     from nemo_aligner_diffusion.rewards.jpeg import Compressibility as Compressibility
     from nemo_aligner_diffusion.rewards.jpeg import Incompressibility as Incompressibility
-    from nemo_aligner_diffusion.rewards.jpeg_size import JPEGSize as JPEGSize
+    from nemo_aligner_diffusion.rewards.jpeg import JPEGSize as JPEGSize
     from nemo_aligner_diffusion.rewards.parts import Part as Part
     from nemo_aligner_diffusion.rewards.parts import Shaping as Shaping
     from nemo_aligner_diffusion.rewards.registry import build_reward as build_reward
@@ -47,8 +47,7 @@ _HOMES = {
     "feature_symmetry": ("FeatureSymmetry",),
     "image_reward.archive": ("convert_image_reward_to_nemo",),
     "image_reward.reward": ("ImageReward",),
-    "jpeg": ("Compressibility", "Incompressibility"),
-    "jpeg_size": ("JPEGSize",),
+    "jpeg": ("Compressibility", "Incompressibility", "JPEGSize"),
     "parts": ("Part", "Shaping"),
     "registry": ("build_reward",),
     "restore": ("restore_reward",),

@@ -7,9 +7,10 @@ the batch go along the stored trajectories.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from nemo_aligner_diffusion.diffusion.noise import plan_random, sample_generator
 from nemo_aligner_diffusion.diffusion.policy.rollout import PolicyRollout, policy_rollout
 from nemo_aligner_diffusion.diffusion.policy.transitions import Transitions
 from nemo_aligner_diffusion.diffusion.schedule import timed
+from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.parallel.broadcast import gather
 from nemo_aligner_diffusion.parallel.module import OptimizerFactory
 from nemo_aligner_diffusion.rewards.base import Reward
@@ -55,7 +57,7 @@ class Stored:
     latents: Tensor
 
     @property
-    def rows(self) -> dict[str, Tensor]:
+    def rows(self) -> dict[str, Any]:
         """What has a row a sample."""
         return {name: getattr(self, name) for name in ("rewards", "advantages", "log_densities", "latents")}
 
@@ -83,6 +85,9 @@ class PolicyGradient(DenoiserTuning):
         method: the settings.
         micro_batch_size: pictures sampled at a time, and gone along with at a time; gradients do not depend on it.
     """
+
+    reports = ("reward", "loss", "images", "grad_norm")
+    shown: ClassVar = {"reward": "reward", "clip_fraction": "clipped"}
 
     def __init__(
         self,
@@ -120,7 +125,7 @@ class PolicyGradient(DenoiserTuning):
         rewards, raw = self._scored(torch.cat([part.pictures for part in parts]), prompts, samples)
         advantages, spread = self._advantages(prompts, samples, rewards)
         figures = {"images": float(len(samples)), "reward_std": spread[0], "advantage_std": spread[1], **raw}
-        if self.method.inner_passes > 1:
+        if self.method.inner_passes > 1 and math.isfinite(spread[1]):  # else the update is skipped; sampled anew
             densities = torch.cat([part.trajectory_densities for part in parts])
             latents = torch.cat([part.latents for part in parts if part.latents is not None])
             self._stored = Stored(self.global_step, 1, spread, samples, rewards, advantages, densities, latents)
@@ -206,7 +211,13 @@ class PolicyGradient(DenoiserTuning):
         return losses.mean()
 
     def check_pipeline(self) -> None:
-        """Also that the solver's steps have a density."""
+        """Also that the solver's steps have a density, and that a further pass would see the network of the first."""
+        dropping = any(isinstance(part, torch.nn.Dropout) and part.p > 0 for part in self.model.denoiser.modules())
+        if dropping and self.method.inner_passes > 1:
+            raise ConfigurationError(
+                f"{self.method.given('inner_passes')} with dropout in the trained network: the ratio of a further pass "
+                "would be of two masks; expected model.peft.lora_tuning.dropout=0, or one pass"
+            )
         steps = self.sampling.steps or self.model.default_steps
         Transitions(timed(self.model.pipe.scheduler, steps), steps, self.method.noise_level)
         super().check_pipeline()
@@ -234,7 +245,7 @@ class PolicyGradient(DenoiserTuning):
         if self.trainer.world_size > 1:
             gathered: Any = self.all_gather({name: rows.to(self.device) for name, rows in mine.items()})
             mine = {name: rows.flatten(0, 1) for name, rows in gathered.items()}
-        together = {name: rows.cpu() for name, rows in mine.items()}
+        together: dict[str, Any] = {name: rows.cpu() for name, rows in mine.items()}
         every = together.pop("samples").tolist()
         return replace(stored, samples=every, **together).of(sorted(set(every)))
 

@@ -131,7 +131,7 @@ class _PolicyLoop(Loop):
         with torch.no_grad():
             out = super()._real_step(i, bound, plain, timestep, z)  # a replay's, too: the scheduler counts its steps
             if self.stored is not None:
-                out = self._returned(self.stored[:, i].to(out[0]))
+                out = self._returned(self.stored[:, i].to(out[0]).contiguous())
             elif transitions.deviations[i] and not transitions.draws_itself:
                 mean = transitions.mean(i, z, plain)
                 noise = KeyedNoise(self.generators).draw(mean.shape, mean)
