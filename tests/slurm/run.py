@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -134,6 +135,8 @@ def same(job: Job, reference: Job, restarts: int) -> None:
     for number in range(1, restarts + 1):
         text = f"restarted {number} time"
         check(text in log, f"{job.name}: the log says {text!r}")
+    # torchrun's agents say with a traceback that one of them left the last barrier before another: all has ended well
+    log = re.sub(r"^E\d{4} .*torch/distributed/elastic/agent/server/api\.py:\d+\] .*\n", "", log, flags=re.MULTILINE)
     traceback = log[log.find("Traceback") :][:3000] if "Traceback" in log else ""
     check(not traceback, f"{job.name}: no traceback in the log {traceback}".rstrip())
     found = differences(job.run, reference.run, STEPS)
