@@ -14,7 +14,9 @@ from tiny.stable_diffusion import save_tiny_pipeline
 
 from nemo_aligner_diffusion.data.preferences.shards import PreferencePair, write_preference_shards
 from nemo_aligner_diffusion.errors import ConfigurationError
+from nemo_aligner_diffusion.evaluation.metrics.preference import WinnerError
 from nemo_aligner_diffusion.evaluation.report import write_report
+from nemo_aligner_diffusion.evaluation.run_files import RunFiles
 from nemo_aligner_diffusion.formats.pictures import encode_png, picture_of
 
 COLUMNS = ("step", "implicit_accuracy", "implicit_margin", "winner_error", "loser_error", "gradient_weight", "loss",
@@ -162,3 +164,24 @@ def test_keys_that_the_other_kind_reads_are_named(caplog: pytest.LogCaptureFixtu
     cfg = load_config("draftp_sd", ["model.preference.steps=[1,2]", "model.dpo.beta=3"])
     assert "model.algorithm=draft+ does not read it" in caplog.text
     assert not {"preference", "dpo"} & set(cfg.model)
+
+
+@pytest.mark.parametrize(("family", "steps", "warm_up"), [("sd15", 2000, 500), ("sdxl", 1500, 200)])
+def test_the_recipes_have_the_published_numbers(family: str, steps: int, warm_up: int) -> None:
+    from nemo_aligner_diffusion.config.load import load_config
+
+    name = "dpo_sdxl" if family == "sdxl" else "dpo_sd"
+    cfg = load_config(name, [f"family={family}", "model.preference.pairs=online"])
+    assert (cfg.model.global_batch_size, cfg.trainer[name].max_steps, cfg.model.dpo.beta) == (2048, steps, 5000)
+    sched = cfg.model.optim.sched
+    assert (cfg.model.optim.lr, sched.name, sched.warmup_steps) == (2048e-8, "WarmupHoldPolicy", warm_up)
+    assert cfg.model.peft.peft_scheme == "none"
+
+
+def test_the_report_says_when_both_errors_rise(tmp_path: Path) -> None:
+    rising = [0.001 * step for step in range(60)]
+    run = RunFiles(tmp_path, metrics={"step": rising, "winner_error": rising, "loser_error": rising})
+    (finding,) = WinnerError().findings(run)
+    assert finding.title == "Winners and losers are denoised worse and worse"
+    falling = [-value for value in rising]
+    assert not WinnerError().findings(RunFiles(tmp_path, metrics={"winner_error": falling, "loser_error": rising}))
