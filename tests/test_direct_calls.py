@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import pytest
 import torch
+from diffusers import UniPCMultistepScheduler
 from process_pool import ProcessPool
 from tiny.gradients import with_adapters
 from tiny.stable_diffusion import tiny_stable_diffusion
@@ -14,6 +16,7 @@ from tiny_pipelines import PROMPTS, named
 from nemo_aligner_diffusion.diffusion.generate import Sampling
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.diffusion.network.call import DirectCalls
+from nemo_aligner_diffusion.diffusion.settings import SAMPLERS
 from nemo_aligner_diffusion.diffusion.taps import PromptCache
 from nemo_aligner_diffusion.errors import ConfigurationError
 
@@ -179,6 +182,47 @@ def test_what_is_found_of_other_families(name, map_, sign, off):
     assert got.isfinite().all()
 
 
+def test_the_solver_is_of_no_account():
+    model, sampling = build("sd")
+    own, found = model.pipe.scheduler, {}
+    for name in SAMPLERS:
+        model.pipe.scheduler = own
+        model.set_scheduler(name)
+        calls = DirectCalls(model, sampling)
+        with torch.no_grad():
+            found[name] = calls.predict(calls.conditioning(PROMPTS), normal(calls), T)
+    for got in found.values():
+        torch.testing.assert_close(got, found["DDIM"], rtol=0, atol=1e-6)
+
+
+def test_a_flow_is_told_its_levels_though_its_solver_rounds_them():
+    model, sampling = build("sd3")
+    solver = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    model.pipe.scheduler = UniPCMultistepScheduler(**solver)
+    calls = DirectCalls(model, sampling)
+    assert (1000 * calls.levels.sigmas[T] % 1).all()
+    conditioning, z = calls.conditioning(PROMPTS), normal(calls)
+    assert not conditioning.arguments["timestep"].is_floating_point()
+    with torch.no_grad():
+        got, expected = calls.predict(conditioning, z, T), by_hand(model.pipe, z, T, calls.levels.sigmas)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+
+
+def test_modules_without_gradient_in_evaluation_mode_have_one():
+    """HiDream's experts."""
+    model, sampling = build("hidream")
+    calls = DirectCalls(model, sampling)
+    conditioning, z = calls.conditioning(PROMPTS), normal(calls)
+    model.denoiser.requires_grad_(True)
+    got = calls.predict(conditioning, z, T)
+    got.square().sum().backward()
+    experts = [p for name, p in model.trainable_parameters() if "experts" in name]
+    assert experts
+    assert all(p.grad is not None and p.grad.any() for p in experts)
+    with torch.no_grad():
+        torch.testing.assert_close(calls.predict(conditioning, z, T), got.detach(), rtol=0, atol=1e-5)
+
+
 def test_latents_that_change_their_precision_in_the_loop():
     """Autocast: the first call gets float32, the others what the network gives."""
     model, sampling = build("flux")
@@ -230,11 +274,11 @@ def test_what_cannot_be_called_so_is_refused_by_name(name, size, said):
     assert "\n" not in str(refused.value)
 
 
-def spread(layout: str) -> dict[str, float]:
+def spread(layout: str) -> dict[str, Any]:
     """Prediction, reference, gradients and moments of two processes: how far they are from one's."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    from nemo_aligner_diffusion.diffusion.network.latents import moments
+    from nemo_aligner_diffusion.diffusion.network.latents import moments, vae_fingerprint
     from nemo_aligner_diffusion.parallel.layout import Layout
     from nemo_aligner_diffusion.parallel.parallelism import Parallelism
 
@@ -261,11 +305,13 @@ def spread(layout: str) -> dict[str, float]:
     expected = dict(plain.trainable_parameters())
     for name, parameter in model.trainable_parameters():
         pairs.append((parallel.placement(name).full(parameter.grad), expected[name].grad))
-    return {"parts": len(pairs), "far": max(float((a - b).abs().max()) for a, b in pairs)}
+    same = vae_fingerprint(model) == vae_fingerprint(plain)
+    return {"parts": len(pairs), "same VAE": same, "far": max(float((a - b).abs().max()) for a, b in pairs)}
 
 
 @pytest.mark.parametrize("layout", ["fsdp", "tensor"])
 def test_two_processes_call_as_one(processes: ProcessPool, layout: str) -> None:
     for answer in processes.run(2, spread, layout):
         assert answer["parts"] > 10
+        assert answer["same VAE"]
         assert answer["far"] < 1e-9

@@ -17,11 +17,12 @@ from nemo_aligner_diffusion.algorithms.preference.loss import pair_loss, preferr
 from nemo_aligner_diffusion.algorithms.preference.module import BINS, PreferenceTuning
 from nemo_aligner_diffusion.algorithms.preference.watch import both_rise
 from nemo_aligner_diffusion.algorithms.registry import methods
-from nemo_aligner_diffusion.data.preferences.settings import PairSettings
+from nemo_aligner_diffusion.data.preferences.settings import PairSettings, SelfMadeSettings
 from nemo_aligner_diffusion.diffusion.generate import Sampling
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.diffusion.noise import sample_generator
 from nemo_aligner_diffusion.errors import CheckpointError, ConfigurationError
+from nemo_aligner_diffusion.rewards.symmetry import Symmetry
 
 METHODS = [name for name, method in methods().items() if method.kind == "preference"]
 SEED = 3
@@ -191,6 +192,25 @@ def test_a_tie_counts_as_much_as_it_is_said_to():
         losses[weight] = float(module.training_step({**pairs(), "labels": tied}, 0).detach())
     assert losses[0.25] == pytest.approx(0.75 * losses[0.0] + 0.25 * losses[1.0], rel=1e-9)
     assert losses[1.0] > losses[0.0]
+
+
+def test_online_pairs_are_the_present_models_own_and_labelled_by_the_reward():
+    def made(**own):
+        module = tuning("dpo", settings={"pairs": "online", **own})
+        module.reward, module.sampling = Symmetry().build(), Sampling(steps=2, height=16, width=16)
+        return module, *module.latents({"prompts": ["a", "b"]}, [4, 9], [])
+
+    module, latents, labels = made()
+    assert latents.shape == (2, 2, *module.calls.latent_shape)
+    vae = module.model.pipe.vae
+    with torch.no_grad():
+        pictures = (vae.decode(latents.flatten(0, 1) / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+    scores = Symmetry().score(pictures, ["a", "a", "b", "b"]).reshape(2, 2)
+    assert torch.equal(labels.argmax(1), scores.argmax(1))
+    assert labels.sum(1).tolist() == [1, 1]
+    assert torch.equal(made(self_made=SelfMadeSettings(label_noise=1.0))[2], labels.flip(1))
+    loss = module.training_step({"prompts": ["a", "b"], "index": torch.tensor([4, 9])}, 0)
+    assert flat(module.model, loss).norm() > 0
 
 
 # The weights over noise levels

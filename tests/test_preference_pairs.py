@@ -14,13 +14,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from process_pool import ProcessPool
 from safetensors.torch import save
 from tiny.prompts import tar
 from tiny.reward_training import blue_pairs, encode, picture
+from tiny.runs import rows
 from tiny.stable_diffusion import save_tiny_pipeline
+from tiny_pipelines import named
 
 from nemo_aligner_diffusion.algorithms.preference import self_made
 from nemo_aligner_diffusion.cli.encode_latents import main as encode_main
+from nemo_aligner_diffusion.config.load import load_config
 from nemo_aligner_diffusion.data.bad_samples import BadSamples
 from nemo_aligner_diffusion.data.preferences.encoding import Choices, encode_latents
 from nemo_aligner_diffusion.data.preferences.latents import Encoding, read_moments, write_moments
@@ -34,6 +38,7 @@ from nemo_aligner_diffusion.diffusion.network.latents import encode as to_latent
 from nemo_aligner_diffusion.diffusion.network.latents import from_moments
 from nemo_aligner_diffusion.embedded_assets import embedded_model_path
 from nemo_aligner_diffusion.errors import ConfigurationError, DataError
+from nemo_aligner_diffusion.training.run import run_training
 
 SIZE = Wanted(32, 32)
 FIRST, SECOND = (encode(picture(redness, 0, (40, 48))) for redness in (0.2, 0.8))
@@ -340,3 +345,67 @@ def test_labellers() -> None:
         self_made.labeller_of("clipp")
     with pytest.raises(ConfigurationError, match="needs"):
         self_made.labeller_of("classifier")
+
+
+def make_in_a_group(folder: Path) -> list[str]:
+    """On a rank: the names of what is there afterwards, and the process that wrote it."""
+    writers: list[int] = []
+    write = self_made.make_preferences
+
+    def noted(*args: Any, **options: Any) -> Any:
+        writers.append(torch.distributed.get_rank())
+        return write(*args, **options)
+
+    self_made.make_preferences = noted  # type: ignore[assignment]
+    try:
+        settings = SelfMadeSettings(labeller="symmetry", prompts=1, seeds=2, steps=1)
+        made = self_made.own_preferences(load_model(embedded_model_path()), folder, settings, 0)
+    finally:
+        self_made.make_preferences = write
+    return [*sorted(path.name for path in made.iterdir()), *map(str, writers)]
+
+
+@pytest.mark.slow
+def test_one_of_several_processes_makes_the_pairs(tmp_path: Path, processes: ProcessPool) -> None:
+    first, second = processes.run(2, make_in_a_group, tmp_path)
+    assert first == [*second, "0"] == ["made.json", "preferences-0000.tar", "0"]
+
+
+def test_a_run_on_latents_is_the_run_on_pictures(tmp_path: Path, model: DiffusionModel) -> None:
+    """The whole program: the same figures, digit by digit."""
+    sampling = Sampling(1, 1.0)
+    labeller, prompts = self_made.labeller_of("symmetry"), self_made.drawn_prompts(4, 0)
+    self_made.make_preferences(model, labeller, prompts, tmp_path / "s", seeds_per_prompt=2, sampling=sampling)
+    encode_latents(model, str(tmp_path / "s"), tmp_path / "l", Choices(batch_size=3))
+    figures = []
+    for data in ("s", "l"):
+        given = {
+            "model.data.train.webdataset.local_root_path": tmp_path / data,
+            "trainer.dpo_sd.max_steps": 2,
+            "trainer.dpo_sd.val_check_interval": 0,
+            "model.micro_batch_size": 2,
+            "model.global_batch_size": 2,
+            "trainer.accelerator": "cpu",
+            "report.enable": "false",
+            "exp_manager.explicit_log_dir": tmp_path / f"run_{data}",
+        }
+        assert run_training(load_config("dpo_sd", [f"{key}={value}" for key, value in given.items()])) == 0
+        measured = rows(tmp_path / f"run_{data}" / "metrics.csv")
+        timed = ("pairs_per_second", "seconds", "peak_memory_bytes")
+        figures.append([{name: value for name, value in row.items() if name not in timed} for row in measured])
+    assert figures[0] == figures[1]
+    assert float(figures[0][1]["winner_error"]) != 0
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
+def test_families_latents(tmp_path: Path, family: str) -> None:
+    other = DiffusionModel(named(family).build())
+    tar(tmp_path / "s.tar", GOOD)
+    encode_latents(other, str(tmp_path / "s.tar"), tmp_path / "l", Choices(16, 16))
+    read = {}
+    for name, path in (("pictures", tmp_path / "s.tar"), ("moments", tmp_path / "l")):
+        data = PairDataModule(str(path), settings=PairSettings(), micro_batch_size=1)
+        data.setup("fit")
+        data.fit_to(other, Sampling(height=16, width=16))
+        read[name] = next(iter(data.train_dataloader()))[name][0]
+    assert torch.equal(from_moments(other, read["moments"]), to_latents(other, read["pictures"]))

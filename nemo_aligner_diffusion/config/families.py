@@ -24,7 +24,7 @@ def family_of(found: Recognised) -> tuple[str, str]:
 
 
 def family_layer(name: str, algorithm: str = "", optimizer: str = "") -> Layer:
-    """A family's settings, with those for a method and its kind; its learning rates are Adam's, ``sgd`` keeps its own."""
+    """A family's settings, with those of a method and its kind; its learning rates are Adam's, ``sgd`` has its own."""
     content = dict(_content(name))
     with_methods = content.pop("methods")
     leaves = flatten({"model": content})

@@ -261,7 +261,7 @@ class RunSettings(ProgramSettings):
         if section.data.train_path is None and recognise(section).architecture != EMBEDDED:
             raise ConfigurationError(
                 f"{section.data.given('train_path')} with {section.given('algorithm')}: only the embedded model makes "
-                "its own pairs; expected preference shards (nad-parquet-to-shards and nad-folder-to-shards write them), "
+                "its own pairs; expected preference shards (nad-parquet-to-shards or nad-folder-to-shards writes them) "
                 "or model.preference.pairs=online"
             )
 

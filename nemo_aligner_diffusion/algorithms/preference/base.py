@@ -43,7 +43,12 @@ class PreferenceMethod(TrainingMethod):
 
     kind = "preference"
     data = "pairs"
-    ignored = ("model.kl_coeff", "model.kl_space", "model.reward_scale", "model.reward_margin")
+    ignored: ClassVar[tuple[str, ...]] = (
+        "model.kl_coeff",
+        "model.kl_space",
+        "model.reward_scale",
+        "model.reward_margin",
+    )
     compares: ClassVar[bool] = True
 
     @property

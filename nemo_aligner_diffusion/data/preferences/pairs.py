@@ -180,7 +180,7 @@ class PairDataset(SampleStream):
 
     def _checked(self, pair: Any, values: Tensor, made: Encoding) -> Tensor:
         assert self.wanted is not None
-        mine = {"vae": self.wanted.vae, "height": self.wanted.height, "width": self.wanted.width}
+        mine: dict[str, Any] = {"vae": self.wanted.vae, "height": self.wanted.height, "width": self.wanted.width}
         mine |= {"crop": self.settings.crop, "flip": self.settings.flip, "shape": self.wanted.shape}
         theirs = {**vars(made), "shape": tuple(values.shape[2:])}
         others = [name for name, value in mine.items() if theirs[name] != value]

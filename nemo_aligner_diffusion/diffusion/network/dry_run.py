@@ -177,6 +177,15 @@ class _DryRun(_Taps):
         self.undecoded = latents
         raise Stop
 
+    def check_decoded(self) -> None:
+        """That given pictures would become its latents as its latents become pictures."""
+        decoded, own = self.undecoded, self.sample
+        if decoded is None:
+            return stop("it decodes its latents by no VAE, which would make latents of pictures")
+        latents = from_vae(self.model, decoded.to(own))
+        if latents.shape != own.shape or not same(latents, own):
+            stop(f"how its VAE's latents {tuple(decoded.shape[1:])} become its own {tuple(own.shape[1:])} is not known")
+
 
 def first_call(model: DiffusionModel, prompts: Sequence[str], inputs: dict[str, Any]) -> Arguments:
     """What the pipeline first calls its trained network with; the network is not called."""
@@ -186,34 +195,19 @@ def first_call(model: DiffusionModel, prompts: Sequence[str], inputs: dict[str, 
     return loop.arguments
 
 
-def few_steps(model: DiffusionModel, inputs: dict[str, Any]) -> list[Step]:
-    """The steps of the pipeline's call for :data:`PROMPTS`.
-
-    Raises:
-        Stop: they are not one call of the trained network each, whose prediction is what the scheduler steps with; or
-            how pictures would become its latents is not known.
-    """
-    loop = _DryRun(model, PROMPTS, inputs)
-    try:
-        loop.watch()
-    except Stop as end:
-        if end.reason:
-            raise
-    decoded, own = loop.undecoded, loop.sample
-    if decoded is None:
-        return stop("it decodes its latents by no VAE, which would make latents of pictures")
-    latents = from_vae(model, decoded.to(own))
-    if latents.shape != own.shape or not same(latents, own):
-        stop(f"how its VAE's latents {tuple(decoded.shape[1:])} become its own {tuple(own.shape[1:])} is not known")
-    return loop.made
-
-
 def without_guidance(
     model: DiffusionModel, inputs: dict[str, Any], guidance_scale: float | None
 ) -> tuple[list[Step], dict[str, float]]:
-    """:func:`few_steps` with as little guidance switched off as leaves one call a step, and what was given for that.
+    """The steps of a short call with as little guidance off as leaves one call a step, and what switched it off.
 
     A guidance scale that is an input of the network (FLUX.1's) stays as it is.
+
+    Args:
+        inputs: of the pipeline's call for :data:`PROMPTS`.
+
+    Raises:
+        Stop: its steps are not one call of the trained network each, whose prediction is what the scheduler steps with;
+            or how pictures would become its latents is not known.
     """
     name, takes = model.guidance_argument, inspect.signature(type(model.pipe).__call__).parameters
     own = {name: guidance_scale} if name is not None and guidance_scale is not None else {}
@@ -223,13 +217,19 @@ def without_guidance(
     for j, guidance in enumerate(choices):
         if guidance in choices[:j]:
             continue
+        loop = _DryRun(model, PROMPTS, {**inputs, **guidance})
         try:
-            return few_steps(model, {**inputs, **guidance}), guidance
+            loop.watch()
         except Stop as end:
-            refused = end
+            if end.reason:
+                refused = end
+                continue
         except ConfigurationError:  # a scale that the pipeline does not take
             if refused is None:
                 raise
+            continue
+        loop.check_decoded()
+        return loop.made, guidance
     raise refused or Stop
 
 

@@ -92,4 +92,4 @@ def _flow_sigmas(scheduler: Any) -> Tensor:
 
 
 def _of_rows(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
-    return table[t.to(table.device)].to(like).reshape(-1, *[1] * (like.ndim - 1))
+    return table.to(t.device)[t].to(like).reshape(-1, *[1] * (like.ndim - 1))

@@ -34,8 +34,8 @@ class ImplicitMargin(TrainingMetric):
 class WinnerError(TrainingMetric):
     name, title, direction, order = "winner_error", "Denoising error against the base model's", "lower", 26
     caption = (
-        "Of winners and of losers apart; below 0: the tuned model denoises them better. The winners' should be below the "
-        "losers'; if both rise, it forgets them alike."
+        "Of winners and of losers apart; below 0: the tuned model denoises them better. The winners' should be below "
+        "the losers'; if both rise, it forgets them alike."
     )
 
     def charts(self, run: RunFiles) -> list[Chart]:

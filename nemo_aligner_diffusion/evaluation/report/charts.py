@@ -34,7 +34,12 @@ def _draw(chart: Chart) -> dict[str, Any] | None:
     curves = [_thinned(curve) for curve in chart.curves if len(curve.values) and len(curve.values) == len(curve.steps)]
     if not any(math.isfinite(value) and value != 0 for curve in curves for value in curve.values):
         return None  # nothing measured (a KL penalty that is switched off is 0 throughout)
-    kind = {"title": chart.title, "x_label": chart.x_label, "log": chart.log, "from_zero": chart.from_zero}
+    kind: dict[str, Any] = {
+        "title": chart.title,
+        "x_label": chart.x_label,
+        "log": chart.log,
+        "from_zero": chart.from_zero,
+    }
     data, area = curve_plot(curves, **kind, file_format="svg")
     series = [
         {"label": curve.label, "x": curve.steps, "y": [_rounded(value) for value in curve.values]} for curve in curves

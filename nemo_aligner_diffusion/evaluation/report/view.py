@@ -6,7 +6,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from nemo_aligner_diffusion.algorithms.registry import title_of
+from nemo_aligner_diffusion.algorithms.registry import methods, title_of
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.evaluation.metrics.base import Finding, Tile, metrics
 from nemo_aligner_diffusion.evaluation.report.charts import charts
@@ -68,10 +68,14 @@ def _lead(run: RunFiles) -> str:
     trained = f"a LoRA of rank {rank} of" if rank else "a LoRA of"
     if run.setting("model.peft.peft_scheme", "none") == "none":
         trained = "all denoiser weights of"
-    sentence = f"tuned {trained} {model}, towards {_reward_name(run)}."
-    seconds, pictures = run.total("seconds"), run.total("images")
+    method = methods().get(str(run.setting("model.algorithm")))
+    if method is not None and method.data == "pairs":
+        sentence = f"tuned {trained} {model} on preferences between pictures; {_reward_name(run)} watches."
+    else:
+        sentence = f"tuned {trained} {model}, towards {_reward_name(run)}."
+    seconds, pictures, pairs = (run.total(name) for name in ("seconds", "images", "pairs"))
     if run.steps:
-        made = f" and {pictures:,.0f} generated pictures" if pictures else ""
+        made = f" and {pictures:,.0f} generated pictures" if pictures else f" and {pairs:,.0f} pairs" if pairs else ""
         sentence += (
             f" {run.steps:,.0f} optimizer steps{made}{f' in {timedelta(seconds=round(seconds))}' if seconds else ''}."
         )
