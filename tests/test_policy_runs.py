@@ -77,7 +77,12 @@ def test_a_run_writes_its_figures_and_counts_pictures_once(pipeline, prompts, tm
 
 def test_chunks_do_not_matter(pipeline, prompts, tmp_path):
     for name, micro in (("one", 4), ("four", 1)):
-        more = ["model.ddpo.inner_passes=2", "model.ddpo.step_share=0.5", "model.ddpo.clip_range=0.2"]
+        more = [
+            "model.ddpo.inner_passes=2",
+            "model.ddpo.step_share=0.5",
+            "model.ddpo.clip_range=0.2",
+            "trainer.ddpo_sd.max_steps=2",
+        ]
         ddpo(
             pipeline,
             prompts,
@@ -93,7 +98,8 @@ def test_chunks_do_not_matter(pipeline, prompts, tmp_path):
 
 def test_a_run_resumed_between_passes_is_the_undisturbed_one_bit_for_bit(pipeline, prompts, tmp_path):
     more = ["model.ddpo.inner_passes=3", "model.ddpo.step_share=0.5", "model.ddpo.statistics=prompt",
-            "model.ddpo.buffer=2", "model.ddpo.min_count=2", "trainer.ddpo_sd.max_steps=5"]  # fmt: skip
+            "model.ddpo.buffer=2", "model.ddpo.min_count=2", "trainer.ddpo_sd.max_steps=4",
+            "trainer.ddpo_sd.val_check_interval=0"]  # fmt: skip
     ddpo(pipeline, prompts, tmp_path / "whole", *more)
     ddpo(pipeline, prompts, tmp_path / "parts", *more, "trainer.ddpo_sd.max_steps=2")
     ddpo(pipeline, prompts, tmp_path / "parts", *more, "exp_manager.resume_if_exists=true")
