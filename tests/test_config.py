@@ -26,6 +26,10 @@ ALGORITHM_OF = {
     "refl_imagereward_sd": "refl",
     "alignprop_sd": "alignprop",
     "ddpo_sd": "ddpo",
+    "dde_sd": "dde",
+    "dde_sdxl": "dde",
+    "dpo_sd": "dpo",
+    "dpo_sdxl": "dpo",
 }
 NEEDED = {name: ["rm.model.restore_from_path=r.nemo"] for name in ("drtune_sdxl", "refl_imagereward_sd")}
 
@@ -44,10 +48,12 @@ def test_every_recipe_composes_and_validates(name: str) -> None:
     assert cfg.name == name
     assert cfg.exp_manager.name == name
     assert cfg.model.algorithm == ALGORITHM_OF[name]
-    assert load_settings(name, NEEDED.get(name, [])).loop.max_steps == cfg.trainer[name].max_steps == 30
+    steps = load_settings(name, NEEDED.get(name, [])).loop.max_steps
+    pairs = ALGORITHM_OF[name] in ("dde", "dpo")
+    assert steps == cfg.trainer[name].max_steps == (120 if pairs else 30)  # of pairs the embedded family's
     assert cfg.rm.name == "clip"
     assert cfg.rm.model.restore_from_path == ("r.nemo" if name in NEEDED else None)
-    assert load_settings(name, NEEDED.get(name, [])).accumulation == 2
+    assert load_settings(name, NEEDED.get(name, [])).accumulation == (1 if pairs else 2)
 
 
 def test_refls_recipe_is_its_authors() -> None:

@@ -161,14 +161,13 @@ def _train(settings: RunSettings, frame: RunFrame, startup: Startup, given: Give
     for name, prompts in given.prompts.items():
         frame.inputs.append(name)
         write_atomic(directory.path / name, "".join(f"{prompt}\n" for prompt in prompts))
-    accumulation, batches = batches_of(settings, method)
     shards = section.data.train_path
     makes_pairs = _learns_from_pairs(settings, method) and shards is None
 
     def opened() -> RunData | RunPairs:
         watch.phase("opening the data")
         startup.enter("data index")
-        data = _build_data(settings, method, shards, **batches)
+        data = _build_data(settings, method, shards)
         on_every_process(lambda: data.setup("fit"))
         return data
 
@@ -218,6 +217,7 @@ def _train(settings: RunSettings, frame: RunFrame, startup: Startup, given: Give
     ]
     startup.enter("trainer")
     validates = bool(data.validation_prompts)
+    accumulation, _ = batches_of(settings, method)
     trainer = frame.make_trainer(loop, layout, accumulation, callbacks, validates=validates, saves=given.keep)
 
     def fit() -> None:
@@ -299,10 +299,11 @@ def batches_of(settings: RunSettings, method: TrainingMethod) -> tuple[int, dict
 
 
 def _build_data(
-    settings: RunSettings, method: TrainingMethod, shards: PathSpec | None, **batches: int
+    settings: RunSettings, method: TrainingMethod | None = None, shards: PathSpec | None = None
 ) -> RunData | RunPairs:
-    """Of the run's ``shards``; ``None``: the embedded prompts."""
+    """Of the run's method, and of ``shards``; ``None``: those that are named, else the embedded prompts."""
     section, sizes = settings.model.data, settings.model
+    method, shards = method or settings.method(), shards or section.train_path
     pairs = _learns_from_pairs(settings, method)
     if settings.loop.val_check_interval == 0:
         prompts: list[str] = []
@@ -318,7 +319,7 @@ def _build_data(
         prompts[: section.max_prompts],
         list(section.seeds),
         train=shards or str(embedded_prompts_path("train")),
-        **batches,
+        **batches_of(settings, method)[1],
         global_batch_size=sizes.global_batch_size,
         seed=sizes.seed,
         epochs=settings.loop.max_epochs,

@@ -13,6 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from nemo_aligner_diffusion.parallel.non_finite import NonFinitePolicy
+from nemo_aligner_diffusion.algorithms.reward_tuning import RewardTuning
+from nemo_aligner_diffusion.evaluation.metrics.base import training_columns
 from nemo_aligner_diffusion.training.callbacks.metrics import MetricsCSV
 from nemo_aligner_diffusion.training.callbacks.missed_validation import MissedValidation
 from nemo_aligner_diffusion.training.checkpoints.callback import TrainingCheckpoint
@@ -139,7 +141,7 @@ def fit(
         num_sanity_val_steps=0,
         callbacks=[
             save,
-            MetricsCSV(run_dir),
+            MetricsCSV(run_dir, training_columns(RewardTuning.reports)),
             *(callbacks or []),
             *([progress] if progress else []),
             MissedValidation(run_dir, val_every or 0),
