@@ -551,7 +551,8 @@ def test_a_spread_is_no_part_of_a_reward(tmp_path: Path) -> None:
     (run / "metrics.csv").write_text("step,reward,reward_std,clip_fraction\n1,1.0,0.5,0.1\n2,1.1,0.4,0.2\n")
     text, _ = read(write_report(run))
     assert "Parts of the reward" not in text
-    assert "Spread of the rewards" in text and "Clipped, share of" in text
+    assert "Spread of the rewards" in text
+    assert "Clipped, share of" in text
 
 
 def test_a_mean_that_few_pictures_carry_is_a_warning(tmp_path: Path) -> None:

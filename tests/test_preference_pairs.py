@@ -126,7 +126,7 @@ def test_ties_are_left_out_counted_or_kept(
     kept = list(pairs(path, PairSettings(tie_weight=0.25), **options))
     assert [batch["labels"].tolist() for batch in kept[:2]] == [[[0.5, 0.5]], [[1.0, 0.0]]]
     ties = tar(tmp_path / "ties.tar", {**GOOD, "7.label": "0.5/0.5"})
-    with pytest.raises(DataError, match=r"not one usable pair \(0 unusable\); 1 pairs .*\.tie_weight above 0"):
+    with pytest.raises(DataError, match=r"not one usable pair \(0 unusable\); 1 pair .*\.tie_weight above 0"):
         pairs(ties, **options)
 
 
