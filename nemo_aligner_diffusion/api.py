@@ -148,6 +148,13 @@ def tune(
             "validation_seeds": ("model.data.validation.seeds", validation_seeds),
         }
         run = _load(recipe, words, settings, overrides)
+        from_shards = (own_method or run.method()).data == "pairs" and run.model.preference.pairs == "shards"
+        if from_shards and "prompts.txt" in files:
+            raise ConfigurationError(
+                f"method={run.model.algorithm} learns from pairs of pictures, and prompts is a list of texts: give a "
+                "folder of preference shards as prompts (docs/reward_training.md), or overrides="
+                '["model.preference.pairs=online"]: the model draws pairs, the reward prefers one'
+            )
         if pipe is not None:
             _check_pipeline(pipe, run.model)
         if own_reward is not None:

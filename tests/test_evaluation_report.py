@@ -543,6 +543,16 @@ def test_a_reward_that_collapses_is_a_warning(tmp_path: Path) -> None:
     assert "The reward has fallen from its best value" in titles(run)
     (run / "validation.csv").write_text("step,reward,base_reward\n0,20,20\n20,19,20\n")
     assert "The tuned model scores below the base model" in titles(run)
+    assert any("Validation reward 19.00, by 1.000 below" in finding.text for finding in findings(read_run(run)))
+
+
+def test_a_spread_is_no_part_of_a_reward(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "metrics.csv").write_text("step,reward,reward_std,clip_fraction\n1,1.0,0.5,0.1\n2,1.1,0.4,0.2\n")
+    text, _ = read(write_report(run))
+    assert "Parts of the reward" not in text
+    assert "Spread of the rewards" in text
+    assert "Clipped, share of" in text
 
 
 def test_a_mean_that_few_pictures_carry_is_a_warning(tmp_path: Path) -> None:

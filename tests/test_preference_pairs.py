@@ -122,11 +122,11 @@ def test_ties_are_left_out_counted_or_kept(
         path = path.with_suffix(".tar.gz")
     options: dict[str, Any] = {"on_bad_sample": policy, "index_folder": tmp_path / "index"}
     assert [batch["prompts"] for batch in pairs(path, **options)] == [["ok"], ["soft"]]
-    assert "1 pairs were passed over, '7' in" in caplog.text
+    assert "1 pair was passed over, '7' in" in caplog.text
     kept = list(pairs(path, PairSettings(tie_weight=0.25), **options))
     assert [batch["labels"].tolist() for batch in kept[:2]] == [[[0.5, 0.5]], [[1.0, 0.0]]]
     ties = tar(tmp_path / "ties.tar", {**GOOD, "7.label": "0.5/0.5"})
-    with pytest.raises(DataError, match=r"not one usable pair \(0 unusable\); 1 pairs .*\.tie_weight above 0"):
+    with pytest.raises(DataError, match=r"not one usable pair \(0 unusable\); 1 pair .*\.tie_weight above 0"):
         pairs(ties, **options)
 
 

@@ -93,7 +93,7 @@ def without(*names: str, **changed: bytes | str) -> dict[str, bytes | str]:
         (without(png_0=PNG), ["2 members for picture 0"]),
         (without(label="1/1"), ["label 1/1", "sums to 2", "0.5/0.5 for a tie"]),
         (without(label="0/0"), ["sums to 0"]),
-        (without(label="-1/2"), ["-1/2"]),
+        (without(label="-1/2"), ["-1/2", "a share below 0"]),
         (without(label="nan/1"), ["nan/1"]),
         (without(label="first"), ["'first'", "expected 1/0"]),
         (without(label=b"\xff\xfe"), ["expected 1/0"]),

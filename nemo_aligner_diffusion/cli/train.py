@@ -43,7 +43,9 @@ USED_MOST = """\
                                               your VAE
   rm.model.restore_from_path=FILE.nemo        your reward
   model.data.train.webdataset.local_root_path='prompts-{0000..0127}.tar'
-                                              your prompts
+                                              your prompts, or pairs of pictures
+  model.dpo.beta=5000                         β (dpo; dde, discounted likewise)
+  model.preference.steps=[200,700]            noise levels trained (pairs)
   trainer.devices=1 trainer.num_nodes=1 trainer.precision=32
   trainer.draftp_sd.max_steps=60 trainer.draftp_sd.val_check_interval=20
   exp_manager.explicit_log_dir=results/mine   the run directory
@@ -126,7 +128,8 @@ def main(config_name: str, argv: Sequence[str] | None = None) -> int:
 
 def _main(config_name: str, argv: Sequence[str], startup: Startup) -> int:
     parser = Parser(
-        "Trains a text-to-image model on a reward.\nWithout any argument: the embedded model, reward and prompts.",
+        "Trains a text-to-image model on a reward, or on pairs of pictures of which one is preferred.\n"
+        "Without any argument: the embedded model, reward and prompts, or pairs that it makes itself.",
         add_help=False,
     )
     arguments = parse_arguments(config_name, argv, parser)

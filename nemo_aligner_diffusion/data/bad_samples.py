@@ -80,7 +80,9 @@ class BadSamples:
     def notes(self) -> list[str]:
         """A line for each reason that something was passed over for."""
         return [
-            f"{count} {what} were passed over, {first} first, {reason}"
+            f"{count} {what.removesuffix('s')} was passed over, {first}, {reason}"
+            if count == 1
+            else f"{count} {what} were passed over, {first} first, {reason}"
             for (what, reason), (count, first) in self._passed_over.items()
         ]
 

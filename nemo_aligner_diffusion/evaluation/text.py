@@ -36,6 +36,11 @@ def format_gain(gain: float, beside: float) -> str:
     return f"{gain:+.{decimals}f}".replace("-", _MINUS)
 
 
+def ends_of(window: int) -> str:
+    """What two means over ``window`` steps are of."""
+    return f"first and last {window} steps" if window > 1 else "first and last step"
+
+
 @functools.lru_cache(maxsize=64)
 def font(size: int, bold: bool = False, path: str | None = None) -> ImageFont.FreeTypeFont:
     """DejaVu Sans as matplotlib ships it (so that no system font is needed), or the font of ``path``; pixels."""

@@ -67,7 +67,7 @@ def _open(data: bytes) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise ValueError(f"has a picture of more than {MAX_PICTURE_PIXELS:,} pixels, the most expected") from error
     except Exception as error:  # Pillow's own, and what damaged headers make its parsers raise
-        start = f"it starts with '{printable(data, 12)}'" if data else "it is empty"
+        start = f"it starts with {data[:12]!r}" if data else "it is empty"
         raise ValueError(f"has a picture that is no JPEG, PNG or WebP: {start}; encode it again") from error
     if picture.width * picture.height > MAX_PICTURE_PIXELS:
         raise ValueError(

@@ -103,7 +103,7 @@ def export_notes(settings: RunSettings, model: DiffusionModel, base: str | None 
         "ss_max_train_steps": str(settings.loop.max_steps),
         "ss_seed": str(section.seed),
         "ss_total_batch_size": str(section.global_batch_size),
-        "ss_training_comment": f"reward fine-tuning by {section.algorithm}, reward {reward}",
+        "ss_training_comment": f"fine-tuning by {section.algorithm}, reward {reward}",
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.title": settings.name,
         "modelspec.architecture": architecture,

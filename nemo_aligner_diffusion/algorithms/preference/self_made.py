@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -35,6 +36,8 @@ from nemo_aligner_diffusion.parallel.broadcast import from_first_process
 from nemo_aligner_diffusion.rewards.registry import read_reward
 from nemo_aligner_diffusion.rewards.symmetry import Symmetry
 from nemo_aligner_diffusion.runtime.files import write_atomic
+
+log = logging.getLogger(__name__)
 
 Labeller = Callable[[Tensor, Sequence[str]], Tensor]  # (B, 3, H, W) in [0, 1] and B prompts to scores (B,)
 
@@ -148,8 +151,9 @@ def _made_once(model: DiffusionModel, folder: Path, settings: SelfMadeSettings, 
         return folder
     tuned = has_lora(model.denoiser) or model.reference_denoiser is not None
     margin = TIE_MARGINS.get(settings.labeller, 0.0) if settings.tie_margin is None else settings.tie_margin
+    log.info("no shards are named: the model makes pairs of its own pictures, %s prefers one", settings.labeller)
     with model.reference() if tuned else contextlib.nullcontext():
-        make_preferences(
+        written = make_preferences(
             model,
             labeller_of(settings.labeller),
             drawn_prompts(settings.prompts, seed),
@@ -162,6 +166,7 @@ def _made_once(model: DiffusionModel, folder: Path, settings: SelfMadeSettings, 
             overwrite=True,  # of a start that was killed here
         )
     write_atomic(folder / FACTS, json.dumps(asked, indent=1) + "\n")
+    log.info("%d pairs in %s", written.samples, folder)
     return folder
 
 

@@ -280,9 +280,10 @@ def read_label(*shares: Any) -> tuple[float, float]:
         written = "/".join(map(str, given))[:40]
         raise ValueError(f"has the label {written!r}; expected 1/0, 0/1, or 0.5/0.5 for a tie") from None
     if not (first >= 0 and second >= 0 and abs(first + second - 1) <= LABEL_TOLERANCE):  # nor NaN
+        wrong = "has a share below 0" if min(first, second) < 0 else f"sums to {first + second:g}"
         raise ValueError(
-            f"has the label {first:g}/{second:g}, which sums to {first + second:g}; expected two shares of 1, such as "
-            "1/0, 0/1, or 0.5/0.5 for a tie"
+            f"has the label {first:g}/{second:g}, which {wrong}; expected two shares of 1, such as 1/0, 0/1, or "
+            "0.5/0.5 for a tie"
         )
     return first, second
 

@@ -8,7 +8,7 @@ from nemo_aligner_diffusion.algorithms.preference.watch import WINDOW, both_rise
 from nemo_aligner_diffusion.evaluation.curves import Curve
 from nemo_aligner_diffusion.evaluation.metrics.base import Chart, Finding, Step, Tile, TrainingMetric
 from nemo_aligner_diffusion.evaluation.run_files import RunFiles
-from nemo_aligner_diffusion.evaluation.text import format_number
+from nemo_aligner_diffusion.evaluation.text import ends_of, format_number
 
 
 class ImplicitAccuracy(TrainingMetric):
@@ -22,7 +22,7 @@ class ImplicitAccuracy(TrainingMetric):
             return None
         window = max(1, min(10, len(values) // 4))
         before, after = sum(values[:window]) / window, sum(values[-window:]) / window
-        return Tile(self.title, f"{before:.0%} → {after:.0%}", f"first and last {window} steps")
+        return Tile(self.title, f"{before:.0%} → {after:.0%}", ends_of(window))
 
 
 class ImplicitMargin(TrainingMetric):

@@ -8,7 +8,7 @@ import re
 from nemo_aligner_diffusion.evaluation.curves import Curve
 from nemo_aligner_diffusion.evaluation.metrics.base import Chart, Tile, TrainingMetric
 from nemo_aligner_diffusion.evaluation.run_files import RunFiles
-from nemo_aligner_diffusion.evaluation.text import format_number
+from nemo_aligner_diffusion.evaluation.text import ends_of, format_number
 
 _COLOURS = ("tuned", "second", "third", "fourth", "base")
 
@@ -18,7 +18,7 @@ class TrainingReward(TrainingMetric):
     caption = "Mean of the step's pictures. Pale: each step. Strong: running mean."
 
     def charts(self, run: RunFiles) -> list[Chart]:
-        parts = [name for name in run.metrics if re.match(r"reward[/_.]", name)]
+        parts = [name for name in run.metrics if re.match(r"reward[/_.](?!std$)", name)]  # the last: DDPO's spread
         curves = [
             Curve(name[len("reward") + 1 :], run.metrics["step"], run.metrics[name], colour, smooth=True)
             for name, colour in zip(parts, _COLOURS, strict=False)
@@ -34,5 +34,4 @@ class TrainingReward(TrainingMetric):
             return None
         window = max(1, min(10, len(rewards) // 4))
         before, after = sum(rewards[:window]) / window, sum(rewards[-window:]) / window
-        under = f"first and last {window} steps" if window > 1 else "first and last step"
-        return Tile(self.title, f"{format_number(before)} → {format_number(after)}", under)
+        return Tile(self.title, f"{format_number(before)} → {format_number(after)}", ends_of(window))

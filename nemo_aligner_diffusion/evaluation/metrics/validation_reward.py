@@ -33,9 +33,10 @@ class ValidationReward(ValidationMetric):
         if end is None or start is None:
             return []
         if end < start:
+            made_of = "pairs" if "pairs" in run.metrics else "pictures"
             text = (
-                f"Validation reward {format_number(end)} against {format_number(start)}. A smaller learning rate, or "
-                "more pictures a step (model.global_batch_size), usually helps."
+                f"Validation reward {format_number(end)}, by {format_number(start - end)} below the base model's. A "
+                f"smaller learning rate, or more {made_of} a step (model.global_batch_size), usually helps."
             )
             found.append(Finding("warning", "The tuned model scores below the base model", text))
         tuned = column(run.validation, self.name)
