@@ -270,3 +270,18 @@ def test_nad_plan_takes_the_family_of_its_model(tmp_path: Path) -> None:
 def test_the_table_in_the_documentation_is_current() -> None:
     text = (Path(__file__).resolve().parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
     assert text.split(BEGIN)[1].split(END)[0] == recipe_table(), "run: python tests/settings_page.py docs"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["family=sd15"], (2.048e-5, 500)),  # all weights, as published
+        (["family=sd15", "peft=sdlora"], (1e-4, 500)),  # the family's rate of a LoRA
+        (["family=sd15", "sched=cosine"], (2.048e-5, 0)),
+        (["family=sd15", "sched=cosine", "model.optim.sched.warmup_steps=7", "model.optim.lr=3e-6"], (3e-6, 7)),
+    ],
+)
+def test_the_published_rate_is_of_all_weights_and_the_warm_up_of_its_schedule(words, expected) -> None:
+    shards = "model.data.train.webdataset.local_root_path=pairs.tar"
+    optim = load_config("dpo_sd", [*words, shards]).model.optim
+    assert (optim.lr, optim.sched.warmup_steps) == expected

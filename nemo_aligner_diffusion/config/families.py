@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 from nemo_aligner_diffusion.algorithms.registry import methods
@@ -23,15 +24,27 @@ def family_of(found: Recognised) -> tuple[str, str]:
     return OTHER, f"not recognised: {found.because}"
 
 
-def family_layer(name: str, algorithm: str = "", optimizer: str = "") -> Layer:
-    """A family's settings, with those of a method and its kind; its learning rates are Adam's, ``sgd`` has its own."""
+def family_layer(name: str, algorithm: str = "", known: Mapping[str, Any] | None = None) -> Layer:
+    """A family's settings, with those of a method and its kind.
+
+    Its learning rates are Adam's, ``sgd`` has its own; a kind's rate is of all weights, a LoRA has the family's, and a
+    kind's warm-up is of ``sched=warmup_hold``.
+
+    Args:
+        known: the other settings; dotted key → value.
+    """
+    known = known or {}
     content = dict(_content(name))
     with_methods = content.pop("methods")
     leaves = flatten({"model": content})
     if algorithm in methods():
-        for share in (methods()[algorithm].kind, methods()[algorithm].option):
-            leaves |= flatten({"model": with_methods.get(share, {})})
-    if optimizer == "sgd":
+        of_kind = flatten({"model": with_methods.get(methods()[algorithm].kind, {})})
+        if known.get("model.peft.peft_scheme") != "none":
+            of_kind.pop("model.optim.lr", None)
+        if known.get("model.optim.sched.name") != "WarmupHoldPolicy":
+            of_kind.pop("model.optim.sched.warmup_steps", None)
+        leaves |= of_kind | flatten({"model": with_methods.get(methods()[algorithm].option, {})})
+    if known.get("model.optim.name") == "sgd":
         del leaves["model.optim.lr"]
     return Layer(leaves, f"{FAMILY}={name}")
 

@@ -106,7 +106,7 @@ def load_config(
     # model.algorithm=… alone leaves as it is what goes with the recipe's own method
     methods = [layer.leaves.get("model.algorithm") for layer in users if layer.composed]
     algorithm = settled(next(filter(None, methods), tree["model.algorithm"]))
-    chosen = family_layer(family, algorithm, known["model.optim.name"])
+    chosen = family_layer(family, algorithm, known)
     if known["model.peft.restore_from_path"] is not None:
         chosen.leaves["model.peft.lora_tuning.adapter_dim"] = None  # the file's, unless somebody says else
     if known["model.family"] is None or known["model.family_because"] is not None:  # the user names none

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from nemo_aligner_diffusion.parallel.non_finite import NonFinitePolicy
 from nemo_aligner_diffusion.algorithms.reward_tuning import RewardTuning
 from nemo_aligner_diffusion.evaluation.metrics.base import training_columns
+from nemo_aligner_diffusion.parallel.non_finite import NonFinitePolicy
 from nemo_aligner_diffusion.training.callbacks.metrics import MetricsCSV
 from nemo_aligner_diffusion.training.callbacks.missed_validation import MissedValidation
 from nemo_aligner_diffusion.training.checkpoints.callback import TrainingCheckpoint
