@@ -313,6 +313,8 @@ def test_step_counts_average_the_draws_of_the_method(tiny):
     assert counts.network_calls == pytest.approx(8.5, abs=0.25)
     counts = step_counts(recipe(tiny, "draft_lv_sd", 2, "model.infer.inference_steps=10"))
     assert (counts.network_calls, counts.replays, counts.reads) == (12, 2, 2)
+    counts = step_counts(recipe(tiny, "draftp_sd", 2))
+    assert (counts.network_calls, counts.references, counts.replays, counts.reads) == (4, 2, 2, 1)
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, Any]:
@@ -325,13 +327,13 @@ def test_the_command_plans_a_layout_and_lists_those_that_fit(tiny, capsys):
     code, plan = run(
         capsys,
         *("--model", str(tiny), "--gpu=l40s", "--layouts", "rm=symmetry", "trainer.devices=2"),
-        *("model.infer.inference_steps=4", "model.truncation_steps=2", "model.micro_batch_size=2"),
+        *("model.infer.inference_steps=4", "model.truncation_steps=1", "model.micro_batch_size=2"),
         *("model.global_batch_size=4", "trainer.draftp_sd.val_check_interval=0"),
     )
     assert code == 0
     held = plan["bytes_per_rank"]
     assert held["peak"] == max(held["phases"].values()) == held["phases"][held["peak_phase"]]
-    assert plan["per_micro_batch"] == {"network_calls": 4, "reference_calls": 2, "replayed_steps": 2, "reads": 1}
+    assert plan["per_micro_batch"] == {"network_calls": 4, "reference_calls": 1, "replayed_steps": 1, "reads": 1}
     assert plan["bytes_sent_per_rank_and_step"]["gradients"] > 0
     assert sum(plan["seconds"].values()) == pytest.approx(plan["seconds_per_step"])
     fitting = [layout for layout in plan["layouts"] if layout["fits"]]

@@ -25,7 +25,8 @@ def test_a_documented_setting_is_accepted(command: str) -> None:
         words = ["rm=detection", "rm.model.from_pretrained=owl", *words]
     if not words[0].startswith("rm="):
         words.insert(0, "rm=clip")
-    recipe = "ddpo_sd" if words[0] == "rm=jpeg_size" else "draftp_sd"  # it has no gradient
+    # no gradient; nothing to be learnt from
+    recipe = {"rm=jpeg_size": "ddpo_sd", "rm=none": "dde_sd"}.get(words[0], "draftp_sd")
     assert load_config(recipe, words).rm.name in REWARDS
 
 

@@ -289,7 +289,14 @@ def _methods_own(values: Mapping[str, Any]) -> dict[str, Any]:
 def _check_reward(settings: RunSettings) -> None:
     """Raises :class:`ConfigurationError` for a reward that lacks a key, or has one that cannot act."""
     reward, _ = read_reward(settings.rm)
-    if kind_of(settings.model.algorithm) == "reward":
+    kind, online = kind_of(settings.model.algorithm), settings.model.preference.pairs == "online"
+    if not reward.measures and (kind != "preference" or online):
+        which = " and pairs drawn online" if kind == "preference" else ""
+        raise ConfigurationError(
+            f"rm.name = none with {settings.model.given('algorithm')}{which}: expected a reward, which this learns "
+            "from, or a method that learns from given pairs, such as dde"
+        )
+    if kind == "reward":
         for message in reward.without_gradient():
             raise ConfigurationError(message)
     measured = list(reward.measured()) if isinstance(reward, PartedSettings) else []

@@ -282,6 +282,8 @@ def _reward(request: Request, run: RunFiles | None, device: torch.device) -> Rew
         return None if asked is None else build_reward(asked, device)
     section = run.setting("rm", {"name": "clip"}) if run else {"name": "clip"}
     section = section if isinstance(section, dict) else {"name": section}
+    if section.get("name") == "none":
+        return None
     for key, value in import_paths(section):  # code that a folder names, which may be somebody else's
         print(
             f"note: the pictures are not scored: the run's reward is Python code ({key} = {value}), which is imported "
@@ -313,7 +315,7 @@ def _asked_reward(asked: str) -> dict[str, Any] | None:
     if _IMPORT_PATH.fullmatch(asked):
         return {"name": "custom", "import_path": asked}
     raise ConfigurationError(
-        f"--reward {asked}: neither a file nor one of {', '.join(analytic)}, none; "
+        f"--reward {asked}: neither a file nor one of {', '.join(analytic)}; "
         "expected one of these, a .nemo file, or your own package.module:name"
     )
 

@@ -34,6 +34,7 @@ class Reward(nn.Module, ABC):
     """
 
     name: str = "reward"
+    measures: bool = True  # else no figure is made of its scores
 
     @abstractmethod
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -73,7 +74,7 @@ class FunctionReward(Reward):
     def __init__(self, settings: RewardSettings) -> None:
         super().__init__()
         self.settings: Any = settings
-        self.name = settings.name
+        self.name, self.measures = settings.name, settings.measures
         self.freeze()
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -45,6 +45,7 @@ class RewardSettings(Settings):
         needs: fields that have no default, with an example of each.
         free: sections whose keys are free, such as a composite's ``parts``, and the field of each.
         differentiable: in the pictures; a policy gradient needs it not.
+        measures: whether its scores say anything; ``rm=none`` has none.
         augment: random changes of the pictures that the reward sees in training.
     """
 
@@ -53,6 +54,7 @@ class RewardSettings(Settings):
     needs: ClassVar[Mapping[str, str]] = {}
     free: ClassVar[Mapping[str, str]] = {}
     differentiable: ClassVar[bool] = True
+    measures: ClassVar[bool] = True
 
     augment: Augmentation = part(Augmentation)
 

@@ -1,4 +1,4 @@
-"""Mirror symmetry: a low-level reward that asks for the whole composition, with no weights."""
+"""Rewards without weights: mirror symmetry, which asks for the whole composition, and none at all."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.rewards.settings import RewardSettings
 
 if TYPE_CHECKING:
@@ -24,3 +25,21 @@ class Symmetry(RewardSettings):
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return -(images - images.flip(-1)).abs().mean(dim=(1, 2, 3))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nothing(RewardSettings):
+    """No reward, for learning from given pairs: every picture's score is NaN, and no figure is made of it."""
+
+    name = "none"
+    measures = False
+
+    def check(self, where: str = "rm") -> None:
+        if where != "rm":  # a part of another reward, a labeller of pairs
+            raise ConfigurationError(f"{where} = none, which measures nothing: expected a reward")
+
+    def describe(self) -> str:
+        return "no reward"
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return images.new_full((len(images),), float("nan"))

@@ -195,7 +195,9 @@ def _train(settings: RunSettings, frame: RunFrame, startup: Startup, given: Give
         pairs = data
         on_every_process(lambda: pairs.fit_to(model, module.sampling))
     module.validation_prompts = [prompt for prompt in data.validation_prompts for _ in data.validation_seeds]
-    module.measure_validation = functools.partial(validation_figures, embedder=_embedder(section, reward))
+    module.measure_validation = functools.partial(
+        validation_figures, embedder=_embedder(section, reward), rewarded=reward.measures
+    )
     if given.reward is not None:
         size = section.micro_batch_size
         reading = section.data

@@ -180,7 +180,13 @@ class Pictures:
 
 
 class ValidationMetric(Metric):
-    """Measured on the validation pictures, on every rank alike; a subclass has ``of`` or ``measure``."""
+    """Measured on the validation pictures, on every rank alike; a subclass has ``of`` or ``measure``.
+
+    Attributes:
+        of_rewards: made of the pictures' rewards, so left out where there is no reward.
+    """
+
+    of_rewards: ClassVar[bool] = False
 
     def of(self, pictures: Pictures) -> float | None:
         """The figure of one model's pictures; ``None`` where it cannot be measured."""
@@ -239,9 +245,10 @@ def training_figures(step: Step) -> dict[str, Any]:
     return {**step.reported, **measured}
 
 
-def validation_figures(pictures: ValidationPictures, embedder: Any = None) -> dict[str, float]:
-    """A row of ``validation.csv``; what cannot be measured is left out."""
+def validation_figures(pictures: ValidationPictures, embedder: Any = None, rewarded: bool = True) -> dict[str, float]:
+    """A row of ``validation.csv``; what cannot be measured is left out, without a reward what is made of rewards."""
     base = Pictures(pictures.base, pictures.prompts, pictures.seeds, pictures.base_rewards, embedder)
     tuned = Pictures(pictures.tuned, pictures.prompts, pictures.seeds, pictures.tuned_rewards, embedder)
-    rows = [metric.measure(base, tuned) for metric in of_kind(ValidationMetric)]
+    found = [metric for metric in of_kind(ValidationMetric) if rewarded or not metric.of_rewards]
+    rows = [metric.measure(base, tuned) for metric in found]
     return {name: value for row in rows for name, value in row.items() if value is not None}

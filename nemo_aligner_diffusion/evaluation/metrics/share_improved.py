@@ -12,6 +12,7 @@ class ShareImproved(ValidationMetric):
     unit = "share of all"
     from_zero = True
     main = False
+    of_rewards = True
     caption = "Validation pictures that score higher than the base model's of the same prompt and seed."
 
     def measure(self, base: Pictures, tuned: Pictures) -> dict[str, float | None]:

@@ -11,6 +11,7 @@ from nemo_aligner_diffusion.evaluation.text import format_gain, format_number
 
 class ValidationReward(ValidationMetric):
     name, title, direction, order = "reward", "Validation reward", "higher", 10
+    of_rewards = True
     caption = "Fixed prompts and seeds: the same noise for both models."
 
     def of(self, pictures: Pictures) -> float:

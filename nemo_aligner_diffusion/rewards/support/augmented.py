@@ -87,7 +87,7 @@ class AugmentedReward(Reward):
         self.reward = reward
         self.augmentation = augmentation
         self.label = label
-        self.name = reward.name
+        self.name, self.measures = reward.name, reward.measures
         self.freeze()
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -52,7 +52,7 @@ class ValidationFiles(pl.Callback):
         if pictures is None or not trainer.is_global_zero:
             return
         step = trainer.global_step
-        self._write_grid(pictures, step)
+        self._write_grid(pictures, step, pl_module.reward.measures)
         rows = [
             {"prompt": prompt, "seed": seed, "base_reward": base, "reward": tuned}
             for prompt, seed, base, tuned in zip(
@@ -62,7 +62,7 @@ class ValidationFiles(pl.Callback):
         text = json.dumps({"step": step, "prompts": rows}, indent=1, ensure_ascii=False)
         write_atomic(self.run_dir / "validation_samples.json", text + "\n")
 
-    def _write_grid(self, pictures: ValidationPictures, step: int) -> None:
+    def _write_grid(self, pictures: ValidationPictures, step: int, rewarded: bool) -> None:
         shown = list(dict.fromkeys(pictures.prompts))[: self.max_prompts]
         rows = [row for row, prompt in enumerate(pictures.prompts) if prompt in shown]
         grid = picture_grid(
@@ -71,7 +71,9 @@ class ValidationFiles(pl.Callback):
             rewards={
                 "base": [pictures.base_rewards[row] for row in rows],
                 "tuned": [pictures.tuned_rewards[row] for row in rows],
-            },
+            }
+            if rewarded
+            else None,
             seeds=[pictures.seeds[row] for row in rows],
             title=f"step {step}",
         )
