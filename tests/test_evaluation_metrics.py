@@ -13,6 +13,7 @@ from test_evaluation_report import make_run
 from tiny.training import Toy, fit
 
 from nemo_aligner_diffusion.algorithms.picture_validation import ValidationPictures
+from nemo_aligner_diffusion.algorithms.reward_tuning import RewardTuning
 from nemo_aligner_diffusion.evaluation.diversity import diversity, embed_images
 from nemo_aligner_diffusion.evaluation.metrics.base import (
     Step,
@@ -84,8 +85,11 @@ def test_every_metric_says_what_it_is() -> None:
 
 def test_the_rows_of_a_run_have_the_metrics_columns(tmp_path: Path) -> None:
     fit(tmp_path, Toy(), 1)
+    columns = training_columns(RewardTuning.reports)
+    assert columns[:3] == ["step", "reward", "kl_penalty"]
+    assert set(columns) < set(training_columns())  # no empty ones of other methods
     with open(tmp_path / "metrics.csv", newline="") as file:
-        assert next(csv.reader(file))[: len(training_columns())] == training_columns()
+        assert next(csv.reader(file))[: len(columns)] == columns
 
 
 def test_a_metric_of_one_file_is_everywhere(tmp_path: Path) -> None:

@@ -128,8 +128,8 @@ def main(config_name: str, argv: Sequence[str] | None = None) -> int:
 
 def _main(config_name: str, argv: Sequence[str], startup: Startup) -> int:
     parser = Parser(
-        "Trains a text-to-image model on a reward, or on pairs of pictures of which one is preferred.\n"
-        "Without any argument: the embedded model, reward and prompts, or pairs that it makes itself.",
+        "Trains a text-to-image model on a reward, or on pairs of pictures, one preferred.\n"
+        "Without any argument: embedded model, reward, prompts; its own pairs.",
         add_help=False,
     )
     arguments = parse_arguments(config_name, argv, parser)
