@@ -128,7 +128,7 @@ def main(config_name: str, argv: Sequence[str] | None = None) -> int:
 
 def _main(config_name: str, argv: Sequence[str], startup: Startup) -> int:
     parser = Parser(
-        "Trains a text-to-image model on a reward, or on pairs of pictures, one preferred.\n"
+        "Trains a text-to-image model on a reward, or on pairs of pictures.\n"
         "Without any argument: embedded model, reward, prompts; its own pairs.",
         add_help=False,
     )
