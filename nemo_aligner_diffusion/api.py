@@ -148,8 +148,7 @@ def tune(
             "validation_seeds": ("model.data.validation.seeds", validation_seeds),
         }
         run = _load(recipe, words, settings, overrides)
-        from_shards = (own_method or run.method()).data == "pairs" and run.model.preference.pairs == "shards"
-        if from_shards and "prompts.txt" in files:
+        if "prompts.txt" in files and run.reads_pairs(own_method or run.method()):
             raise ConfigurationError(
                 f"method={run.model.algorithm} learns from pairs of pictures, and prompts is a list of texts: give a "
                 "folder of preference shards as prompts (docs/reward_training.md), or overrides="

@@ -9,7 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from nemo_aligner_diffusion.data.paths import PathSpec
-from nemo_aligner_diffusion.data.prompts import build_prompt_loader
+from nemo_aligner_diffusion.data.prompts import PromptDataset
 from nemo_aligner_diffusion.data.sample_stream import SampleStream
 from nemo_aligner_diffusion.data.stream_loader import WORKER_TIMEOUT_SECONDS, StreamLoader
 from nemo_aligner_diffusion.errors import DataError
@@ -107,8 +107,18 @@ class StreamDataModule(pl.LightningDataModule, ABC):
         return stream.start_sample + came // stream.repeats * stream.step_size, came % stream.repeats
 
     @abstractmethod
-    def build_loader(self, paths: PathSpec, **options: Any) -> StreamLoader:
-        """A loader over ``paths``; ``options`` are arguments of :class:`.SampleStream`, and ``num_workers``."""
+    def build_dataset(self, paths: PathSpec, **options: Any) -> SampleStream:
+        """A stream over ``paths``; ``options`` are arguments of :class:`.SampleStream`."""
+
+    def build_loader(
+        self,
+        paths: PathSpec,
+        num_workers: int = 0,
+        worker_timeout_seconds: float = WORKER_TIMEOUT_SECONDS,
+        **options: Any,
+    ) -> StreamLoader:
+        """A loader over ``paths``; ``options`` as of :meth:`build_dataset`."""
+        return StreamLoader(self.build_dataset(paths, **options), num_workers, worker_timeout_seconds)
 
     def setup(self, stage: str | None = None) -> None:
         """Check the files and read one sample of each kind, before anything slow happens."""
@@ -233,5 +243,5 @@ class PromptDataModule(StreamDataModule):
         super().__init__(train, validation, **options)
         self.prompt_key = prompt_key
 
-    def build_loader(self, paths: PathSpec, **options: Any) -> StreamLoader:
-        return build_prompt_loader(paths, prompt_key=self.prompt_key, **options)
+    def build_dataset(self, paths: PathSpec, **options: Any) -> PromptDataset:
+        return PromptDataset(paths, prompt_key=self.prompt_key, **options)

@@ -87,14 +87,15 @@ class JPEGSize(RewardSettings):
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         import torch
-        from PIL import Image
+
+        from nemo_aligner_diffusion.formats.pictures import picture_of
 
         if images.requires_grad and torch.is_grad_enabled():
             raise RewardError(next(self.without_gradient()))
         sizes = []
-        for picture in (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy():
+        for picture in map(picture_of, images.detach().float().cpu().numpy()):
             file = io.BytesIO()
-            Image.fromarray(picture).save(file, format="JPEG", quality=self.quality)
+            picture.save(file, format="JPEG", quality=self.quality)
             sizes.append(file.tell() / 1000)
         return torch.tensor(sizes, dtype=images.dtype, device=images.device) * (1 if self.wanted == "large" else -1)
 

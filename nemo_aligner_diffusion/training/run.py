@@ -162,7 +162,7 @@ def _train(settings: RunSettings, frame: RunFrame, startup: Startup, given: Give
         frame.inputs.append(name)
         write_atomic(directory.path / name, "".join(f"{prompt}\n" for prompt in prompts))
     shards = section.data.train_path
-    makes_pairs = _learns_from_pairs(settings, method) and shards is None
+    makes_pairs = settings.reads_pairs(method) and shards is None
 
     def opened() -> RunData | RunPairs:
         watch.phase("opening the data")
@@ -285,11 +285,6 @@ def _build_reward(rm: Mapping[str, Any], device: torch.device, startup: Startup)
         return load_once(lambda: build_reward(rm), device)
 
 
-def _learns_from_pairs(settings: RunSettings, method: TrainingMethod) -> bool:
-    """Whether it reads pairs of pictures: the online variant reads prompts."""
-    return method.data == "pairs" and settings.model.preference.pairs == "shards"
-
-
 def batches_of(settings: RunSettings, method: TrainingMethod) -> tuple[int, dict[str, int]]:
     """Batches of the loader an optimizer step, and their sizes. A policy gradient's is the whole share of a process,
     as rewards are compared over the global batch, and comes once for each pass over it."""
@@ -306,7 +301,7 @@ def _build_data(
     """Of the run's method, and of ``shards``; ``None``: those that are named, else the embedded prompts."""
     section, sizes = settings.model.data, settings.model
     method, shards = method or settings.method(), shards or section.train_path
-    pairs = _learns_from_pairs(settings, method)
+    pairs = settings.reads_pairs(method)
     if settings.loop.val_check_interval == 0:
         prompts: list[str] = []
     elif section.prompts is not None:

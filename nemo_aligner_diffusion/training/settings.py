@@ -222,6 +222,10 @@ class RunSettings(ProgramSettings):
         """The method; a user's own module is imported for it."""
         return method_of(self.tree)
 
+    def reads_pairs(self, method: TrainingMethod | type[TrainingMethod]) -> bool:
+        """Whether ``method`` reads pairs of pictures: with ``pairs=online`` it reads prompts."""
+        return method.data == "pairs" and self.model.preference.pairs == "shards"
+
     def check(self) -> None:
         self.model.accumulation(self.trainer)
         self._check_frozen_precision()
@@ -256,7 +260,7 @@ class RunSettings(ProgramSettings):
 
     def _check_pairs(self) -> None:
         method, section = methods().get(self.model.algorithm), self.model
-        if method is None or method.data != "pairs" or section.preference.pairs != "shards":
+        if method is None or not self.reads_pairs(method):
             return
         if section.data.train_path is None and recognise(section).architecture != EMBEDDED:
             raise ConfigurationError(

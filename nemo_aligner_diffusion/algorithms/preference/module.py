@@ -148,8 +148,9 @@ class PreferenceTuning(DenoiserTuning):
                 "loser_error": change[1].mean(),
                 "gradient_weight": gradient.mean(),
             }
-            rows = torch.stack([torch.tensor(samples, device=t.device), t, *change, gradient], 1)
-        self._rows.append(rows.double().cpu())
+            measured = torch.stack([t.to(change), *change, gradient]).cpu().double()
+        # float32 holds no sample's index beyond 2^24
+        self._rows.append(torch.cat([torch.tensor([samples], dtype=torch.float64), measured]).T)
         self.end_micro_batch(prompts, figures, loss=losses.detach())
         return losses.mean()
 

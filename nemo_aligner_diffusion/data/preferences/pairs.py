@@ -45,7 +45,6 @@ from nemo_aligner_diffusion.data.sample_stream import SampleStream
 from nemo_aligner_diffusion.data.shard_index import is_compressed
 from nemo_aligner_diffusion.data.shards import tar_sample
 from nemo_aligner_diffusion.data.spans import Span, SpanReader, checksum
-from nemo_aligner_diffusion.data.stream_loader import WORKER_TIMEOUT_SECONDS, StreamLoader
 from nemo_aligner_diffusion.diffusion.generate import Sampling, picture_size
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.diffusion.network.latents import moments, vae_fingerprint
@@ -250,15 +249,8 @@ class PairDataModule(StreamDataModule):
             self.wanted = dataset.wanted = replace(self.wanted, vae=vae_fingerprint(model), shape=shape)
         dataset.check_first()
 
-    def build_loader(
-        self,
-        paths: PathSpec,
-        num_workers: int = 0,
-        worker_timeout_seconds: float = WORKER_TIMEOUT_SECONDS,
-        **options: Any,
-    ) -> StreamLoader:
-        dataset = PairDataset(paths, settings=self.settings, wanted=self.wanted, **options)
-        return StreamLoader(dataset, num_workers, worker_timeout_seconds)
+    def build_dataset(self, paths: PathSpec, **options: Any) -> PairDataset:
+        return PairDataset(paths, settings=self.settings, wanted=self.wanted, **options)
 
 
 def _pair(file: Path, key: str, members: dict[str, Member]) -> PreferencePair | EncodedPair:

@@ -29,7 +29,6 @@ from nemo_aligner_diffusion.data.sample_stream import SampleStream
 from nemo_aligner_diffusion.data.shard_index import is_compressed
 from nemo_aligner_diffusion.data.shards import tar_sample
 from nemo_aligner_diffusion.data.spans import Span, SpanReader, checksum
-from nemo_aligner_diffusion.data.stream_loader import WORKER_TIMEOUT_SECONDS, StreamLoader
 from nemo_aligner_diffusion.errors import DataError
 from nemo_aligner_diffusion.formats.pictures import decode_picture
 
@@ -109,12 +108,5 @@ class PreferenceDataModule(StreamDataModule):
         super().__init__(*args, **options)
         self.prepare = prepare
 
-    def build_loader(
-        self,
-        paths: PathSpec,
-        num_workers: int = 0,
-        worker_timeout_seconds: float = WORKER_TIMEOUT_SECONDS,
-        **options: Any,
-    ) -> StreamLoader:
-        dataset = PreferenceDataset(paths, prepare=self.prepare, **options)
-        return StreamLoader(dataset, num_workers, worker_timeout_seconds)
+    def build_dataset(self, paths: PathSpec, **options: Any) -> PreferenceDataset:
+        return PreferenceDataset(paths, prepare=self.prepare, **options)

@@ -18,14 +18,16 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from nemo_aligner_diffusion.evaluation.curves import Curve
 from nemo_aligner_diffusion.evaluation.run_files import RunFiles, column, last
+from nemo_aligner_diffusion.evaluation.text import ends_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -150,6 +152,15 @@ class TrainingMetric(Metric):
 
     def values(self, run: RunFiles) -> list[float]:
         return column(run.metrics, self.name)
+
+    def ends_tile(self, run: RunFiles, shown: Callable[[float], str]) -> Tile | None:
+        """Its mean over the first and over the last steps."""
+        values = [value for value in self.values(run) if math.isfinite(value)]
+        if not values:
+            return None
+        window = max(1, min(10, len(values) // 4))
+        before, after = sum(values[:window]) / window, sum(values[-window:]) / window
+        return Tile(self.title, f"{shown(before)} → {shown(after)}", ends_of(window))
 
     def curves(self, run: RunFiles) -> list[Curve]:
         return [Curve(self.title, run.metrics.get("step", []), self.values(run), self.colour, smooth=self.noisy)]

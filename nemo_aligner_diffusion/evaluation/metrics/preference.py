@@ -6,9 +6,10 @@ import math
 
 from nemo_aligner_diffusion.algorithms.preference.watch import WINDOW, both_rise
 from nemo_aligner_diffusion.evaluation.curves import Curve
-from nemo_aligner_diffusion.evaluation.metrics.base import Chart, Finding, Step, Tile, TrainingMetric
+from nemo_aligner_diffusion.evaluation.metrics.base import Chart, Finding, Tile, TrainingMetric
+from nemo_aligner_diffusion.evaluation.metrics.images_per_second import ImagesPerSecond
 from nemo_aligner_diffusion.evaluation.run_files import RunFiles
-from nemo_aligner_diffusion.evaluation.text import ends_of, format_number
+from nemo_aligner_diffusion.evaluation.text import format_number
 
 
 class ImplicitAccuracy(TrainingMetric):
@@ -17,12 +18,7 @@ class ImplicitAccuracy(TrainingMetric):
     caption = "Pairs whose winner the tuned model has come closer to than their loser (a tie counts half)."
 
     def tile(self, run: RunFiles) -> Tile | None:
-        values = [value for value in self.values(run) if math.isfinite(value)]
-        if not values:
-            return None
-        window = max(1, min(10, len(values) // 4))
-        before, after = sum(values[:window]) / window, sum(values[-window:]) / window
-        return Tile(self.title, f"{before:.0%} → {after:.0%}", ends_of(window))
+        return self.ends_tile(run, "{:.0%}".format)
 
 
 class ImplicitMargin(TrainingMetric):
@@ -90,13 +86,6 @@ class GradientWeight(TrainingMetric):
         ]
 
 
-class PairsPerSecond(TrainingMetric):
-    name, title, direction, order = "pairs_per_second", "Pairs per second", "higher", 81
+class PairsPerSecond(ImagesPerSecond):
+    name, title, order = "pairs_per_second", "Pairs per second", 81
     needs = "pairs"
-    colour = "third"
-    from_zero = True
-    main = False
-
-    def measure(self, step: Step) -> float | None:
-        pairs, seconds = step.reported.get("pairs"), step.reported.get("seconds", step.seconds)
-        return pairs / seconds if pairs is not None and seconds > 0 else None

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import re
 
 from nemo_aligner_diffusion.evaluation.curves import Curve
 from nemo_aligner_diffusion.evaluation.metrics.base import Chart, Tile, TrainingMetric
 from nemo_aligner_diffusion.evaluation.run_files import RunFiles
-from nemo_aligner_diffusion.evaluation.text import ends_of, format_number
+from nemo_aligner_diffusion.evaluation.text import format_number
 
 _COLOURS = ("tuned", "second", "third", "fourth", "base")
 
@@ -29,9 +28,4 @@ class TrainingReward(TrainingMetric):
         ]
 
     def tile(self, run: RunFiles) -> Tile | None:
-        rewards = [value for value in self.values(run) if math.isfinite(value)]
-        if not rewards:
-            return None
-        window = max(1, min(10, len(rewards) // 4))
-        before, after = sum(rewards[:window]) / window, sum(rewards[-window:]) / window
-        return Tile(self.title, f"{format_number(before)} → {format_number(after)}", ends_of(window))
+        return self.ends_tile(run, format_number)
