@@ -1,6 +1,6 @@
 """The planner against what this machine does: operations, memory and bytes sent, planned and measured.
 
-The measured side is the training step itself, ``RewardTuning.training_step`` and its backward pass, on the CPU:
+The measured side is the training step itself, the module's ``training_step`` and its backward pass, on the CPU:
 operations by PyTorch's ``FlopCounterMode``, memory by the allocator's own events.
 
     python -m benchmarks.planner_check                   # operations and memory
@@ -26,7 +26,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.memory_vs_active_steps import peak_allocated_bytes
+from nemo_aligner_diffusion.algorithms.preference.module import PreferenceTuning
 from nemo_aligner_diffusion.config.load import load_settings
+from nemo_aligner_diffusion.diffusion.generate import picture_size
 from nemo_aligner_diffusion.diffusion.noise import plan_random
 from nemo_aligner_diffusion.diffusion.plan import Plan
 from nemo_aligner_diffusion.embedded_assets import embedded_model_path
@@ -72,6 +74,11 @@ class RealStep:
             self.module.configure_model()
         self.module.on_train_start()
         own = cfg.model.micro_batch_size
+        self.pairs: dict[str, Any] = {}
+        if isinstance(self.module, PreferenceTuning):
+            self.pairs = {"pictures": torch.rand(own, 2, 3, *picture_size(model, self.module.sampling)),
+                          "labels": torch.tensor([[1.0, 0.0]] * own)}  # fmt: skip
+            assert self.module.calls  # finds out how the network is called
         self.index = torch.arange(own) + own * self.module.parallel.data_rank
 
     def __call__(self) -> None:
@@ -79,7 +86,7 @@ class RealStep:
         for part in self.module.reward.modules():
             if hasattr(part, "text_rows"):
                 part.text_rows.clear()
-        batch = {"prompts": [PROMPTS[i % len(PROMPTS)] for i in self.index], "index": self.index}
+        batch = {"prompts": [PROMPTS[i % len(PROMPTS)] for i in self.index], "index": self.index, **self.pairs}
         self.module.training_step(batch, 0).backward()
         self.module.parallel.average_gradients(self.module.trainable_parameters())
         self.module._micro_batches.clear()

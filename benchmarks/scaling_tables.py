@@ -100,7 +100,7 @@ def on(scenario: Scenario, settings: Settings, counts: StepCounts, measured: Mea
         measured = replace(measured, weights=weights, trained=round(measured.trained * shrink),
                            trained_elements=round(measured.trained_elements * shrink),
                            phases=measured.phases | {"average": average})  # fmt: skip
-    held = memory(settings, measured, 1, scenario.micro_batch_size, GPUS[GPU])
+    held = memory(settings, measured, counts, 1, scenario.micro_batch_size, GPUS[GPU])
     return held, estimate(settings, measured, counts, layout, 1, Machines(GPUS[GPU], gpus, NODE))
 
 

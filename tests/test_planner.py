@@ -58,10 +58,17 @@ def recipe(tiny: Path, name: str, batch: int, *more: str) -> Any:
         ("draftp_sd", ("rm=clip", "rm.augment.noise_std=0.1", "rm.augment.views=3")),
         ("draftp_sd", ("model.first_stage_config.activation_checkpointing=true", "model.decode_micro_batch_size=1")),
         ("draftp_sd", ("model.first_stage_config.tiling=64", "model.infer.height=128", "model.infer.width=64")),
+        ("dde_sd", ()),
+        ("dpo_sd", ("peft=sdlora", "model.activation_checkpointing=true")),
+        ("dpo_sd", ("model.preference.pairs=online", "peft=sdlora", "model.decode_micro_batch_size=1")),
+        ("dde_sd", ("algorithm=sft",)),
+        ("ddpo_sd", ("model.ddpo.step_share=0.5",)),
     ],
 )
 def test_operations_are_exactly_those_of_the_training_step(tiny, name, more):
     targets = "model.peft.lora_tuning.target_modules=[to_q,to_v,conv1]"
+    if name in ("dde_sd", "dpo_sd"):
+        more = (f"model.data.train.webdataset.local_root_path={tiny}", "sched=constant", *more)
     cfg = recipe(tiny, name, 2, targets, *more)
     assert planned(cfg)[0].flops == measured(cfg).flops
 

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from nemo_aligner_diffusion.planner.estimate import LEARNING
 from nemo_aligner_diffusion.planner.plan import Plan
 from nemo_aligner_diffusion.planner.search import Candidate
 
@@ -36,6 +37,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "reference_calls": counts.references,
             "replayed_steps": counts.replays,
             "reads": counts.reads,
+            "encodings": counts.encodings,
         },
         "bytes_per_rank": {
             "parts": asked.memory.parts,
@@ -67,9 +69,18 @@ def _layout(plan: Plan, item: Candidate) -> dict[str, Any]:
         "peak_bytes": item.memory.peak,
         "peak_phase": item.memory.peak_phase,
         "seconds_per_step": item.step.seconds,
-        "pictures_per_second": plan.settings.run.model.global_batch_size / item.step.seconds,
+        f"{_unit(plan)}_per_second": _per_second(plan, item),
         "bottleneck": item.step.bottleneck[0],
     }
+
+
+def _unit(plan: Plan) -> str:
+    return "pairs" if plan.counts.kind == "preference" else "pictures"
+
+
+def _per_second(plan: Plan, item: Candidate) -> float:
+    """Of further passes over the same pictures none is new."""
+    return plan.settings.run.model.global_batch_size / item.step.seconds / plan.counts.passes
 
 
 def show(plan: Plan) -> None:
@@ -98,7 +109,7 @@ def show(plan: Plan) -> None:
         console.print(sent)
     name, share = asked.step.bottleneck
     console.print(
-        f"estimated {asked.step.seconds:.3g} s a step, {batch / asked.step.seconds:.3g} pictures/s; most of it "
+        f"estimated {asked.step.seconds:.3g} s a step, {_per_second(plan, asked):.3g} {_unit(plan)}/s; most of it "
         f"({share:.0%}): {name}"
     )
     if plan.layouts:
@@ -136,14 +147,17 @@ def _memory_table(plan: Plan) -> Table:
 def _time_table(plan: Plan) -> Table:
     step, counts = plan.asked.step, plan.counts
     calls = {
+        "encode": counts.encodings,
         "rollout": counts.network_calls,
         "reference": counts.references,
         "decode and reward": counts.reads,
-        "replay": counts.replays,
+        **dict.fromkeys(LEARNING, counts.replays),
     }
     table = _table("an optimizer step of a rank", "phase", ">times", ">TFLOP", ">seconds", "limited by")
     for name, time in step.times.items():
         times = f"{calls[name]:g}" if name in calls else ""
+        if not time.total:
+            continue
         table.add_row(name, times, f"{step.flops.get(name, 0) / 1e12:.3g}", f"{time.total:.3g}", time.limit)
     table.add_section()
     table.add_row("sum", "", f"{sum(step.flops.values()) / 1e12:.3g}", f"{step.seconds:.3g}", "")
@@ -153,14 +167,14 @@ def _time_table(plan: Plan) -> Table:
 def _layouts_table(plan: Plan) -> Table:
     fitting = [item for item in plan.layouts if item.fits]
     table = _table(f"layouts: {len(fitting)} of {len(plan.layouts)} fit; fastest first", ">tensor", ">data", ">FSDP",
-                   ">micro-batch", ">accumulation", ">checkpointing", ">peak", "in", ">s a step", ">pictures/s",
+                   ">micro-batch", ">accumulation", ">checkpointing", ">peak", "in", ">s a step", f">{_unit(plan)}/s",
                    "most time in")  # fmt: skip
     for item in fitting[:SHOWN]:
         row = _layout(plan, item)
         numbers = [str(row[name]) for name in ("tensor", "data")]
         numbers += ["yes" if row["fsdp"] else "no", str(row["micro_batch_size"]), str(row["accumulation"])]
         numbers += ["yes" if row["activation_checkpointing"] else "no", human(row["peak_bytes"]), row["peak_phase"]]
-        numbers += [f"{row['seconds_per_step']:.3g}", f"{row['pictures_per_second']:.3g}", row["bottleneck"]]
+        numbers += [f"{row['seconds_per_step']:.3g}", f"{_per_second(plan, item):.3g}", row["bottleneck"]]
         table.add_row(*numbers)
     return table
 

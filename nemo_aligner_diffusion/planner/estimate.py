@@ -165,6 +165,7 @@ BOTTLENECKS = {
     "sharding": "gathering sharded weights",
     "replicas": "averaging gradients",
 }
+LEARNING = ("replay", "forward and backward")  # the phase with the denoiser's gradient: of a trajectory, of pairs
 # (group, kind) of a collective -> what is sent, and which of PhaseTime's seconds it costs
 TRAFFIC = {
     ("tensor", "all_reduce"): ("tensor_parallel", "tensor"),
@@ -174,7 +175,9 @@ TRAFFIC = {
 }
 
 
-def memory(settings: Settings, measured: Measurement, accumulation: int, micro_batch_size: int, gpu: GPU) -> Memory:
+def memory(
+    settings: Settings, measured: Measurement, counts: StepCounts, accumulation: int, micro_batch_size: int, gpu: GPU
+) -> Memory:
     """What a process holds, in the steady state (from the second optimizer step on)."""
     phases, gradients = measured.phases, measured.trained
     optim, ema = settings.run.model.optim, settings.run.exp_manager.ema
@@ -185,13 +188,18 @@ def memory(settings: Settings, measured: Measurement, accumulation: int, micro_b
     parts = {f"{name} weights": size for name, size in measured.weights.items() if size}
     parts |= {"optimizer": optimizer, "moving average": average}
     always = sum(parts.values())
-    kept = gradients if accumulation > 1 else 0  # gradients of the micro-batches before
-    peaks = {
-        "rollout": kept + max(phases[name].peak for name in ("text", "call", "reference") if name in phases),
-        "decode and reward": kept + phases["decode"].peak,
-        "replay": kept + max(phases[name].peak for name in ("replay", "replay_next") if name in phases),
-        "optimizer": max(phases["average"].peak, gradients + temporary),
-    }
+    peaks: dict[str, float] = {}
+    # of the micro-batches before; or of the step before, which Lightning frees no earlier than before a backward pass
+    kept = gradients if accumulation > 1 or counts.kind != "reward" else 0
+    for name, records in micro_batch(measured, counts).items():
+        if counts.kind == "policy":
+            kept = _trajectories(measured, counts, accumulation, name) + (0 if name == "replay" else gradients)
+        shown = "rollout" if counts.network_calls and name in ("text", "reference") else name
+        most = max((record.peak for often, record in records if often), default=0)
+        if most:
+            peaks[shown] = max(peaks.get(shown, 0), kept + most)
+    if "average" in phases:
+        peaks["optimizer"] = max(phases["average"].peak, gradients + temporary)
     if "validation" in phases:
         larger = max(1.0, settings.validation_batch_size / micro_batch_size)
         peaks["validation"] = max(phases["validation"].peak, int(phases["call"].peak * larger))
@@ -199,15 +207,37 @@ def memory(settings: Settings, measured: Measurement, accumulation: int, micro_b
     return Memory({**parts, "gradients": gradients}, held, gpu.reserved)
 
 
+def _trajectories(measured: Measurement, counts: StepCounts, chunks: int, phase: str) -> int:
+    """What all chunks of a policy gradient's batch hold until its one backward pass, beyond the peak of one's phase.
+
+    That is what a drawn step is recomputed from, latents for further passes, and until they are scored pictures, twice.
+    """
+    if counts.kind != "policy":
+        return 0
+    one = measured.phases["replay"].start
+    two = measured.phases.get("replay_next", measured.phases["replay"]).start
+    held = one + (two - one) * (len(counts.plan.active) - 1) + measured.latents * counts.steps * (counts.passes > 1)
+    if phase == "replay":
+        return chunks * held - two
+    return chunks * (held + 2 * measured.pictures)
+
+
 def micro_batch(measured: Measurement, counts: StepCounts) -> dict[str, list[tuple[float, Record]]]:
     """Phases of the printed plan -> those that were measured, and how often a micro-batch has each."""
-    phases = measured.phases
+    often = {
+        "encode": {"encode": counts.encodings},
+        "text": {"text": counts.texts, "conditioning": 1},
+        "rollout": {"call": counts.network_calls},
+        "reference": {"reference": counts.references},
+        "decode and reward": {"decode": counts.reads, "unread": 1},
+        LEARNING[counts.kind == "preference"]: {"replay": 1, "replay_next": counts.replays - 1},
+    }
+    found = dict(measured.phases)
+    if "replay" in found:
+        found.setdefault("replay_next", found["replay"])
     return {
-        "text": [(1, phases["text"])],
-        "rollout": [(counts.network_calls, phases["call"])],
-        "reference": [(counts.references, phases["reference"])] if "reference" in phases else [],
-        "decode and reward": [(counts.reads, phases["decode"]), (1, phases.get("unread", Record()))],
-        "replay": [(1, phases["replay"]), (counts.replays - 1, phases.get("replay_next", phases["replay"]))],
+        name: [(times, found[phase]) for phase, times in phases.items() if phase in found and times]
+        for name, phases in often.items()
     }
 
 

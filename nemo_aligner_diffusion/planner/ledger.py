@@ -82,11 +82,13 @@ class Record:
     Attributes:
         ops: operator calls by kind, views left out.
         peak: the most bytes alive at one time, everything made since the ledger began and still held included.
+        start: bytes alive when it began.
         collectives: calls by kind.
     """
 
     ops: Counter[Op] = field(default_factory=Counter)
     peak: int = 0
+    start: int = 0
     collectives: Counter[Collective] = field(default_factory=Counter)
 
     @property
@@ -119,7 +121,7 @@ class Ledger(TorchDispatchMode):
     @contextmanager
     def phase(self) -> Iterator[Record]:
         """What happens inside, counted on its own."""
-        self.current = Record(peak=self.live)
+        self.current = Record(peak=self.live, start=self.live)
         try:
             yield self.current
         finally:

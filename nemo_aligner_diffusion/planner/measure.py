@@ -1,8 +1,9 @@
 """One micro-batch's phases, run on fake tensors by the code that trains, and counted.
 
 Each phase is run once: encoding the prompts, one network call without gradient, one of the frozen reference, the
-decoder and the reward with their backward pass, and active steps replayed in the backward pass. How often a step of a
-method needs each of them is :mod:`.schedule`'s business.
+decoder and the reward with their backward pass, and active steps replayed in the backward pass; for pairs of pictures
+the VAE's encoder, and the network's call for both with its backward pass. How often a step of a method needs each of
+them is :mod:`.schedule`'s business.
 """
 
 from __future__ import annotations
@@ -15,29 +16,31 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from nemo_aligner_diffusion.diffusion.decoding import decode_as_set_up, load_small_decoder, set_up_decoder
-from nemo_aligner_diffusion.diffusion.lora import add_lora
+from nemo_aligner_diffusion.algorithms.preference.base import PreferenceMethod
+from nemo_aligner_diffusion.diffusion.decoding import decode_as_set_up
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
+from nemo_aligner_diffusion.diffusion.network.dry_run import guidance_choices
+from nemo_aligner_diffusion.diffusion.network.latents import encode
 from nemo_aligner_diffusion.diffusion.plan import Plan
 from nemo_aligner_diffusion.diffusion.taps import detached
 from nemo_aligner_diffusion.diffusion.trajectory import reward_gradient
+from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.parallel.parallelism import Parallelism
 from nemo_aligner_diffusion.parallel.placements import local_part
 from nemo_aligner_diffusion.parallel.simulated import group_names, simulated_mesh
 from nemo_aligner_diffusion.planner.kernels import gpu_kernels
 from nemo_aligner_diffusion.planner.ledger import Ledger, Record
-from nemo_aligner_diffusion.planner.networks import build_model, call_pipeline, preset_reward
+from nemo_aligner_diffusion.planner.networks import call_pipeline, model_of, reward_of
 from nemo_aligner_diffusion.planner.schedule import active_calls
 from nemo_aligner_diffusion.planner.settings import Case, Settings
 from nemo_aligner_diffusion.planner.shapes import ShapesMode, without_memory
 from nemo_aligner_diffusion.rewards.base import Reward
 from nemo_aligner_diffusion.rewards.support.augmented import SampleKeys, scoring_samples
-from nemo_aligner_diffusion.training.build import FROZEN_DTYPES, convert_frozen
 
-PHASES = ("text", "call", "reference", "decode", "replay", "replay_next", "validation")
+PHASES = ("encode", "text", "call", "reference", "decode", "replay", "replay_next", "validation")
 TYPICAL_PROMPT = "a red apple on a wooden table, studio light"
 
 
@@ -50,10 +53,13 @@ class Measurement:
             ``decode`` (one read: decoder, reward and their backward pass), ``unread`` (the decoding without gradient
             that ends a trajectory which is re-noised), ``replay`` (recompute and backward pass of
             the first active step), ``replay_next`` (of each further one; ``peak`` is that of both),
-            ``average`` (of gradients, once a step) and ``validation`` (decoding without gradient).
+            ``average`` (of gradients, once a step) and ``validation`` (decoding without gradient). Of pairs also
+            ``encode`` (both pictures by the VAE) and ``conditioning`` (the prompts, unguided); ``replay`` is forward
+            and backward pass of one call for both pictures, ``decode`` without gradient, as of a policy gradient.
         weights: of ``denoiser``, ``reference``, ``text_encoder``, ``vae``, ``reward``: what this process holds.
         trained: bytes of the trained parameters it holds, ``trained_elements`` their number.
         parameters: of the whole denoiser, adapters included, over all processes.
+        latents, pictures: bytes of a micro-batch's.
     """
 
     phases: dict[str, Record]
@@ -61,6 +67,8 @@ class Measurement:
     trained: int
     trained_elements: int
     parameters: int
+    latents: int = 0
+    pictures: int = 0
 
 
 def measure(
@@ -82,8 +90,8 @@ def measure(
         ConfigurationError: the model cannot be laid out so.
     """
     with torch.device("meta"):
-        model = _model(settings, case)
-        reward = _reward(settings)
+        model = model_of(settings, case)
+        reward = reward_of(settings)
     frozen = model.frozen_parts()
     parameters = sum(p.numel() for p in model.denoiser.parameters())
     mode = ShapesMode()
@@ -96,13 +104,15 @@ def measure(
         if mesh is not None:
             denoisers = [part for part in (model.denoiser, model.reference_denoiser) if part is not None]
             parallel.apply(mesh, denoisers, {**frozen, "reward": reward})
-        phases = _Phases(settings, case, model, reward, parallel, prompts).run(plan, only)
+        run = _Phases(settings, case, model, reward, parallel, prompts)
+        phases = run.run(plan, only)
         parallel.reshard()  # what is still gathered is in the phases already
         parts = {"denoiser": model.denoiser, "reference": model.reference_denoiser, **frozen, "reward": reward}
         weights = {name: 0 if part is None else _held_bytes(part) for name, part in parts.items()}
         trained = [local_part(p) for _, p in model.trainable_parameters()]
     return Measurement(
-        phases, weights, sum(p.nbytes for p in trained), sum(p.numel() for p in trained), parameters
+        phases, weights, sum(p.nbytes for p in trained), sum(p.numel() for p in trained), parameters, run.latents,
+        run.pictures,
     )  # fmt: skip
 
 
@@ -118,6 +128,9 @@ class _Phases:
     ) -> None:
         self.settings, self.case, self.parallel = settings, case, parallel
         self.model, self.reward = model, reward
+        self.method = settings.run.method()
+        self.kl_coeff = settings.run.model.kl_coeff if self.method.kind == "reward" else 0.0
+        self.latents = self.pictures = 0
         known = [local_part(tensor) for part in (model, reward) for tensor in _tensors(part)]
         self.ledger = Ledger(known, group_names(parallel.mesh) if parallel.mesh else {})
         self.prompts = list(prompts or (f"{TYPICAL_PROMPT}, {i}" for i in range(case.micro_batch_size)))
@@ -133,14 +146,17 @@ class _Phases:
     def _run(self, plan: Plan, only: Sequence[str]) -> None:
         model, settings = self.model, self.settings
         if self.case.layout.fsdp or set(only) - {"replay", "replay_next"}:
-            self._rollout(reference="reference" in only and bool(settings.run.model.kl_coeff))
-        if "decode" in only:
-            self._reward_gradient()
+            self._rollout(reference="reference" in only and bool(self.kl_coeff))
+        if "decode" in only and (self.method.kind != "preference" or not settings.run.reads_pairs(self.method)):
+            self._reward_gradient() if self.method.kind == "reward" else self._scores()
             if plan.renoise and not plan.own_step:
                 self._decoding("unread", len(self.prompts))
         cut = plan.cut or bool(plan.renoise)
         if "replay" in only:
-            self._replay("replay", 1, cut)
+            if isinstance(self.method, PreferenceMethod):
+                self._pairs(self.method.compares)
+            else:
+                self._replay("replay", 1, cut)
             self._begin("average")
             self.parallel.average_gradients(model.trainable_parameters())
             self._end()
@@ -164,9 +180,13 @@ class _Phases:
         self._phase.close()
         self._running = ""
 
-    def _pipeline(self, steps: int, network: Any, **taps: Any) -> Tensor:
+    def _pipeline(
+        self, steps: int, network: Any, prompts: list[str] | None = None, guidance: Any = None, **taps: Any
+    ) -> Tensor:
+        """Args ``prompts``, ``guidance``: in the place of the micro-batch's prompts, of the recipe's scale."""
         infer = self.settings.run.model.infer
-        inputs = self.model.inputs(self.prompts, steps, infer.unconditional_guidance_scale, infer.height, infer.width)
+        scale = infer.unconditional_guidance_scale if guidance is None else None
+        inputs = self.model.inputs(prompts or self.prompts, steps, scale, infer.height, infer.width) | (guidance or {})
         with self._precision(), torch.no_grad():
             return call_pipeline(self.model, inputs, network, **taps)
 
@@ -213,6 +233,73 @@ class _Phases:
             reward_gradient(images, leaves[:1], objective, None, 0, 1, rows, 1.0)
         self._end()
 
+    def _scores(self) -> None:
+        """Phase ``decode`` where no reward's gradient is taken."""
+
+        def begin(latents: Tensor) -> Tensor:
+            self._begin("decode")
+            self.latents = latents.nbytes
+            return latents
+
+        images = self._decoded(begin, in_training=self.method.kind == "policy")
+        self.pictures, rows = images.nbytes, self.case.decode_micro_batch_size or len(images)
+        for start in range(0, len(images), rows):
+            part = slice(start, start + rows)
+            with self._precision(), torch.no_grad(), scoring_samples(SampleKeys(0, 0, tuple(range(len(images))[part]))):
+                self.reward.scores(images[part], self.prompts[part])
+        self._end()
+
+    def _pairs(self, compares: bool) -> None:
+        """Phases ``encode``, ``conditioning``, ``reference`` and ``replay`` of a method that learns from pairs."""
+        model, infer = self.model, self.settings.run.model.infer
+        size = (infer.height, infer.width)
+        if None in size:
+            size = self._decoded(lambda latents: latents, in_training=False).shape[-2:]
+        pictures = torch.empty(2 * len(self.prompts), 3, *size)  # alive as long as the batch
+        if self.settings.run.reads_pairs(self.method):
+            self._begin("encode")
+            encode(model, pictures)
+            self._end()
+        errors: list[Tensor] = []
+
+        def learn(*args: Any, **kwargs: Any) -> Any:
+            if compares:
+                self._begin("reference")
+                with model.reference():
+                    model.network(model.trained)(*args, **kwargs)
+            self._begin("replay")
+            with torch.enable_grad(), self._precision(cache=False):
+                output = model.denoiser(*args, **kwargs)
+            first = next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+            with torch.enable_grad():
+                errors.append(first.to(torch.promote_types(first.dtype, torch.float32)).square().mean())
+            return detached(output)
+
+        both = self.prompts * (2 if compares else 1)
+        self._pipeline(1, learn, both, self._unguided())
+        errors.pop().backward()
+        self._end()
+
+    def _unguided(self) -> dict[str, float]:
+        """With which of its guidance the pipeline calls its network once for all prompts; phase ``conditioning``."""
+
+        def network(*args: Any, **kwargs: Any) -> Any:
+            self._end()
+            output = self.model.denoiser(*args, **kwargs)
+            called.append(next(len(leaf) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)))
+            return output
+
+        for guidance in guidance_choices(self.model, self.settings.run.model.infer.unconditional_guidance_scale):
+            called: list[int] = []
+            self._begin("conditioning")
+            self._pipeline(1, network, None, guidance)
+            if called == [len(self.prompts)]:
+                return guidance
+        raise ConfigurationError(
+            f"{type(self.model.pipe).__name__} cannot be planned: training on pairs calls its {self.model.trained} "
+            "once for all prompts, which none of its guidance scales does"
+        )
+
     def _decoding(self, name: str, pictures: int) -> None:
         """Phase ``name``: as many pictures without gradient."""
 
@@ -249,11 +336,12 @@ class _Phases:
                 return _recomputed(self.model.denoiser, args, kwargs, handle)
 
         latents = self._pipeline(active, network, stepped=predictions.append)
-        surrogate = (latents * torch.ones_like(latents)).sum()
-        kl_coeff = self.settings.run.model.kl_coeff
-        if kl_coeff:  # the distance to the reference's predictions, whatever they are
+        surrogate = torch.zeros(())
+        if self.method.kind == "reward":
+            surrogate = (latents * torch.ones_like(latents)).sum()
+        if self.kl_coeff or self.method.kind == "policy":  # the distance to other predictions; a step's density
             distances = [(e - torch.zeros_like(e)).square().mean() for e in predictions]
-            surrogate = surrogate + kl_coeff * torch.stack(distances).mean()
+            surrogate = surrogate + (self.kl_coeff or 1.0) * torch.stack(distances).mean()
         del latents
         predictions.clear()
         self._begin(name)
@@ -265,53 +353,6 @@ class _Phases:
         if not self.settings.autocast:
             return contextlib.nullcontext()
         return torch.autocast("cpu", getattr(torch, self.settings.precision[1]), cache_enabled=cache)
-
-
-def _model(settings: Settings, case: Case) -> DiffusionModel:
-    """As ``training.build`` does, from an architecture instead of weights."""
-    section = settings.run.model
-    model = build_model(settings.spec, **section.pipeline.declared())
-    with torch.device("cpu"):
-        small = section.decoder.small_decoder and load_small_decoder(section.decoder.small_decoder)
-    set_up_decoder(model, section.decoder, small)
-    if settings.lora is not None:
-        tuning = settings.lora
-        targets = list(tuning.target_modules or model.lora_targets)
-        rank = tuning.adapter_dim or 32  # a file's is not looked up: that of most families
-        add_lora(model.denoiser, rank, tuning.alpha, tuning.dropout, targets)
-    else:
-        model.denoiser.requires_grad_(True)
-        model.keep_reference()
-    if case.activation_checkpointing:
-        model.denoiser.enable_gradient_checkpointing()
-    weights, vae = getattr(torch, settings.precision[0]), model.pipe.vae
-    model.to(weights)  # the reward has a precision of its own
-    if section.frozen_precision is not None:
-        convert_frozen(model, FROZEN_DTYPES[section.frozen_precision] or weights)
-    if weights == torch.float16 and hasattr(model.pipe, "upcast_vae") and vae.config.get("force_upcast"):
-        vae.float()  # as its pipeline does for the decoding: a conversion that fakes refuse
-    model.denoiser.train()
-    return model
-
-
-def _reward(settings: Settings) -> Reward:
-    from nemo_aligner_diffusion.rewards.augmentation import Augmentation
-    from nemo_aligner_diffusion.rewards.registry import build_reward
-    from nemo_aligner_diffusion.rewards.settings import PRECISIONS
-    from nemo_aligner_diffusion.rewards.support.augmented import augmented
-
-    rm = settings.run.rm
-    if settings.reward is None:
-        with torch.device("cpu"):
-            return build_reward(rm)
-    model, trainer = rm.get("model", {}), rm.get("trainer", {})
-    reward = preset_reward(
-        settings.reward,
-        micro_batch_size=model.get("micro_batch_size"),
-        activation_checkpointing=bool(model.get("activation_checkpointing", False)),
-    )
-    precision = PRECISIONS[str(trainer.get("precision", 32))]
-    return augmented(reward.to(getattr(torch, precision)), Augmentation(**rm.get("augment", {})))
 
 
 def _recomputed(network: Any, args: Any, kwargs: Any, handle: Tensor) -> Any:

@@ -16,11 +16,15 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 from transformers import BatchEncoding
 
+from nemo_aligner_diffusion.diffusion.decoding import load_small_decoder, set_up_decoder
+from nemo_aligner_diffusion.diffusion.lora import add_lora
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.diffusion.taps import Proxy, in_place_of, undecorated
 from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError, first_line
 from nemo_aligner_diffusion.planner.presets import REWARDS, ModelSpec
+from nemo_aligner_diffusion.planner.settings import Case, Settings
 from nemo_aligner_diffusion.rewards.base import Reward
+from nemo_aligner_diffusion.training.build import FROZEN_DTYPES, convert_frozen
 
 
 class FixedLengthTokenizer:
@@ -148,3 +152,50 @@ def preset_reward(name: str, **model_settings: Any) -> Reward:
     config: Any = CLIPConfig(**REWARDS[name])
     tokenizer: Any = FixedLengthTokenizer(config.text_config.max_position_embeddings)
     return CLIPReward(CLIPModel(config), tokenizer, **model_settings)
+
+
+def model_of(settings: Settings, case: Case) -> DiffusionModel:
+    """As ``training.build`` does, from an architecture instead of weights."""
+    section = settings.run.model
+    model = build_model(settings.spec, **section.pipeline.declared())
+    with torch.device("cpu"):
+        small = section.decoder.small_decoder and load_small_decoder(section.decoder.small_decoder)
+    set_up_decoder(model, section.decoder, small)
+    if settings.lora is not None:
+        tuning = settings.lora
+        targets = list(tuning.target_modules or model.lora_targets)
+        rank = tuning.adapter_dim or 32  # a file's is not looked up: that of most families
+        add_lora(model.denoiser, rank, tuning.alpha, tuning.dropout, targets)
+    else:
+        model.denoiser.requires_grad_(True)
+        model.keep_reference()
+    if case.activation_checkpointing:
+        model.denoiser.enable_gradient_checkpointing()
+    weights, vae = getattr(torch, settings.precision[0]), model.pipe.vae
+    model.to(weights)  # the reward has a precision of its own
+    if section.frozen_precision is not None:
+        convert_frozen(model, FROZEN_DTYPES[section.frozen_precision] or weights)
+    if weights == torch.float16 and hasattr(model.pipe, "upcast_vae") and vae.config.get("force_upcast"):
+        vae.float()  # as its pipeline does for the decoding: a conversion that fakes refuse
+    model.denoiser.train()
+    return model
+
+
+def reward_of(settings: Settings) -> Reward:
+    from nemo_aligner_diffusion.rewards.augmentation import Augmentation
+    from nemo_aligner_diffusion.rewards.registry import build_reward
+    from nemo_aligner_diffusion.rewards.settings import PRECISIONS
+    from nemo_aligner_diffusion.rewards.support.augmented import augmented
+
+    rm = settings.run.rm
+    if settings.reward is None:
+        with torch.device("cpu"):
+            return build_reward(rm)
+    model, trainer = rm.get("model", {}), rm.get("trainer", {})
+    reward = preset_reward(
+        settings.reward,
+        micro_batch_size=model.get("micro_batch_size"),
+        activation_checkpointing=bool(model.get("activation_checkpointing", False)),
+    )
+    precision = PRECISIONS[str(trainer.get("precision", 32))]
+    return augmented(reward.to(getattr(torch, precision)), Augmentation(**rm.get("augment", {})))

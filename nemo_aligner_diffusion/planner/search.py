@@ -12,7 +12,15 @@ from dataclasses import dataclass, replace
 
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.parallel.layout import Layout
-from nemo_aligner_diffusion.planner.estimate import Machines, Memory, PhaseTime, StepEstimate, estimate, memory
+from nemo_aligner_diffusion.planner.estimate import (
+    LEARNING,
+    Machines,
+    Memory,
+    PhaseTime,
+    StepEstimate,
+    estimate,
+    memory,
+)
 from nemo_aligner_diffusion.planner.measure import Measurement, measure
 from nemo_aligner_diffusion.planner.schedule import StepCounts
 from nemo_aligner_diffusion.planner.settings import Case, Settings, case_of
@@ -24,7 +32,7 @@ REMEDIES: tuple[tuple[tuple[str, ...], str], ...] = (
     ((), "model.micro_batch_size=1"),
     ((_DECODING,), "model.first_stage_config.activation_checkpointing=true"),
     ((), "model.frozen_precision=bf16"),
-    (("replay",), "model.activation_checkpointing=true"),
+    (LEARNING, "model.activation_checkpointing=true"),
     ((), "rm.trainer.precision=bf16"),
     ((_DECODING,), "model.first_stage_config.tiling=512"),
 )
@@ -52,7 +60,7 @@ def candidate(settings: Settings, case: Case, measured: Measurement, counts: Ste
     """
     pictures = (micro_batch_size or case.micro_batch_size) * case.layout.data
     accumulation = max(1, settings.run.model.global_batch_size // pictures)
-    held = memory(settings, measured, accumulation, case.micro_batch_size, machines.gpu)
+    held = memory(settings, measured, counts, accumulation, case.micro_batch_size, machines.gpu)
     step = estimate(settings, measured, counts, case.layout, accumulation, machines)
     return Candidate(case, accumulation, held, step, held.needed <= machines.gpu.memory_bytes)
 
@@ -199,12 +207,14 @@ def nothing_fits(
 def _advice(nearest: Candidate, settings: Settings, searched: bool) -> Iterator[str]:
     """What lowers the peak of ``nearest``: what changes nothing else first, what costs most last."""
     case, phase = nearest.case, nearest.memory.peak_phase
-    if phase == "replay" and not case.activation_checkpointing:
+    if phase in LEARNING and not case.activation_checkpointing:
         yield "model.activation_checkpointing=true"
     if phase in (_DECODING, "validation") and case.decode_micro_batch_size != 1:
         yield "model.decode_micro_batch_size=1"
     if phase == _DECODING and settings.run.model.decoder.small_decoder is None:
         yield "a small decoder (model.first_stage_config.small_decoder)"
+    if phase == "encode":
+        yield "shards of latents (nad-encode-latents)"
     if case.micro_batch_size > 1:
         yield "fewer pictures at once (model.micro_batch_size)"
     if settings.lora is None:

@@ -195,6 +195,15 @@ def first_call(model: DiffusionModel, prompts: Sequence[str], inputs: dict[str, 
     return loop.arguments
 
 
+def guidance_choices(model: DiffusionModel, guidance_scale: float | None) -> list[dict[str, float]]:
+    """Arguments of the pipeline's call, with more and more of its guidance switched off."""
+    name, takes = model.guidance_argument, inspect.signature(type(model.pipe).__call__).parameters
+    own = {name: guidance_scale} if name is not None and guidance_scale is not None else {}
+    off = {key: value for key, value in (("true_cfg_scale", 1.0), ("pag_scale", 0.0)) if key in takes}
+    choices = [own, {**own, **off}, *({**off, name: scale} for scale in (1.0, 0.0) if name is not None)]
+    return [choice for j, choice in enumerate(choices) if choice not in choices[:j]]
+
+
 def without_guidance(
     model: DiffusionModel, inputs: dict[str, Any], guidance_scale: float | None
 ) -> tuple[list[Step], dict[str, float]]:
@@ -209,14 +218,8 @@ def without_guidance(
         Stop: its steps are not one call of the trained network each, whose prediction is what the scheduler steps with;
             or how pictures would become its latents is not known.
     """
-    name, takes = model.guidance_argument, inspect.signature(type(model.pipe).__call__).parameters
-    own = {name: guidance_scale} if name is not None and guidance_scale is not None else {}
-    off = {key: value for key, value in (("true_cfg_scale", 1.0), ("pag_scale", 0.0)) if key in takes}
-    choices = [own, {**own, **off}, *({**off, name: scale} for scale in (1.0, 0.0) if name is not None)]
     refused: Stop | None = None
-    for j, guidance in enumerate(choices):
-        if guidance in choices[:j]:
-            continue
+    for guidance in guidance_choices(model, guidance_scale):
         loop = _DryRun(model, PROMPTS, {**inputs, **guidance})
         try:
             loop.watch()
