@@ -73,7 +73,9 @@ class RealStep:
             self.module._device_mesh = init_device_mesh("cpu", (layout.data, layout.tensor), mesh_dim_names=names)
             self.module.configure_model()
         self.module.on_train_start()
-        own = cfg.model.micro_batch_size
+        own, method = cfg.model.micro_batch_size, cfg.method()
+        if method.kind == "policy":
+            own = cfg.model.global_batch_size // cfg.layout.data
         self.pairs: dict[str, Any] = {}
         if isinstance(self.module, PreferenceTuning):
             self.pairs = {"pictures": torch.rand(own, 2, 3, *picture_size(model, self.module.sampling)),

@@ -59,7 +59,7 @@ def recipe(tiny: Path, name: str, batch: int, *more: str) -> Any:
         ("draftp_sd", ("model.first_stage_config.activation_checkpointing=true", "model.decode_micro_batch_size=1")),
         ("draftp_sd", ("model.first_stage_config.tiling=64", "model.infer.height=128", "model.infer.width=64")),
         ("dde_sd", ()),
-        ("dpo_sd", ("peft=sdlora", "model.activation_checkpointing=true")),
+        ("dpo_sd", ("peft=sdlora", "model.activation_checkpointing=true", "model.frozen_precision=bf16")),
         ("dpo_sd", ("model.preference.pairs=online", "peft=sdlora", "model.decode_micro_batch_size=1")),
         ("dde_sd", ("algorithm=sft",)),
         ("ddpo_sd", ("model.ddpo.step_share=0.5",)),
@@ -82,14 +82,24 @@ def test_memory_is_within_the_stated_15_percent():
 
 
 @pytest.mark.slow
-def test_a_plan_for_this_machine_is_within_15_percent_of_what_metrics_csv_says(tmp_path):
-    words = ["trainer.accelerator=cpu", "trainer.draftp_sd.max_steps=1", "model.infer.inference_steps=5",
-             "model.micro_batch_size=8", "model.global_batch_size=8", "trainer.draftp_sd.val_check_interval=0",
-             "report.enable=false", f"exp_manager.explicit_log_dir={tmp_path / 'run'}"]  # fmt: skip
-    code = "import sys; from nemo_aligner_diffusion.cli.train import main; sys.exit(main('draftp_sd', sys.argv[1:]))"
+@pytest.mark.parametrize(
+    ("recipe", "more"),
+    [
+        ("draftp_sd", ("model.micro_batch_size=8", "model.global_batch_size=8")),
+        ("dde_sd", ("model.micro_batch_size=8", "model.global_batch_size=8", "model.preference.self_made.prompts=8",
+                    "model.preference.self_made.seeds=2", "model.preference.self_made.steps=1")),  # every weight
+        ("ddpo_sd", ("model.micro_batch_size=4", "model.global_batch_size=16")),
+    ],
+)  # fmt: skip
+def test_a_plan_for_this_machine_is_within_15_percent_of_what_metrics_csv_says(recipe, more, tmp_path):
+    words = ["trainer.accelerator=cpu", f"trainer.{recipe}.max_steps=2", "model.infer.inference_steps=3", *more,
+             f"trainer.{recipe}.val_check_interval=0", "report.enable=false",
+             f"exp_manager.explicit_log_dir={tmp_path / 'run'}"]  # fmt: skip
+    code = f"import sys; from nemo_aligner_diffusion.cli.train import main; sys.exit(main('{recipe}', sys.argv[1:]))"
     subprocess.run([sys.executable, "-c", code, *words], check=True, timeout=300)
-    (row,) = csv.DictReader((tmp_path / "run" / "metrics.csv").read_text().splitlines())
-    plan = [sys.executable, "-c", code.replace("train", "plan").replace("'draftp_sd', ", ""), *words, "--json"]
+    *_, row = csv.DictReader((tmp_path / "run" / "metrics.csv").read_text().splitlines())
+    plan = [sys.executable, "-c", code.replace("train", "plan").replace(f"'{recipe}', ", ""), *words, "--json",
+            "--config-name", recipe]  # fmt: skip
     planned = json.loads(subprocess.run(plan, check=True, timeout=300, capture_output=True).stdout)
     assert planned["gpu"] == "this machine's CPU"
     assert planned["bytes_per_rank"]["needed_on_device"] == pytest.approx(int(row["peak_memory_bytes"]), rel=0.15)

@@ -302,7 +302,10 @@ def test_other_families(family, caplog):
     )  # fmt: skip
     module.check_pipeline()
     assert ("an experiment" in caplog.text) == (family != "sdxl")
+    before = model.trainable_parameters()[0][1]
+    before.grad = torch.ones_like(before)
     loss = module.training_step(batch, 0)
+    assert before.grad is None  # of the step before: not held while the next one computes
     assert torch.isfinite(loss)
     assert flat(model, loss).norm() > 0
     if family != "sdxl":

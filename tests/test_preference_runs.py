@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from test_parallel_runs import figures
+from tiny.published import narrow
 from tiny.stable_diffusion import save_tiny_pipeline
 
 from nemo_aligner_diffusion.algorithms.picture_validation import ValidationPictures
@@ -34,6 +35,7 @@ from nemo_aligner_diffusion.evaluation.report import write_report
 from nemo_aligner_diffusion.evaluation.run_files import RunFiles
 from nemo_aligner_diffusion.formats.pictures import encode_png, picture_of
 from nemo_aligner_diffusion.rewards import restore_reward
+from nemo_aligner_diffusion.runtime.signals import Interruption
 
 COLUMNS = ("step", "implicit_accuracy", "implicit_margin", "winner_error", "loser_error", "gradient_weight", "loss",
            "grad_norm", "lr", "pairs")  # fmt: skip
@@ -266,6 +268,38 @@ def test_the_recipes_have_the_published_numbers(family: str, steps: int, warm_up
     sched = cfg.model.optim.sched
     assert (cfg.model.optim.lr, sched.name, sched.warmup_steps) == (2048e-8, "WarmupHoldPolicy", warm_up)
     assert cfg.model.peft.peft_scheme == "none"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "family", "method"), [("dde_sd", "sd15", "dde"), ("dde_sd", "sd15", "sft"), ("dpo_sdxl", "sdxl", "dpo")]
+)
+def test_two_steps_of_a_recipe_on_narrow_weights_in_the_real_layout(
+    recipe: str, family: str, method: str, inputs: Path, tmp_path: Path
+) -> None:
+    """As published but for the pictures' size and the batch."""
+    from diffusers import UNet2DConditionModel
+
+    from nemo_aligner_diffusion.config.load import load_config
+    from nemo_aligner_diffusion.training.run import train
+    from nemo_aligner_diffusion.training.settings import RunSettings
+
+    narrow(family).save_pretrained(tmp_path / "model")
+    cfg = load_config(recipe, [
+        f"model.from_pretrained={tmp_path / 'model'}", f"algorithm={method}", "rm=none", "report.enable=false",
+        f"model.data.train.webdataset.local_root_path={inputs / 'pairs'}", "trainer.accelerator=cpu",
+        f"exp_manager.explicit_log_dir={tmp_path / 'run'}", f"trainer.{recipe}.max_steps=2",
+        f"trainer.{recipe}.val_check_interval=0", "model.global_batch_size=2", "model.infer.height=32",
+        "model.infer.width=32",
+    ])  # fmt: skip
+    assert (cfg.model.family, cfg.model.micro_batch_size, cfg.model.optim.lr) == (family, 1, 2.048e-5)
+    ended = train(RunSettings.of(cfg), Interruption())
+    assert ended.code == 0
+    assert all(row > 0 for row in figures(tmp_path / "run" / "metrics.csv", "grad_norm"))
+    base, exported = (UNet2DConditionModel.from_pretrained(tmp_path / of / "unet") for of in ("model", "run/export"))
+    tuned, before = ended.module.model.denoiser.state_dict(), base.state_dict()
+    assert all(torch.equal(tensor, tuned[name]) for name, tensor in exported.state_dict().items())
+    assert sum(torch.equal(tensor, before[name]) for name, tensor in tuned.items()) < 0.2 * len(before)
 
 
 def test_the_report_says_when_both_errors_rise(tmp_path: Path) -> None:

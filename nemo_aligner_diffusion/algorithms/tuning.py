@@ -68,6 +68,8 @@ class DenoiserTuning(PictureValidation):
     def begin_micro_batch(self) -> None:
         if not self._micro_batches:
             self._step_started = time.perf_counter()
+            for _, parameter in self.trainable_parameters():  # Lightning frees them before the backward pass only
+                parameter.grad = None
 
     def end_micro_batch(self, prompts: list[str], figures: Mapping[str, Tensor], **values: Tensor) -> None:
         """Keep what ``metrics.csv`` and the guard are told.

@@ -189,11 +189,10 @@ def memory(
     parts |= {"optimizer": optimizer, "moving average": average}
     always = sum(parts.values())
     peaks: dict[str, float] = {}
-    # of the micro-batches before; or of the step before, which Lightning frees no earlier than before a backward pass
-    kept = gradients if accumulation > 1 or counts.kind != "reward" else 0
+    kept = gradients if accumulation > 1 else 0  # gradients of the micro-batches before
     for name, records in micro_batch(measured, counts).items():
         if counts.kind == "policy":
-            kept = _trajectories(measured, counts, accumulation, name) + (0 if name == "replay" else gradients)
+            kept = _trajectories(measured, counts, accumulation, name)
         shown = "rollout" if counts.network_calls and name in ("text", "reference") else name
         most = max((record.peak for often, record in records if often), default=0)
         if most:
@@ -202,7 +201,7 @@ def memory(
         peaks["optimizer"] = max(phases["average"].peak, gradients + temporary)
     if "validation" in phases:
         larger = max(1.0, settings.validation_batch_size / micro_batch_size)
-        peaks["validation"] = max(phases["validation"].peak, int(phases["call"].peak * larger))
+        peaks["validation"] = gradients + max(phases["validation"].peak, int(phases["call"].peak * larger))
     held = {name: always + peak for name, peak in peaks.items()}
     return Memory({**parts, "gradients": gradients}, held, gpu.reserved)
 

@@ -36,7 +36,7 @@ from nemo_aligner_diffusion.planner.ledger import Ledger, Record
 from nemo_aligner_diffusion.planner.networks import call_pipeline, model_of, reward_of
 from nemo_aligner_diffusion.planner.schedule import active_calls
 from nemo_aligner_diffusion.planner.settings import Case, Settings
-from nemo_aligner_diffusion.planner.shapes import ShapesMode, without_memory
+from nemo_aligner_diffusion.planner.shapes import ShapesMode, convertible, without_memory
 from nemo_aligner_diffusion.rewards.base import Reward
 from nemo_aligner_diffusion.rewards.support.augmented import SampleKeys, scoring_samples
 
@@ -258,7 +258,8 @@ class _Phases:
         pictures = torch.empty(2 * len(self.prompts), 3, *size)  # alive as long as the batch
         if self.settings.run.reads_pairs(self.method):
             self._begin("encode")
-            encode(model, pictures)
+            with convertible(model.pipe.vae):
+                encode(model, pictures)
             self._end()
         errors: list[Tensor] = []
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -82,3 +84,20 @@ def without_memory(module: nn.Module, mode: FakeTensorMode) -> None:
             for name, tensor in list(tensors.items()):
                 if tensor is not None:
                     tensors[name] = fake(tensor)  # type: ignore[assignment]
+
+
+@contextmanager
+def convertible(module: nn.Module) -> Iterator[None]:
+    """Within, ``module.to(dtype)`` works on fakes, which PyTorch's own refuses; afterwards all is as before."""
+    kept = [(part, name, p) for part in module.modules() for name, p in part._parameters.items() if p is not None]
+
+    def to(dtype: torch.dtype | None = None) -> None:
+        for part, name, p in kept:
+            part._parameters[name] = p if dtype in (None, p.dtype) else nn.Parameter(p.to(dtype), requires_grad=False)
+
+    module.to = to  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        del module.to
+        to()
