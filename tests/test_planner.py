@@ -30,7 +30,7 @@ from nemo_aligner_diffusion.planner.presets import MODELS, model_spec
 from nemo_aligner_diffusion.planner.schedule import step_counts
 from nemo_aligner_diffusion.planner.search import candidate, nothing_fits, search
 from nemo_aligner_diffusion.planner.settings import Case, case_of, settings_from
-from nemo_aligner_diffusion.planner.shapes import ShapesMode
+from nemo_aligner_diffusion.planner.shapes import ShapesMode, convertible, without_memory
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def recipe(tiny: Path, name: str, batch: int, *more: str) -> Any:
         ("draftp_sd", ("model.first_stage_config.activation_checkpointing=true", "model.decode_micro_batch_size=1")),
         ("draftp_sd", ("model.first_stage_config.tiling=64", "model.infer.height=128", "model.infer.width=64")),
         ("dde_sd", ()),
-        ("dpo_sd", ("peft=sdlora", "model.activation_checkpointing=true", "model.frozen_precision=bf16")),
+        ("dpo_sd", ("peft=sdlora", "model.activation_checkpointing=true")),
         ("dpo_sd", ("model.preference.pairs=online", "peft=sdlora", "model.decode_micro_batch_size=1")),
         ("dde_sd", ("algorithm=sft",)),
         ("ddpo_sd", ("model.ddpo.step_share=0.5",)),
@@ -92,7 +92,7 @@ def test_memory_is_within_the_stated_15_percent():
     ],
 )  # fmt: skip
 def test_a_plan_for_this_machine_is_within_15_percent_of_what_metrics_csv_says(recipe, more, tmp_path):
-    words = ["trainer.accelerator=cpu", f"trainer.{recipe}.max_steps=2", "model.infer.inference_steps=3", *more,
+    words = ["trainer.accelerator=cpu", f"trainer.{recipe}.max_steps=2", "model.infer.inference_steps=5", *more,
              f"trainer.{recipe}.val_check_interval=0", "report.enable=false",
              f"exp_manager.explicit_log_dir={tmp_path / 'run'}"]  # fmt: skip
     code = f"import sys; from nemo_aligner_diffusion.cli.train import main; sys.exit(main('{recipe}', sys.argv[1:]))"
@@ -229,6 +229,18 @@ def test_a_mask_from_the_tokenizer_cuts_what_has_shapes_only():
         assert torch.linspace(1, 0.5, 2).tolist() == [1, 0.5]
         with pytest.raises(DataDependentOutputException):
             states.sum().item()
+
+
+def test_a_conversion_of_what_has_shapes_only_is_undone():
+    with torch.device("meta"):
+        part = torch.nn.Linear(2, 2, dtype=torch.bfloat16)
+    mode = ShapesMode()
+    without_memory(part, mode)
+    before = part.weight
+    with mode, convertible(part):
+        part.to(torch.float32)
+        assert part.weight.dtype == torch.float32
+    assert part.weight is before
 
 
 # the ledger

@@ -38,6 +38,7 @@ from nemo_aligner_diffusion.diffusion.network.latents import encode as to_latent
 from nemo_aligner_diffusion.diffusion.network.latents import from_moments
 from nemo_aligner_diffusion.embedded_assets import embedded_model_path
 from nemo_aligner_diffusion.errors import ConfigurationError, DataError
+from nemo_aligner_diffusion.planner.schedule import holds_latents
 from nemo_aligner_diffusion.training.run import run_training
 
 SIZE = Wanted(32, 32)
@@ -377,6 +378,7 @@ def test_a_run_on_latents_is_the_run_on_pictures(tmp_path: Path, model: Diffusio
     labeller, prompts = self_made.labeller_of("symmetry"), self_made.drawn_prompts(4, 0)
     self_made.make_preferences(model, labeller, prompts, tmp_path / "s", seeds_per_prompt=2, sampling=sampling)
     encode_latents(model, str(tmp_path / "s"), tmp_path / "l", Choices(batch_size=3))
+    assert [holds_latents(tmp_path / data) for data in ("s", "l", "nothing")] == [False, True, False]
     figures = []
     for data in ("s", "l"):
         given = {

@@ -37,7 +37,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "reference_calls": counts.references,
             "replayed_steps": counts.replays,
             "reads": counts.reads,
-            "encodings": counts.encodings,
+            **({"encodings": counts.encodings} if counts.kind == "preference" else {}),
         },
         "bytes_per_rank": {
             "parts": asked.memory.parts,

@@ -201,7 +201,10 @@ def memory(
         peaks["optimizer"] = max(phases["average"].peak, gradients + temporary)
     if "validation" in phases:
         larger = max(1.0, settings.validation_batch_size / micro_batch_size)
-        peaks["validation"] = gradients + max(phases["validation"].peak, int(phases["call"].peak * larger))
+        call = phases["call"].peak
+        # autocast's copies of weights that have a gradient do not grow with the pictures
+        copies = min(call, 2 * measured.trained_elements) if settings.autocast else 0
+        peaks["validation"] = gradients + max(phases["validation"].peak, int(copies + (call - copies) * larger))
     held = {name: always + peak for name, peak in peaks.items()}
     return Memory({**parts, "gradients": gradients}, held, gpu.reserved)
 

@@ -148,7 +148,10 @@ class _Phases:
         if self.case.layout.fsdp or set(only) - {"replay", "replay_next"}:
             self._rollout(reference="reference" in only and bool(self.kl_coeff))
         if "decode" in only and (self.method.kind != "preference" or not settings.run.reads_pairs(self.method)):
-            self._reward_gradient() if self.method.kind == "reward" else self._scores()
+            if self.method.kind == "reward":
+                self._reward_gradient()
+            else:
+                self._scores()
             if plan.renoise and not plan.own_step:
                 self._decoding("unread", len(self.prompts))
         cut = plan.cut or bool(plan.renoise)
@@ -252,7 +255,7 @@ class _Phases:
     def _pairs(self, compares: bool) -> None:
         """Phases ``encode``, ``conditioning``, ``reference`` and ``replay`` of a method that learns from pairs."""
         model, infer = self.model, self.settings.run.model.infer
-        size = (infer.height, infer.width)
+        size: Any = (infer.height, infer.width)
         if None in size:
             size = self._decoded(lambda latents: latents, in_training=False).shape[-2:]
         pictures = torch.empty(2 * len(self.prompts), 3, *size)  # alive as long as the batch
@@ -361,12 +364,14 @@ def _recomputed(network: Any, args: Any, kwargs: Any, handle: Tensor) -> Any:
     leaves, structure = tree_flatten((args, kwargs))
     tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     given_back: Any = None
+    first: list[Any] = []  # as in training, where the second output is compared with it
 
     def call(_: Tensor, *given: Tensor) -> Any:
         nonlocal given_back
         at = dict(zip(tensors, given, strict=True))
         args, kwargs = tree_unflatten([at.get(i, leaf) for i, leaf in enumerate(leaves)], structure)
         flat, given_back = tree_flatten(network(*args, **kwargs))
+        first[:] = first or detached(flat)
         return tuple(flat)  # a checkpoint does not see into the list that Z-Image's network gives
 
     flat = checkpoint(call, handle, *(leaves[i] for i in tensors), use_reentrant=True)
