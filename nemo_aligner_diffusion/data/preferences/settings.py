@@ -16,7 +16,7 @@ class SelfMadeSettings(Settings):
     labeller: str = setting(
         "clip",
         Kind("text"),
-        "what prefers: a reward that needs no files, such as colourfulness, symmetry, clip (the embedded CLIP)",
+        "what prefers: a reward without files: colourfulness, symmetry, clip (the embedded CLIP) …",
     )
     label_noise: float = setting(0.0, PART, "share of the labels that are turned round, keyed by pair; in [0, 1]")
     tie_margin: float | None = setting(
