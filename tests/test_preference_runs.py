@@ -8,6 +8,7 @@ several processes; nothing but the refusal is lifted here.
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -150,6 +151,9 @@ def test_what_a_run_writes(alone: Path) -> None:
     filled = set(learnt.abs().sum(1).nonzero().flatten().tolist())
     assert len(filled) > 5
     assert filled <= set(range(100, 110))
+    phases = json.loads((alone / "startup.json").read_text())["phases"]
+    assert {"first network calls", "first backward pass"} < set(phases)
+    assert "first rollout" not in phases
     page = write_report(alone).read_text()
     for words in ("on preferences between pictures", "Implicit accuracy", "Gradient weight by noise level", "32 pairs"):
         assert words in page
