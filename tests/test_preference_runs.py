@@ -261,7 +261,7 @@ def test_keys_that_the_other_kind_reads_are_named(caplog: pytest.LogCaptureFixtu
 
 
 @pytest.mark.parametrize(("family", "steps", "warm_up"), [("sd15", 2000, 500), ("sdxl", 1500, 200)])
-def test_the_recipes_have_the_published_numbers(family: str, steps: int, warm_up: int) -> None:
+def test_the_recipes_have_the_published_numbers(family: str, steps: int, warm_up: int, caplog) -> None:
     from nemo_aligner_diffusion.config.load import load_config
 
     name = "dpo_sdxl" if family == "sdxl" else "dpo_sd"
@@ -270,6 +270,13 @@ def test_the_recipes_have_the_published_numbers(family: str, steps: int, warm_up
     sched = cfg.model.optim.sched
     assert (cfg.model.optim.lr, sched.name, sched.warmup_steps) == (2048e-8, "WarmupHoldPolicy", warm_up)
     assert cfg.model.peft.peft_scheme == "none"
+    assert not caplog.text
+    load_config(name, [f"family={family}", "model.preference.pairs=online", "model.global_batch_size=64"])
+    assert "for model.global_batch_size = 64 its rule (1e-08 for each pair) gives model.optim.lr=6.4e-07" in caplog.text
+    caplog.clear()
+    for words in ("model.optim.lr=1e-6", "peft=sdlora"):
+        load_config(name, [f"family={family}", "model.preference.pairs=online", "model.global_batch_size=64", words])
+    assert not caplog.text
 
 
 def test_the_report_says_when_both_errors_rise(tmp_path: Path) -> None:
