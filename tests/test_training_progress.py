@@ -32,7 +32,8 @@ def test_a_log_file_gets_whole_lines(tmp_path: Path, reward: str) -> None:
     assert "took" in steps[-1]
     validation = [line for line in lines if line.startswith("validation")]
     assert len(validation) == 1
-    assert re.fullmatch(rf"validation at step 4: {re.escape(reward)} -\d+\.\d{{4}}, base -1\.5000 \([+-]\d+\.\d{{4}}\)", validation[0])
+    line = rf"validation at step 4: {re.escape(reward)} -\d+\.\d{{4}}, base -1\.5000 \([+-]\d+\.\d{{4}}\)"
+    assert re.fullmatch(line, validation[0])
     assert len(lines) == 6
 
 
