@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,7 +75,3 @@ def _parser() -> argparse.ArgumentParser:
     add("--skip-bad-samples", dest="on_bad_sample", action="store_const", const="skip", default="error", help=skip)
     add("--overwrite", action="store_true", help="replace earlier latent shards in the folder")
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())
