@@ -42,9 +42,7 @@ class Choices:
     overwrite: bool = False
 
 
-def encode_latents(
-    model: DiffusionModel, paths: PathSpec, output: Path, choices: Choices
-) -> tuple[WrittenShards, int]:
+def encode_latents(model: DiffusionModel, paths: PathSpec, output: Path, choices: Choices) -> tuple[WrittenShards, int]:
     """Write ``output/latents-0000.tar``, …, all of them complete under their names or none; equal pairs, equal bytes.
 
     A shard for each of the given ones, with its pairs in their order: a run on the latents sees them in the order of a

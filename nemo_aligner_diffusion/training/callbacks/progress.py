@@ -105,7 +105,8 @@ class TrainingProgress(ProgressBar):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         figures = getattr(pl_module, "last_validation", None)
         if figures:
-            self.print(f"validation at step {trainer.global_step}: {_validated(figures, getattr(pl_module, 'reward_is', 'reward'))}")
+            said = _validated(figures, getattr(pl_module, "reward_is", "reward"))
+            self.print(f"validation at step {trainer.global_step}: {said}")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._close()
