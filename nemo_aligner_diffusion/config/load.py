@@ -128,11 +128,10 @@ def load_settings(
     config_name: str,
     overrides: Sequence[str] = (),
     config_dir: str | os.PathLike[str] | None = None,
-    recipe: str = "draftp_sd",
     fetch: bool = False,
 ) -> RunSettings:
     """:func:`load_config`, as the objects that code takes."""
-    return RunSettings.of(load_config(config_name, overrides, config_dir, recipe, fetch))
+    return RunSettings.of(load_config(config_name, overrides, config_dir, fetch=fetch))
 
 
 def _chosen_family(known: Mapping[str, Any], fetch: bool) -> tuple[str, str]:

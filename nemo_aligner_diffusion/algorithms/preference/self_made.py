@@ -68,7 +68,7 @@ RULES: dict[str, Labeller] = {"colourfulness": colourfulness, "symmetry": symmet
 TIE_MARGINS = {"colourfulness": 2.0, "symmetry": 0.005}
 
 
-def labeller_of(name: str, device: str | torch.device = "cpu") -> Labeller:
+def labeller_of(name: str) -> Labeller:
     """A rule of :data:`RULES`, or the reward of this ``rm.name`` as it is by default (``clip``: the embedded CLIP).
 
     Raises:
@@ -77,7 +77,7 @@ def labeller_of(name: str, device: str | torch.device = "cpu") -> Labeller:
     if name in RULES:
         return RULES[name]
     settings, _ = read_reward({"name": name}, "labeller")
-    return settings.build(device)
+    return settings.build()
 
 
 def make_preferences(
