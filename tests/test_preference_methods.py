@@ -22,7 +22,7 @@ from nemo_aligner_diffusion.diffusion.generate import Sampling
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.diffusion.noise import sample_generator
 from nemo_aligner_diffusion.errors import CheckpointError, ConfigurationError
-from nemo_aligner_diffusion.rewards.symmetry import Symmetry
+from nemo_aligner_diffusion.rewards.rules import Symmetry
 
 METHODS = [name for name, method in methods().items() if method.kind == "preference"]
 SEED = 3

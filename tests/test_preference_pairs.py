@@ -326,6 +326,7 @@ def read(folder: Path) -> list[PreferencePair]:
 def test_self_made_pairs(tmp_path: Path, model: DiffusionModel) -> None:
     """Labels follow the labeller but where the key turns one round; equal settings, equal bytes; found again."""
     settings = SelfMadeSettings(labeller="colourfulness", prompts=3, seeds=3, steps=1, tie_margin=0.0)
+    rule = self_made.labeller_of("colourfulness")
     folder = self_made.own_preferences(model, tmp_path / "a", settings, 7)
     plain = read(folder)
     assert len(plain) == 9
@@ -333,7 +334,7 @@ def test_self_made_pairs(tmp_path: Path, model: DiffusionModel) -> None:
         first, second = (
             torch.from_numpy(np.array(Image.open(io.BytesIO(p)))).permute(2, 0, 1) / 255 for p in pair.pictures
         )
-        gap = float(self_made.colourfulness(first[None]) - self_made.colourfulness(second[None]))
+        gap = float(rule(first[None], [""]) - rule(second[None], [""]))
         assert abs(gap) < 0.1 or pair.label[0] == float(gap > 0)  # measured before it was stored in 8 bits
     before = (folder / "preferences-0000.tar").read_bytes()
     again = self_made.own_preferences(model, tmp_path / "b", settings, 7)
