@@ -197,6 +197,7 @@ def test_a_tie_counts_as_much_as_it_is_said_to():
 def test_online_pairs_are_the_present_models_own_and_labelled_by_the_reward():
     def made(**own):
         module = tuning("dpo", settings={"pairs": "online", **own})
+        assert module.reward_is == "reward"
         module.reward, module.sampling = Symmetry().build(), Sampling(steps=2, height=16, width=16)
         return module, *module.latents({"prompts": ["a", "b"]}, [4, 9], [])
 

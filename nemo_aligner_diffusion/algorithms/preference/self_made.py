@@ -52,14 +52,14 @@ FOLDER, FACTS = "preferences", "made.json"  # in a run directory; how they were 
 TIE_MARGINS = {"colourfulness": 2.0, "symmetry": 0.005}
 
 
-def labeller_of(name: str, device: str | torch.device = "cpu") -> Labeller:
+def labeller_of(name: str) -> Labeller:
     """The reward of this ``rm.name`` as it is by default (``clip``: the embedded CLIP).
 
     Raises:
         ConfigurationError: there is none of this name, or it needs more than a name.
     """
     settings, _ = read_reward({"name": name}, "labeller")
-    return settings.build(device)
+    return settings.build()
 
 
 def make_preferences(
