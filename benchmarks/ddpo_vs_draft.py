@@ -28,7 +28,7 @@ REWARDS = {  # what is drawn -> its column in validation.csv
 METHODS = {  # recipe, what it is given, and its reward by what is drawn
     "DRaFT-1": ("draft_k_sd", ["model.truncation_steps=1"], "compressibility"),
     "DRaFT+": ("draftp_sd", [], "compressibility"),
-    "DDPO": ("ddpo_sd", ["model.infer.sampler_type=ddim"], "jpeg_size"),
+    "DDPO": ("ddpo_sd", ["model.infer.sampler_type=ddim", "model.ddpo.step_share=0.5"], "jpeg_size"),
 }
 
 

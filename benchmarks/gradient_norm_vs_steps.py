@@ -22,7 +22,7 @@ from nemo_aligner_diffusion.diffusion.noise import sample_generator
 from nemo_aligner_diffusion.diffusion.trajectory import rollout
 from nemo_aligner_diffusion.embedded_assets import embedded_model_path
 from nemo_aligner_diffusion.evaluation.curves import Curve, curve_plot
-from nemo_aligner_diffusion.rewards.symmetry import Symmetry
+from nemo_aligner_diffusion.rewards.rules import Symmetry
 from nemo_aligner_diffusion.runtime.files import write_atomic
 
 

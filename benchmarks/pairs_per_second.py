@@ -167,7 +167,7 @@ def latents_cost(pictures: Path, latents: Path, again: Path, batch: int) -> None
     made, model = [], load_model(embedded_model_path())
     for _ in range(3):
         began = now()
-        written, _ = encode_latents(model, str(pictures), again, Choices(overwrite=True))
+        written, _ = encode_latents(model, str(pictures), again, Choices(64, 64, overwrite=True))
         made.append(1000 * (now() - began) / written.samples)
     into = min(made)
     fly = of_an_epoch(pictures, lambda model, given: encode(model, given["pictures"].flatten(0, 1)))
@@ -189,7 +189,7 @@ def main() -> None:
         folder = Path(name)
         make_rule_preferences(folder, "symmetry", arguments.prompts, 4, 4, 0, overwrite=False)
         pictures, latents = folder / "train", folder / "latents"
-        encode_latents(load_model(embedded_model_path()), str(pictures), latents)
+        encode_latents(load_model(embedded_model_path()), str(pictures), latents, Choices(64, 64))
         latents_cost(pictures, latents, folder / "again", arguments.pairs)
         alternation = Alternation(PlainLoop(latents, arguments.pairs, not arguments.full), arguments.block)
         words = [

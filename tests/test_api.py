@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from tiny.stable_diffusion import save_tiny_pipeline, tiny_pipeline
 
-from nemo_aligner_diffusion import DiffusionDPO, DRaFTK, DRTune, tune
+from nemo_aligner_diffusion import DPO, DRaFTK, DRTune, tune
 from nemo_aligner_diffusion.config.load import load_config
 from nemo_aligner_diffusion.diffusion.plan import Plan
 from nemo_aligner_diffusion.embedded_assets import embedded_reward_path
@@ -189,7 +189,7 @@ def test_a_reward_without_files_and_a_method_are_named():
     with pytest.raises(ConfigurationError, match=r"method=.*lambda.*active steps must be integers in 0 … 1"):
         small(method=lambda path, rng: Plan(active=(path.steps,)))
     with pytest.raises(ConfigurationError, match=r"method=dpo learns from pairs.*model\.preference\.pairs=online"):
-        small(method=DiffusionDPO())
+        small(method=DPO())
 
 
 def test_methods_come_as_objects_rules_and_names():

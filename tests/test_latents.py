@@ -53,7 +53,7 @@ def test_latents_are_those_of_the_img2img_pipelines(name):
     expected = img2img_latents(model, name.split()[0], pictures(), generators(3))
     got = encode(model, pictures(), generators(3), latent_shape=expected.shape[1:])
     torch.testing.assert_close(got, expected, rtol=0, atol=5e-6)
-    kept = moments(model, pictures(), rows_at_a_time=2)
+    kept = moments(model, pictures())
     assert kept.shape == (3, 2, 4, 4, 4)
     torch.testing.assert_close(from_moments(model, kept, generators(3)), expected, rtol=0, atol=5e-6)
     mode = encode(model, pictures())

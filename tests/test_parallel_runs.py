@@ -145,7 +145,7 @@ def test_a_transformer_is_trained_as_by_one_process(processes, inputs, tmp_path,
 
 
 def train_on_a_prompt_without_a_score(*arguments: Any) -> int:
-    from nemo_aligner_diffusion.rewards.symmetry import Symmetry
+    from nemo_aligner_diffusion.rewards.rules import Symmetry
 
     score = Symmetry.score
 

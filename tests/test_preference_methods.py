@@ -22,7 +22,7 @@ from nemo_aligner_diffusion.diffusion.generate import Sampling
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.diffusion.noise import sample_generator
 from nemo_aligner_diffusion.errors import CheckpointError, ConfigurationError
-from nemo_aligner_diffusion.rewards.symmetry import Symmetry
+from nemo_aligner_diffusion.rewards.rules import Symmetry
 
 METHODS = [name for name, method in methods().items() if method.kind == "preference"]
 SEED = 3
@@ -197,6 +197,7 @@ def test_a_tie_counts_as_much_as_it_is_said_to():
 def test_online_pairs_are_the_present_models_own_and_labelled_by_the_reward():
     def made(**own):
         module = tuning("dpo", settings={"pairs": "online", **own})
+        assert module.reward_is == "reward"
         module.reward, module.sampling = Symmetry().build(), Sampling(steps=2, height=16, width=16)
         return module, *module.latents({"prompts": ["a", "b"]}, [4, 9], [])
 

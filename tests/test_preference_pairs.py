@@ -31,7 +31,7 @@ from nemo_aligner_diffusion.data.preferences.latents import Encoding, read_momen
 from nemo_aligner_diffusion.data.preferences.pairs import PairDataModule, PairDataset, Wanted, prepare
 from nemo_aligner_diffusion.data.preferences.settings import PairSettings, SelfMadeSettings
 from nemo_aligner_diffusion.data.preferences.shards import PreferencePair, read_preference_file, write_preference_shards
-from nemo_aligner_diffusion.diffusion.generate import Sampling, picture_size
+from nemo_aligner_diffusion.diffusion.generate import Sampling, generate, own_size, picture_size
 from nemo_aligner_diffusion.diffusion.loading import load_model
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.diffusion.network.latents import encode as to_latents
@@ -175,9 +175,9 @@ def test_latents_encoded_once_are_those_encoded_in_training(tmp_path: Path, mode
     third = PreferencePair((FIRST, SECOND), "soft", (1 / 3, 2 / 3))
     write_preference_shards([*blue_pairs(5, size=(70, 90)), third], tmp_path / "s", samples_per_shard=4)
     settings = PairSettings(tie_weight=1.0)
-    written, unusable = encode_latents(model, str(tmp_path / "s"), tmp_path / "l", Choices(batch_size=4))
+    written, unusable = encode_latents(model, str(tmp_path / "s"), tmp_path / "l", Choices(64, 64, batch_size=4))
     assert (written.samples, unusable, len(written.paths)) == (6, 0, 2)
-    again, _ = encode_latents(model, str(tmp_path / "s"), tmp_path / "again", Choices(batch_size=4))
+    again, _ = encode_latents(model, str(tmp_path / "s"), tmp_path / "again", Choices(64, 64, batch_size=4))
     assert again.paths[0].read_bytes() == written.paths[0].read_bytes()
     batches = []
     for folder in ("s", "l"):
@@ -275,6 +275,7 @@ def test_moments_round_trip_and_kinds_are_not_mixed(tmp_path: Path) -> None:
 
 def test_the_encoding_tool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_tiny_pipeline(tmp_path / "model")
+    weights = [part.rename(part.with_name("away")) for part in (tmp_path / "model" / "unet").glob("*.safetensors")]
     shard = tar(
         tmp_path / "a.tar", {**GOOD, **{k.replace("8.", "9."): v for k, v in OTHER.items() if "png_1" not in k}}
     )
@@ -290,6 +291,7 @@ def test_the_encoding_tool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "ask for overwriting" in capsys.readouterr().err
     assert encode_main([str(tmp_path / "l"), str(tmp_path / "m"), *words[2:]]) == 2
     assert "holds latents already" in capsys.readouterr().err
+    weights[0].rename(weights[0].with_name("diffusion_pytorch_model.safetensors"))  # the VAE's alone were needed
     other = load_model(tmp_path / "model")
     with torch.no_grad():
         next(other.networks["vae"].encoder.parameters()).add_(1)
@@ -303,8 +305,19 @@ def test_the_encoding_tool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_pictures_of_the_models_own_size(model: DiffusionModel) -> None:
-    assert picture_size(model, Sampling()) == (64, 64)
+    assert picture_size(model, Sampling()) == own_size(model) == (64, 64)
     assert picture_size(model, Sampling(height=8, width=16)) == (8, 16)
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "lumina2", "pixart-alpha", "if", "prx"])
+def test_the_size_that_is_read_off_a_pipeline_is_that_of_its_pictures(name: str) -> None:
+    row = named(name)
+    arguments = {key: value for key, value in row.arguments.items() if key not in ("height", "width")}
+    other = DiffusionModel(row.build(), arguments=arguments)
+    said = own_size(other)
+    assert (said is None) == (name in ("pixart-alpha", "if", "prx"))
+    if said is not None:
+        assert said == generate(other, ["a"], [0], Sampling(steps=1)).shape[-2:]
 
 
 def read(folder: Path) -> list[PreferencePair]:
@@ -314,6 +327,7 @@ def read(folder: Path) -> list[PreferencePair]:
 def test_self_made_pairs(tmp_path: Path, model: DiffusionModel) -> None:
     """Labels follow the labeller but where the key turns one round; equal settings, equal bytes; found again."""
     settings = SelfMadeSettings(labeller="colourfulness", prompts=3, seeds=3, steps=1, tie_margin=0.0)
+    rule = self_made.labeller_of("colourfulness")
     folder = self_made.own_preferences(model, tmp_path / "a", settings, 7)
     plain = read(folder)
     assert len(plain) == 9
@@ -321,7 +335,7 @@ def test_self_made_pairs(tmp_path: Path, model: DiffusionModel) -> None:
         first, second = (
             torch.from_numpy(np.array(Image.open(io.BytesIO(p)))).permute(2, 0, 1) / 255 for p in pair.pictures
         )
-        gap = float(self_made.colourfulness(first[None]) - self_made.colourfulness(second[None]))
+        gap = float(rule(first[None], [""]) - rule(second[None], [""]))
         assert abs(gap) < 0.1 or pair.label[0] == float(gap > 0)  # measured before it was stored in 8 bits
     before = (folder / "preferences-0000.tar").read_bytes()
     again = self_made.own_preferences(model, tmp_path / "b", settings, 7)
@@ -377,7 +391,7 @@ def test_a_run_on_latents_is_the_run_on_pictures(tmp_path: Path, model: Diffusio
     sampling = Sampling(1, 1.0)
     labeller, prompts = self_made.labeller_of("symmetry"), self_made.drawn_prompts(4, 0)
     self_made.make_preferences(model, labeller, prompts, tmp_path / "s", seeds_per_prompt=2, sampling=sampling)
-    encode_latents(model, str(tmp_path / "s"), tmp_path / "l", Choices(batch_size=3))
+    encode_latents(model, str(tmp_path / "s"), tmp_path / "l", Choices(64, 64, batch_size=3))
     assert [holds_latents(tmp_path / data) for data in ("s", "l", "nothing")] == [False, True, False]
     figures = []
     for data in ("s", "l"):

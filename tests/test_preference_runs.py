@@ -8,6 +8,7 @@ several processes; nothing but the refusal is lifted here.
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -152,6 +153,9 @@ def test_what_a_run_writes(alone: Path) -> None:
     filled = set(learnt.abs().sum(1).nonzero().flatten().tolist())
     assert len(filled) > 5
     assert filled <= set(range(100, 110))
+    phases = json.loads((alone / "startup.json").read_text())["phases"]
+    assert {"first network calls", "first backward pass"} < set(phases)
+    assert "first rollout" not in phases
     page = write_report(alone).read_text()
     for words in ("on preferences between pictures", "Implicit accuracy", "Gradient weight by noise level", "32 pairs"):
         assert words in page
@@ -259,7 +263,7 @@ def test_keys_that_the_other_kind_reads_are_named(caplog: pytest.LogCaptureFixtu
 
 
 @pytest.mark.parametrize(("family", "steps", "warm_up"), [("sd15", 2000, 500), ("sdxl", 1500, 200)])
-def test_the_recipes_have_the_published_numbers(family: str, steps: int, warm_up: int) -> None:
+def test_the_recipes_have_the_published_numbers(family: str, steps: int, warm_up: int, caplog) -> None:
     from nemo_aligner_diffusion.config.load import load_config
 
     name = "dpo_sdxl" if family == "sdxl" else "dpo_sd"
@@ -268,6 +272,13 @@ def test_the_recipes_have_the_published_numbers(family: str, steps: int, warm_up
     sched = cfg.model.optim.sched
     assert (cfg.model.optim.lr, sched.name, sched.warmup_steps) == (2048e-8, "WarmupHoldPolicy", warm_up)
     assert cfg.model.peft.peft_scheme == "none"
+    assert not caplog.text
+    load_config(name, [f"family={family}", "model.preference.pairs=online", "model.global_batch_size=64"])
+    assert "for model.global_batch_size = 64 its rule (1e-08 for each pair) gives model.optim.lr=6.4e-07" in caplog.text
+    caplog.clear()
+    for words in ("model.optim.lr=1e-6", "peft=sdlora"):
+        load_config(name, [f"family={family}", "model.preference.pairs=online", "model.global_batch_size=64", words])
+    assert not caplog.text
 
 
 @pytest.mark.slow

@@ -302,3 +302,10 @@ def test_what_is_passed_over_in_a_sample_is_passed_over_again_when_its_turn_come
     data = PreferenceDataset(str(path), on_bad_sample="skip", **options)
     assert [batch["prompts"] for batch in data] == [["a cat"]]
     assert data.index.left_out["samples"] == 1
+
+
+def test_latents_are_no_pictures(tmp_path: Path) -> None:
+    path = tar(tmp_path / "a.tar", {"7.moments.safetensors": b"x", "7.txt": "a cat", "7.label": "1/0"})
+    data = PreferenceDataset(str(path), prepare=Preprocessing(32).square, micro_batch_size=1, epochs=1)
+    with pytest.raises(DataError, match=r"a\.tar: sample '7' has latents in place of its pictures"):
+        list(data)

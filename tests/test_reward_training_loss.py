@@ -8,10 +8,10 @@ import math
 import pytest
 import torch
 
-from nemo_aligner_diffusion.algorithms.preference.self_made import colourfulness
 from nemo_aligner_diffusion.errors import DataError
 from nemo_aligner_diffusion.reward_training.evaluate import preference_figures
 from nemo_aligner_diffusion.reward_training.loss import correct, decided, preference_loss
+from nemo_aligner_diffusion.rewards.rules import Colourfulness
 
 
 def oracle(first: float, second: float, share: float) -> float:
@@ -125,8 +125,12 @@ def test_extremes() -> None:
 
 
 def test_colourfulness() -> None:
-    grey, red = torch.full((1, 3, 4, 4), 0.5), torch.zeros(1, 3, 4, 4)
+    colourfulness = Colourfulness().score
+    grey, red = torch.full((1, 3, 4, 4), 0.5, requires_grad=True), torch.zeros(1, 3, 4, 4)
     red[:, 0] = 1.0
-    assert colourfulness(grey).item() == 0
+    of_grey = colourfulness(grey, [""])
+    assert of_grey.item() == pytest.approx(0, abs=1e-5)
+    (slope,) = torch.autograd.grad(of_grey.sum(), grey)
+    assert slope.abs().max() == 0, "not NaN"
     # rg = 255, yb = 127.5 everywhere: no spread, 0.3·√(255² + 127.5²)
-    assert colourfulness(red).item() == pytest.approx(0.3 * math.hypot(255, 127.5))
+    assert colourfulness(red, [""]).item() == pytest.approx(0.3 * math.hypot(255, 127.5))

@@ -30,7 +30,7 @@ from nemo_aligner_diffusion.reward_training.configuration import (
 from nemo_aligner_diffusion.reward_training.evaluate import preference_figures, score_pairs
 from nemo_aligner_diffusion.reward_training.run import run_reward_training
 from nemo_aligner_diffusion.rewards import restore_reward
-from nemo_aligner_diffusion.rewards.symmetry import Symmetry
+from nemo_aligner_diffusion.rewards.rules import Symmetry
 from nemo_aligner_diffusion.runtime.signals import Interrupted, Interruption
 
 ROOT = Path(__file__).resolve().parents[1]

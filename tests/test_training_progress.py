@@ -16,9 +16,11 @@ from nemo_aligner_diffusion.training.checkpoints.resume import find_resume_point
 LINE = re.compile(r"step \d+/\d+  reward -?[\d.]+  KL [\d.e+-]+  \d+\.\d\d images/s  (\d+:\d\d left|took .*)")
 
 
-def test_a_log_file_gets_whole_lines(tmp_path: Path) -> None:
-    stream = io.StringIO()
-    fit(tmp_path, Toy(), 5, accumulate=2, val_every=4, progress=TrainingProgress(stream=stream))
+@pytest.mark.parametrize("reward", ["reward", "reward (only watches)"])
+def test_a_log_file_gets_whole_lines(tmp_path: Path, reward: str) -> None:
+    stream, module = io.StringIO(), Toy()
+    module.reward_is = reward
+    fit(tmp_path, module, 5, accumulate=2, val_every=4, progress=TrainingProgress(stream=stream))
     text = stream.getvalue()
     assert "\r" not in text
     assert "\x1b" not in text
@@ -30,7 +32,8 @@ def test_a_log_file_gets_whole_lines(tmp_path: Path) -> None:
     assert "took" in steps[-1]
     validation = [line for line in lines if line.startswith("validation")]
     assert len(validation) == 1
-    assert re.fullmatch(r"validation at step 4: reward -\d+\.\d{4}, base -1\.5000 \([+-]\d+\.\d{4}\)", validation[0])
+    line = rf"validation at step 4: {re.escape(reward)} -\d+\.\d{{4}}, base -1\.5000 \([+-]\d+\.\d{{4}}\)"
+    assert re.fullmatch(line, validation[0])
     assert len(lines) == 6
 
 

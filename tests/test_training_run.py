@@ -198,7 +198,7 @@ def test_a_second_run_into_a_finished_directory_is_refused_and_changes_nothing(p
 def test_nan_rewards_are_skipped_then_stop_the_run_without_touching_the_weights(
     pipeline, prompts, tmp_path, monkeypatch
 ):
-    from nemo_aligner_diffusion.rewards.symmetry import Symmetry
+    from nemo_aligner_diffusion.rewards.rules import Symmetry
 
     sane = Symmetry.score
     calls = []

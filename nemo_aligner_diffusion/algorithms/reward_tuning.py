@@ -14,15 +14,11 @@ import torch
 from torch import Tensor
 
 from nemo_aligner_diffusion.algorithms.tuning import DenoiserTuning
-from nemo_aligner_diffusion.diffusion.generate import Sampling
-from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.diffusion.noise import plan_random, sample_generator
 from nemo_aligner_diffusion.diffusion.plan import PlanRule, drawn
 from nemo_aligner_diffusion.diffusion.schedule import path_of
 from nemo_aligner_diffusion.diffusion.trajectory import Rollout, distance_of_training, rollout
 from nemo_aligner_diffusion.errors import AlignerError
-from nemo_aligner_diffusion.parallel.module import OptimizerFactory
-from nemo_aligner_diffusion.rewards.base import Reward
 from nemo_aligner_diffusion.rewards.support.augmented import SampleKeys, scoring_samples
 
 log = logging.getLogger(__name__)
@@ -37,17 +33,13 @@ class RewardTuning(DenoiserTuning):
     stops pushing what is good enough (ReFL).
 
     Args:
-        model: the pipeline; only its denoiser's parameters that require grad are trained.
-        reward: frozen, differentiable in the image.
-        sampling: how pictures are made, in training and validation.
         plan_rule: which steps are supervised, drawn once per optimizer step and equal on every rank.
-        optimizer_factory: see :class:`.ParallelModule`.
         kl_coeff: weight of the distance to the frozen model (DRaFT+); 0 makes no reference call.
         kl_space: in which it is measured: ``epsilon``, ``prediction`` or ``velocity``; ``None``: velocity for flows,
             else epsilon (as NeMo-Aligner's).
         reward_scale: ``λ``.
         reward_margin: see above; ``None`` for the plain reward.
-        tuning: further arguments of :class:`.DenoiserTuning`.
+        **tuning: see :class:`.DenoiserTuning`; the reward is differentiable in the image.
     """
 
     reports = ("reward", "kl_penalty", "loss", "images", "grad_norm")
@@ -55,11 +47,7 @@ class RewardTuning(DenoiserTuning):
 
     def __init__(
         self,
-        model: DiffusionModel,
-        reward: Reward,
-        sampling: Sampling,
         plan_rule: PlanRule,
-        optimizer_factory: OptimizerFactory,
         *,
         kl_coeff: float = 0.0,
         kl_space: str | None = None,
@@ -67,7 +55,7 @@ class RewardTuning(DenoiserTuning):
         reward_margin: float | None = None,
         **tuning: Any,
     ) -> None:
-        super().__init__(model, reward, sampling, optimizer_factory, **tuning)
+        super().__init__(**tuning)
         self.plan_rule = plan_rule
         self.kl_coeff = kl_coeff
         self.kl_space = kl_space
@@ -75,7 +63,7 @@ class RewardTuning(DenoiserTuning):
         self.reward_margin = reward_margin
         self._overflow_said = False
         if kl_coeff:
-            model.keep_reference()
+            self.model.keep_reference()
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The surrogate loss of one micro-batch: its gradient is that of ``L``, its value is not."""

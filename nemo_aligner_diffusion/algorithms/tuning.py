@@ -38,12 +38,16 @@ class DenoiserTuning(PictureValidation):
         counted: what its samples are, the name of their count.
         reports: names of the figures that a step has: which columns ``metrics.csv`` begins with.
         shown: those of them that the progress line shows, and the words for them.
+        starts_with: what the first step does before and in its backward pass, for the start-up's line.
+        reward_is: what the line of a validation calls the reward.
         last_metrics: figures of the last optimizer step, means over micro-batches and ranks, for ``metrics.csv``.
     """
 
     counted: ClassVar[str] = "images"
     reports: tuple[str, ...] = ()
     shown: ClassVar[Mapping[str, str]] = {}
+    starts_with: ClassVar[tuple[str, str]] = ("first rollout", "first replay")
+    reward_is: str = "reward"
 
     def __init__(
         self,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -69,7 +68,3 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--gzip", action="store_true", help="compress; weights hardly shrink")
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

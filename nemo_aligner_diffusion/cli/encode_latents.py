@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from nemo_aligner_diffusion.command_line import Parser, whole_number
 from nemo_aligner_diffusion.diffusion.settings import WeightsSettings
+from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.runtime.ending import command
 
 _EXAMPLES = """\
@@ -32,15 +32,21 @@ def main(argv: Sequence[str]) -> int:
     usual = sampling_of(family_of(recognise(WeightsSettings(from_pretrained=model and str(model)), fetch=True))[0])
     # torch and all, only now
     from nemo_aligner_diffusion.data.preferences.encoding import Choices, encode_latents
-    from nemo_aligner_diffusion.diffusion.generate import Sampling, picture_size
+    from nemo_aligner_diffusion.diffusion.generate import own_size
     from nemo_aligner_diffusion.diffusion.loading import load_model
     from nemo_aligner_diffusion.evaluation.generation import DTYPES, device_of
 
     place = device_of(device)
-    loaded = load_model(model, None, vae, DTYPES[precision])
-    height, width = given.pop("height") or usual.height, given.pop("width") or usual.width
-    height, width = picture_size(loaded, Sampling(height=height, width=width))
-    loaded.networks["vae"].to(place)  # all else is only there
+    loaded = load_model(model, None, vae, DTYPES[precision], only="vae")
+    said = own_size(loaded) or (None, None)
+    height = given.pop("height") or usual.height or said[0]
+    width = given.pop("width") or usual.width or said[1]
+    if height is None or width is None:
+        raise ConfigurationError(
+            f"{type(loaded.pipe).__name__} does not say how large its pictures are: expected --height and --width"
+        )
+    if "vae" in loaded.networks:  # what asks for it says that there is none
+        loaded.networks["vae"].to(place)
     started = time.perf_counter()
     written, unusable = encode_latents(loaded, paths, output, Choices(height, width, **given))
     seconds = time.perf_counter() - started
@@ -69,7 +75,3 @@ def _parser() -> argparse.ArgumentParser:
     add("--skip-bad-samples", dest="on_bad_sample", action="store_const", const="skip", default="error", help=skip)
     add("--overwrite", action="store_true", help="replace earlier latent shards in the folder")
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

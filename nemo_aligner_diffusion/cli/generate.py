@@ -206,7 +206,3 @@ def _read_prompts(path: Path) -> list[str]:
     if not prompts:
         raise DataError(f"{path} holds no prompt; expected one prompt a line")
     return prompts
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

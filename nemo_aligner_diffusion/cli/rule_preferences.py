@@ -18,7 +18,7 @@ from nemo_aligner_diffusion.command_line import Parser, finite_number, whole_num
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.runtime.ending import command
 
-RULE_NAMES = ("colourfulness", "symmetry")  # of algorithms/preference/self_made.py, which imports torch
+RULE_NAMES = ("colourfulness", "symmetry")  # rewards that see a picture alone, and need no file
 
 
 @command(interrupted="interrupted; shards under their names are complete")
@@ -77,7 +77,7 @@ def judge_main(argv: Sequence[str]) -> int:
     words += ["--compare", f"--lora={arguments.lora}", f"--output={arguments.output}", "--overwrite"]
     words += [f"--seeds=100-{99 + arguments.seeds}", f"--steps={usual.inference_steps}"]
     words += [f"--guidance={usual.unconditional_guidance_scale}"]
-    words += [f"--reward=nemo_aligner_diffusion.algorithms.preference.self_made:{arguments.rule}"]
+    words += [f"--reward={arguments.rule}"]
     result = run_generation(read_request(words))
     names = [prompt for prompt in prompts for _ in range(arguments.seeds)]
     candidates = read_prompts(str(embedded_prompts_path("train")))

@@ -36,7 +36,7 @@ from nemo_aligner_diffusion.config.layers import (
 from nemo_aligner_diffusion.config.recipes import FAMILY, conf_directory, groups, recipes
 from nemo_aligner_diffusion.config.schema import REWARDS, vocabulary
 from nemo_aligner_diffusion.config.words import settled
-from nemo_aligner_diffusion.diffusion.recognition import recognise
+from nemo_aligner_diffusion.diffusion.recognition import EMBEDDED, recognise
 from nemo_aligner_diffusion.diffusion.settings import WeightsSettings
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.keys import closest, flatten, unflatten
@@ -45,7 +45,7 @@ from nemo_aligner_diffusion.rewards.registry import read_reward
 from nemo_aligner_diffusion.runtime.directory import CONFIG_FILE, checkpoint_files, resolve_run_directory
 from nemo_aligner_diffusion.runtime.process import this_process
 from nemo_aligner_diffusion.runtime.settings import RunDirectorySettings
-from nemo_aligner_diffusion.training.settings import RunSettings
+from nemo_aligner_diffusion.training.settings import ModelSettings, RunSettings
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +120,7 @@ def load_config(
     for section in [entry for entry in cfg.rm if entry not in ("name", *REWARDS[cfg.rm.name])]:
         del cfg.rm[section]  # left by the recipe when only rm.name is changed
     _warn(notes)
+    _say_rate(chosen, settings.model)
     return cfg
 
 
@@ -127,11 +128,10 @@ def load_settings(
     config_name: str,
     overrides: Sequence[str] = (),
     config_dir: str | os.PathLike[str] | None = None,
-    recipe: str = "draftp_sd",
     fetch: bool = False,
 ) -> RunSettings:
     """:func:`load_config`, as the objects that code takes."""
-    return RunSettings.of(load_config(config_name, overrides, config_dir, recipe, fetch))
+    return RunSettings.of(load_config(config_name, overrides, config_dir, fetch=fetch))
 
 
 def _chosen_family(known: Mapping[str, Any], fetch: bool) -> tuple[str, str]:
@@ -320,6 +320,19 @@ def _unread(given: Mapping[str, Any], settings: RunSettings) -> dict[str, str]:
         elif key in unread and given[key] is not None:
             notes[key] = unread[key]
     return notes
+
+
+def _say_rate(family: Layer, section: ModelSettings) -> None:
+    """A rate that was published for all weights and a batch of pairs does not follow the batch by itself."""
+    batch, rate = (family.leaves.get(key) for key in ("model.global_batch_size", "model.optim.lr"))
+    if kind_of(section.algorithm) != "preference" or section.peft.is_lora or section.family == EMBEDDED:
+        return
+    if batch not in (None, section.global_batch_size) and section.optim.lr == rate and this_process().is_rank_zero:
+        logger.warning(
+            "model.optim.lr = %g is published for %d pairs a step; for model.global_batch_size = %d its rule (%g for "
+            "each pair) gives model.optim.lr=%g",
+            *(rate, batch, section.global_batch_size, rate / batch, section.global_batch_size * rate / batch),
+        )
 
 
 def _warn(notes: Mapping[str, str]) -> None:

@@ -69,8 +69,21 @@ def generate(
 
 
 def picture_size(model: DiffusionModel, sampling: Sampling) -> tuple[int, int]:
-    """(height, width) in pixels of the pictures that ``sampling`` makes; where it says no size, one is made to see."""
+    """(height, width) in pixels of the pictures that ``sampling`` makes; where nothing says it, one is made to see."""
     if sampling.height is not None and sampling.width is not None:
         return sampling.height, sampling.width
-    height, width = generate(model, [""], [0], replace(sampling, steps=2)).shape[-2:]
+    said = own_size(model) if sampling.height is sampling.width else None  # neither is given
+    height, width = said or generate(model, [""], [0], replace(sampling, steps=2)).shape[-2:]
     return height, width
+
+
+def own_size(model: DiffusionModel) -> tuple[int, int] | None:
+    """(height, width) in pixels of the pipeline's pictures, where it can be read off it, as its own call does."""
+    pipe = model.pipe
+    side, factor = getattr(pipe, "default_sample_size", None), getattr(pipe, "vae_scale_factor", None)
+    if model.trained == "unet" and side is None:
+        side = model.denoiser.config.get("sample_size")
+    known = isinstance(side, int) and isinstance(factor, int)
+    if not known or "default_sample_size" in pipe.config:  # that is PRX's, in pixels and to be binned
+        return None
+    return side * factor, side * factor

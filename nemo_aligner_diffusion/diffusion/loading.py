@@ -17,6 +17,7 @@ from nemo_aligner_diffusion.diffusion.files.parts import (
     check_vae,
     network_of_file,
     network_of_folder,
+    outline_of_folder,
     text_parts,
 )
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
@@ -55,6 +56,7 @@ def load_model(
     arguments: Mapping[str, Any] | None = None,
     text_path: str | Path | None = None,
     revision: str | None = None,
+    only: str | None = None,
 ) -> DiffusionModel:
     """Load a pipeline: the one that a folder's ``model_index.json`` names, or that weights in a file belong to.
 
@@ -67,6 +69,7 @@ def load_model(
         trained, stateless, arguments: see :class:`.DiffusionModel`.
         text_path: ``model.cond_stage_config.from_pretrained``: folder or hub id of text encoders and tokenizers.
         revision: branch, tag or commit of ``source`` (or else of ``text_path``) on the hub.
+        only: the one network of a folder or hub id that is to have weights; the others are on the meta device.
 
     Raises:
         CheckpointError: a part is missing, unreadable, does not fit, or names code that is not of diffusers or
@@ -76,7 +79,7 @@ def load_model(
     import diffusers  # noqa: F401 -- what has been imported can be kept quiet
     import transformers  # noqa: F401
 
-    whole = embedded_model_path() if source is None else _local(source, revision)
+    whole = embedded_model_path() if source is None else _local(source, revision, only)
     text = None if text_path is None else str(text_path)
     denoiser = None if denoiser_path is None else own_folder(denoiser_path, trained or "unet")
     vae = None if vae_path is None else own_folder(vae_path, "vae")
@@ -90,7 +93,7 @@ def load_model(
             assert denoiser is not None
             pipe = assemble(found, denoiser, vae, text, dtype, revision, denoiser)
         else:
-            pipe = _load(whole, denoiser, vae, text, dtype, trained, revision if source is None else None)
+            pipe = _load(whole, denoiser, vae, text, dtype, trained, revision if source is None else None, only)
     return DiffusionModel(pipe, trained, stateless, arguments)
 
 
@@ -102,6 +105,7 @@ def _load(
     dtype: torch.dtype,
     trained: str | None,
     revision: str | None,
+    only: str | None,
 ) -> Any:
     import diffusers
 
@@ -127,7 +131,7 @@ def _load(
         tokenizers = {n: pair[1] for n, pair in index.items() if n.startswith("tokenizer") and _is_class(pair)}
         parts |= text_parts(encoders, tokenizers, [text], dtype, revision)[0]
     _check_parts(folder, index, parts, pipeline_class)
-    parts |= _networks(folder, index, parts, dtype)
+    parts |= _networks(folder, index, parts, dtype, only)
     _give_size(folder, parts.get("unet"))
     try:
         pipe = pipeline_class.from_pretrained(folder, dtype=dtype, local_files_only=True, **parts)
@@ -142,7 +146,7 @@ def _load(
 
 
 def _networks(
-    folder: Path, index: Mapping[str, Any], given: Mapping[str, Any], dtype: torch.dtype
+    folder: Path, index: Mapping[str, Any], given: Mapping[str, Any], dtype: torch.dtype, only: str | None
 ) -> dict[str, torch.nn.Module]:
     """The pipeline's networks that are not ``given``, each from its folder; the other parts' folders are looked at."""
     import diffusers
@@ -159,7 +163,8 @@ def _networks(
                 f"{folder / name}: {pair[1]} of {pair[0]} needs {', '.join(needed)}; install what is missing"
             )
         if isinstance(found, type) and issubclass(found, torch.nn.Module):
-            networks[name] = network_of_folder(found, folder / name, dtype)
+            make = network_of_folder if only in (None, name) else outline_of_folder
+            networks[name] = make(found, folder / name, dtype)
         else:
             check_folder(folder / name)
     return networks
@@ -169,7 +174,7 @@ def _is_class(pair: Any) -> bool:
     return isinstance(pair, list) and len(pair) == 2 and None not in pair
 
 
-def _local(source: str | Path, revision: str | None) -> Path:
+def _local(source: str | Path, revision: str | None, only: str | None) -> Path:
     """A folder or file here; of a hub id its folder in the cache, fetched as far as it is not there."""
     small = locate(
         source,
@@ -181,7 +186,7 @@ def _local(source: str | Path, revision: str | None) -> Path:
     if Path(source).expanduser().exists():
         return small
     parts = [n for n, pair in _read_index(small).items() if _is_class(pair) and n not in _LEFT_OUT]
-    parts = [name for name in parts if (small / name / "config.json").exists()]  # the networks
+    parts = [n for n in parts if only in (None, n) and (small / n / "config.json").exists()]  # the networks
     patterns = [
         (*SMALL_FILES, *(pattern for name in parts for pattern in weight_patterns(f"{name}/", variant)))
         for variant in VARIANTS

@@ -31,7 +31,6 @@ def add_lora(
     alpha: float | None = None,
     dropout: float = 0.0,
     target_modules: Sequence[str] = ATTENTION_LORA,
-    adapter_name: str = ADAPTER,
 ) -> None:
     """Freeze ``denoiser`` and give it a trainable adapter that starts as the identity (B = 0).
 
@@ -62,7 +61,7 @@ def add_lora(
             lora_dropout=dropout,
             target_modules=list(target_modules),
         ),
-        adapter_name=adapter_name,
+        adapter_name=ADAPTER,
     )
 
 
@@ -88,20 +87,17 @@ def adapters_off(denoiser: Any) -> Iterator[None]:
         denoiser.enable_adapters()
 
 
-def lora_state_dict(
-    denoiser: Any, adapter_name: str = ADAPTER, state: dict[str, Tensor] | None = None
-) -> dict[str, Tensor]:
+def lora_state_dict(denoiser: Any, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The adapter's tensors as ``peft`` exports them; ``state``: by parameter name, in place of the present ones."""
     from peft import get_peft_model_state_dict
 
-    return get_peft_model_state_dict(denoiser, state_dict=state, adapter_name=adapter_name)
+    return get_peft_model_state_dict(denoiser, state_dict=state, adapter_name=ADAPTER)
 
 
 def save_lora_weights(
     denoiser: Any,
     directory: Path,
     state: Mapping[str, Tensor] | None = None,
-    adapter_name: str = ADAPTER,
     pipeline_class: Any = None,
     header: Mapping[str, str] | None = None,
 ) -> Path:
@@ -116,12 +112,12 @@ def save_lora_weights(
         header: notes for the files' metadata.
     """
     scales = {
-        name: layer.lora_alpha[adapter_name] / layer.r[adapter_name]
+        name: layer.lora_alpha[ADAPTER] / layer.r[ADAPTER]
         for name, layer in denoiser.named_modules()
-        if adapter_name in getattr(layer, "lora_alpha", {})
+        if ADAPTER in getattr(layer, "lora_alpha", {})
     }
     layers: dict[str, dict[str, Tensor]] = {}
-    for name, value in lora_state_dict(denoiser, adapter_name).items():
+    for name, value in lora_state_dict(denoiser).items():
         module, part = name.split(".lora_")
         tensor = value if state is None else state[name].to(value.dtype)
         tensor = tensor.detach().cpu() * (scales[module] if part.startswith("B.") else 1)

@@ -178,19 +178,13 @@ def load_component(module: Any, component: str, path: str | Path) -> None:
     module.load_state_dict({name: tensors[name] for name in expected}, assign=empty)
 
 
-def save_component(
-    module: Any, folder: Path, notes: Mapping[str, str] | None = None, state: dict[str, Tensor] | None = None
-) -> None:
-    """``module.save_pretrained(folder)`` of ``diffusers``, with ``notes`` in the header (of shards: in their index).
-
-    Args:
-        state: other weights in place of the module's, by the same names.
-    """
+def save_component(module: Any, folder: Path, notes: Mapping[str, str] | None = None) -> None:
+    """``module.save_pretrained(folder)`` of ``diffusers``, with ``notes`` in the header (of shards: in their index)."""
     from huggingface_hub import save_torch_state_dict
 
     module.save_config(folder)
     save_torch_state_dict(
-        module.state_dict() if state is None else state,
+        module.state_dict(),
         folder,
         filename_pattern="diffusion_pytorch_model{suffix}.safetensors",
         max_shard_size="10GB",  # as diffusers does

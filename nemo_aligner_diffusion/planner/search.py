@@ -119,16 +119,15 @@ def search(
     machines: Machines,
     progress: Callable[[str], None],
     asked: Case,
-    tensor_sizes: Sequence[int] = TENSOR_SIZES,
 ) -> list[Candidate]:
     """Every layout of ``machines`` for the global batch, those that fit first, fastest first.
 
-    Sizes of ``tensor_sizes`` beyond the first are tried until one fits: cutting layers costs speed, so more of it is
-    never better than the least that fits. What is not searched (the pictures decoded at a time, which frozen parts are
-    sharded or cut, when FSDP2 lets go of weights) is as ``asked``, where a layout has a use for it.
+    Of :data:`TENSOR_SIZES` those beyond the first are tried until one fits: cutting layers costs speed, so more of it
+    is never better than the least that fits. What is not searched (the pictures decoded at a time, which frozen parts
+    are sharded or cut, when FSDP2 lets go of weights) is as ``asked``, where a layout has a use for it.
     """
     found: list[Candidate] = []
-    for tensor in tensor_sizes:
+    for tensor in TENSOR_SIZES:
         data = machines.world // tensor
         if machines.world % tensor or settings.run.model.global_batch_size % data:
             continue

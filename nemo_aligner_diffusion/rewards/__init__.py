@@ -32,8 +32,9 @@ if TYPE_CHECKING:
     from nemo_aligner_diffusion.rewards.parts import Shaping as Shaping
     from nemo_aligner_diffusion.rewards.registry import build_reward as build_reward
     from nemo_aligner_diffusion.rewards.restore import restore_reward as restore_reward
+    from nemo_aligner_diffusion.rewards.rules import Colourfulness as Colourfulness
+    from nemo_aligner_diffusion.rewards.rules import Symmetry as Symmetry
     from nemo_aligner_diffusion.rewards.support.preprocessing import Preprocessing as Preprocessing
-    from nemo_aligner_diffusion.rewards.symmetry import Symmetry as Symmetry
 
 _HOMES = {
     "base": ("Reward",),
@@ -52,7 +53,7 @@ _HOMES = {
     "registry": ("build_reward",),
     "restore": ("restore_reward",),
     "support.preprocessing": ("Preprocessing",),
-    "symmetry": ("Symmetry",),
+    "rules": ("Colourfulness", "Symmetry"),
 }
 
 

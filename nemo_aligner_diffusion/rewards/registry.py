@@ -124,11 +124,7 @@ def _check_unread(where: str, kind: type[RewardSettings], key: str, value: Any, 
         others[f"rm.{key}"].read(f"{where}.{key}", value)
 
 
-def build_reward(
-    config: Mapping[str, Any] | Any | None = None,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
-) -> Reward:
+def build_reward(config: Mapping[str, Any] | Any | None = None, device: str | torch.device = "cpu") -> Reward:
     """The reward that ``config`` describes.
 
     ``rm.name=custom`` imports and runs the Python code that ``rm.import_path`` names: give only a configuration that
@@ -137,8 +133,7 @@ def build_reward(
     Args:
         config: the ``rm`` section, a mapping or a ``DictConfig``: its keys are in the files of ``conf/rm``; ``None`` or
             ``{}`` is the embedded CLIP reward.
-        device: where it computes.
-        dtype: what its model computes in; by default ``rm.trainer.precision``, or float32.
+        device: where it computes, in ``rm.trainer.precision``.
 
     Raises:
         ConfigurationError: an unknown reward or key (the nearest known one is named), or an impossible value.
@@ -152,7 +147,7 @@ def build_reward(
     )
     for key in unread:
         logger.warning("%s has no effect here: the reward %r does not use it", key, settings.name)
-    return settings.build(device, dtype)
+    return settings.build(device)
 
 
 def import_paths(config: Any, where: str = "rm") -> Iterator[tuple[str, str]]:

@@ -174,7 +174,7 @@ def build_module(
     if isinstance(method, PreferenceMethod):
         return PreferenceTuning(method, section.preference, **common)
     if isinstance(method, DDPO):
-        return PolicyGradient(method=method, micro_batch_size=section.micro_batch_size, **common)
+        return PolicyGradient(method, section.micro_batch_size, **common)
     assert isinstance(method, Method), "no other kind yet"
     return RewardTuning(
         plan_rule=method.plan,

@@ -123,7 +123,7 @@ def shard(drawn: random.Random, folder: Path) -> Path:
 def read_shard(path: Path) -> None:
     """Its prompts, streamed and by their index, must be the same; preferences are looked for, too."""
     from nemo_aligner_diffusion.data.bad_samples import BadSamples
-    from nemo_aligner_diffusion.data.preferences.shards import locate_pairs, read_preference_file
+    from nemo_aligner_diffusion.data.preferences.shards import read_preference_file
     from nemo_aligner_diffusion.data.prompt_files import locate_prompts, parse_prompt
 
     content = path.read_bytes()
@@ -136,7 +136,6 @@ def read_shard(path: Path) -> None:
         _printable(line)
     if path.suffix == ".tar":
         list(read_preference_file(path, BadSamples("skip")))
-        list(locate_pairs(path, BadSamples("skip")))
     list(locate_prompts(path, BadSamples("error")))
 
 

@@ -18,16 +18,12 @@ from torch import Tensor
 from nemo_aligner_diffusion.algorithms.policy.advantages import Advantages, moments
 from nemo_aligner_diffusion.algorithms.policy.ddpo import DDPO
 from nemo_aligner_diffusion.algorithms.tuning import DenoiserTuning
-from nemo_aligner_diffusion.diffusion.generate import Sampling
-from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.diffusion.noise import plan_random, sample_generator
 from nemo_aligner_diffusion.diffusion.policy.rollout import PolicyRollout, policy_rollout
 from nemo_aligner_diffusion.diffusion.policy.transitions import Transitions
 from nemo_aligner_diffusion.diffusion.schedule import timed
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.parallel.broadcast import gather
-from nemo_aligner_diffusion.parallel.module import OptimizerFactory
-from nemo_aligner_diffusion.rewards.base import Reward
 from nemo_aligner_diffusion.rewards.support.augmented import SampleKeys, scoring_samples
 
 _STATE = "policy"  # in checkpoints
@@ -79,28 +75,16 @@ class PolicyGradient(DenoiserTuning):
     density of the transition, log-densities being means over a latent's elements.
 
     Args:
-        model, sampling, optimizer_factory, options: see :class:`.DenoiserTuning`; in training pictures are sampled with
-            ``method.noise_level``.
-        reward: numbers are enough, no gradient is taken.
-        method: the settings.
+        method: the settings; in training pictures are sampled with its ``noise_level``.
         micro_batch_size: pictures sampled at a time, and gone along with at a time; gradients do not depend on it.
+        **tuning: see :class:`.DenoiserTuning`; of the reward numbers are enough, no gradient is taken.
     """
 
     reports = ("reward", "loss", "images", "grad_norm")
     shown: ClassVar = {"reward": "reward", "clip_fraction": "clipped"}
 
-    def __init__(
-        self,
-        model: DiffusionModel,
-        reward: Reward,
-        sampling: Sampling,
-        method: DDPO,
-        optimizer_factory: OptimizerFactory,
-        *,
-        micro_batch_size: int,
-        **options: Any,
-    ) -> None:
-        super().__init__(model, reward, sampling, optimizer_factory, **options)
+    def __init__(self, method: DDPO, micro_batch_size: int, **tuning: Any) -> None:
+        super().__init__(**tuning)
         self.method = method
         self.micro_batch_size = micro_batch_size
         self.advantages = Advantages(

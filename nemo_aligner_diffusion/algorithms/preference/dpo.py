@@ -10,7 +10,7 @@ from nemo_aligner_diffusion.settings import number
 
 
 @dataclass(frozen=True)
-class DiffusionDPO(PreferenceMethod):
+class DPO(PreferenceMethod):
     """Every noise level counts alike: ``w_t = 1/2``, so that the loss is ``−log σ(−β/2·(Δ^w − Δ^l))``.
 
     As the authors' code has it: ``−0.5·β·(model_diff − ref_diff)``, errors averaged over the elements of a latent.

@@ -51,11 +51,14 @@ class PreferenceTuning(DenoiserTuning):
 
     counted = "pairs"
     shown: ClassVar = {"loss": "loss", "implicit_accuracy": "accuracy", "implicit_margin": "margin"}
+    starts_with = ("first network calls", "first backward pass")
 
     def __init__(self, method: PreferenceMethod, pairs: PairSettings, **tuning: Any) -> None:
         super().__init__(**tuning)
         self.method = method
         self.pairs = pairs
+        if pairs.pairs == "shards":  # online it makes the labels
+            self.reward_is = "reward (only watches)"
         compared = ("implicit_accuracy", "implicit_margin", "winner_error", "loser_error", "gradient_weight")
         self.reports = ("loss", "pairs", "grad_norm", *(compared if method.compares else ()))
         self.weight_by_level = torch.zeros(BINS, 2, dtype=torch.float64)

@@ -34,7 +34,6 @@ from nemo_aligner_diffusion.formats.files import read_json
 from nemo_aligner_diffusion.formats.pictures import encode_png, picture_of
 from nemo_aligner_diffusion.parallel.broadcast import from_first_process
 from nemo_aligner_diffusion.rewards.registry import read_reward
-from nemo_aligner_diffusion.rewards.symmetry import Symmetry
 from nemo_aligner_diffusion.runtime.files import write_atomic
 
 log = logging.getLogger(__name__)
@@ -49,35 +48,18 @@ PROMPTS_AT_ONCE = 8
 FOLDER, FACTS = "preferences", "made.json"  # in a run directory; how they were made
 
 
-def colourfulness(images: Tensor, prompts: Sequence[str] = ()) -> Tensor:
-    """``(B,)``, 0 for grey, above 100 for gaudy: ``√(σ²_rg + σ²_yb) + 0.3·√(μ²_rg + μ²_yb)`` in the opponent colours
-    ``rg = R − G``, ``yb = (R + G)/2 − B`` on a scale of 255, of images ``(B, 3, H, W)`` in ``[0, 1]``.
-
-    Hasler & Süsstrunk, 2003, "Measuring colourfulness in natural images", the efficient metric of section 7.
-    """
-    red, green, blue = (images.double() * 255).flatten(2).unbind(1)
-    opponent = (red - green, (red + green) / 2 - blue)
-    spread = sum(colour.var(dim=1, unbiased=False) for colour in opponent)
-    shift = sum(colour.mean(dim=1).square() for colour in opponent)
-    return spread**0.5 + 0.3 * shift**0.5
-
-
-symmetry = Symmetry().score
-RULES: dict[str, Labeller] = {"colourfulness": colourfulness, "symmetry": symmetry}
-# Smallest difference that counts as a preference, in the rule's units; pairs closer than this are ties.
+# Smallest difference that counts as a preference, in the reward's units; pairs closer than this are ties.
 TIE_MARGINS = {"colourfulness": 2.0, "symmetry": 0.005}
 
 
-def labeller_of(name: str, device: str | torch.device = "cpu") -> Labeller:
-    """A rule of :data:`RULES`, or the reward of this ``rm.name`` as it is by default (``clip``: the embedded CLIP).
+def labeller_of(name: str) -> Labeller:
+    """The reward of this ``rm.name`` as it is by default (``clip``: the embedded CLIP).
 
     Raises:
         ConfigurationError: there is none of this name, or it needs more than a name.
     """
-    if name in RULES:
-        return RULES[name]
     settings, _ = read_reward({"name": name}, "labeller")
-    return settings.build(device)
+    return settings.build()
 
 
 def make_preferences(

@@ -15,7 +15,6 @@ from nemo_aligner_diffusion.data.preferences.pairs import PairDataset, Wanted
 from nemo_aligner_diffusion.data.preferences.settings import PairSettings
 from nemo_aligner_diffusion.data.preferences.shards import MOMENTS, format_label
 from nemo_aligner_diffusion.data.shards import Sample, WrittenShards, write_sample_shards
-from nemo_aligner_diffusion.diffusion.generate import Sampling, picture_size
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.diffusion.network.latents import moments, vae_fingerprint
 from nemo_aligner_diffusion.errors import DataError
@@ -26,15 +25,15 @@ class Choices:
     """How pairs are encoded.
 
     Attributes:
-        height, width: in pixels; None: the model's own.
+        height, width: in pixels.
         crop, flip: as :class:`.PairSettings` says; drawn once, keyed by ``seed`` and the pair's number.
         batch_size: pairs at a time.
         on_bad_sample: stop at an unusable pair, or leave it out and count it.
         overwrite: replace the shards there.
     """
 
-    height: int | None = None
-    width: int | None = None
+    height: int
+    width: int
     crop: str = "center"
     flip: bool = False
     seed: int = 0
@@ -43,9 +42,7 @@ class Choices:
     overwrite: bool = False
 
 
-def encode_latents(
-    model: DiffusionModel, paths: PathSpec, output: Path, choices: Choices = Choices()
-) -> tuple[WrittenShards, int]:
+def encode_latents(model: DiffusionModel, paths: PathSpec, output: Path, choices: Choices) -> tuple[WrittenShards, int]:
     """Write ``output/latents-0000.tar``, …, all of them complete under their names or none; equal pairs, equal bytes.
 
     A shard for each of the given ones, with its pairs in their order: a run on the latents sees them in the order of a
@@ -58,12 +55,12 @@ def encode_latents(
         DataError: a pair is unusable, or encoded already.
         OutputError: ``output`` cannot be written, or holds such shards and ``overwrite`` is not set.
     """
-    height, width = picture_size(model, Sampling(height=choices.height, width=choices.width))
-    made = Encoding(vae_fingerprint(model), height, width, choices.crop, choices.flip, choices.seed)
+    size = choices.height, choices.width
+    made = Encoding(vae_fingerprint(model), *size, choices.crop, choices.flip, choices.seed)
     data = PairDataset(
         paths,
         settings=PairSettings(crop=choices.crop, flip=choices.flip, tie_weight=1.0),
-        wanted=Wanted(height, width),
+        wanted=Wanted(*size),
         micro_batch_size=choices.batch_size,
         seed=choices.seed,
         shuffle_buffer=0,

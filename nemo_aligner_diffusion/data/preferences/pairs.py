@@ -11,10 +11,8 @@ Latent shards (:mod:`.latents`) hold the result of all that as the VAE encoded i
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,39 +20,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nemo_aligner_diffusion.data.bad_samples import BadSamples
 from nemo_aligner_diffusion.data.datamodule import StreamDataModule
 from nemo_aligner_diffusion.data.paths import PathSpec
 from nemo_aligner_diffusion.data.preferences.latents import Encoding, read_moments
+from nemo_aligner_diffusion.data.preferences.pair_stream import LATENTS, PairStream
 from nemo_aligner_diffusion.data.preferences.settings import PairSettings
-from nemo_aligner_diffusion.data.preferences.shards import (
-    MOMENTS,
-    EncodedPair,
-    PreferencePair,
-    lost,
-    only_texts_wanted,
-    place_of,
-    read_encoded_pair,
-    read_pair,
-    samples,
-    samples_in,
-    wanted,
-)
+from nemo_aligner_diffusion.data.preferences.shards import EncodedPair, PreferencePair
 from nemo_aligner_diffusion.data.sample_reader import SampleReader
-from nemo_aligner_diffusion.data.sample_stream import SampleStream
-from nemo_aligner_diffusion.data.shard_index import is_compressed
-from nemo_aligner_diffusion.data.shards import tar_sample
-from nemo_aligner_diffusion.data.spans import Span, SpanReader, checksum
 from nemo_aligner_diffusion.diffusion.generate import Sampling, picture_size
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.diffusion.network.latents import moments, vae_fingerprint
 from nemo_aligner_diffusion.diffusion.noise import key_to_seed
 from nemo_aligner_diffusion.errors import DataError, printable
 from nemo_aligner_diffusion.formats.pictures import MAX_PICTURE_PIXELS, decode_picture
-from nemo_aligner_diffusion.formats.tar import Member
 
 TIES = "because they are ties, which say nothing of what is better; model.preference.tie_weight above 0 keeps them"
-_PICTURES, _MOMENTS = 0, 1  # tags in the index
 
 
 @dataclass(frozen=True)
@@ -73,17 +53,15 @@ class Wanted:
     shape: tuple[int, ...] | None = None
 
 
-class PairDataset(SampleStream):
+class PairDataset(PairStream):
     """This rank's micro-batches of pairs; order and further arguments are those of :class:`.SampleStream`.
 
     A batch is ``pictures`` ``(B, 2, 3, H, W)`` float32 in [0, 1], or from latent shards ``moments``
     ``(B, 2, 2, C, h, w)`` float32; ``prompts``, a list of B strings; ``labels`` ``(B, 2)`` float32, the share of the
     preference that each has, in the file's order; ``index`` ``(B,)`` int64 global sample indices.
 
-    What is wrong with prompt or label, and what is missing, is found when the index is made; what is wrong with the
-    pictures (undecodable, or twice the same) under ``on_bad_sample="skip"`` as well, by decoding every one of them once
-    in one process, else when their turn comes. Pairs with equal shares are left out and counted where ``tie_weight`` is
-    0.
+    Two pictures that are the same are of no use. Pairs with equal shares are left out and counted where ``tie_weight``
+    is 0.
 
     Args:
         wanted: of the model; None: the pairs are only indexed, and iterating is an error.
@@ -92,8 +70,6 @@ class PairDataset(SampleStream):
         DataError: beside what :class:`.SampleStream` raises: there are ties only; pictures are mixed with latents; the
             latents were made for another model, by another crop or mirroring. Names shard and sample.
     """
-
-    noun = "pair"
 
     def __init__(self, paths: PathSpec, *, settings: PairSettings, wanted: Wanted | None = None, **stream: Any) -> None:
         self.settings = settings
@@ -107,45 +83,26 @@ class PairDataset(SampleStream):
                 f"{self.named()}: pairs of pictures and of latents are mixed, from {file} on; expected one kind: name "
                 "the shards of one of them"
             )
-        self.has_latents = kinds == {_MOMENTS}
+        self.has_latents = kinds == {LATENTS}
 
     @property
     def kind(self) -> str:
         return f"{super().kind} ties {'kept' if self.settings.tie_weight else 'left out'}"
 
-    def scan(self, file: Path, bad: BadSamples) -> Iterator[Span]:
-        packed, thorough = is_compressed(file), bad.policy == "skip"
-        read = wanted if packed or thorough else only_texts_wanted
-        with closing(SpanReader([file])) as reader:
-            for number, (key, members) in enumerate(samples(file, bad, read)):
-                try:
-                    pair = _pair(file, key, members)
-                    if thorough:
-                        _content(pair)
-                except ValueError as error:
-                    bad(f"{file}: sample '{printable(key)}' {error}")
-                    continue
-                if pair.label[0] == pair.label[1] and not self.settings.tie_weight:
-                    bad.pass_over(TIES, f"'{key}' in {file}", "pairs")
-                    continue
-                tag = _MOMENTS if isinstance(pair, EncodedPair) else _PICTURES
-                if packed:
-                    name = key if len(key) < 80 and key.isascii() and key.isprintable() else f"{number:09d}"
-                    data = tar_sample([(f"{name}.{end}", member.data or b"") for end, member in members.items()])
-                    yield Span(0, len(data), checksum(data), tag, data)
-                else:
-                    start, size = place_of(members)
-                    yield Span(start, size, checksum(reader.read(0, start, size, 0)) if thorough else 0, tag)
+    def passed_over(self, pair: PreferencePair | EncodedPair) -> str | None:
+        return TIES if pair.label[0] == pair.label[1] and not self.settings.tie_weight else None
 
-    def parse(self, data: bytes, tag: int, file: Path) -> tuple[PreferencePair | EncodedPair, Any]:
-        bad = BadSamples(self.on_bad_sample)
-        for key, members in samples_in(data, file, bad):
-            try:
-                pair = _pair(file, key, members)
-                return pair, _content(pair)
-            except ValueError as error:
-                bad(f"{file}: sample '{printable(key)}' {error}")
-        raise lost(file)
+    def content(self, pair: PreferencePair | EncodedPair) -> Any:
+        """Both pictures, or (moments, how they were made)."""
+        if isinstance(pair, EncodedPair):
+            content: Any = read_moments(pair.moments)
+            same = bool(torch.equal(*content[0]))
+        else:
+            first, second = content = tuple(map(decode_picture, pair.pictures))
+            same = first.size == second.size and first.tobytes() == second.tobytes()
+        if same:
+            raise ValueError("has the same picture twice; expected two, of which one may be better")
+        return content
 
     def collate(
         self, items: list[tuple[PreferencePair | EncodedPair, Any]], index: Tensor, epochs: list[int]
@@ -251,24 +208,6 @@ class PairDataModule(StreamDataModule):
 
     def build_dataset(self, paths: PathSpec, **options: Any) -> PairDataset:
         return PairDataset(paths, settings=self.settings, wanted=self.wanted, **options)
-
-
-def _pair(file: Path, key: str, members: dict[str, Member]) -> PreferencePair | EncodedPair:
-    contents, origin = {end: member.data or b"" for end, member in members.items()}, f"{file}: {printable(key)}"
-    return read_encoded_pair(contents, origin) if MOMENTS in contents else read_pair(contents, origin)
-
-
-def _content(pair: PreferencePair | EncodedPair) -> Any:
-    """Both pictures, or (moments, how they were made); raises ValueError where they are of no use."""
-    if isinstance(pair, EncodedPair):
-        content: Any = read_moments(pair.moments)
-        same = bool(torch.equal(*content[0]))
-    else:
-        first, second = content = tuple(map(decode_picture, pair.pictures))
-        same = first.size == second.size and first.tobytes() == second.tobytes()
-    if same:
-        raise ValueError("has the same picture twice; expected two, of which one may be better")
-    return content
 
 
 def _short(value: Any) -> str:

@@ -6,29 +6,17 @@ that what is learnt is what is scored; loader workers do it beside the training.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import closing
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nemo_aligner_diffusion.data.bad_samples import BadSamples
 from nemo_aligner_diffusion.data.datamodule import StreamDataModule
 from nemo_aligner_diffusion.data.paths import PathSpec
-from nemo_aligner_diffusion.data.preferences.shards import (
-    PreferencePair,
-    locate_pairs,
-    pair_in,
-    pair_members,
-    read_preference_file,
-)
-from nemo_aligner_diffusion.data.sample_stream import SampleStream
-from nemo_aligner_diffusion.data.shard_index import is_compressed
-from nemo_aligner_diffusion.data.shards import tar_sample
-from nemo_aligner_diffusion.data.spans import Span, SpanReader, checksum
+from nemo_aligner_diffusion.data.preferences.pair_stream import PairStream
+from nemo_aligner_diffusion.data.preferences.shards import EncodedPair, PreferencePair
 from nemo_aligner_diffusion.errors import DataError
 from nemo_aligner_diffusion.formats.pictures import decode_picture
 
@@ -48,40 +36,28 @@ class PreferenceBatch(TypedDict):
     counts: Tensor
 
 
-class PreferenceDataset(SampleStream):
-    """This rank's micro-batches of pairs; order and further arguments are those of :class:`.SampleStream`.
+class PreferenceDataset(PairStream):
+    """This rank's micro-batches of pairs; order and further arguments are those of :class:`.PairStream`.
 
     Args:
         prepare: (1, 3, H, W) in [0, 1] to (1, 3, S, S); the reward's, its statistics are left to the training step.
-
-    Under ``on_bad_sample="skip"`` the process that makes the index decodes every picture, once.
     """
-
-    noun = "pair"
 
     def __init__(self, paths: PathSpec, *, prepare: Callable[[Tensor], Tensor], **stream: Any) -> None:
         self.prepare = prepare
         super().__init__(paths, **stream)
 
-    def scan(self, file: Path, bad: BadSamples) -> Iterator[Span]:
-        decode = bad.policy == "skip"  # else an unusable pair is an error when its turn comes, and its pictures unread
-        if is_compressed(file):
-            for sample in pair_members(read_preference_file(file, bad, decode)):
-                data = tar_sample(sample)
-                yield Span(0, len(data), checksum(data), 0, data)
-            return
-        with closing(SpanReader([file])) as reader:
-            for start, size in locate_pairs(file, bad, decode):
-                yield Span(start, size, checksum(reader.read(0, start, size, 0)) if decode else 0, 0)
+    def content(self, pair: PreferencePair | EncodedPair) -> Tensor:
+        """Its pictures ``(2, 3, S, S)``."""
+        if isinstance(pair, EncodedPair):
+            raise ValueError("has latents in place of its pictures, which a reward cannot see; expected .jpg_0, .jpg_1")
+        return torch.cat([self.prepare(picture[None]) for picture in _decoded(pair)])
 
-    def parse(self, data: bytes, tag: int, file: Path) -> PreferencePair:
-        return pair_in(data, file, BadSamples(self.on_bad_sample))
-
-    def collate(self, items: list[PreferencePair], index: Tensor, epochs: list[int]) -> PreferenceBatch:
+    def collate(self, items: list[tuple[PreferencePair, Tensor]], index: Tensor, epochs: list[int]) -> PreferenceBatch:
         return {
-            "images": torch.stack([torch.cat([self.prepare(p[None]) for p in pictures(pair)]) for pair in items]),
-            "prompts": [pair.prompt for pair in items],
-            "labels": torch.tensor([pair.label for pair in items]),
+            "images": torch.stack([both for _, both in items]),
+            "prompts": [pair.prompt for pair, _ in items],
+            "labels": torch.tensor([pair.label for pair, _ in items]),
             "index": index,
             "counts": torch.tensor([self.epochs is None or epoch < self.epochs for epoch in epochs]),
         }
@@ -94,9 +70,13 @@ def pictures(pair: PreferencePair) -> tuple[Tensor, Tensor]:
         DataError: one cannot be decoded.
     """
     try:
-        arrays = [np.array(decode_picture(data)) for data in pair.pictures]
+        return _decoded(pair)
     except ValueError as error:
         raise DataError(f"{pair.origin} {error}") from error
+
+
+def _decoded(pair: PreferencePair) -> tuple[Tensor, Tensor]:
+    arrays = (np.array(decode_picture(data)) for data in pair.pictures)
     first, second = (torch.from_numpy(array).permute(2, 0, 1).float() / 255 for array in arrays)
     return first, second
 

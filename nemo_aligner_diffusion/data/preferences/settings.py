@@ -14,7 +14,9 @@ class SelfMadeSettings(Settings):
     section = "model.preference.self_made"
 
     labeller: str = setting(
-        "clip", Kind("text"), "what prefers: colourfulness, or a reward that needs no files (clip: the embedded CLIP)"
+        "clip",
+        Kind("text"),
+        "what prefers: a reward without files: colourfulness, symmetry, clip (the embedded CLIP) …",
     )
     label_noise: float = setting(0.0, PART, "share of the labels that are turned round, keyed by pair; in [0, 1]")
     tie_margin: float | None = setting(

@@ -124,37 +124,21 @@ def read_preference_file(path: Path, bad: BadSamples, decode: bool = False) -> I
         DataError: something is unusable and ``bad`` says to stop. The message names file and member.
     """
     for key, members in samples(path, bad, wanted):
-        pair = _usable(path, key, members, bad, decode)
-        if pair is not None:
+        try:
+            contents = {extension: member.data or b"" for extension, member in members.items()}
+            pair = read_pair(contents, f"{path}: {printable(key)}")
+            for picture in pair.pictures:
+                decode_picture(picture) if decode else picture_format(picture)
+        except ValueError as error:
+            bad(f"{path}: sample '{printable(key)}' {error}")
+        else:
             yield pair
-
-
-def locate_pairs(path: Path, bad: BadSamples, decode: bool = False) -> Iterator[tuple[int, int]]:
-    """(first byte, bytes) of each sample of an uncompressed shard; with ``decode`` of the usable ones only.
-
-    Without it only tar headers are read.
-
-    Raises:
-        DataError: the shard is unusable and ``bad`` says to stop.
-    """
-    for key, members in samples(path, bad, wanted if decode else lambda *_: False):
-        if not decode or _usable(path, key, members, bad, decode) is not None:
-            yield place_of(members)
 
 
 def place_of(members: Mapping[str, Member]) -> tuple[int, int]:
     """(first byte, bytes) of a sample in its uncompressed shard."""
     start = min(member.start for member in members.values())
     return start, max(member.end for member in members.values()) - start
-
-
-def pair_in(data: bytes, path: Path, bad: BadSamples) -> PreferencePair:
-    """The pair in the bytes that :func:`locate_pairs` found in ``path``; raises DataError where there is none."""
-    for key, sample in samples_in(data, path, bad):
-        pair = _usable(path, key, sample, bad, decode=False)
-        if pair is not None:
-            return pair
-    raise lost(path)
 
 
 def samples_in(data: bytes, path: Path, bad: BadSamples) -> Iterator[tuple[str, dict[str, Member]]]:
@@ -187,18 +171,6 @@ def samples(
             )
     except DataError as error:
         bad.shard(error)
-
-
-def _usable(path: Path, key: str, members: dict[str, Member], bad: BadSamples, decode: bool) -> PreferencePair | None:
-    try:
-        contents = {extension: member.data or b"" for extension, member in members.items()}
-        pair = read_pair(contents, f"{path}: {printable(key)}")
-        for picture in pair.pictures:
-            decode_picture(picture) if decode else picture_format(picture)
-    except ValueError as error:
-        bad(f"{path}: sample '{printable(key)}' {error}")
-        return None
-    return pair
 
 
 def wanted(name: str, kind: str, size: int) -> bool:

@@ -102,6 +102,21 @@ def network_of_folder(part_class: Any, folder: Path, dtype: torch.dtype) -> nn.M
     return network.eval()
 
 
+def outline_of_folder(part_class: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
+    """:func:`network_of_folder` without weights, on the meta device.
+
+    Raises:
+        CheckpointError: its configuration makes no such network.
+    """
+    try:
+        with torch.device("meta"):
+            if hasattr(part_class, "load_config"):  # of diffusers
+                return part_class.from_config(part_class.load_config(folder, local_files_only=True)).to(dtype)
+            return part_class(part_class.config_class.from_pretrained(folder, local_files_only=True)).to(dtype)
+    except Exception as error:
+        raise CheckpointError(f"{folder}: no {part_class.__name__} can be made of it: {first_line(error)}") from error
+
+
 def _called(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 

@@ -25,7 +25,6 @@ def encode(
     generators: Sequence[torch.Generator] | None = None,
     *,
     latent_shape: Sequence[int] | None = None,
-    rows_at_a_time: int | None = None,
 ) -> Tensor:
     """Latents ``(B, *latent_shape)`` of pictures, as the denoiser is handed them; no gradient, at least float32.
 
@@ -33,16 +32,15 @@ def encode(
         pictures: ``(B, 3, H, W)`` in [0, 1].
         generators: a CPU generator for each row: a sample of the VAE's posterior; ``None``: its mode.
         latent_shape: of one sample, as :attr:`.DirectCalls.latent_shape` says.
-        rows_at_a_time: encoded at a time; ``None``: all.
 
     Raises:
         ConfigurationError: the pipeline's VAE encodes no pictures, or to another shape.
     """
-    return from_moments(model, moments(model, pictures, rows_at_a_time), generators, latent_shape=latent_shape)
+    return from_moments(model, moments(model, pictures), generators, latent_shape=latent_shape)
 
 
 @torch.no_grad()
-def moments(model: DiffusionModel, pictures: Tensor, rows_at_a_time: int | None = None) -> Tensor:
+def moments(model: DiffusionModel, pictures: Tensor) -> Tensor:
     """Mean and standard deviation of the VAE's posterior, not scaled, ``(B, 2, C, h, w)``, at least float32.
 
     They are the VAE's own, outside of any autocast, in its own dtype; in float32 where a half-precision VAE's
@@ -50,7 +48,6 @@ def moments(model: DiffusionModel, pictures: Tensor, rows_at_a_time: int | None 
 
     Args:
         pictures: ``(B, 3, H, W)`` in [0, 1].
-        rows_at_a_time: encoded at a time; ``None``: all.
 
     Raises:
         ConfigurationError: the pipeline has no VAE that encodes pictures.
@@ -63,14 +60,10 @@ def moments(model: DiffusionModel, pictures: Tensor, rows_at_a_time: int | None 
         vae.to(dtype)
     try:
         with torch.autocast(parameter.device.type, enabled=False):
-            parts = [
-                _posterior(vae, 2 * rows.to(parameter.device, dtype) - 1)
-                for rows in pictures.split(rows_at_a_time or len(pictures))
-            ]
+            return _posterior(vae, 2 * pictures.to(parameter.device, dtype) - 1)
     finally:
         if dtype != before:
             vae.to(before)
-    return torch.cat(parts)
 
 
 def from_moments(

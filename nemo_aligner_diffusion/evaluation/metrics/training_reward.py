@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from nemo_aligner_diffusion.evaluation.curves import Curve
-from nemo_aligner_diffusion.evaluation.metrics.base import Chart, Tile, TrainingMetric
+from nemo_aligner_diffusion.evaluation.metrics.base import Chart, Tile, TrainingMetric, metrics
 from nemo_aligner_diffusion.evaluation.run_files import RunFiles
 from nemo_aligner_diffusion.evaluation.text import format_number
 
@@ -17,7 +17,8 @@ class TrainingReward(TrainingMetric):
     caption = "Mean of the step's pictures. Pale: each step. Strong: running mean."
 
     def charts(self, run: RunFiles) -> list[Chart]:
-        parts = [name for name in run.metrics if re.match(r"reward[/_.](?!std$)", name)]  # the last: DDPO's spread
+        others = {metric.name for metric in metrics()}  # such as DDPO's reward_std
+        parts = [name for name in run.metrics if re.match(r"reward[/_.]", name) and name not in others]
         curves = [
             Curve(name[len("reward") + 1 :], run.metrics["step"], run.metrics[name], colour, smooth=True)
             for name, colour in zip(parts, _COLOURS, strict=False)

@@ -105,7 +105,8 @@ class TrainingProgress(ProgressBar):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         figures = getattr(pl_module, "last_validation", None)
         if figures:
-            self.print(f"validation at step {trainer.global_step}: {_validated(figures)}")
+            said = _validated(figures, getattr(pl_module, "reward_is", "reward"))
+            self.print(f"validation at step {trainer.global_step}: {said}")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._close()
@@ -130,11 +131,11 @@ class TrainingProgress(ProgressBar):
         return "  ".join(parts)
 
 
-def _validated(figures: Mapping[str, Any]) -> str:
+def _validated(figures: Mapping[str, Any], reward: str) -> str:
     """The figures of a validation; a reward comes first, with the base model's beside it."""
     parts = []
     if "reward" in figures:
-        parts.append(f"reward {float(figures['reward']):.4f}")
+        parts.append(f"{reward} {float(figures['reward']):.4f}")
     if "reward" in figures and "base_reward" in figures:
         gain = float(figures["reward"]) - float(figures["base_reward"])
         parts.append(f"base {float(figures['base_reward']):.4f} ({gain:+.4f})")

@@ -20,8 +20,8 @@ class StartupCallback(pl.Callback):
     """Times the phases of the first optimizer step, then says and writes down all phases of ``startup``.
 
     ``parallelising`` (the model to its device, cut and sharded; the optimizer), ``resume``, ``first batch`` (of the
-    data loader), ``first rollout`` (to the reward), ``first replay`` (backward through the trajectory) and ``first
-    optimizer step``. A GPU is waited for between them, this once.
+    data loader), what the module's :attr:`~.DenoiserTuning.starts_with` says and ``first optimizer step``. A GPU is
+    waited for between them, this once.
 
     Args:
         startup: has timed what came before.
@@ -45,10 +45,10 @@ class StartupCallback(pl.Callback):
         self._at_first = trainer.global_step
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self._enter("first rollout")
+        self._enter(pl_module.starts_with[0])
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: Any, loss: Any) -> None:
-        self._enter("first replay")
+        self._enter(pl_module.starts_with[1])
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
         self._enter("first optimizer step")

@@ -1,4 +1,4 @@
-"""Rewards without weights: mirror symmetry, which asks for the whole composition, and none at all."""
+"""Rewards without weights: mirror symmetry, which asks for the whole composition, colourfulness, and none at all."""
 
 from __future__ import annotations
 
@@ -25,6 +25,27 @@ class Symmetry(RewardSettings):
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return -(images - images.flip(-1)).abs().mean(dim=(1, 2, 3))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Colourfulness(RewardSettings):
+    """0 for grey, above 100 for gaudy: ``√(σ²_rg + σ²_yb) + 0.3·√(μ²_rg + μ²_yb)`` in the opponent colours
+    ``rg = R − G``, ``yb = (R + G)/2 − B`` on a scale of 255.
+
+    Hasler & Süsstrunk, 2003, "Measuring colourfulness in natural images", the efficient metric of section 7. Gaudy
+    noise scores high: watch recognisability, too.
+    """
+
+    name = "colourfulness"
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        red, green, blue = (images.double() * 255).flatten(2).unbind(1)
+        opponent = (red - green, (red + green) / 2 - blue)
+        spread = sum(colour.var(dim=1, unbiased=False) for colour in opponent)
+        shift = sum(colour.mean(dim=1).square() for colour in opponent)
+        # the root's slope is infinite at 0: grey pictures get no gradient
+        length, bias = ((square.clamp_min(1e-12)).sqrt() for square in (spread, shift))
+        return (length + 0.3 * bias).float()
 
 
 @dataclass(frozen=True, kw_only=True)
