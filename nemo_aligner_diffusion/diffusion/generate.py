@@ -83,7 +83,6 @@ def own_size(model: DiffusionModel) -> tuple[int, int] | None:
     side, factor = getattr(pipe, "default_sample_size", None), getattr(pipe, "vae_scale_factor", None)
     if model.trained == "unet" and side is None:
         side = model.denoiser.config.get("sample_size")
-    known = isinstance(side, int) and isinstance(factor, int)
-    if not known or "default_sample_size" in pipe.config:  # that is PRX's, in pixels and to be binned
-        return None
+    if not isinstance(side, int) or not isinstance(factor, int) or "default_sample_size" in pipe.config:
+        return None  # the last is PRX's, in pixels and to be binned
     return side * factor, side * factor

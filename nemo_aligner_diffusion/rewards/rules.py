@@ -39,12 +39,13 @@ class Colourfulness(RewardSettings):
     name = "colourfulness"
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        import torch
+
         red, green, blue = (images.double() * 255).flatten(2).unbind(1)
-        opponent = (red - green, (red + green) / 2 - blue)
-        spread = sum(colour.var(dim=1, unbiased=False) for colour in opponent)
-        shift = sum(colour.mean(dim=1).square() for colour in opponent)
+        opponent = torch.stack([red - green, (red + green) / 2 - blue])
+        spread, shift = opponent.var(dim=-1, unbiased=False).sum(0), opponent.mean(dim=-1).square().sum(0)
         # the root's slope is infinite at 0: grey pictures get no gradient
-        length, bias = ((square.clamp_min(1e-12)).sqrt() for square in (spread, shift))
+        length, bias = spread.clamp_min(1e-12).sqrt(), shift.clamp_min(1e-12).sqrt()
         return (length + 0.3 * bias).float()
 
 
