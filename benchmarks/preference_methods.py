@@ -1,7 +1,7 @@
 """The preference methods on one set of pairs of the embedded model: rates and β by search, then three seeds, then parts
 of the range of noise levels; judged by pictures of other prompts.
 
-python -m benchmarks.preference_methods --work results/preferences --docs docs
+python -m benchmarks.preference_methods --work results/preferences
 
 Every finished run is kept in WORK/results.jsonl, so that a second call goes on where the first one ended.
 """
@@ -190,7 +190,6 @@ COLUMNS = ["", "labeller's score", "CLIP", "diversity", "prompts better than the
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("results/preferences"))
-    parser.add_argument("--docs", type=Path, default=Path("docs"))
     parser.add_argument("--labeller", default="colourfulness")
     parser.add_argument("--label-noise", type=float, default=0.1)
     parser.add_argument("--iterations", type=int, default=60)
@@ -239,7 +238,6 @@ def main() -> None:
             rows.append((label, *in_words(results.of(trials, seeds=2), base)))
         text += table(["noise levels t", *COLUMNS[1:]], rows)
     print(text)
-    (arguments.docs / "preference_table.md").write_text(text, encoding="utf-8")
 
 
 def seeded(trial: Trial, seed: int, steps: tuple[int, int] | None = None) -> Trial:
