@@ -171,7 +171,7 @@ def in_words(rows: Sequence[dict[str, Any]], base: dict[str, Any]) -> tuple[obje
     """Labeller, CLIP, diversity and share over seeds."""
 
     def spread(values: Sequence[float]) -> str:
-        return f"{fmean(values):.3g} ± {stdev(values) if len(values) > 1 else 0:.2g}"
+        return f"{fmean(values):.4g}" + (f" ± {stdev(values):.2g}" if len(values) > 1 else "")
 
     # prompts are drawn, each with all seeds: seeds of one prompt are not independent
     better = [fmean(float(row["label"][prompt] > score) for row in rows) for prompt, score in base["label"].items()]
