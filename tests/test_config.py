@@ -51,8 +51,8 @@ def test_every_recipe_composes_and_validates(name: str) -> None:
     steps = load_settings(name, NEEDED.get(name, [])).loop.max_steps
     pairs = ALGORITHM_OF[name] in ("dde", "dpo")
     assert steps == cfg.trainer[name].max_steps == (120 if pairs else 30)  # of pairs the embedded family's
-    assert cfg.rm.name == "clip"
-    assert cfg.rm.model.restore_from_path == ("r.nemo" if name in NEEDED else None)
+    assert cfg.rm.name == ("colourfulness" if pairs else "clip")
+    assert pairs or cfg.rm.model.restore_from_path == ("r.nemo" if name in NEEDED else None)
     assert load_settings(name, NEEDED.get(name, [])).accumulation == (1 if pairs else 2)
 
 

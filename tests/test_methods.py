@@ -169,8 +169,9 @@ def test_a_method_has_one_yaml_and_its_values_are_the_classs(name: str) -> None:
         value = tuple(value) if OmegaConf.is_list(value) else value
         assert value == entry.default, entry.name
         assert comments[entry.name] == entry.metadata["meaning"]
-    assert method_of(load_config("draftp_sd", [f"algorithm={method.option}"])) == method()
-    assert method_of(load_config("drtune_sd", [f"model.algorithm={name}"])) == method()
+    family = ["family=other"] if method.kind == "preference" else []  # the embedded model's β is its own
+    assert method_of(load_config("draftp_sd", [f"algorithm={method.option}", *family])) == method()
+    assert method_of(load_config("drtune_sd", [f"model.algorithm={name}", *family])) == method()
     assert title_of(name) == method.title
     assert getattr(package, method.__name__) is method
     assert method.__name__ in dir(package)

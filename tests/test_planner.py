@@ -396,7 +396,8 @@ def test_where_nothing_fits_the_error_says_what_to_change(tiny, capsys, monkeypa
     small = GPU("Tiny", GPUS["l40s"].flops, 2.001e9, 1e12, 1e10, 1e9)
     monkeypatch.setitem(GPUS, "tiny", small)
     code = main(["--model", str(tiny), "--gpu", "tiny", "rm=symmetry", "model.infer.inference_steps=2",
-                 "family=embedded", "model.truncation_steps=1", *words])  # fmt: skip
+                 "family=embedded", "model.truncation_steps=1", "trainer.draftp_sd.val_check_interval=0",
+                 *words])  # fmt: skip
     captured = capsys.readouterr()
     assert code == 2
     assert "nothing fits" in captured.err

@@ -60,7 +60,8 @@ def moments(model: DiffusionModel, pictures: Tensor) -> Tensor:
         vae.to(dtype)
     try:
         with torch.autocast(parameter.device.type, enabled=False):
-            return _posterior(vae, 2 * pictures.to(parameter.device, dtype) - 1)
+            # contiguous as stored ones are: kernels, and so rounding, are chosen by the layout, too
+            return _posterior(vae, 2 * pictures.to(parameter.device, dtype) - 1).contiguous()
     finally:
         if dtype != before:
             vae.to(before)
