@@ -14,7 +14,7 @@ class SelfMadeSettings(Settings):
     section = "model.preference.self_made"
 
     labeller: str = setting(
-        "clip",
+        "colourfulness",
         Kind("text"),
         "what prefers: a reward without files: colourfulness, symmetry, clip (the embedded CLIP) …",
     )
