@@ -185,6 +185,7 @@ def _train(settings: RunSettings, frame: RunFrame, startup: Startup, given: Give
     startup.enter("building")
     if makes_pairs:
         watch.phase("making pairs of pictures")
+        startup.enter("making pairs")
         if not (directory.path / FOLDER).exists():
             frame.inputs.append(FOLDER)
         shards = str(own_preferences(model, directory.path, section.preference.self_made, section.seed))

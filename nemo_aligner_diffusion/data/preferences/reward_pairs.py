@@ -47,15 +47,17 @@ class PreferenceDataset(PairStream):
         self.prepare = prepare
         super().__init__(paths, **stream)
 
-    def content(self, pair: PreferencePair | EncodedPair) -> Tensor:
-        """Its pictures ``(2, 3, S, S)``."""
+    def content(self, pair: PreferencePair | EncodedPair) -> tuple[Tensor, Tensor]:
+        """Its pictures, each ``(3, H, W)``."""
         if isinstance(pair, EncodedPair):
             raise ValueError("has latents in place of its pictures, which a reward cannot see; expected .jpg_0, .jpg_1")
-        return torch.cat([self.prepare(picture[None]) for picture in _decoded(pair)])
+        return _decoded(pair)
 
-    def collate(self, items: list[tuple[PreferencePair, Tensor]], index: Tensor, epochs: list[int]) -> PreferenceBatch:
+    def collate(
+        self, items: list[tuple[PreferencePair, tuple[Tensor, Tensor]]], index: Tensor, epochs: list[int]
+    ) -> PreferenceBatch:
         return {
-            "images": torch.stack([both for _, both in items]),
+            "images": torch.stack([torch.cat([self.prepare(picture[None]) for picture in both]) for _, both in items]),
             "prompts": [pair.prompt for pair, _ in items],
             "labels": torch.tensor([pair.label for pair, _ in items]),
             "index": index,
