@@ -303,7 +303,8 @@ def test_other_families(family, caplog):
     )  # fmt: skip
     module.check_pipeline()
     assert ("an experiment" in caplog.text) == (family != "sdxl")
-    before = model.trainable_parameters()[0][1]
+    module.trained = model.trainable_parameters()  # as with the optimizer
+    before = module.trained[0][1]
     before.grad = torch.ones_like(before)
     loss = module.training_step(batch, 0)
     assert before.grad is None  # of the step before: not held while the next one computes

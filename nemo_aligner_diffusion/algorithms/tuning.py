@@ -72,7 +72,7 @@ class DenoiserTuning(PictureValidation):
     def begin_micro_batch(self) -> None:
         if not self._micro_batches:
             self._step_started = time.perf_counter()
-            for _, parameter in self.trainable_parameters():  # Lightning frees them before the backward pass only
+            for _, parameter in self.trained:  # Lightning frees them before the backward pass only
                 parameter.grad = None
 
     def end_micro_batch(self, prompts: list[str], figures: Mapping[str, Tensor], **values: Tensor) -> None:

@@ -80,11 +80,20 @@ def has_lora(denoiser: Any) -> bool:
 @contextmanager
 def adapters_off(denoiser: Any) -> Iterator[None]:
     """The pre-trained weights θ₀: the same network with its adapters switched off."""
-    denoiser.disable_adapters()
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    # not denoiser.disable_adapters(): that also switches every adapter's requires_grad, for longer than a call may take
+    layers = [layer for layer in denoiser.modules() if isinstance(layer, BaseTunerLayer)]
+    before = [layer.disable_adapters for layer in layers]
     try:
+        for layer in layers:
+            layer._disable_adapters = True
+        if not all(layer.disable_adapters for layer in layers):
+            raise RuntimeError("this peft switches adapters off in another way than 0.21; install the pinned version")
         yield
     finally:
-        denoiser.enable_adapters()
+        for layer, off in zip(layers, before, strict=True):
+            layer._disable_adapters = off
 
 
 def lora_state_dict(denoiser: Any, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:

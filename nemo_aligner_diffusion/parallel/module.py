@@ -35,6 +35,7 @@ class ParallelModule(pl.LightningModule, ABC):
 
     Attributes:
         validated_step: optimizer steps at the last validation.
+        trained: the optimizer's parameters by name, once it has them.
     """
 
     validated_step = -1
@@ -49,6 +50,7 @@ class ParallelModule(pl.LightningModule, ABC):
         self.optimizer_factory = optimizer_factory
         self.guard = guard or NonFinitePolicy()
         self.parallel = parallel or Parallelism()
+        self.trained: list[tuple[str, Parameter]] = []
         self._prompts: list[str] = []  # of the running optimizer step
         self._grad_norm = float("nan")
 
@@ -63,7 +65,8 @@ class ParallelModule(pl.LightningModule, ABC):
     # Lightning's hooks, in the order in which an optimizer step runs them
 
     def configure_optimizers(self) -> Any:
-        optimizer, schedule = self.optimizer_factory(self.trainable_parameters())
+        self.trained = self.trainable_parameters()
+        optimizer, schedule = self.optimizer_factory(self.trained)
         if schedule is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -77,9 +80,8 @@ class ParallelModule(pl.LightningModule, ABC):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """After all micro-batches, before clipping."""
-        parameters = self.trainable_parameters()
-        self.parallel.average_gradients(parameters)
-        self._grad_norm = self.parallel.gradient_norm(parameters)
+        self.parallel.average_gradients(self.trained)
+        self._grad_norm = self.parallel.gradient_norm(self.trained)
         skip, step = not math.isfinite(self._grad_norm), self.global_step + 1  # as metrics.csv counts
         looked_at = {**self.step_values(), "grad_norm": self._grad_norm}
         if skip and (scale := self._loss_scale()) > 1:
@@ -103,4 +105,4 @@ class ParallelModule(pl.LightningModule, ABC):
     ) -> None:
         """By the norm over all processes' pieces, which Lightning does not know."""
         if gradient_clip_val is not None and math.isfinite(self._grad_norm):
-            self.parallel.clip_gradients(self.trainable_parameters(), self._grad_norm, gradient_clip_val)
+            self.parallel.clip_gradients(self.trained, self._grad_norm, gradient_clip_val)
