@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from nemo_aligner_diffusion.errors import ConfigurationError
-from nemo_aligner_diffusion.runtime.launch import start_processes
+from nemo_aligner_diffusion.runtime.launch import cores, start_processes
 
 ROOT = Path(__file__).parent.parent
 PATIENCE = 120.0  # seconds until a test gives up; the processes below would sleep for longer than all of its waits
@@ -30,7 +30,8 @@ if code is not None:
     assert "torch" not in sys.modules
     sys.exit(code)
 rank = int(os.environ["RANK"])
-names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
+names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT",
+         "OMP_NUM_THREADS")
 def note(name, content):
     with open(f"{{folder}}/{{name}}_{{rank}}.part", "w") as file: json.dump(content, file)
     os.rename(file.name, f"{{folder}}/{{name}}_{{rank}}")
@@ -62,9 +63,11 @@ time.sleep(900)
 """
 
 
-def start(folder: Path, word: str, count: int = 3) -> subprocess.Popen:
+def start(folder: Path, word: str, count: int = 3, threads: str | None = "1") -> subprocess.Popen:
     command = [sys.executable, "-c", PROGRAM, word, str(folder), str(count)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    told = {} if threads is None else {"OMP_NUM_THREADS": threads}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**environment, **told})
 
 
 def places(folder: Path, count: int = 3) -> list[dict]:
@@ -91,6 +94,19 @@ def test_processes_know_their_places_and_have_the_same_words(tmp_path):
     }
     assert len({place["MASTER_PORT"] for place in found}) == 1
     assert all(place["argv"] == ["exit", str(tmp_path), "3"] for place in found)
+
+
+def test_processes_share_the_cores(tmp_path):
+    """With threads for every core in each of them all wait for one another: 30 times the seconds of a step."""
+    _, errors = start(tmp_path, "exit", 2, threads=None).communicate(timeout=PATIENCE)
+    each = str(max(1, cores() // 2))
+    assert [place["OMP_NUM_THREADS"] for place in places(tmp_path, 2)] == [each, each]
+    assert errors == f"2 processes of {each} threads each (OMP_NUM_THREADS)\n"
+
+
+def test_threads_that_the_user_asked_for_are_kept(tmp_path):
+    assert start(tmp_path, "exit", 2, threads="7").communicate(timeout=PATIENCE)[1] == ""
+    assert [place["OMP_NUM_THREADS"] for place in places(tmp_path, 2)] == ["7", "7"]
 
 
 @pytest.mark.alone

@@ -80,6 +80,9 @@ def start_processes(devices: int, nodes: int, command: Sequence[str] | None = No
             "WORLD_SIZE": str(devices),
             "LOCAL_WORLD_SIZE": str(devices),
         }
+        if "OMP_NUM_THREADS" not in os.environ:  # each would take every core, and all would wait for one another
+            shared["OMP_NUM_THREADS"] = str(max(1, cores() // devices))
+            print(f"{devices} processes of {shared['OMP_NUM_THREADS']} threads each (OMP_NUM_THREADS)", file=sys.stderr)
         for rank in range(devices):
             processes.append(
                 subprocess.Popen(
@@ -92,6 +95,11 @@ def start_processes(devices: int, nodes: int, command: Sequence[str] | None = No
             )
         listener.close()
         return _wait(processes)
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
