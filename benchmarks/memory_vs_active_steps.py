@@ -65,7 +65,7 @@ def step_peak_bytes(model: DiffusionModel, active: int, steps: int, cut: bool, r
             [sample_generator(0, 0, i) for i in range(len(prompts))],
             model.inputs(prompts, steps, 4.0),
             lambda pictures, rows, read: pictures.square().mean((1, 2, 3)),
-            recompute=recompute,
+            kept_steps=0 if recompute else None,
             decode_rows=1,
         )
         result.surrogate().backward()

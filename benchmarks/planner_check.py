@@ -33,7 +33,7 @@ from nemo_aligner_diffusion.diffusion.noise import plan_random
 from nemo_aligner_diffusion.diffusion.plan import Plan
 from nemo_aligner_diffusion.embedded_assets import embedded_model_path
 from nemo_aligner_diffusion.parallel.layout import Layout
-from nemo_aligner_diffusion.planner.estimate import PhaseTime, add_device_time, micro_batch
+from nemo_aligner_diffusion.planner.estimate import PhaseTime, add_device_time, micro_batch, peaks_of
 from nemo_aligner_diffusion.planner.gpus import GPUS
 from nemo_aligner_diffusion.planner.measure import Measurement, measure
 from nemo_aligner_diffusion.planner.presets import ModelSpec, model_spec
@@ -71,7 +71,7 @@ class RealStep:
             layout = self.module.parallel.layout
             names = ("data_parallel", "tensor_parallel")
             self.module._device_mesh = init_device_mesh("cpu", (layout.data, layout.tensor), mesh_dim_names=names)
-            self.module.configure_model()
+        self.module.configure_model()
         self.module.on_train_start()
         own, method = cfg.model.micro_batch_size, cfg.method()
         if method.kind == "policy":
@@ -125,7 +125,8 @@ def planned(cfg: Any, layout: Layout | None = None) -> tuple[Figures, Measuremen
     result = measure(settings, case, counts.plan, prompts=PROMPTS[: case.micro_batch_size])
     result.phases.pop("validation", None)
     flops = sum(often * record.flops for part in micro_batch(result, counts).values() for often, record in part)
-    return Figures(round(flops), max(record.peak for record in result.phases.values())), result
+    flops += result.phases["fold"].flops if "fold" in result.phases else 0
+    return Figures(round(flops), max(peaks_of(result, counts).values())), result
 
 
 def spec_of(cfg: Any) -> ModelSpec:

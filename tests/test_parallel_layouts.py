@@ -28,6 +28,8 @@ WHAT = {
         "model.optim.lr=1e-4",
         f"model.peft.lora_tuning.target_modules={EVERYWHERE}",
     ],
+    "LoRA, bf16": ["model.optim.lr=1e-4", "model.rollout_precision=bf16"],
+    "full, bf16": ["model.peft.peft_scheme=none", "model.optim.lr=1e-5", "model.rollout_precision=bf16"],
     "full": ["model.peft.peft_scheme=none", "model.optim.lr=1e-5"],
 }
 METHODS = {
@@ -58,6 +60,7 @@ def train(devices: int, recipe: str, more: list[str]) -> dict[str, Any]:
         "model.infer.height=32",
         "model.infer.width=32",
         "model.seed=11",
+        *(() if recipe == "ddpo_sd" else ("model.rollout_precision=same",)),
     ]
     cfg = load_settings(recipe, [*words, *more])
     layout = cfg.layout
@@ -149,6 +152,9 @@ SLOW = {
     ("DP2", "LoRA", "ddpo"),
     ("FSDP2", "full", "ddpo"),
     ("TP2", "LoRA", "ddpo"),
+    ("TP2", "LoRA, bf16", "drtune"),
+    ("FSDP2", "LoRA, bf16", "drtune"),
+    ("FSDP2", "full, bf16", "draft+"),
 }
 
 
@@ -158,7 +164,8 @@ def _mark(case: tuple[str, str, str]) -> tuple[pytest.MarkDecorator, ...]:
     return (pytest.mark.slow,) if case in SLOW else (pytest.mark.nightly,)
 
 
-TABLE = [pytest.param(*case, marks=_mark(case)) for case in itertools.product(LAYOUTS, WHAT, METHODS)]
+TABLE = [pytest.param(*case, marks=_mark(case)) for case in itertools.product(LAYOUTS, WHAT, METHODS)
+         if case in SLOW or "bf16" not in case[1]]  # fmt: skip
 
 
 @pytest.mark.parametrize(("layout", "what", "method"), TABLE)
@@ -169,9 +176,10 @@ def test_every_layout_trains_as_one_process(processes, alone, tmp_path: Path, la
     file = tmp_path / "outcome.pt"
     losses = processes.run(size, _share, size, recipe, [*settings, *WHAT[what], *more], str(file))
     many = torch.load(file, weights_only=True)
+    tolerance = 5e-2 if "bf16" in what else TOLERANCE  # a product in bfloat16 is rounded by how it is cut
     assert all(rank == losses[0] for rank in losses)
     # a policy gradient's is a mean of advantages, numbers about 1 whose sum is 0
-    assert many["losses"] == pytest.approx(one["losses"], rel=TOLERANCE, abs=1e-6 if method == "ddpo" else 0)
+    assert many["losses"] == pytest.approx(one["losses"], rel=tolerance, abs=1e-6 if method == "ddpo" else 0)
     print(*(f"{distance(many[kind], one[kind]):.1e}" for kind in ("gradients", "weights")), layout, what, method)
-    assert distance(many["gradients"], one["gradients"]) < TOLERANCE
-    assert distance(many["weights"], one["weights"]) < TOLERANCE
+    assert distance(many["gradients"], one["gradients"]) < tolerance
+    assert distance(many["weights"], one["weights"]) < tolerance

@@ -43,6 +43,7 @@ def train(devices: int, pipeline: Path, prompts: Path, directory: Path, more: li
         "report.enable=false",
         "model.infer.inference_steps=3",
         "model.truncation_steps=2",
+        "model.rollout_precision=same",
         "model.micro_batch_size=1",
         "model.global_batch_size=4",
         "model.data.validation.max_prompts=3",

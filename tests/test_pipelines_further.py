@@ -36,7 +36,7 @@ def available(row: TinyPipeline) -> None:
         pytest.importorskip(row.needs)
 
 
-def gradient(row: TinyPipeline, model: DiffusionModel, recompute: bool, rule: PlanRule = DRTUNE) -> torch.Tensor:
+def gradient(row: TinyPipeline, model: DiffusionModel, kept_steps: int | None, rule: PlanRule = DRTUNE) -> torch.Tensor:
     for _, parameter in model.trainable_parameters():
         parameter.grad = None
     result = rollout(
@@ -46,7 +46,7 @@ def gradient(row: TinyPipeline, model: DiffusionModel, recompute: bool, rule: Pl
         inputs(row, model),
         lambda pictures, rows, read: reward(pictures),
         rng=random.Random(0),
-        recompute=recompute,
+        kept_steps=kept_steps,
     )
     result.surrogate().backward()
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for _, p in model.trainable_parameters()]
@@ -75,9 +75,9 @@ def test_a_drtune_step(row):
     assert torch.equal(sample(model, generators(row), given), plain)
     assert row.video == (plain.ndim == 5)
     model.denoiser.requires_grad_(True)
-    got = gradient(row, model, recompute=True)
+    got = gradient(row, model, kept_steps=0)
     assert got.norm() > 0
-    expected = gradient(row, model, recompute=False)
+    expected = gradient(row, model, kept_steps=None)
     assert float((got - expected).norm() / expected.norm()) < (1e-9 if row.dtype == torch.float64 else 1e-4)
 
 
@@ -90,7 +90,7 @@ def test_finite_differences_and_no_parameter_without_gradient(row):
     with contextlib.nullcontext() if rough else double_precision():
         model = DiffusionModel(row.build(row.dtype if rough else torch.float64), row.train, row.stateless)
         model.denoiser.requires_grad_(True)
-        gradient(row, model, recompute=False, rule=DRaFT().plan)
+        gradient(row, model, kept_steps=None, rule=DRaFT().plan)
         found = dict(model.trainable_parameters())
         without = [name for name, p in found.items() if p.grad is None or not p.grad.any()]
         assert without == [name for name in found if name.startswith(row.unused)]
@@ -121,7 +121,7 @@ def test_experts_have_gradient_and_a_network_in_training_mode_makes_the_same_pic
     for training in (False, True):
         model.denoiser.requires_grad_(True).train(training)
         assert torch.equal(sample(model, generators(row), inputs(row, model)), before)
-        gradient(row, model, recompute=True)
+        gradient(row, model, kept_steps=0)
         experts = [p for name, p in model.trainable_parameters() if ".experts." in name]
         assert all(p.grad is not None for p in experts)
         assert all(module.training == training for module in model.denoiser.modules())

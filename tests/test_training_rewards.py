@@ -64,6 +64,7 @@ def overrides(directory: Path, *more: str, recipe: str = "draftp_sd") -> list[st
         "model.global_batch_size=4",
         "model.optim.lr=0.01",
         "model.kl_coeff=0",
+        "model.rollout_precision=same",  # in bfloat16 pictures depend on how many are made at once
         "sched=warmup_hold",
         "trainer.accelerator=cpu",
         f"trainer.{recipe}.max_steps=4",

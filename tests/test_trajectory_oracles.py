@@ -101,7 +101,7 @@ def test_oracle_1_v_prediction_guidance_full_fine_tuning_and_decoding_by_rows(pl
     result, seen = run(model, PLANS[plan], inputs, seed=1, reference=True)
     got = flat(model, result.surrogate(0.3))
     assert relative(got, flat(model, naive_run(model, parts, result.plan, STEPS, 0.0, 0.3).loss)) < 1e-9
-    for options in ({"recompute": False}, {"decode_rows": 1}, {"gradient_scale": 256.0}):
+    for options in ({"kept_steps": None}, {"kept_steps": 1}, {"decode_rows": 1}, {"gradient_scale": 256.0}):
         other, again = run(model, PLANS[plan], inputs, seed=1, reference=True, **options)
         assert relative(flat(model, other.surrogate(0.3)), got) < 1e-12, options
         assert (again.pictures() - seen.pictures()).abs().max() < 1e-12, options
@@ -112,8 +112,8 @@ def test_pictures_are_the_plain_pipeline_s_to_the_bit(sampler, eta):
     model, _, inputs = build(sampler, eta)
     plain = model.pipe(**inputs, generator=generators(), output_type="pt").images
     for plan in ("draft", "draft_k", "drtune, no stop", "share", "gain"):
-        for recompute in (True, False):
-            _, seen = run(model, PLANS[plan], inputs, recompute=recompute)
+        for kept_steps in (0, 1, None):
+            _, seen = run(model, PLANS[plan], inputs, kept_steps=kept_steps)
             assert torch.equal(seen.pictures(), plain), plan
     _, seen = run(model, PLANS["draft_lv, own step"], inputs)
     assert torch.equal(seen.pictures(), plain)

@@ -277,7 +277,7 @@ def test_the_gradient_of_a_step_is_that_of_the_stated_loss(pipeline: Path, recip
               "height": infer.height, "width": infer.width}  # fmt: skip
     generators = [sample_generator(9, 0, int(number)) for number in index]
     naive = rollout(model, module.plan_rule, generators, inputs, loss_of, rng=plan_random(9, 0),
-                    reference=settings.kl_coeff != 0, recompute=False)  # fmt: skip
+                    reference=settings.kl_coeff != 0, kept_steps=None)  # fmt: skip
     surrogate = sum((end * gradient).sum() for end, gradient in zip(naive.ends, naive.gradients, strict=True))
     divergence = torch.zeros(()) if naive.divergence is None else naive.divergence
     (surrogate + settings.kl_coeff * divergence).backward()

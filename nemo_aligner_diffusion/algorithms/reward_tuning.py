@@ -39,6 +39,7 @@ class RewardTuning(DenoiserTuning):
             else epsilon (as NeMo-Aligner's).
         reward_scale: ``λ``.
         reward_margin: see above; ``None`` for the plain reward.
+        kept_steps: see :func:`.rollout`.
         **tuning: see :class:`.DenoiserTuning`; the reward is differentiable in the image.
     """
 
@@ -53,6 +54,7 @@ class RewardTuning(DenoiserTuning):
         kl_space: str | None = None,
         reward_scale: float = 1.0,
         reward_margin: float | None = None,
+        kept_steps: int = 0,
         **tuning: Any,
     ) -> None:
         super().__init__(**tuning)
@@ -61,6 +63,7 @@ class RewardTuning(DenoiserTuning):
         self.kl_space = kl_space
         self.reward_scale = reward_scale
         self.reward_margin = reward_margin
+        self.kept_steps = kept_steps
         self._overflow_said = False
         if kl_coeff:
             self.model.keep_reference()
@@ -87,6 +90,7 @@ class RewardTuning(DenoiserTuning):
             reference=self.kl_coeff != 0,
             kl_space=self.kl_space,
             decode_rows=self.decode_micro_batch_size,
+            kept_steps=self.kept_steps,
             gradient_scale=_FLOAT16_SCALE if self._in_float16 else 1.0,
         )
         self._keep(prompts, scored, result)

@@ -35,6 +35,16 @@ class RewardTuningSettings(Settings):
         choice("epsilon", "prediction", "velocity", nullable=True),
         "what that distance compares: epsilon, prediction or velocity; null: epsilon, of flows velocity",
     )
+    rollout_precision: str | None = setting(
+        None,
+        choice("same", "bf16", "auto", nullable=True),
+        "steps without gradient, by a copy: same, bf16 (products), auto (bf16 if fast); null: by the trained network",
+    )
+    kept_steps: int = setting(
+        0,
+        integer(0),
+        "the last so many steps with gradient keep their activations, the others are made again: time against memory",
+    )
     decode_micro_batch_size: int | None = setting(
         None,
         integer(1, nullable=True),

@@ -14,6 +14,7 @@ from torch.nn import Parameter
 from nemo_aligner_diffusion.algorithms.picture_validation import PictureValidation
 from nemo_aligner_diffusion.diffusion.generate import Sampling
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
+from nemo_aligner_diffusion.diffusion.network.rollout_network import fast_in_bf16, rollout_network_of
 from nemo_aligner_diffusion.diffusion.trajectory import check_repeatable
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.parallel.module import OptimizerFactory
@@ -33,6 +34,8 @@ class DenoiserTuning(PictureValidation):
         model, reward, sampling, decode_micro_batch_size, optimizer_factory, guard, parallel: see
             :class:`.PictureValidation`.
         seed: of all draws; a run is a function of it, whatever the layout.
+        rollout_precision: of the steps without gradient: see :class:`.RolloutNetwork`; ``auto``: ``bf16`` where that is
+            fast; ``None``: they are the trained network's own.
 
     Attributes:
         counted: what its samples are, the name of their count.
@@ -58,11 +61,13 @@ class DenoiserTuning(PictureValidation):
         *,
         decode_micro_batch_size: int | None = None,
         seed: int = 0,
+        rollout_precision: str | None = None,
         guard: NonFinitePolicy | None = None,
         parallel: Parallelism | None = None,
     ) -> None:
         super().__init__(model, reward, sampling, decode_micro_batch_size, optimizer_factory, guard, parallel)
         self.seed = seed
+        self.rollout_precision = rollout_precision
         self.last_metrics: dict[str, float] = {}
         self._micro_batches: list[dict[str, Tensor]] = []  # figures of the micro-batches of the running optimizer step
         self._values: list[dict[str, Tensor]] = []  # what the guard looks at, of each
@@ -74,6 +79,8 @@ class DenoiserTuning(PictureValidation):
             self._step_started = time.perf_counter()
             for _, parameter in self.trained:  # Lightning frees them before the backward pass only
                 parameter.grad = None
+            if self.model.rollout_network is not None:
+                self.model.rollout_network.refresh()
 
     def end_micro_batch(self, prompts: list[str], figures: Mapping[str, Tensor], **values: Tensor) -> None:
         """Keep what ``metrics.csv`` and the guard are told.
@@ -111,6 +118,8 @@ class DenoiserTuning(PictureValidation):
         super()._apply(fn, recurse=False)
         for child in self.children():
             child._apply(moved if child is self.reward else fn, recurse)
+        if self.model.rollout_network is not None:
+            self.model.rollout_network.network._apply(fn)
         return self
 
     def trainable_parameters(self) -> list[tuple[str, Parameter]]:
@@ -120,10 +129,13 @@ class DenoiserTuning(PictureValidation):
 
     def configure_model(self) -> None:
         """Spread the model over the processes, if there are several; before the optimizer sees its parameters."""
-        mesh = self.device_mesh
+        mesh, model = self.device_mesh, self.model
+        if model.rollout_network is None:
+            fast, share = fast_in_bf16(model.device), self.parallel.holds_whole_weights
+            model.rollout_network = rollout_network_of(model.denoiser, self.rollout_precision, fast, share)
         if mesh is not None:
-            model = self.model
-            denoisers = [part for part in (model.denoiser, model.reference_denoiser) if part is not None]
+            copied = None if model.rollout_network is None else model.rollout_network.network
+            denoisers = [part for part in (model.denoiser, model.reference_denoiser, copied) if part is not None]
             self.parallel.apply(mesh, denoisers, {**model.frozen_parts(), "reward": self.reward})
 
     def on_train_start(self) -> None:

@@ -57,6 +57,7 @@ from nemo_aligner_diffusion.errors import AlignerError, ConfigurationError, firs
 
 if TYPE_CHECKING:
     from nemo_aligner_diffusion.diffusion.model import DiffusionModel
+    from nemo_aligner_diffusion.diffusion.network.rollout_network import RolloutNetwork
 
 Mode = Literal["train", "sample", "replay", "last step"]
 
@@ -72,13 +73,13 @@ class Loop:
         rule: PlanRule | None,
         rng: random.Random,
         reference: bool,
-        recompute: bool,
+        kept_steps: int | None,
         decode_rows: int | None,
         tuned_weights: Callable[[int], Sequence[float]] | None = None,
         as_in_training: bool = False,
     ) -> None:
         self.model, self.pipe, self.inputs = model, model.pipe, inputs
-        self.rule, self.rng, self.reference, self.recompute = rule, rng, reference, recompute
+        self.rule, self.rng, self.reference, self.kept_steps = rule, rng, reference, kept_steps
         self.decode_rows, self.tuned_weights = decode_rows, tuned_weights
         self.as_in_training = as_in_training or rule is not None  # how pictures are decoded
         self.seeds = [g.get_state() for g in generators]
@@ -95,6 +96,7 @@ class Loop:
     def run(self, mode: Mode) -> Tensor:
         """Pictures; ``ends``: the latents that were decoded, ``leaves``: what the decoder's graph begins with."""
         self.mode, self.i, self.started, self.skipping = mode, 0, False, mode == "last step"
+        self.rollout_network: RolloutNetwork | None = None  # for calls without gradient
         self.decoded = False
         self.ends: list[Tensor] = []
         self.leaves: list[Tensor] = []
@@ -209,6 +211,9 @@ class Loop:
         if self.rule is None:
             self.active = frozenset()
             return
+        self.rollout_network = self.model.rollout_network
+        if self.rollout_network is not None:
+            self.rollout_network.begin(self.model.denoiser)
         self.path = SchedulerPath(self.scheduler, self.total)
         self.plan = drawn(self.rule, self.path, self.rng)
         self.active = frozenset(self.plan.active)
@@ -242,16 +247,22 @@ class Loop:
         if active:
             torch.set_grad_enabled(True)  # from here on
         plan = self.plan
-        kept = plan.input_share.get(self.i, 0.0 if plan.cut else 1.0) if self.mode == "train" else 1.0
+        factor = plan.input_share.get(self.i, 0.0 if plan.cut else 1.0) if self.mode == "train" else 1.0
         if active:
-            args, kwargs = shared((args, kwargs), kept)
+            args, kwargs = shared((args, kwargs), factor)
         self.calls += trained
         if active and (trained or any_gradient((args, kwargs))):
             with no_autocast_cache():
                 call = self._call_of(network, gradient=True)
-                out = recomputed(network, call, args, kwargs, self.handle) if self.recompute else call(*args, **kwargs)
+                later = sum(step > self.i for step in self.active)  # whose backward pass comes before
+                kept = self.kept_steps is None or later < self.kept_steps
+                out = call(*args, **kwargs) if kept else recomputed(network, call, args, kwargs, self.handle)
         else:
-            call = functools.partial(self._annealed, name) if trained and self.tuned_weights else self._call_of(network)
+            call = self._call_of(network)
+            if trained and self.rollout_network is not None:
+                call = self.rollout_network
+            elif trained and self.tuned_weights:
+                call = functools.partial(self._annealed, name)
             with torch.no_grad():
                 out = call(*args, **kwargs)
         self.outputs[name] = plain = detached(out)

@@ -23,6 +23,7 @@ from nemo_aligner_diffusion.diffusion.families import (
     lora_targets,
 )
 from nemo_aligner_diffusion.diffusion.lora import adapters_off, has_lora
+from nemo_aligner_diffusion.diffusion.network.rollout_network import RolloutNetwork
 from nemo_aligner_diffusion.diffusion.schedule import build_scheduler
 from nemo_aligner_diffusion.diffusion.settings import DecoderSettings
 from nemo_aligner_diffusion.diffusion.taps import PromptCache
@@ -66,6 +67,7 @@ class DiffusionModel(nn.Module):
         self.stateless = {*stateless, *self.family.stateless}
         self.truncated_prompts = 0  # prompts so far that were longer than the tokenizer's limit
         self.reference_denoiser: Any = None  # frozen copy, full fine-tuning only
+        self.rollout_network: RolloutNetwork | None = None  # in training, where one is asked for
         self.decoder = DecoderSettings()  # of the pictures in training: see decoding.set_up_decoder
         self.small_decoder: Any = None
         self.prompt_cache: PromptCache | None = None

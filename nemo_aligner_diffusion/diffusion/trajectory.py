@@ -67,7 +67,7 @@ def rollout(
     kl_space: str | None = None,
     decode_rows: int | None = None,
     gradient_scale: float = 1.0,
-    recompute: bool = True,
+    kept_steps: int | None = 0,
 ) -> Rollout:
     """Run the pipeline with the gradient that a plan asks for, score its pictures, take the reward's gradient.
 
@@ -83,13 +83,13 @@ def rollout(
             pass of the decoder.
         gradient_scale: the objective is scaled by this, a power of two, and its gradient back, against underflow in
             float16.
-        recompute: hold latents only and recompute active calls in the backward pass. ``False`` keeps every active
-            step's activations (the naive graph).
+        kept_steps: the last so many active steps keep their activations, ``None``: all of them (the naive graph); the
+            others hold latents only, and their network calls are made again in the backward pass.
 
     Raises:
         ConfigurationError: the pipeline refused its arguments, or cannot be trained so; by name.
     """
-    loop = Loop(model, generators, inputs, rule, rng or random.Random(0), reference, recompute, decode_rows)
+    loop = Loop(model, generators, inputs, rule, rng or random.Random(0), reference, kept_steps, decode_rows)
     ends: list[Tensor] = []
     gradients: list[Tensor] = []
     divergences: list[Tensor] = []
@@ -136,7 +136,7 @@ def sample(
         as_in_training: decoded as the reward sees them there (``model.first_stage_config``).
     """
     rng = random.Random(0)
-    loop = Loop(model, generators, inputs, None, rng, False, True, decode_rows, tuned_weights, as_in_training)
+    loop = Loop(model, generators, inputs, None, rng, False, 0, decode_rows, tuned_weights, as_in_training)
     return loop.run("sample")
 
 
@@ -145,7 +145,7 @@ def sample_with_latents(
     model: DiffusionModel, generators: Sequence[torch.Generator], inputs: dict[str, Any], decode_rows: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """:func:`sample`, and the finished latents ``(B, …)`` as the network is handed them."""
-    loop = Loop(model, generators, inputs, None, random.Random(0), False, True, decode_rows)
+    loop = Loop(model, generators, inputs, None, random.Random(0), False, 0, decode_rows)
     return loop.run("sample"), loop.sample.detach()
 
 

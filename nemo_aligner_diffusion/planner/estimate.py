@@ -190,11 +190,10 @@ def memory(
     always = sum(parts.values())
     peaks: dict[str, float] = {}
     kept = gradients if accumulation > 1 else 0  # gradients of the micro-batches before
-    for name, records in micro_batch(measured, counts).items():
+    for name, most in peaks_of(measured, counts).items():
         if counts.kind == "policy":
             kept = _trajectories(measured, counts, accumulation, name)
         shown = "rollout" if counts.network_calls and name in ("text", "reference") else name
-        most = max((record.peak for often, record in records if often), default=0)
         if most:
             peaks[shown] = max(peaks.get(shown, 0), kept + most)
     if "average" in phases:
@@ -207,6 +206,18 @@ def memory(
         peaks["validation"] = gradients + max(phases["validation"].peak, int(copies + (call - copies) * larger))
     held = {name: always + peak for name, peak in peaks.items()}
     return Memory({**parts, "gradients": gradients}, held, gpu.reserved)
+
+
+def peaks_of(measured: Measurement, counts: StepCounts) -> dict[str, float]:
+    """The most that each phase of a micro-batch holds, activations of kept steps included."""
+    before, after = (measured.phases.get(name, Record()).start for name in ("kept", "kept, then"))
+    step = after - before
+    others = {"rollout": counts.kept - 1, "reference": counts.kept, "decode and reward": counts.kept,
+              LEARNING[0]: counts.kept - 1}  # fmt: skip
+    return {
+        name: max((record.peak for often, record in records if often), default=0) + max(0, others.get(name, 0)) * step
+        for name, records in micro_batch(measured, counts).items()
+    }
 
 
 def _trajectories(measured: Measurement, counts: StepCounts, chunks: int, phase: str) -> int:
@@ -226,10 +237,11 @@ def _trajectories(measured: Measurement, counts: StepCounts, chunks: int, phase:
 
 def micro_batch(measured: Measurement, counts: StepCounts) -> dict[str, list[tuple[float, Record]]]:
     """Phases of the printed plan -> those that were measured, and how often a micro-batch has each."""
+    own = counts.replays if "copied" in measured.phases else counts.network_calls
     often = {
         "encode": {"encode": counts.encodings},
         "text": {"text": counts.texts, "conditioning": 1},
-        "rollout": {"call": counts.network_calls},
+        "rollout": {"call": own - counts.kept, "copied": counts.network_calls - own},
         "reference": {"reference": counts.references},
         "decode and reward": {"decode": counts.reads, "unread": 1},
         LEARNING[counts.kind == "preference"]: {"replay": 1, "replay_next": counts.replays - 1},
@@ -258,6 +270,8 @@ def estimate(
                 ops[op] += often * count * accumulation  # type: ignore[assignment]
             for message, count in record.collectives.items():
                 _add_message(time, sent, message, often * count * accumulation, layout, machines)
+        if name == "rollout" and "fold" in measured.phases:
+            ops.update(measured.phases["fold"].ops)
         add_device_time(time, ops, machines.gpu)
         flops[name] = sum(op.flops * count for op, count in ops.items())
         times[name] = time

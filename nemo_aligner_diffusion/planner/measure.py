@@ -24,6 +24,7 @@ from nemo_aligner_diffusion.diffusion.decoding import decode_as_set_up
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.diffusion.network.dry_run import guidance_choices
 from nemo_aligner_diffusion.diffusion.network.latents import encode
+from nemo_aligner_diffusion.diffusion.network.rollout_network import fast_in_bf16, rollout_network_of
 from nemo_aligner_diffusion.diffusion.plan import Plan
 from nemo_aligner_diffusion.diffusion.taps import detached
 from nemo_aligner_diffusion.diffusion.trajectory import reward_gradient
@@ -49,7 +50,9 @@ class Measurement:
     """What one process does with one micro-batch, and what it holds all the time; bytes.
 
     Attributes:
-        phases: ``text``, ``call`` (one guided network call without gradient), ``reference`` (one of the frozen model),
+        phases: ``text``, ``call`` (one guided network call without gradient), ``copied`` (the same of the rollout's own
+            network) and ``fold`` (which brings that up to date, once a step), ``kept`` and ``kept, then`` (whose starts
+            differ by what a call holds whose activations are kept), ``reference`` (one of the frozen model),
             ``decode`` (one read: decoder, reward and their backward pass), ``unread`` (the decoding without gradient
             that ends a trajectory which is re-noised), ``replay`` (recompute and backward pass of
             the first active step), ``replay_next`` (of each further one; ``peak`` is that of both),
@@ -101,14 +104,21 @@ def measure(
     mesh_context = contextlib.nullcontext() if layout.is_single else simulated_mesh(layout)
     with mesh_context as mesh, mode:
         parallel = Parallelism(layout)
+        fast = settings.on_gpu or fast_in_bf16(torch.device("cpu"))
+        asked = settings.run.model.rollout_precision if settings.run.method().kind == "reward" else None
+        model.rollout_network = rollout_network_of(model.denoiser, asked, fast, parallel.holds_whole_weights)
         if mesh is not None:
-            denoisers = [part for part in (model.denoiser, model.reference_denoiser) if part is not None]
+            copied = None if model.rollout_network is None else model.rollout_network.network
+            denoisers = [part for part in (model.denoiser, model.reference_denoiser, copied) if part is not None]
             parallel.apply(mesh, denoisers, {**frozen, "reward": reward})
         run = _Phases(settings, case, model, reward, parallel, prompts)
         phases = run.run(plan, only)
         parallel.reshard()  # what is still gathered is in the phases already
         parts = {"denoiser": model.denoiser, "reference": model.reference_denoiser, **frozen, "reward": reward}
         weights = {name: 0 if part is None else _held_bytes(part) for name, part in parts.items()}
+        if model.rollout_network is not None:
+            both = nn.ModuleList([model.denoiser, model.rollout_network.network])
+            weights["rollout network"] = _held_bytes(both) - weights["denoiser"]
         trained = [local_part(p) for _, p in model.trainable_parameters()]
     return Measurement(
         phases, weights, sum(p.nbytes for p in trained), sum(p.numel() for p in trained), parameters, run.latents,
@@ -131,7 +141,8 @@ class _Phases:
         self.method = settings.run.method()
         self.kl_coeff = settings.run.model.kl_coeff if self.method.kind == "reward" else 0.0
         self.latents = self.pictures = 0
-        known = [local_part(tensor) for part in (model, reward) for tensor in _tensors(part)]
+        copied = [] if model.rollout_network is None else [model.rollout_network.network]
+        known = [local_part(tensor) for part in (model, reward, *copied) for tensor in _tensors(part)]
         self.ledger = Ledger(known, group_names(parallel.mesh) if parallel.mesh else {})
         self.prompts = list(prompts or (f"{TYPICAL_PROMPT}, {i}" for i in range(case.micro_batch_size)))
         self.found: dict[str, Record] = {}
@@ -208,6 +219,21 @@ class _Phases:
         self._begin("text")
         # FSDP2 lays out its buffers at the first call
         self._pipeline(2 if self.case.layout.fsdp else 1, network, stepped=lambda prediction: self._end())
+        if self.model.rollout_network is not None:
+            self._begin("fold")
+            self.model.rollout_network.refresh()
+            self._end()
+            self._begin("copied")
+            with self._precision(), torch.no_grad():
+                for args, kwargs in calls:
+                    self.model.rollout_network(*args, **kwargs)
+            self._end()
+        if self.settings.run.model.steps_kept and self.method.kind == "reward":
+            self._begin("kept")
+            with self._precision(cache=False), torch.enable_grad():
+                held = [self.model.denoiser(*args, **kwargs) for args, kwargs in calls]
+            self._begin("kept, then")  # begins with what they hold
+            del held
         if reference:
             self._begin("reference")
             with self._precision(), torch.no_grad(), self.model.reference():

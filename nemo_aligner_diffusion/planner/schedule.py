@@ -34,6 +34,7 @@ class StepCounts:
             recomputed later).
         references: calls of the frozen model (KL; of both pictures of each pair).
         replays: active steps, recomputed and differentiated; of pairs the one call, differentiated.
+        kept: those of them whose activations are kept, at most: they are not computed before.
         reads: latents that are decoded and scored.
         plan: the draw with the most active steps: what memory is planned for.
         kind: of the method (:class:`.TrainingMethod`).
@@ -53,6 +54,7 @@ class StepCounts:
     encodings: float = 0.0
     passes: int = 1
     steps: int = 0
+    kept: float = 0.0
 
 
 def step_counts(run: RunSettings, spec: ModelSpec | None = None, draw: random.Random | None = None) -> StepCounts:
@@ -90,6 +92,7 @@ def step_counts(run: RunSettings, spec: ModelSpec | None = None, draw: random.Ra
         replays=active,
         reads=fmean(plan.network_reads for plan in plans),
         plan=max(plans, key=active_calls),
+        kept=min(active, run.model.steps_kept * max(1, max(plan.renoise for plan in plans))),
     )
 
 

@@ -25,6 +25,7 @@ from nemo_aligner_diffusion.diffusion.lora import add_lora, continue_lora, has_l
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.diffusion.settings import SamplingSettings
 from nemo_aligner_diffusion.diffusion.taps import PromptCache
+from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.parallel.broadcast import load_once, on_every_process
 from nemo_aligner_diffusion.parallel.module import OptimizerFactory
 from nemo_aligner_diffusion.parallel.non_finite import NonFinitePolicy
@@ -150,6 +151,23 @@ def build_sampling(infer: SamplingSettings) -> Sampling:
     return Sampling(infer.inference_steps, infer.unconditional_guidance_scale, infer.height, infer.width, infer.eta)
 
 
+def rollout_precision(settings: RunSettings) -> str | None:
+    """``model.rollout_precision``, in float64 without bfloat16.
+
+    Raises:
+        ConfigurationError: it asks for that by name.
+    """
+    asked = settings.model.rollout_precision
+    if asked in ("bf16", "auto") and settings.trainer.lightning_precision == "64-true":
+        if asked == "bf16":
+            raise ConfigurationError(
+                f"{settings.model.given('rollout_precision')} with {settings.trainer.given('precision')}: products of "
+                "bfloat16 have no place among numbers of 64 bits; expected same, or null"
+            )
+        return "same"
+    return asked
+
+
 def build_module(
     settings: RunSettings,
     model: DiffusionModel,
@@ -177,6 +195,8 @@ def build_module(
         return PolicyGradient(method, section.micro_batch_size, **common)
     assert isinstance(method, Method), "no other kind yet"
     return RewardTuning(
+        rollout_precision=rollout_precision(settings),
+        kept_steps=section.steps_kept,
         plan_rule=method.plan,
         kl_coeff=section.kl_coeff,
         kl_space=section.kl_space,

@@ -122,6 +122,11 @@ class ModelSettings(RewardTuningSettings, LayoutSettings, WeightsSettings):
     data: PromptSettings = part(PromptSettings)
     preference: PairSettings = part(PairSettings)
 
+    @property
+    def steps_kept(self) -> int:
+        """``kept_steps``; none where FSDP2 would gather the weights of all of them in one backward pass."""
+        return 0 if self.fsdp else self.kept_steps
+
 
 @dataclass(frozen=True)
 class ProgramSettings(Settings):

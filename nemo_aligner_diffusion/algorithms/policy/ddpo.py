@@ -26,7 +26,7 @@ class DDPO(TrainingMethod):
     kind = "policy"
     ignored: ClassVar[tuple[str, ...]] = (
         "model.reward_scale", "model.reward_margin", "model.kl_coeff", "model.kl_space",
-        "model.first_stage_config.activation_checkpointing",
+        "model.first_stage_config.activation_checkpointing", "model.rollout_precision", "model.kept_steps",
     )  # fmt: skip
 
     clip_range: float = setting(

@@ -48,6 +48,8 @@ class PreferenceMethod(TrainingMethod):
         "model.kl_space",
         "model.reward_scale",
         "model.reward_margin",
+        "model.rollout_precision",
+        "model.kept_steps",
     )
     compares: ClassVar[bool] = True
 

@@ -111,7 +111,7 @@ class _Taps(Loop):
             rule=None,
             rng=random.Random(0),
             reference=False,
-            recompute=True,
+            kept_steps=0,
             decode_rows=None,
         )
 

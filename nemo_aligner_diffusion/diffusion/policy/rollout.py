@@ -104,7 +104,7 @@ class _PolicyLoop(Loop):
         stored: Tensor | None,
     ) -> None:
         given = inputs if stored is None else {**inputs, "output_type": "latent"}
-        super().__init__(model, generators, given, self._drawn, rng, False, True, decode_rows)
+        super().__init__(model, generators, given, self._drawn, rng, False, 0, decode_rows)
         self.choose, self.noise_level, self.stored = choose, noise_level, stored
         self.visited: list[Tensor] = []
         self.log_densities: dict[int, Tensor] = {}
