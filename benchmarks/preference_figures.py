@@ -179,6 +179,7 @@ def main() -> None:
     base = next(row for row in rows if row["name"] == "base" and row["seeds"] == 2)
     rows = [row for row in rows if row["name"] != "base"]
     finals = [row for row in rows if row["steps"] is None and row["seeds"] == 2]
+    (arguments.docs / "images").mkdir(parents=True, exist_ok=True)
     draw_front(rows, base, arguments.docs / "images" / "preference_methods.png")
     compared = {m: [folder / "runs" / row["name"] for row in finals if row["method"] == m] for m in METHODS[:-1]}
     weights = {method: weights_of(runs) for method, runs in compared.items()}

@@ -29,7 +29,12 @@ WHAT = {
         f"model.peft.lora_tuning.target_modules={EVERYWHERE}",
     ],
     "LoRA, bf16": ["model.optim.lr=1e-4", "model.rollout_precision=bf16"],
-    "full, bf16": ["model.peft.peft_scheme=none", "model.optim.lr=1e-5", "model.rollout_precision=bf16"],
+    "full, bf16": [
+        "model.peft.peft_scheme=none",
+        "model.optim.lr=1e-5",
+        "model.rollout_precision=bf16",
+        "model.fsdp_sharding_strategy=grad",
+    ],
     "full": ["model.peft.peft_scheme=none", "model.optim.lr=1e-5"],
 }
 METHODS = {

@@ -22,6 +22,7 @@ WORDS = [
     "model.infer.height=32",
     "model.infer.width=32",
     "model.truncation_steps=1",
+    "model.rollout_precision=same",
     "sched=warmup_hold",
     "model.optim.sched.warmup_steps=4",
     "model.optim.weight_decay=0.1",

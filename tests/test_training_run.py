@@ -252,7 +252,7 @@ def test_ctrl_c_leaves_an_export_and_a_report(pipeline, prompts, tmp_path):
 @pytest.mark.slow
 def test_two_processes_train_as_one(pipeline, prompts, tmp_path):
     """The noise is keyed by sample, the plan by step: data parallelism changes rounding only."""
-    run(pipeline, prompts, tmp_path / "one", "model.micro_batch_size=4")
+    run(pipeline, prompts, tmp_path / "one", "model.micro_batch_size=4", "model.rollout_precision=same")
     command = [
         sys.executable,
         "-m",
@@ -260,7 +260,7 @@ def test_two_processes_train_as_one(pipeline, prompts, tmp_path):
         "--standalone",
         "--nproc_per_node=2",
         str(ROOT / "examples/mm/stable_diffusion/train_sd_draftp.py"),
-        *overrides(pipeline, prompts, tmp_path / "two", "trainer.devices=2"),
+        *overrides(pipeline, prompts, tmp_path / "two", "trainer.devices=2", "model.rollout_precision=same"),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)

@@ -80,6 +80,7 @@ class DenoiserTuning(PictureValidation):
             for _, parameter in self.trained:  # Lightning frees them before the backward pass only
                 parameter.grad = None
             if self.model.rollout_network is not None:
+                self.parallel.reshard()  # what a call before has left gathered is no piece that the copy has
                 self.model.rollout_network.refresh()
 
     def end_micro_batch(self, prompts: list[str], figures: Mapping[str, Tensor], **values: Tensor) -> None:

@@ -220,6 +220,7 @@ class _Phases:
         # FSDP2 lays out its buffers at the first call
         self._pipeline(2 if self.case.layout.fsdp else 1, network, stepped=lambda prediction: self._end())
         if self.model.rollout_network is not None:
+            self.parallel.reshard()
             self._begin("fold")
             self.model.rollout_network.refresh()
             self._end()
