@@ -134,6 +134,10 @@ class DenoiserTuning(PictureValidation):
         if model.rollout_network is None:
             fast, share = fast_in_bf16(model.device), self.parallel.holds_whole_weights
             model.rollout_network = rollout_network_of(model.denoiser, self.rollout_precision, fast, share)
+            if model.rollout_network is not None:
+                products = "bfloat16" if model.rollout_network.bf16 else "the training's precision"
+                log.info("steps without gradient by a copy of the %s, products in %s (model.rollout_precision=%s)",
+                         model.trained, products, self.rollout_precision)  # fmt: skip
         if mesh is not None:
             copied = None if model.rollout_network is None else model.rollout_network.network
             denoisers = [part for part in (model.denoiser, model.reference_denoiser, copied) if part is not None]

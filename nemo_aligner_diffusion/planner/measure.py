@@ -40,6 +40,7 @@ from nemo_aligner_diffusion.planner.settings import Case, Settings
 from nemo_aligner_diffusion.planner.shapes import ShapesMode, convertible, without_memory
 from nemo_aligner_diffusion.rewards.base import Reward
 from nemo_aligner_diffusion.rewards.support.augmented import SampleKeys, scoring_samples
+from nemo_aligner_diffusion.training.build import rollout_precision
 
 PHASES = ("encode", "text", "call", "reference", "decode", "replay", "replay_next", "validation")
 TYPICAL_PROMPT = "a red apple on a wooden table, studio light"
@@ -105,7 +106,7 @@ def measure(
     with mesh_context as mesh, mode:
         parallel = Parallelism(layout)
         fast = settings.on_gpu or fast_in_bf16(torch.device("cpu"))
-        asked = settings.run.model.rollout_precision if settings.run.method().kind == "reward" else None
+        asked = rollout_precision(settings.run) if settings.run.method().kind == "reward" else None
         model.rollout_network = rollout_network_of(model.denoiser, asked, fast, parallel.holds_whole_weights)
         if mesh is not None:
             copied = None if model.rollout_network is None else model.rollout_network.network
