@@ -99,6 +99,7 @@ def on(scenario: Scenario, settings: Settings, counts: StepCounts, measured: Mea
         average = replace(measured.phases["average"], peak=round(measured.phases["average"].peak * shrink))
         measured = replace(measured, weights=weights, trained=round(measured.trained * shrink),
                            trained_elements=round(measured.trained_elements * shrink),
+                           moments=round(measured.moments * shrink),
                            phases=measured.phases | {"average": average})  # fmt: skip
     held = memory(settings, measured, counts, 1, scenario.micro_batch_size, GPUS[GPU])
     return held, estimate(settings, measured, counts, layout, 1, Machines(GPUS[GPU], gpus, NODE))

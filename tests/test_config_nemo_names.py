@@ -93,6 +93,9 @@ def test_keys_in_use_act() -> None:
         ("model.peft.lora_tuning.network_alpha=16", "model.peft.lora_tuning.alpha", 16),
         ("model.data.train.dataset_path=/a.tar", "model.data.train.webdataset.local_root_path", "/a.tar"),
         ("model.data.train.dataset_path=[null]", "model.data.train.webdataset.local_root_path", None),
+        ("model.nsys_profile.enabled=True", "model.profile.nsys", True),
+        ("model.nsys_profile.start_step=2", "model.profile.start_step", 2),
+        ("model.nsys_profile.gen_shape=True", "model.profile.shapes", True),
         ("++model.kl_coeff=0.3", "model.kl_coeff", 0.3),
     ],
 )
@@ -134,7 +137,6 @@ def test_the_loops_own_key_counts_more_than_lightnings(caplog: pytest.LogCapture
         "trainer.logger=False",
         "exp_manager.create_checkpoint_callback=True",
         "exp_manager.checkpoint_callback_params.monitor=loss",
-        "model.nsys_profile.enabled=True",
         "model.sampling.refiner.steps=10",
         "model.sampling.base.s_churn=0.0",
         "model.unet_config.use_flash_attention=True",

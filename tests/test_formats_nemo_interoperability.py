@@ -1,6 +1,6 @@
 """``.nemo`` files to and from NeMo itself: ``nemo_toolkit`` writes what we restore, and unpacks what we write.
 
-Needs the extra ``nemo`` (``make test-nemo`` installs it and runs this); skipped without.
+Needs the extra ``nemo`` (``make test-extras`` installs it and runs this); skipped without.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from nemo_aligner_diffusion.rewards.clip.archive import convert_hf_clip_to_nemo
 from nemo_aligner_diffusion.rewards.clip.reward import CLIPReward
 from nemo_aligner_diffusion.rewards.clip.tokenizer import tokenizer_from_bytes
 
-if os.environ.get("NAD_REQUIRE_NEMO"):  # CI: an installation gone wrong must not look like a test left out
+if os.environ.get("NAD_REQUIRE_EXTRAS"):  # CI: an installation gone wrong must not look like a test left out
     import nemo
 else:
-    nemo = pytest.importorskip("nemo", reason="nemo_toolkit is not installed: make test-nemo, or the extra nemo")
+    nemo = pytest.importorskip("nemo", reason="nemo_toolkit is not installed: make test-extras, or the extra nemo")
 
 from nemo.core.classes.modelPT import ModelPT
 from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
 
+pytestmark = pytest.mark.extras("nemo")
 PROMPTS = ["a red apple", "cats and apples"]
 # NeMo 1 and 2 had the class here; version 3 has no pictures any more. The path is all that an archive records of it.
 NEMO_MODULE = "nemo.collections.multimodal.models.vision_language_foundation.clip.megatron_clip_models"

@@ -31,6 +31,8 @@ from nemo_aligner_diffusion.planner.schedule import step_counts
 from nemo_aligner_diffusion.planner.search import candidate, nothing_fits, search
 from nemo_aligner_diffusion.planner.settings import Case, case_of, settings_from
 from nemo_aligner_diffusion.planner.shapes import ShapesMode, convertible, without_memory
+from nemo_aligner_diffusion.training.build import build_model
+from nemo_aligner_diffusion.training.optimizers import build_optimizer
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +149,38 @@ def test_what_is_held_beside_the_weights_follows_from_the_recipe(tiny, words, st
     always = sum(found.weights.values()) + (states + averages) * size
     kept = size if accumulation > 1 else 0
     assert held.phases["decode and reward"] == always + kept + found.phases["decode"].peak
+
+
+@pytest.mark.extras("torchao")
+def test_moments_in_8_bits_are_planned_to_the_byte(tiny):
+    cfg = recipe(tiny, "draftp_sd", 2, "peft=none", "model.kl_coeff=0", "optim=adamw_8bit")
+    settings = settings_from(cfg, model_spec(str(tiny)))
+    found = measure(settings, Case(cfg.layout, 2, False, 1), step_counts(cfg).plan, only=("call", "replay"))
+    held = candidate(settings, Case(cfg.layout, 2, False, 1), found, step_counts(cfg), Machines(GPUS["l40s"], 1, 1))
+    parameters = build_model(cfg).trainable_parameters()
+    optimizer = build_optimizer(parameters, cfg.model.optim)
+    for _, parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    moments = [slots[name] for slots in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    tensors = [each for m in moments for each in ([m.codes, m.scale, m.qmap] if hasattr(m, "codes") else [m])]
+    assert held.memory.parts["optimizer"] == sum(each.nbytes for each in tensors)
+    assert held.memory.parts["optimizer"] < found.trained * 2 / 3, "of 8 bits, but for small ones"
+
+
+def test_of_layouts_only_replicas_have_moments_in_8_bits(tiny, monkeypatch):
+    words = ["optim=adamw_8bit", "trainer.devices=2", "trainer.accelerator=cpu"]
+    cfg = recipe(tiny, "draftp_sd", 1, "peft=none", "model.kl_coeff=0", *words, "model.global_batch_size=2")
+    seen: list[Layout] = []
+
+    def sweep(settings: Any, case: Case, *_: Any) -> list[Any]:
+        seen.append(case.layout)
+        return []
+
+    monkeypatch.setattr("nemo_aligner_diffusion.planner.search._sweep", sweep)
+    settings = settings_from(cfg, model_spec(str(tiny)))
+    search(settings, step_counts(cfg), Machines(gpu_named("l40s"), 2, 2), print, case_of(cfg))
+    assert set(seen) == {Layout(data=2)}
 
 
 @pytest.mark.slow

@@ -170,3 +170,26 @@ def test_through_every_pipeline(row):
             assert relative(got, exact) < (1e-9 if dtype == torch.float64 else 1e-4)
         elif row.name != "kandinsky3":  # whose random network makes 16 % of a rounding
             assert torch.nn.functional.cosine_similarity(got, exact, 0) > 0.98
+
+
+@pytest.mark.slow
+def test_compiled_it_computes_the_same(caplog):
+    pytest.importorskip("torch._inductor")
+    model = with_adapters(tiny_stable_diffusion(torch.float32), TARGETS)
+    inputs = model.inputs(PROMPTS, STEPS, 2.5, 16, 16)
+    exact = flat(model, run(model, PLANS["draft_k"], inputs)[0].surrogate())
+    model.rollout_network = RolloutNetwork(model.denoiser, compile_mode="default")
+    model.rollout_network.refresh()
+    with caplog.at_level("INFO"):
+        got = [flat(model, run(model, PLANS["draft_k"], inputs)[0].surrogate()) for _ in range(2)]
+    assert sum("compiled the rollout's network in" in line for line in caplog.messages) == 1  # one graph, once
+    assert all(relative(x, exact) < 1e-4 for x in got)
+
+
+def test_what_compiling_needs(monkeypatch):
+    with pytest.raises(ConfigurationError, match=r"rollout_compile = default is of the rollout's copy"):
+        load_settings("draftp_sd", ["model.rollout_compile=default", "model.rollout_precision=null"])
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    with pytest.raises(ConfigurationError, match=r"needs a C\+\+ compiler.*g\+\+"):
+        RolloutNetwork(tiny_stable_diffusion(torch.float32).denoiser, compile_mode="default")

@@ -99,6 +99,62 @@ def test_an_optimizer_of_the_same_moments_goes_on(tmp_path: Path, before: str, a
     assert int(moments["step"]) == MORE
 
 
+class Wide(Configured):
+    """Its weight is large enough for moments in 8 bits, its bias is not."""
+
+    def __init__(self, name: str) -> None:
+        # under dropout gradients are zero now and then, and so may be what is left of a small second moment
+        super().__init__({**ADAM, "name": name, "eps": 1e-3}, SCHED)
+        torch.manual_seed(0)
+        self.adapter = torch.nn.Linear(8, 1024)
+
+    @property
+    def moments(self) -> list[dict[str, Any]]:
+        states = self.trainer.optimizers[0].state
+        return [states[parameter] for parameter in (self.adapter.weight, self.adapter.bias)]
+
+
+def wide(folder: Path, *names: str) -> Wide:
+    """Three steps with each optimizer but the last, with which the run ends."""
+    for number, name in enumerate(names, 1):
+        module = Wide(name)
+        steps = MORE if number == len(names) else STEPS * number
+        fit(folder, module, steps, save_interval=1, resume=find_resume_point(folder / "checkpoints"))
+    return module
+
+
+@pytest.mark.extras("torchao")
+def test_moments_in_8_bits_go_on_bit_for_bit(tmp_path: Path) -> None:
+    unbroken, resumed = wide(tmp_path / "a", "adamw_8bit"), wide(tmp_path / "b", "adamw_8bit", "adamw_8bit")
+    for parameter, other in zip(unbroken.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(parameter, other)
+    (weight, bias), (weight_too, bias_too) = unbroken.moments, resumed.moments
+    for slot in ("exp_avg", "exp_avg_sq"):
+        assert weight[slot].codes.dtype == torch.uint8
+        assert torch.equal(weight[slot].codes, weight_too[slot].codes)
+        assert torch.equal(weight[slot].scale, weight_too[slot].scale)
+        assert torch.equal(bias[slot], bias_too[slot])
+    assert unbroken.rates.items() >= resumed.rates.items()
+    stored = sum(path.stat().st_size for path in (tmp_path / "b/checkpoints/step_000008").glob("*.safetensors"))
+    assert stored < 75_000, "in 32 bits the weight and its moments alone are 98,304"
+
+
+@pytest.mark.extras("torchao")
+def test_moments_in_8_bits_are_those_of_other_adams(tmp_path: Path) -> None:
+    """There and back: the numbers are the same but for their rounding."""
+    plain, there, back = (
+        wide(tmp_path / "-".join(names), *names)
+        for names in (("adamw",), ("adamw", "adamw_8bit"), ("adamw_8bit", "adamw"))
+    )
+    assert hasattr(there.moments[0]["exp_avg_sq"], "codes")
+    assert type(back.moments[0]["exp_avg_sq"]) is torch.Tensor
+    for module in (there, back):
+        assert int(module.moments[0]["step"]) == MORE
+        apart = module.adapter.weight.detach() - plain.adapter.weight.detach()
+        moved = plain.adapter.weight.detach() - Wide("adamw").adapter.weight.detach()
+        assert 0 < float(apart.norm() / moved.norm()) < 0.05
+
+
 @pytest.mark.parametrize(("before", "after"), [("fused_adam", "sgd"), ("sgd", "adamw")])
 def test_an_optimizer_of_other_moments_is_refused(tmp_path: Path, before: str, after: str) -> None:
     fit(tmp_path, Configured({**ADAM, "name": before}, SCHED), STEPS)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from nemo_aligner_diffusion.config.load import load_settings
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.training.optimizers import OptimizerSettings, build_optimizer
 from nemo_aligner_diffusion.training.schedules import ScheduleSettings, build_schedule
@@ -61,6 +62,51 @@ def test_fused_adam_is_decoupled_adamw() -> None:
         torch.testing.assert_close(p.detach().double(), reference[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.extras("torchao")
+def test_moments_in_8_bits_follow_adamw() -> None:
+    """As torch's AdamW but for their rounding; of small parameters there is none."""
+    results = []
+    for name in ("adamw", "adamw_8bit"):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 3))
+        start = [parameter.detach().clone() for parameter in network.parameters()]
+        settings = OptimizerSettings(name=name, lr=0.01, weight_decay=0.1)
+        optimizer = build_optimizer(network.named_parameters(), settings)
+        for seed in range(20):
+            optimizer.zero_grad()
+            generator = torch.Generator().manual_seed(seed)
+            network(torch.randn(4, 64, generator=generator)).square().mean().backward()
+            optimizer.step()
+        moved = [parameter.detach() - before for parameter, before in zip(network.parameters(), start, strict=True)]
+        results.append(moved)
+        kept = [sum(_bytes(value) for value in slots.values() if value.ndim) for slots in optimizer.state.values()]
+        assert kept == [settings.state_bytes(parameter) for parameter in optimizer.state], "what the planner counts"
+    assert results[0][0].numel() == 4096
+    for plain, rounded in zip(*results, strict=True):
+        assert 0 < float((plain - rounded).norm() / plain.norm()) < 0.05
+
+
+def _bytes(value: torch.Tensor) -> int:
+    parts = [value.codes, value.scale, value.qmap] if hasattr(value, "codes") else [value]
+    return sum(part.nbytes for part in parts)
+
+
+def test_what_8_bits_need_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        ConfigurationError, match=r"needs torchao.*pip install 'nemo-aligner-diffusion\[quantization\]'"
+    ):
+        build_optimizer(_network().named_parameters(), OptimizerSettings(name="adamw_8bit"))
+
+
+@pytest.mark.parametrize("words", [["model.fsdp=true"], ["model.tensor_model_parallel_size=2"]])
+def test_8_bits_are_of_whole_parameters(words: list[str]) -> None:
+    given = ["optim=adamw_8bit", "trainer.devices=2", "trainer.accelerator=cpu"]
+    assert load_settings("draftp_sd", given).model.optim.name == "adamw_8bit"
+    with pytest.raises(ConfigurationError, match=r"model\.optim\.name = adamw_8bit with .*expected replicas"):
+        load_settings("draftp_sd", [*given, *words])
+
+
 def test_weight_decay_spares_vectors() -> None:
     optimizer = build_optimizer(_network().named_parameters(), OptimizerSettings(name="adamw", lr=1, weight_decay=0.1))
     assert [(g["weight_decay"], len(g["params"])) for g in optimizer.param_groups] == [(0.1, 2), (0.0, 4)]
@@ -81,7 +127,7 @@ def test_frozen_parameters_are_left_out() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "fused_adm"}, r"name = 'fused_adm': expected one of fused_adam, adamw, adam, sgd"),
+        ({"name": "fused_adm"}, r"name = 'fused_adm': expected one of fused_adam, adamw, adamw_8bit, adam, sgd"),
         ({"lr": "fast"}, r"lr = 'fast': expected a number > 0"),
         ({"lr": -1}, r"lr = -1: expected a number > 0"),
         ({"betas": [0.9]}, r"betas = \[0\.9\]: expected a list of 2 numbers"),

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from nemo_aligner_diffusion.diffusion.generate import Sampling, generate
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
@@ -124,6 +125,7 @@ class PictureValidation(ParallelModule):
         with torch.no_grad():
             return self.scores(images.to(self.device), prompts)[0].cpu()
 
+    @record_function("reward")
     def scores(self, images: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """``(B,)`` and the reward's parts; of frames ``(B, F, 3, H, W)`` the mean over ``F``."""
         try:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from nemo_aligner_diffusion.algorithms.tuning import DenoiserTuning
+from nemo_aligner_diffusion.diffusion.network.guidance_interval import guidance_interval
 from nemo_aligner_diffusion.diffusion.noise import plan_random, sample_generator
 from nemo_aligner_diffusion.diffusion.plan import PlanRule, drawn
 from nemo_aligner_diffusion.diffusion.schedule import path_of
@@ -40,6 +42,7 @@ class RewardTuning(DenoiserTuning):
         reward_scale: ``λ``.
         reward_margin: see above; ``None`` for the plain reward.
         kept_steps: see :func:`.rollout`.
+        rollout_guidance_interval: of the steps without gradient: see :class:`.GuidanceInterval`; ``None``: everywhere.
         **tuning: see :class:`.DenoiserTuning`; the reward is differentiable in the image.
     """
 
@@ -55,6 +58,7 @@ class RewardTuning(DenoiserTuning):
         reward_scale: float = 1.0,
         reward_margin: float | None = None,
         kept_steps: int = 0,
+        rollout_guidance_interval: Sequence[float] | None = None,
         **tuning: Any,
     ) -> None:
         super().__init__(**tuning)
@@ -64,6 +68,7 @@ class RewardTuning(DenoiserTuning):
         self.reward_scale = reward_scale
         self.reward_margin = reward_margin
         self.kept_steps = kept_steps
+        self.rollout_guidance_interval = rollout_guidance_interval
         self._overflow_said = False
         if kl_coeff:
             self.model.keep_reference()
@@ -154,6 +159,10 @@ class RewardTuning(DenoiserTuning):
         steps = self.sampling.steps or self.model.default_steps
         drawn(self.plan_rule, path_of(self.model.pipe.scheduler, steps), plan_random(self.seed, 0))
         super().check_pipeline()
+        if self.rollout_guidance_interval is not None:
+            self.model.guidance_interval = guidance_interval(
+                self.model, self.rollout_guidance_interval, lambda them: self.model.inputs(them, **vars(self.sampling))
+            )
         if self.model.decoder.other_picture:
             mean, most = distance_of_training(self.model, self.inputs_for_checks())
             log.info(

@@ -36,6 +36,7 @@ class DenoiserTuning(PictureValidation):
         seed: of all draws; a run is a function of it, whatever the layout.
         rollout_precision: of the steps without gradient: see :class:`.RolloutNetwork`; ``auto``: ``bf16`` where that is
             fast; ``None``: they are the trained network's own.
+        rollout_options: what else is asked of that copy: see :class:`.RolloutNetwork`.
 
     Attributes:
         counted: what its samples are, the name of their count.
@@ -62,12 +63,13 @@ class DenoiserTuning(PictureValidation):
         decode_micro_batch_size: int | None = None,
         seed: int = 0,
         rollout_precision: str | None = None,
+        rollout_options: Mapping[str, Any] | None = None,
         guard: NonFinitePolicy | None = None,
         parallel: Parallelism | None = None,
     ) -> None:
         super().__init__(model, reward, sampling, decode_micro_batch_size, optimizer_factory, guard, parallel)
         self.seed = seed
-        self.rollout_precision = rollout_precision
+        self.rollout_precision, self.rollout_options = rollout_precision, dict(rollout_options or {})
         self.last_metrics: dict[str, float] = {}
         self._micro_batches: list[dict[str, Tensor]] = []  # figures of the micro-batches of the running optimizer step
         self._values: list[dict[str, Tensor]] = []  # what the guard looks at, of each
@@ -133,9 +135,11 @@ class DenoiserTuning(PictureValidation):
         mesh, model = self.device_mesh, self.model
         if model.rollout_network is None:
             fast, share = fast_in_bf16(model.device), self.parallel.holds_whole_weights
-            model.rollout_network = rollout_network_of(model.denoiser, self.rollout_precision, fast, share)
+            asked = self.rollout_precision
+            model.rollout_network = rollout_network_of(model.denoiser, asked, fast, share, **self.rollout_options)
             if model.rollout_network is not None:
-                products = "bfloat16" if model.rollout_network.bf16 else "the training's precision"
+                names = {"bf16": "bfloat16", "fp8": "float8 and bfloat16", "same": "the training's precision"}
+                products = names[model.rollout_network.precision]
                 log.info("steps without gradient by a copy of the %s, products in %s (model.rollout_precision=%s)",
                          model.trained, products, self.rollout_precision)  # fmt: skip
         if mesh is not None:

@@ -90,6 +90,12 @@ ALIASES: dict[str, Alias] = {
     "model.peft.lora_tuning.adapter_dropout": Alias("model.peft.lora_tuning.dropout"),
     "model.peft.lora_tuning.network_alpha": Alias("model.peft.lora_tuning.alpha"),
     "model.unet_config.lora_network_alpha": Alias("model.peft.lora_tuning.alpha", weak=True),
+    "model.nsys_profile.enabled": Alias("model.profile.nsys"),
+    "model.nsys_profile.gen_shape": Alias("model.profile.shapes"),
+    **{
+        f"model.nsys_profile.{key}": Alias(f"model.profile.{key}", weak=True)
+        for key in ("start_step", "end_step", "ranks")
+    },
 }
 
 # SDXL's size and crop conditioning: argument of the pipeline -> the two keys of NeMo's that it is made of
@@ -196,7 +202,6 @@ _BY_REASON = {
     "use model.peft.lora_tuning.target_modules": "model.peft.lora_tuning.layer_selection",
     "the schedule ends with trainer.<recipe>.max_steps": "model.optim.sched.max_steps",
     "the step is restored from the checkpoint": "model.optim.sched.last_epoch",
-    "use a profiler from outside: nsys profile -t cuda,nvtx …": "model.nsys_profile*",
     "use model.optim.name=fused_adam": "model.fused_opt",
     "gradients are reduced in their own precision": "model.fsdp_grad_reduce_dtype",
     "a checkpoint is read under any layout": "model.fsdp_sharded_checkpoint",

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 from torch.utils._pytree import tree_map
 
 from nemo_aligner_diffusion.diffusion.decoding import decode_as_set_up
@@ -97,6 +98,7 @@ class Loop:
         """Pictures; ``ends``: the latents that were decoded, ``leaves``: what the decoder's graph begins with."""
         self.mode, self.i, self.started, self.skipping = mode, 0, False, mode == "last step"
         self.rollout_network: RolloutNetwork | None = None  # for calls without gradient
+        self.cache_context = "both"  # as the pipeline names its call: "cond", "uncond"
         self.decoded = False
         self.ends: list[Tensor] = []
         self.leaves: list[Tensor] = []
@@ -161,12 +163,14 @@ class Loop:
         copied.__dict__.pop("_num_timesteps", None)
         network: Any
         for name, network in self.model.networks.items():
-            overrides: dict[str, Any] = {"__call__": functools.partial(self._network, name)}
+            overrides: dict[str, Any] = {"__call__": record_function(name)(functools.partial(self._network, name))}
             if name == "vae" and self.as_in_training and self.model.small_decoder is not None:
                 network = self.model.small_decoder  # with its configuration, by which the pipeline scales latents
             if hasattr(network, "decode"):
                 overrides["decode"] = in_place_of(network.decode, functools.partial(self._decode, network))
                 overrides["to"] = functools.partial(self._convert, network)
+            if name == self.model.trained and hasattr(network, "cache_context"):
+                overrides["cache_context"] = functools.partial(self._cache_context, network)
             copied.__dict__[name] = Proxy(network, overrides)
         self.scheduler: Any = copy.deepcopy(self.pipe.scheduler)
         copied.__dict__["scheduler"] = self.scheduler
@@ -184,7 +188,7 @@ class Loop:
     def _call(self, inputs: dict[str, Any]) -> Any:
         call = undecorated(type(self.pipe))
         try:
-            with quiet_pipeline():
+            with quiet_pipeline(), record_function("rollout"):
                 return call(self.copied, generator=list(self.generators), return_dict=False, **inputs)[0]
         except AlignerError:
             raise
@@ -259,10 +263,15 @@ class Loop:
                 out = call(*args, **kwargs) if kept else recomputed(network, call, args, kwargs, self.handle)
         else:
             call = self._call_of(network)
+            interval = self.model.guidance_interval if trained and self.rule is not None else None
+            part = "guided" if interval is None else interval.part_of(self.i, self.total)
             if trained and self.rollout_network is not None:
+                self.rollout_network.cache_context = f"{self.cache_context} {part}"  # other rows, or other steps
                 call = self.rollout_network
             elif trained and self.tuned_weights:
                 call = functools.partial(self._annealed, name)
+            if interval is not None and part != "guided":
+                call = functools.partial(interval.unguided, call, len(self.seeds))
             with torch.no_grad():
                 out = call(*args, **kwargs)
         self.outputs[name] = plain = detached(out)
@@ -351,6 +360,7 @@ class Loop:
             )
         return carried
 
+    @record_function("decode")
     def _decode(self, vae: Any, latents: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.decoded = True
         if self.reads:
@@ -373,6 +383,10 @@ class Loop:
         self.conversions = []
 
     # what the taps need
+
+    def _cache_context(self, network: Any, name: str, **place: Any) -> Any:
+        self.cache_context = name
+        return network.cache_context(name, **place)
 
     def _leaf(self, end: Tensor) -> Tensor:
         """Where the decoder's graph begins; some pipelines decode a video by parts, each of which has its own."""

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -29,6 +29,9 @@ from nemo_aligner_diffusion.diffusion.settings import DecoderSettings
 from nemo_aligner_diffusion.diffusion.taps import PromptCache
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.keys import closest
+
+if TYPE_CHECKING:
+    from nemo_aligner_diffusion.diffusion.network.guidance_interval import GuidanceInterval
 
 
 class DiffusionModel(nn.Module):
@@ -68,6 +71,7 @@ class DiffusionModel(nn.Module):
         self.truncated_prompts = 0  # prompts so far that were longer than the tokenizer's limit
         self.reference_denoiser: Any = None  # frozen copy, full fine-tuning only
         self.rollout_network: RolloutNetwork | None = None  # in training, where one is asked for
+        self.guidance_interval: GuidanceInterval | None = None  # of its steps without gradient, likewise
         self.decoder = DecoderSettings()  # of the pictures in training: see decoding.set_up_decoder
         self.small_decoder: Any = None
         self.prompt_cache: PromptCache | None = None

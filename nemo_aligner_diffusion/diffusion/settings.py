@@ -221,6 +221,34 @@ class TunedSettings(Settings):
 
 
 @dataclass(frozen=True)
+class Float8Settings(Settings):
+    """Products in float8, for trainer.precision=fp8 and model.rollout_precision=fp8."""
+
+    section = "model.fp8"
+
+    backend: str = setting(
+        "torchao",
+        choice("torchao", "transformer_engine"),
+        "torchao, or transformer_engine (NVIDIA's containers have it)",
+    )
+    recipe: str = setting(
+        "tensorwise", choice("tensorwise", "rowwise"), "a scale for each tensor, or for each row (slower)"
+    )
+    scope: tuple[str, ...] | None = setting(
+        None, Kind("texts", nullable=True), "ends of the names of the linear layers; null: all inside of the blocks"
+    )
+    emulate: bool = setting(False, BOOL, "compute it in software: rounds alike, slow, on any device; for tests")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.backend == "transformer_engine" and (self.emulate or self.recipe == "rowwise"):
+            raise ConfigurationError(
+                f"{self.given('backend')} with {self.given('recipe')}, {self.given('emulate')}: it has a scale a "
+                "tensor and needs the hardware; expected recipe=tensorwise and emulate=false"
+            )
+
+
+@dataclass(frozen=True)
 class WeightsSettings(Settings):
     """The model: any text-to-image pipeline of `diffusers`; with nothing set, the embedded one."""
 
@@ -264,9 +292,10 @@ class WeightsSettings(Settings):
     )
     frozen_precision: str | None = setting(
         None,
-        choice("32", "bf16", nullable=True),
-        "of weights that are not trained (text encoders, VAE, the base under LoRA): 32 or bf16; null: as loaded",
+        choice("32", "bf16", "int8", "fp8", nullable=True),
+        "of frozen weights (encoders, VAE, base): 32, bf16, or linear layers' in int8 or fp8; null: as loaded",
     )
+    fp8: Float8Settings = part(Float8Settings)
     decoder: DecoderSettings = part(DecoderSettings)
     pipeline: PipelineSettings = part(PipelineSettings)
     infer: SamplingSettings = part(SamplingSettings)

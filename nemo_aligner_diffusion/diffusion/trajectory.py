@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from nemo_aligner_diffusion.diffusion.loop import Loop, Mode
 from nemo_aligner_diffusion.diffusion.plan import Plan, PlanRule
@@ -235,6 +236,7 @@ def reward_gradient(
                 part = images[rows].detach().requires_grad_()
                 parts.append(torch.autograd.grad(loss_of(part, rows), part)[0])
             outputs, upstream = images, torch.cat(parts)
-        # what else was decoded, such as sound, is no part of the picture
-        found = torch.autograd.grad(outputs, leaves, upstream, allow_unused=True, materialize_grads=True)
+        with record_function("reward gradient"):
+            # what else was decoded, such as sound, is no part of the picture
+            found = torch.autograd.grad(outputs, leaves, upstream, allow_unused=True, materialize_grads=True)
     return [gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / scale for gradient in found]

@@ -52,6 +52,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "seconds": {name: time.total for name, time in asked.step.times.items()},
         **_layout(plan, asked),
         "layouts": [_layout(plan, item) for item in plan.layouts],
+        "not_counted": plan.settings.not_counted,
         "fits_with": list(plan.words) if plan.fitted is not None and plan.fitted.fits else None,
     }
 
@@ -112,6 +113,8 @@ def show(plan: Plan) -> None:
         f"estimated {asked.step.seconds:.3g} s a step, {_per_second(plan, asked):.3g} {_unit(plan)}/s; most of it "
         f"({share:.0%}): {name}"
     )
+    if plan.settings.not_counted:
+        console.print(f"not counted: {', '.join(plan.settings.not_counted)}; planned as without it, float8 as bfloat16")
     if plan.layouts:
         console.print(_layouts_table(plan))
 

@@ -181,12 +181,12 @@ def memory(
     """What a process holds, in the steady state (from the second optimizer step on)."""
     phases, gradients = measured.phases, measured.trained
     optim, ema = settings.run.model.optim, settings.run.exp_manager.ema
-    optimizer = optim.state_tensors * measured.trained
     average = 4 * measured.trained_elements if ema.enable and not ema.cpu_offload else 0
-    # a fused optimizer makes no temporary of the parameters' size
-    temporary = 0 if optim.name == "fused_adam" and not settings.autocast else measured.trained
+    # a fused optimizer makes no temporary of the parameters' size, that of 8 bits one parameter's at a time
+    small = optim.name == "adamw_8bit" or (optim.name == "fused_adam" and not settings.autocast)
+    temporary = 0 if small else measured.trained
     parts = {f"{name} weights": size for name, size in measured.weights.items() if size}
-    parts |= {"optimizer": optimizer, "moving average": average}
+    parts |= {"optimizer": measured.moments, "moving average": average}
     always = sum(parts.values())
     peaks: dict[str, float] = {}
     kept = gradients if accumulation > 1 else 0  # gradients of the micro-batches before
@@ -278,7 +278,7 @@ def estimate(
     times["optimizer"] = update = PhaseTime()
     for message, count in measured.phases["average"].collectives.items():
         _add_message(update, sent, message, count, layout, machines)
-    touched = measured.trained * (3 + 2 * settings.run.model.optim.state_tensors) + (8 * measured.trained_elements)
+    touched = 3 * measured.trained + 2 * measured.moments + 8 * measured.trained_elements
     update.bandwidth += touched / (machines.gpu.bandwidth * ASSUMED.bandwidth)
     return StepEstimate(flops, dict(sent), times)
 

@@ -61,7 +61,8 @@ class Measurement:
             ``encode`` (both pictures by the VAE) and ``conditioning`` (the prompts, unguided); ``replay`` is forward
             and backward pass of one call for both pictures, ``decode`` without gradient, as of a policy gradient.
         weights: of ``denoiser``, ``reference``, ``text_encoder``, ``vae``, ``reward``: what this process holds.
-        trained: bytes of the trained parameters it holds, ``trained_elements`` their number.
+        trained: bytes of the trained parameters it holds, ``trained_elements`` their number, ``moments`` bytes of the
+            optimizer's state.
         parameters: of the whole denoiser, adapters included, over all processes.
         latents, pictures: bytes of a micro-batch's.
     """
@@ -70,6 +71,7 @@ class Measurement:
     weights: dict[str, int]
     trained: int
     trained_elements: int
+    moments: int
     parameters: int
     latents: int = 0
     pictures: int = 0
@@ -107,6 +109,7 @@ def measure(
         parallel = Parallelism(layout)
         fast = settings.on_gpu or fast_in_bf16(torch.device("cpu"))
         asked = rollout_precision(settings.run) if settings.run.method().kind == "reward" else None
+        asked = "bf16" if asked == "fp8" else asked  # Settings.not_counted says so
         model.rollout_network = rollout_network_of(model.denoiser, asked, fast, parallel.holds_whole_weights)
         if mesh is not None:
             copied = None if model.rollout_network is None else model.rollout_network.network
@@ -120,10 +123,13 @@ def measure(
         if model.rollout_network is not None:
             both = nn.ModuleList([model.denoiser, model.rollout_network.network])
             weights["rollout network"] = _held_bytes(both) - weights["denoiser"]
+        if settings.run.model.keeps_8_bits:
+            weights = {name: size - (name != "reward") * _halved(parts.get(name)) for name, size in weights.items()}
         trained = [local_part(p) for _, p in model.trainable_parameters()]
+    moments = sum(map(settings.run.model.optim.state_bytes, trained))
     return Measurement(
-        phases, weights, sum(p.nbytes for p in trained), sum(p.numel() for p in trained), parameters, run.latents,
-        run.pictures,
+        phases, weights, sum(p.nbytes for p in trained), sum(p.numel() for p in trained), moments, parameters,
+        run.latents, run.pictures,
     )  # fmt: skip
 
 
@@ -410,6 +416,13 @@ def _held_bytes(module: nn.Module) -> int:
     """Of a module's parameters and buffers, each storage once."""
     storages = [local_part(tensor).untyped_storage() for tensor in _tensors(module)]
     return sum({id(storage): storage.nbytes() for storage in storages}.values())
+
+
+def _halved(module: nn.Module | None) -> int:
+    """What 8 bits a weight save of the 16 of frozen linear layers."""
+    layers = [] if module is None else [layer for layer in module.modules() if type(layer) is nn.Linear]
+    frozen = [w for w in (layer.weight for layer in layers) if not w.requires_grad and w.dtype == torch.bfloat16]
+    return sum(w.numel() for w in {id(w): w for w in frozen}.values())
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

@@ -127,11 +127,12 @@ def search(
     are sharded or cut, when FSDP2 lets go of weights) is as ``asked``, where a layout has a use for it.
     """
     found: list[Candidate] = []
-    for tensor in TENSOR_SIZES:
+    can_be_split = not settings.run.model.undivided
+    for tensor in TENSOR_SIZES if can_be_split else (1,):
         data = machines.world // tensor
         if machines.world % tensor or settings.run.model.global_batch_size % data:
             continue
-        for fsdp in (False, True) if data > 1 else (False,):
+        for fsdp in (False, True) if data > 1 and can_be_split else (False,):
             for checkpointing in (False, True):
                 layout = _as_asked(asked.layout, data, tensor, fsdp)
                 progress(f"tensor {tensor} × data {data}{', sharded' if fsdp else ''}"
@@ -205,7 +206,7 @@ def nothing_fits(
 
 def _advice(nearest: Candidate, settings: Settings, searched: bool) -> Iterator[str]:
     """What lowers the peak of ``nearest``: what changes nothing else first, what costs most last."""
-    case, phase = nearest.case, nearest.memory.peak_phase
+    case, phase, can_be_split = nearest.case, nearest.memory.peak_phase, not settings.run.model.undivided
     if phase in LEARNING and not case.activation_checkpointing:
         yield "model.activation_checkpointing=true"
     if phase in (_DECODING, "validation") and case.decode_micro_batch_size != 1:
@@ -218,9 +219,11 @@ def _advice(nearest: Candidate, settings: Settings, searched: bool) -> Iterator[
         yield "fewer pictures at once (model.micro_batch_size)"
     if settings.lora is None:
         yield "LoRA instead of every weight (peft=sdlora)"
+        if can_be_split and not case.layout.fsdp and case.layout.tensor == 1:
+            yield "moments in 8 bits (model.optim.name=adamw_8bit)"
     if settings.precision[0] == "float32":
         yield "weights in 16 bits (trainer.precision=bf16-true)"
-    if not case.layout.fsdp and case.layout.data > 1:
+    if not case.layout.fsdp and case.layout.data > 1 and can_be_split:
         yield "model.fsdp=true"
     if not searched:
         yield "another layout (--layouts shows them all)"

@@ -25,8 +25,8 @@ PRECISIONS = (*_SHORT, "32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-tru
 
 
 def lightning_precision(name: str) -> str:
-    """Lightning's full name of a precision: NeMo's ``bf16`` and ``16`` mean mixed precision."""
-    return _SHORT.get(name, name)
+    """Lightning's full name of a precision: NeMo's ``bf16`` and ``16`` mean mixed, and ``fp8`` is within layers."""
+    return "bf16-mixed" if name == "fp8" else _SHORT.get(name, name)
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class MachineSettings(Settings):
     )
     precision: str = setting(
         "32",
-        choice(*PRECISIONS),
-        "32, 16, bf16 or Lightning's long names (bf16-mixed, 16-mixed, bf16-true, 64-true …); "
+        choice(*PRECISIONS, "fp8"),
+        "32, 16, bf16, fp8 (model.fp8) or Lightning's names (bf16-mixed, bf16-true, 64-true …); "
         "16 and 64 for one process",
     )
     log_every_n_steps: int = setting(

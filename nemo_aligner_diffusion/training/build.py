@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
@@ -23,6 +24,8 @@ from nemo_aligner_diffusion.diffusion.generate import Sampling
 from nemo_aligner_diffusion.diffusion.loading import load_model
 from nemo_aligner_diffusion.diffusion.lora import add_lora, continue_lora, has_lora
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
+from nemo_aligner_diffusion.diffusion.network.eight_bits import keep_in_8_bits, multiply_in_fp8
+from nemo_aligner_diffusion.diffusion.network.rollout_network import cache_config
 from nemo_aligner_diffusion.diffusion.settings import SamplingSettings
 from nemo_aligner_diffusion.diffusion.taps import PromptCache
 from nemo_aligner_diffusion.errors import ConfigurationError
@@ -38,7 +41,10 @@ from nemo_aligner_diffusion.training.optimizers import OptimizerSettings, build_
 from nemo_aligner_diffusion.training.schedules import build_schedule
 from nemo_aligner_diffusion.training.settings import ModelSettings, RunSettings
 
-FROZEN_DTYPES = {None: None, "32": torch.float32, "bf16": torch.bfloat16}  # model.frozen_precision
+log = logging.getLogger(__name__)
+
+# model.frozen_precision; of 8 bits: what is no linear layer's
+FROZEN_DTYPES = {None: None, "32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16, "fp8": torch.bfloat16}
 
 
 def build_model(
@@ -83,6 +89,14 @@ def build_model(
     for _, parameter in model.trainable_parameters():  # of a pipeline in half precision; peft computes either way
         if parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.float()
+    if section.keeps_8_bits:
+        assert section.frozen_precision is not None
+        networks = {*model.networks.values(), model.reference_denoiser or model.denoiser}
+        count = keep_in_8_bits(networks, section.frozen_precision)
+        log.info("weights of %d frozen linear layers are kept in 8 bits (%s)", count, section.frozen_precision)
+    if settings.trainer.precision == "fp8":
+        count = multiply_in_fp8(model.denoiser, section.fp8, model.device, "trainer.precision=fp8")
+        log.info("%d linear layers of the %s multiply in float8 (model.fp8)", count, model.trained)
     return model
 
 
@@ -158,11 +172,11 @@ def rollout_precision(settings: RunSettings) -> str | None:
         ConfigurationError: it asks for that by name.
     """
     asked = settings.model.rollout_precision
-    if asked in ("bf16", "auto") and settings.trainer.lightning_precision == "64-true":
-        if asked == "bf16":
+    if asked in ("bf16", "fp8", "auto") and settings.trainer.lightning_precision == "64-true":
+        if asked != "auto":
             raise ConfigurationError(
                 f"{settings.model.given('rollout_precision')} with {settings.trainer.given('precision')}: products of "
-                "bfloat16 have no place among numbers of 64 bits; expected same, or null"
+                "fewer bits have no place among numbers of 64 bits; expected same, or null"
             )
         return "same"
     return asked
@@ -196,6 +210,14 @@ def build_module(
     assert isinstance(method, Method), "no other kind yet"
     return RewardTuning(
         rollout_precision=rollout_precision(settings),
+        rollout_options={
+            "fp8": section.fp8,
+            "compile_mode": section.rollout_compile,
+            "cache": cache_config(
+                section.rollout_cache, section.rollout_cache_threshold, section.rollout_cache_interval
+            ),
+        },
+        rollout_guidance_interval=section.rollout_guidance_interval,
         kept_steps=section.steps_kept,
         plan_rule=method.plan,
         kl_coeff=section.kl_coeff,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import inspect
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-OPTIMIZERS = ("fused_adam", "adamw", "adam", "sgd")
+OPTIMIZERS = ("fused_adam", "adamw", "adamw_8bit", "adam", "sgd")
+_BLOCK, _LEAST = 256, 4096  # numbers: that share a scale; that a parameter must have (torchao's rule)
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,11 @@ class OptimizerSettings(Settings):
     section = "model.optim"
     title = "Optimizer"
 
-    name: str = setting("fused_adam", choice(*OPTIMIZERS), "fused_adam, adamw, adam or sgd")
+    name: str = setting(
+        "fused_adam",
+        choice(*OPTIMIZERS),
+        "fused_adam, adamw, adamw_8bit (moments in 8 bits: matters with peft=none; LoRA's are small), adam or sgd",
+    )
     lr: float = setting(4e-4, number(above=0), "learning rate the schedule scales; > 0")
     weight_decay: float = setting(0.0, number(0), "decoupled weight decay; >= 0")
     betas: tuple[float, float] = setting(
@@ -49,9 +55,24 @@ class OptimizerSettings(Settings):
             raise ConfigurationError(f"{self.sched.given('min_lr')} is above {self.given('lr')}")
 
     @property
-    def state_tensors(self) -> int:
-        """Tensors of a parameter's size that the optimizer keeps for it."""
-        return 2 if self.name != "sgd" else int(self.momentum > 0)
+    def can_be_split(self) -> bool:
+        """Whether the state can be that of a piece of a parameter."""
+        return self.name != "adamw_8bit"
+
+    def state_bytes(self, parameter: torch.Tensor) -> int:
+        """What the optimizer keeps for ``parameter``."""
+        tensors = 2 if self.name != "sgd" else int(self.momentum > 0)
+        if self.name == "adamw_8bit" and _in_8_bits(parameter):
+            return tensors * (parameter.numel() + 4 * (parameter.numel() // _BLOCK) + 4 * 256)  # codes, scales, table
+        return tensors * parameter.nbytes
+
+    def check_installed(self) -> None:
+        """Raise a ConfigurationError where the package is missing that the optimizer is from."""
+        if self.name == "adamw_8bit" and importlib.util.find_spec("torchao") is None:
+            raise ConfigurationError(
+                f"{self.given('name')} needs torchao, which is not installed: pip install "
+                "'nemo-aligner-diffusion[quantization]', or set model.optim.name=adamw"
+            )
 
     def unread(self) -> dict[str, str]:
         others = ("betas", "eps") if self.name == "sgd" else ("momentum", "nesterov")
@@ -73,11 +94,15 @@ def build_optimizer(
     ``fused_adam`` is decoupled AdamW (apex's ``adam_w_mode``, its default): apex's kernel when apex is importable and
     all parameters are on CUDA, else ``torch.optim.AdamW``, fused where torch supports it. One log line says which.
 
+    ``adamw_8bit`` is torchao's: the two moments of parameters of at least 4096 numbers (a multiple of 256) in 8 bits
+    (arXiv 2110.02861), computed in float32.
+
     Raises:
-        ConfigurationError: nothing to train.
+        ConfigurationError: nothing to train, or a package is missing.
     """
     import torch
 
+    settings.check_installed()
     trained = [parameter for _, parameter in named if parameter.requires_grad]
     if not trained:
         raise ConfigurationError(
@@ -92,6 +117,8 @@ def build_optimizer(
         return torch.optim.Adam(groups, lr=lr, betas=betas, eps=eps)
     if settings.name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps)
+    if settings.name == "adamw_8bit":
+        return _adamw_8bit(groups, lr=lr, betas=betas, eps=eps)
     return _fused_adam(groups, lr, betas, eps, allow_fused)
 
 
@@ -121,6 +148,54 @@ def _fused_adam(
             return optimizer
     say("fused_adam: torch.optim.AdamW, without a fused kernel")
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps)
+
+
+def _adamw_8bit(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
+    import torch
+    from torchao.optim import AdamW8bit
+
+    on_cpu = groups[0]["params"][0].device.type == "cpu"
+
+    class AdamW(AdamW8bit):
+        def step(self, closure: Any = None) -> Any:
+            # torchao compiles a kernel for each shape of a parameter: ten seconds and more each on a CPU
+            with torch.compiler.set_stance("force_eager") if on_cpu else contextlib.nullcontext():
+                return super().step(closure)
+
+    return AdamW(groups, **settings)
+
+
+def _in_8_bits(parameter: torch.Tensor) -> bool:
+    return parameter.numel() >= _LEAST and parameter.numel() % _BLOCK == 0
+
+
+def saved_state(slots: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of one parameter for a checkpoint: moments in 8 bits by codes, uint8 of the parameter's shape, and
+    scales, float32 ``(numbers / 256,)``."""
+    return {
+        slot: {"codes": value.codes, "scale": value.scale} if hasattr(value, "codes") else value
+        for slot, value in slots.items()
+    }
+
+
+def restored_state(slots: Mapping[str, Any], optimizer: Any, parameter: torch.Tensor) -> dict[str, Any]:
+    """The inverse of :func:`saved_state`: the same bits in an ``optimizer`` of 8 bits; any Adam goes on with any's."""
+    wanted = hasattr(optimizer, "block_size") and _in_8_bits(parameter)  # torchao's
+    restored = dict(slots)
+    for slot, value in slots.items():
+        saved = isinstance(value, Mapping)
+        if saved or (wanted and slot.startswith("exp_avg")):
+            OptimizerSettings(name="adamw_8bit").check_installed()
+            from torchao.optim.subclass_8bit import OptimState8bit
+
+            moment = OptimState8bit.zeros(tuple(parameter.shape), signed=slot == "exp_avg", block_size=_BLOCK)
+            if saved:  # bit for bit, as quantising the numbers again is not: no code stands for -1
+                moment.codes.copy_(value["codes"])
+                moment.scale.copy_(value["scale"])
+            else:
+                moment.copy_(value)
+            restored[slot] = moment if wanted else moment.dequantize()
+    return restored
 
 
 def _decay_groups(parameters: list[torch.nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:

@@ -39,6 +39,7 @@ from nemo_aligner_diffusion.training.build import build_model, build_module
 from nemo_aligner_diffusion.training.callbacks.ema import EMACallback
 from nemo_aligner_diffusion.training.callbacks.gradient_weight import GradientWeightFile
 from nemo_aligner_diffusion.training.callbacks.metrics import MetricsCSV
+from nemo_aligner_diffusion.training.callbacks.profile import Profile
 from nemo_aligner_diffusion.training.callbacks.progress import TrainingProgress
 from nemo_aligner_diffusion.training.callbacks.reward_normalization import RewardNormalization
 from nemo_aligner_diffusion.training.callbacks.startup import StartupCallback
@@ -85,6 +86,7 @@ class Given:
         prompts: name of a file → the prompts that it is to hold, in the run directory; the configuration names it.
         silent: no progress.
         keep: write checkpoints, export and report.
+        callbacks: called after the run's own.
     """
 
     pipe: Any = None
@@ -93,6 +95,7 @@ class Given:
     prompts: Mapping[str, Sequence[str]] = field(default_factory=dict)
     silent: bool = False
     keep: bool = True
+    callbacks: Sequence[pl.Callback] = ()
 
 
 @dataclass(frozen=True)
@@ -156,6 +159,7 @@ def _in_words(section: ModelSettings) -> str:
 def _train(settings: RunSettings, frame: RunFrame, startup: Startup, given: Given) -> Ended:
     directory, device, watch = frame.directory, frame.device, frame.watch
     loop, section, layout = settings.loop, settings.model, settings.layout
+    section.optim.check_installed()
     # a user's own is imported before anything is loaded
     method = on_every_process(lambda: _method(settings, given))
     for name, prompts in given.prompts.items():
@@ -210,6 +214,7 @@ def _train(settings: RunSettings, frame: RunFrame, startup: Startup, given: Give
     frame.begin(module, section.optim.name)
     ema = EMACallback(settings.exp_manager.ema) if settings.exp_manager.ema.enable else None
     callbacks: list[pl.Callback] = [
+        *([Profile(section.profile, directory.path)] if section.profile.is_on else []),
         StartupCallback(startup, directory.path),
         RewardNormalization(directory.path),
         *([ema] if ema is not None else []),
@@ -217,6 +222,7 @@ def _train(settings: RunSettings, frame: RunFrame, startup: Startup, given: Give
         GradientWeightFile(directory.path),
         MetricsCSV(directory.path, training_columns(module.reports)),
         TrainingProgress(module.shown, silent=given.silent),
+        *given.callbacks,
     ]
     startup.enter("trainer")
     validates = bool(data.validation_prompts)

@@ -199,6 +199,7 @@ class RunFrame:
             use_distributed_sampler=False,
             enable_model_summary=False,
             enable_checkpointing=saves,
+            inference_mode=machine.precision != "fp8",  # in which torchao's tensors cannot be reshaped
         )
         return self.trainer
 

@@ -41,6 +41,7 @@ from nemo_aligner_diffusion.training.callbacks.settings import (
     EMASettings,
     LoggerSettings,
     NonFiniteSettings,
+    ProfileSettings,
     TimeLimitSettings,
 )
 from nemo_aligner_diffusion.training.optimizers import OptimizerSettings
@@ -118,9 +119,22 @@ class ModelSettings(RewardTuningSettings, LayoutSettings, WeightsSettings):
     title = "Model, sampling, loss"
 
     nan_policy: NonFiniteSettings = part(NonFiniteSettings)
+    profile: ProfileSettings = part(ProfileSettings)
     optim: OptimizerSettings = part(OptimizerSettings)
     data: PromptSettings = part(PromptSettings)
     preference: PairSettings = part(PairSettings)
+
+    @property
+    def keeps_8_bits(self) -> bool:
+        """Whether frozen weights are in 8 bits with scales."""
+        return self.frozen_precision in ("int8", "fp8")
+
+    @property
+    def undivided(self) -> list[str]:
+        """``key = value`` of what is of whole parameters or networks: with it there are replicas alone."""
+        eight, moments = [self.given("frozen_precision")], [self.optim.given("name")]
+        found = (eight if self.keeps_8_bits else []) + ([] if self.optim.can_be_split else moments)
+        return found + ([self.given("rollout_compile")] if self.rollout_compile else [])
 
     @property
     def steps_kept(self) -> int:
@@ -233,7 +247,7 @@ class RunSettings(ProgramSettings):
 
     def check(self) -> None:
         self.model.accumulation(self.trainer)
-        self._check_frozen_precision()
+        self._check_precisions()
         self._check_pairs()
         if self.model.cache_prompts and "text_encoder" in (self.model.fsdp_frozen or ()):
             raise ConfigurationError(
@@ -244,6 +258,15 @@ class RunSettings(ProgramSettings):
         if steps is not None and not is_import_path(self.model.algorithm):  # a user's module is imported in training
             self.method().check(steps)
         self.model.optim.sched.factor(self.loop.max_steps)
+        self.model.profile.check(self.loop.max_steps, self.trainer.world_size)
+        cut = [self.model.given("fsdp")] if self.model.fsdp else []
+        cut += [self.model.given("tensor_model_parallel_size")] if self.model.tensor_model_parallel_size > 1 else []
+        if cut and self.model.undivided:
+            raise ConfigurationError(
+                f"{', '.join(self.model.undivided)} with {', '.join(cut)}: 8 bits have scales that are not cut, and "
+                "what is compiled is a whole network; expected replicas, or null and another optimizer (FSDP2 shards "
+                "its state)"
+            )
 
     def check_resumes(self, changed: Mapping[str, tuple[Any, Any]]) -> None:
         """The model must be the one that the run is of; a path that is gone may stand for one that has moved."""
@@ -263,6 +286,11 @@ class RunSettings(ProgramSettings):
                 "again, or start a new run directory (exp_manager.explicit_log_dir)"
             )
 
+    def unread_keys(self) -> dict[str, str]:
+        in_fp8 = "fp8" in (self.trainer.precision, self.model.rollout_precision)
+        reason = "neither trainer.precision nor model.rollout_precision is fp8"
+        return super().unread_keys() | ({} if in_fp8 else dict.fromkeys(self.model.fp8.keys().values(), reason))
+
     def _check_pairs(self) -> None:
         method, section = methods().get(self.model.algorithm), self.model
         if method is None or not self.reads_pairs(method):
@@ -274,12 +302,31 @@ class RunSettings(ProgramSettings):
                 "or model.preference.pairs=online"
             )
 
-    def _check_frozen_precision(self) -> None:
+    def _check_precisions(self) -> None:
         kind = self.trainer.lightning_precision
         if self.model.frozen_precision is not None and kind.endswith("-true") and kind != "32-true":
             raise ConfigurationError(
                 f"model.frozen_precision = {self.model.frozen_precision} with {self.trainer.given('precision')}, which "
                 "converts every weight: leave one of the two out"
+            )
+        if self.model.rollout_compile and not self.model.rollout_precision:
+            raise ConfigurationError(
+                f"{self.model.given('rollout_compile')} is of the rollout's copy of the network: expected "
+                "model.rollout_precision=same, bf16, fp8 or auto; or null"
+            )
+        if self.model.keeps_8_bits and self.trainer.precision == "fp8":
+            raise ConfigurationError(
+                f"{self.model.given('frozen_precision')} with {self.trainer.given('precision')}: weights of 8 bits "
+                "with their scales are not multiplied as they are; expected frozen_precision=bf16"
+            )
+        if self.model.tensor_model_parallel_size > 1 and "fp8" in (
+            self.trainer.precision,
+            self.model.rollout_precision,
+        ):
+            raise ConfigurationError(
+                f"{self.trainer.given('precision')}, {self.model.given('rollout_precision')} with "
+                f"{self.model.given('tensor_model_parallel_size')}: layers that are cut multiply in bfloat16 at least; "
+                "expected bf16, or tensor_model_parallel_size=1 (replicas, FSDP2)"
             )
 
 

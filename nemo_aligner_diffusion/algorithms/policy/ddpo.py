@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from nemo_aligner_diffusion.algorithms.base import TrainingMethod, setting
+from nemo_aligner_diffusion.algorithms.base import OF_ROLLOUTS, TrainingMethod, setting
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.settings import Kind, choice, integer, number
 
@@ -26,7 +26,7 @@ class DDPO(TrainingMethod):
     kind = "policy"
     ignored: ClassVar[tuple[str, ...]] = (
         "model.reward_scale", "model.reward_margin", "model.kl_coeff", "model.kl_space",
-        "model.first_stage_config.activation_checkpointing", "model.rollout_precision", "model.kept_steps",
+        "model.first_stage_config.activation_checkpointing", *OF_ROLLOUTS,
     )  # fmt: skip
 
     clip_range: float = setting(

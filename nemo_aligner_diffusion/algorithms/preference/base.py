@@ -6,7 +6,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
-from nemo_aligner_diffusion.algorithms.base import TrainingMethod
+from nemo_aligner_diffusion.algorithms.base import OF_ROLLOUTS, TrainingMethod
 from nemo_aligner_diffusion.errors import ConfigurationError
 
 
@@ -48,8 +48,7 @@ class PreferenceMethod(TrainingMethod):
         "model.kl_space",
         "model.reward_scale",
         "model.reward_margin",
-        "model.rollout_precision",
-        "model.kept_steps",
+        *OF_ROLLOUTS,
     )
     compares: ClassVar[bool] = True
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.settings import BOOL, FRACTION, FREE, Kind, Settings, integer, setting
 
 
@@ -76,6 +77,40 @@ class BestCheckpointSettings(CheckpointSettings):
         integer(-1),
         "kept besides: those of the highest validation reward; integer >= 0, -1: keep all",
     )
+
+
+@dataclass(frozen=True)
+class ProfileSettings(Settings):
+    """Which optimizer steps are traced, and by what: docs/performance.md, "Reading a trace"."""
+
+    section = "model.profile"
+
+    enable: bool = setting(
+        False, BOOL, "trace steps by torch's profiler, into the run directory's profile/; true or false"
+    )
+    nsys: bool = setting(
+        False, BOOL, "mark them for Nsight Systems instead (NeMo's nsys_profile); without CUDA as enable; true or false"
+    )
+    start_step: int = setting(3, integer(1), "first optimizer step that is traced, as metrics.csv counts; integer >= 1")
+    end_step: int = setting(3, integer(1), "last one that is; integer >= start_step")
+    ranks: tuple[int, ...] = setting((0,), Kind("ints", low=0), "processes that trace, each for itself; integers >= 0")
+    shapes: bool = setting(False, BOOL, "with the shapes of operators' inputs; true or false")
+    memory: bool = setting(
+        False, BOOL, "with what operators allocate and free; true or false; half as many events more"
+    )
+
+    @property
+    def is_on(self) -> bool:
+        return self.enable or self.nsys
+
+    def check(self, max_steps: int, processes: int) -> None:
+        """Raise a ConfigurationError where nothing would be traced."""
+        if self.is_on and not (self.start_step <= min(self.end_step, max_steps) and max(self.ranks) < processes):
+            raise ConfigurationError(
+                f"{self.given('start_step')}, {self.given('end_step')}, {self.given('ranks')} in a run of {max_steps} "
+                f"steps on {processes} process(es): expected start_step <= end_step, start_step <= {max_steps}, "
+                f"ranks < {processes}"
+            )
 
 
 @dataclass(frozen=True)

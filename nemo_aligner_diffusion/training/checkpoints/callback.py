@@ -30,6 +30,7 @@ from nemo_aligner_diffusion.training.checkpoints.files import mark_last, remove
 from nemo_aligner_diffusion.training.checkpoints.io import FolderCheckpointIO
 from nemo_aligner_diffusion.training.checkpoints.resume import RUN_STATE, ResumePoint, trained_parameters
 from nemo_aligner_diffusion.training.checkpoints.tree import WEIGHTS
+from nemo_aligner_diffusion.training.optimizers import restored_state, saved_state
 
 log = logging.getLogger(__name__)
 
@@ -234,7 +235,7 @@ class TrainingCheckpoint(Checkpoint):
 def _named(state: dict[str, Any], names: list[str]) -> dict[str, Any]:
     """An optimizer's state with its parameters' names instead of their numbers."""
     return {
-        "state": {names[number]: slots for number, slots in state["state"].items()},
+        "state": {names[number]: saved_state(slots) for number, slots in state["state"].items()},
         "param_groups": [
             {**group, "params": [names[number] for number in group["params"]]} for group in state["param_groups"]
         ],
@@ -250,9 +251,10 @@ def _numbered(module: torch.nn.Module, optimizer: torch.optim.Optimizer, state: 
     groups = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
     saved = {key: value for group in state["param_groups"] for key, value in group.items()}
     number = {name: index for index, name in enumerate(name for group in groups for name in group)}
+    held = dict(module.named_parameters())
     return {
         **state,
-        "state": {number[name]: slots for name, slots in state["state"].items()},
+        "state": {number[name]: restored_state(slots, optimizer, held[name]) for name, slots in state["state"].items()},
         "param_groups": [
             {**saved, **now, "params": [number[name] for name in group]}
             for now, group in zip(optimizer.param_groups, groups, strict=True)
