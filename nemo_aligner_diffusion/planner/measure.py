@@ -61,8 +61,7 @@ class Measurement:
             ``encode`` (both pictures by the VAE) and ``conditioning`` (the prompts, unguided); ``replay`` is forward
             and backward pass of one call for both pictures, ``decode`` without gradient, as of a policy gradient.
         weights: of ``denoiser``, ``reference``, ``text_encoder``, ``vae``, ``reward``: what this process holds.
-        trained: bytes of the trained parameters it holds, ``trained_elements`` their number, ``moments`` bytes of the
-            optimizer's state.
+        trained, trained_elements, moments: bytes of the trained parameters it holds, their number, and optimizer state.
         parameters: of the whole denoiser, adapters included, over all processes.
         latents, pictures: bytes of a micro-batch's.
     """

@@ -64,11 +64,7 @@ class Profile(pl.Callback):
             self._tracing.callback(optimizer.register_step_post_hook(lambda *_: self._range.close()).remove)
         asked = self.settings
         if asked.nsys and cuda:
-            log.info(
-                "steps %d to %d are marked for nsys profile -c cudaProfilerApi -t cuda,nvtx",
-                self._first,
-                asked.end_step,
-            )
+            log.info("marked up to step %d for nsys profile -c cudaProfilerApi -t cuda,nvtx", asked.end_step)
             self._tracing.enter_context(torch.cuda.profiler.profile())
             self._tracing.enter_context(emit_nvtx(record_shapes=asked.shapes))
             return
@@ -82,17 +78,19 @@ class Profile(pl.Callback):
         if self._first is not None:
             self._range.enter_context(record_function(phase))
 
-    def _stop(self) -> profile | None:
+    def _stop(self) -> None:
         self._range.close()
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # what was launched in these steps belongs to them
         self._tracing.close()
-        profiler, self._first, self._profiler = self._profiler, None, None
-        return profiler
+        self._first = None
 
     def _finish(self, trainer: pl.Trainer) -> None:
-        first = self._first
-        if first is None or (profiler := self._stop()) is None:
+        first, profiler, self._profiler = self._first, self._profiler, None
+        if first is None:
+            return
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # what was launched in these steps belongs to them
+        self._stop()
+        if profiler is None:
             return
         path = self.folder / f"steps_{first}_to_{max(first, trainer.global_step)}_rank_{trainer.global_rank}"
         try:

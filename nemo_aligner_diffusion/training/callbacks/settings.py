@@ -86,7 +86,7 @@ class ProfileSettings(Settings):
     section = "model.profile"
 
     enable: bool = setting(
-        False, BOOL, "trace steps by torch's profiler, into the run directory's profile/; true or false"
+        False, BOOL, "trace steps by torch's profiler, into the run's folder profile/; true or false"
     )
     nsys: bool = setting(
         False, BOOL, "mark them for Nsight Systems instead (NeMo's nsys_profile); without CUDA as enable; true or false"
@@ -95,9 +95,7 @@ class ProfileSettings(Settings):
     end_step: int = setting(3, integer(1), "last one that is; integer >= start_step")
     ranks: tuple[int, ...] = setting((0,), Kind("ints", low=0), "processes that trace, each for itself; integers >= 0")
     shapes: bool = setting(False, BOOL, "with the shapes of operators' inputs; true or false")
-    memory: bool = setting(
-        False, BOOL, "with what operators allocate and free; true or false; half as many events more"
-    )
+    memory: bool = setting(False, BOOL, "with what operators allocate and free; true or false")
 
     @property
     def is_on(self) -> bool:
