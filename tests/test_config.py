@@ -216,7 +216,7 @@ def test_no_invented_key_of_the_model_passes(name: str) -> None:
         ("model.optim.betas=0.9", "expected a list of 2 numbers"),
         ("trainer.devices=0", "expected an integer >= 1 or a list of different device indices"),
         ("trainer.devices=[0,0]", "expected an integer >= 1 or a list of different device indices"),
-        ("trainer.precision=fp8", "expected one of 32, 16, bf16"),
+        ("trainer.precision=fp4", "expected one of 32, 16, bf16"),
         ("model.seed=null", "expected an integer >= 0"),
         ("exp_manager.max_time_per_run=3h", "days:hours:minutes:seconds"),
         ("trainer.draftp_sd.limit_val_batches=1.5", "a whole number of batches, or a fraction"),
