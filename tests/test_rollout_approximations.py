@@ -34,7 +34,7 @@ CONDITIONAL = {
     **dict.fromkeys(("z-image", "z-image-img2img", "lumina", "cascade-prior"), 0),
 }
 EVERY_ROW = [
-    pytest.param(row, marks=() if row in MAIN else pytest.mark.slow, id=row.name)
+    pytest.param(row, marks=() if row in MAIN else pytest.mark.nightly, id=row.name)
     for row in ROWS
     if row.name not in NO_PROMPT
 ]
