@@ -202,6 +202,23 @@ def test_layouts_are_searched_with_the_keys_that_were_asked_for(tiny, monkeypatc
     assert all(item.case.layout == Layout(data=2, reshard_after_forward=False) for item in replicas)
 
 
+def test_offloaded_parts_are_held_in_their_turn(tiny):
+    plans = []
+    for words in ([], ["model.offload=[text_encoder,vae,reward]"]):
+        cfg = recipe(tiny, "draftp_sd", 2, "rm=clip", "trainer.draftp_sd.val_check_interval=1", *words)
+        settings, counts, case = settings_from(cfg, model_spec(str(tiny))), step_counts(cfg), case_of(cfg)
+        measured = measure(settings, case, counts.plan)
+        plans.append(candidate(settings, case, measured, counts, Machines(gpu_named("l40s"), 1, 1)).memory.phases)
+    plain, turns = plans
+    text, vae, clip = (measured.weights[part] for part in ("text_encoder", "vae", "reward"))
+    away = {name: plain[name] - turns[name] for name in plain}
+    assert min(text, vae, clip) > 0
+    assert away["replay"] == away["optimizer"] == text + vae + clip
+    assert away["decode and reward"] == text
+    assert away["validation"] == 0
+    assert vae + clip <= away["rollout"] <= text + vae + clip  # by which of its calls needs most
+
+
 def test_tensor_parallel_ranks_hold_what_the_plan_of_the_cut_says(tiny):
     from diffusers import UNet2DConditionModel
     from tiny.tensor_parallel import cut_share

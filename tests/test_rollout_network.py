@@ -15,6 +15,7 @@ from nemo_aligner_diffusion.config.load import load_settings
 from nemo_aligner_diffusion.diffusion.loading import load_model
 from nemo_aligner_diffusion.diffusion.lora import add_lora
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
+from nemo_aligner_diffusion.diffusion.network.compiled import Compiled
 from nemo_aligner_diffusion.diffusion.network.rollout_network import RolloutNetwork, rollout_network_of
 from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.training.build import rollout_precision
@@ -182,8 +183,28 @@ def test_compiled_it_computes_the_same(caplog):
     model.rollout_network.refresh()
     with caplog.at_level("INFO"):
         got = [flat(model, run(model, PLANS["draft_k"], inputs)[0].surrogate()) for _ in range(2)]
-    assert sum("compiled the rollout's network in" in line for line in caplog.messages) == 1  # one graph, once
+    assert sum("model.rollout_compile: compiled in" in line for line in caplog.messages) == 1  # one graph, once
     assert all(relative(x, exact) < 1e-4 for x in got)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", [None, 0], ids=["kept", "made again"])
+def test_compiled_steps_with_gradient_have_the_same(caplog, kept):
+    pytest.importorskip("torch._inductor")
+    model = with_adapters(tiny_stable_diffusion(torch.float32), TARGETS)
+    inputs, names = model.inputs(PROMPTS, STEPS, 2.5, 16, 16), list(model.state_dict())
+    exact = flat(model, run(model, PLANS["draft_k"], inputs, reference=True)[0].surrogate(0.7))
+    model.compiled = Compiled(model.denoiser, "default", "model.replay_compile")
+    given_one(model)
+    said = []
+    for _ in range(2):
+        with caplog.at_level("INFO"):
+            result, _ = run(model, PLANS["draft_k"], inputs, reference=True, kept_steps=kept)
+            assert relative(flat(model, result.surrogate(0.7)), exact) < 1e-4
+        said.append(sum("model.replay_compile: compiled in" in line for line in caplog.messages))
+    # the first step's latents have no gradient, the others' do; what is made again is first made without
+    assert said[0] == said[1] == (2 if kept is None else 4)
+    assert list(model.state_dict()) == names
 
 
 def test_what_compiling_needs(monkeypatch):

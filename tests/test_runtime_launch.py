@@ -11,9 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from nemo_aligner_diffusion.errors import ConfigurationError
+from nemo_aligner_diffusion.runtime import launch
+from nemo_aligner_diffusion.runtime.join import choose_threads
 from nemo_aligner_diffusion.runtime.launch import cores, start_processes
+from nemo_aligner_diffusion.runtime.process import Process
 
 ROOT = Path(__file__).parent.parent
 PATIENCE = 120.0  # seconds until a test gives up; the processes below would sleep for longer than all of its waits
@@ -110,6 +114,57 @@ def test_threads_that_the_user_asked_for_are_kept(tmp_path):
 
 
 @pytest.mark.alone
+def test_threads_are_as_many_as_other_programs_leave_cores(monkeypatch):
+    monkeypatch.setattr(launch, "cores", lambda: 8)
+    for others, left in ((0.3, 8), (1.3, 7), (3.4, 5), (20.0, 1)):  # seconds of work in a second, or a little longer
+        seen = iter([100.0, 100.0 + others])
+        monkeypatch.setattr(launch, "_busy_seconds", seen.__next__)
+        assert launch.free_cores(1.0) == left
+    monkeypatch.setattr(launch, "_busy_seconds", lambda: None)  # not Linux
+    assert launch.free_cores(0.25) == 8
+
+
+@pytest.mark.alone
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="only Linux says how busy cores are")
+def test_a_busy_process_is_seen():
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as neighbour:
+        time.sleep(0.3)
+        left = launch.free_cores()
+        neighbour.kill()
+    assert left <= max(1, cores() - 1)
+
+
+@pytest.fixture
+def four_threads(monkeypatch):
+    """Those of this process, put back afterwards; nobody has named a number."""
+    before = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_who_decides_about_threads(monkeypatch, four_threads, caplog):
+    cpu, alone = torch.device("cpu"), Process()
+    monkeypatch.setattr("nemo_aligner_diffusion.runtime.join.free_cores", lambda: 3)
+    monkeypatch.setattr("nemo_aligner_diffusion.runtime.join.cores", lambda: 4)
+
+    def chosen(*given):
+        torch.set_num_threads(4)
+        choose_threads(*given)
+        return torch.get_num_threads()
+
+    with caplog.at_level("INFO"):
+        assert chosen(None, None, cpu, alone) == 3
+        assert caplog.messages == ["3 of 4 cores: others are busy (trainer.threads, OMP_NUM_THREADS)"]
+    assert chosen(None, 2, cpu, alone) == 2  # as the run began
+    assert chosen(1, 2, cpu, alone) == 1
+    assert chosen(None, None, cpu, Process(world_size=2, launcher="nad-train")) == 4
+    assert chosen(None, None, torch.device("cuda"), alone) == 4
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    assert chosen(None, 2, cpu, alone) == 4
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_reaches_every_process_once_and_they_may_close(tmp_path, number):
     parent = start(tmp_path, "polite")

@@ -72,7 +72,8 @@ def test_every_recipe_leaves_a_complete_run_directory(recipe, more, pipeline, pr
     assert sorted(path.name for path in (directory / "samples").iterdir()) == ["step_000002.png", "step_000004.png"]
     for name in ("config.yaml", "report.html", "export/pytorch_lora_weights.safetensors", "checkpoints/last"):
         assert (directory / name).stat().st_size > 0
-    assert json.loads((directory / "run.json").read_text())["status"] == "finished"
+    state = json.loads((directory / "run.json").read_text())
+    assert (state["status"], state["threads"]) == ("finished", torch.get_num_threads())
 
 
 def test_a_run_that_is_out_of_time_says_so_and_goes_on_to_the_same_end(pipeline, prompts, tmp_path):

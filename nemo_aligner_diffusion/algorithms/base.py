@@ -15,8 +15,9 @@ __all__ = ["CUSTOM_SECTION", "Method", "TrainingMethod", "setting"]
 
 CUSTOM_SECTION = "custom_algorithm"  # model.custom_algorithm.*: the settings of a user's own method
 OF_ROLLOUTS = (  # keys of what a reward's gradient alone has: steps without gradient before those with one
-    "model.rollout_precision", "model.rollout_compile", "model.rollout_cache", "model.rollout_cache_threshold",
-    "model.rollout_cache_interval", "model.rollout_guidance_interval", "model.kept_steps",
+    "model.rollout_precision", "model.rollout_compile", "model.replay_compile", "model.rollout_cache",
+    "model.rollout_cache_threshold", "model.rollout_cache_interval", "model.rollout_guidance_interval",
+    "model.kept_steps",
 )  # fmt: skip
 
 

@@ -103,7 +103,9 @@ class PictureValidation(ParallelModule):
             base_rewards=together["base_rewards"][places].tolist(),
             tuned_rewards=together["tuned_rewards"][places].tolist(),
         )
+        self.model.offload.bring("reward", self.device)  # which may embed the pictures, for their diversity
         self.last_validation = self.measure_validation(self.validation_pictures)
+        self.model.offload.release("reward")
         self.validated_step = self.trainer.global_step
         self._validated = []
 
@@ -123,11 +125,14 @@ class PictureValidation(ParallelModule):
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Rewards ``(B,)`` on the CPU, of the pictures as they are."""
         with torch.no_grad():
-            return self.scores(images.to(self.device), prompts)[0].cpu()
+            scores = self.scores(images.to(self.device), prompts)[0].cpu()
+        self.model.offload.release("reward")
+        return scores
 
     @record_function("reward")
     def scores(self, images: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """``(B,)`` and the reward's parts; of frames ``(B, F, 3, H, W)`` the mean over ``F``."""
+        self.model.offload.bring("reward", self.device)
         try:
             return scores_of(self.reward, images, prompts)
         except KeyboardInterrupt as stop:  # Lightning would end the program over it

@@ -46,6 +46,11 @@ class RewardTuningSettings(Settings):
         choice("default", "reduce-overhead", "max-autotune", nullable=True),
         "torch.compile of that copy, and its mode; reduce-overhead: CUDA graphs; null: not compiled",
     )
+    replay_compile: str | None = setting(
+        None,
+        choice("default", "max-autotune-no-cudagraphs", nullable=True),
+        "torch.compile of the steps with gradient: default or max-autotune-no-cudagraphs; null: not compiled",
+    )
     rollout_cache: str | None = setting(
         None,
         choice("first_block", "taylorseer", nullable=True),

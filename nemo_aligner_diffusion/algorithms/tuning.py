@@ -14,6 +14,7 @@ from torch.nn import Parameter
 from nemo_aligner_diffusion.algorithms.picture_validation import PictureValidation
 from nemo_aligner_diffusion.diffusion.generate import Sampling
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
+from nemo_aligner_diffusion.diffusion.network.compiled import Compiled
 from nemo_aligner_diffusion.diffusion.network.rollout_network import fast_in_bf16, rollout_network_of
 from nemo_aligner_diffusion.diffusion.trajectory import check_repeatable
 from nemo_aligner_diffusion.errors import ConfigurationError
@@ -37,6 +38,7 @@ class DenoiserTuning(PictureValidation):
         rollout_precision: of the steps without gradient: see :class:`.RolloutNetwork`; ``auto``: ``bf16`` where that is
             fast; ``None``: they are the trained network's own.
         rollout_options: what else is asked of that copy: see :class:`.RolloutNetwork`.
+        replay_compile: mode of ``torch.compile`` for the steps with gradient; ``None``: they are not compiled.
 
     Attributes:
         counted: what its samples are, the name of their count.
@@ -64,12 +66,14 @@ class DenoiserTuning(PictureValidation):
         seed: int = 0,
         rollout_precision: str | None = None,
         rollout_options: Mapping[str, Any] | None = None,
+        replay_compile: str | None = None,
         guard: NonFinitePolicy | None = None,
         parallel: Parallelism | None = None,
     ) -> None:
         super().__init__(model, reward, sampling, decode_micro_batch_size, optimizer_factory, guard, parallel)
         self.seed = seed
         self.rollout_precision, self.rollout_options = rollout_precision, dict(rollout_options or {})
+        self.replay_compile = replay_compile
         self.last_metrics: dict[str, float] = {}
         self._micro_batches: list[dict[str, Tensor]] = []  # figures of the micro-batches of the running optimizer step
         self._values: list[dict[str, Tensor]] = []  # what the guard looks at, of each
@@ -79,6 +83,7 @@ class DenoiserTuning(PictureValidation):
     def begin_micro_batch(self) -> None:
         if not self._micro_batches:
             self._step_started = time.perf_counter()
+            self.model.offload.release()
             for _, parameter in self.trained:  # Lightning frees them before the backward pass only
                 parameter.grad = None
             if self.model.rollout_network is not None:
@@ -142,6 +147,8 @@ class DenoiserTuning(PictureValidation):
                 products = names[model.rollout_network.precision]
                 log.info("steps without gradient by a copy of the %s, products in %s (model.rollout_precision=%s)",
                          model.trained, products, self.rollout_precision)  # fmt: skip
+        if self.replay_compile and model.compiled is None:
+            model.compiled = Compiled(model.denoiser, self.replay_compile, "model.replay_compile")
         if mesh is not None:
             copied = None if model.rollout_network is None else model.rollout_network.network
             denoisers = [part for part in (model.denoiser, model.reference_denoiser, copied) if part is not None]

@@ -125,6 +125,7 @@ class Loop:
             for name in ("step", "__deepcopy__"):
                 self.scheduler.__dict__.pop(name, None)
             self.copied = None
+            self.model.offload.release("text_encoder", *([] if self.reads else ["vae"]))
         if not self.started or self.i != self.total:
             raise ConfigurationError(
                 f"{type(self.pipe).__name__} announced {self.total} steps and its scheduler made {self.i}: it steps "
@@ -164,6 +165,8 @@ class Loop:
         network: Any
         for name, network in self.model.networks.items():
             overrides: dict[str, Any] = {"__call__": record_function(name)(functools.partial(self._network, name))}
+            if self.model.offload.parts:  # by its networks' a pipeline knows its own
+                overrides["device"] = self.model.device
             if name == "vae" and self.as_in_training and self.model.small_decoder is not None:
                 network = self.model.small_decoder  # with its configuration, by which the pipeline scales latents
             if hasattr(network, "decode"):
@@ -204,6 +207,7 @@ class Loop:
     def _start(self) -> None:
         """At the loop's first network call or step: only now is the number of steps known."""
         self.started = True
+        self.model.offload.release("text_encoder")
         self.total = getattr(self.copied, "_num_timesteps", None) or len(self.scheduler.timesteps)
         if self.mode == "last step":
             self.active = frozenset({self.total - 1})
@@ -234,7 +238,7 @@ class Loop:
         if not self.started:  # text and image encoders
             if self.mode in ("replay", "last step"):
                 return next(self.encoded_queue[name])
-            encoder: Any = self.model.networks[name]
+            encoder: Any = functools.partial(self._encode, self.model.networks[name])
             if self.model.prompt_cache is not None and name.startswith("text_encoder"):
                 encoder = functools.partial(self.model.prompt_cache, name, encoder)
             self.encoded.setdefault(name, []).append(encoder(*args, **kwargs))
@@ -366,6 +370,7 @@ class Loop:
         if self.reads:
             torch.set_grad_enabled(True)
             latents = self._leaf(latents)
+        self.model.offload.bring("vae", self.model.device)
         return decode_as_set_up(self.model, vae, latents, self.decode_rows, self.as_in_training, *args, **kwargs)
 
     def _convert(self, network: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -377,16 +382,21 @@ class Loop:
         return network
 
     def convert_back(self) -> None:
-        """Do what was put off until the decoder's graph is gone."""
+        """Do what was put off until the decoder's graph, and the reward's, are gone."""
         for conversion in self.conversions:
             conversion()
         self.conversions = []
+        self.model.offload.release()
 
     # what the taps need
 
     def _cache_context(self, network: Any, name: str, **place: Any) -> Any:
         self.cache_context = name
         return network.cache_context(name, **place)
+
+    def _encode(self, encoder: Any, *args: Any, **kwargs: Any) -> Any:
+        self.model.offload.bring("text_encoder", self.model.device)
+        return encoder(*args, **kwargs)
 
     def _leaf(self, end: Tensor) -> Tensor:
         """Where the decoder's graph begins; some pipelines decode a video by parts, each of which has its own."""
@@ -400,7 +410,10 @@ class Loop:
         return out
 
     def _call_of(self, network: Any, gradient: bool = False) -> Callable[..., Any]:
-        declared = self.model.family.gradient_in_training
+        declared, compiled = self.model.family.gradient_in_training, self.model.compiled
+        if compiled is not None and gradient and network is self.model.denoiser:
+            call = functools.partial(called_in_mode, compiled.network, declared, True)
+            return compiled.timed()(call) if declared else compiled
         return functools.partial(called_in_mode, network, declared, gradient) if declared else network
 
     def _frozen_output(self, name: str, network: Any, args: Any, kwargs: Any) -> Any:

@@ -23,6 +23,7 @@ from nemo_aligner_diffusion.diffusion.families import (
     lora_targets,
 )
 from nemo_aligner_diffusion.diffusion.lora import adapters_off, has_lora
+from nemo_aligner_diffusion.diffusion.network.offload import Offload
 from nemo_aligner_diffusion.diffusion.network.rollout_network import RolloutNetwork
 from nemo_aligner_diffusion.diffusion.schedule import build_scheduler
 from nemo_aligner_diffusion.diffusion.settings import DecoderSettings
@@ -31,6 +32,7 @@ from nemo_aligner_diffusion.errors import ConfigurationError
 from nemo_aligner_diffusion.keys import closest
 
 if TYPE_CHECKING:
+    from nemo_aligner_diffusion.diffusion.network.compiled import Compiled
     from nemo_aligner_diffusion.diffusion.network.guidance_interval import GuidanceInterval
 
 
@@ -71,10 +73,12 @@ class DiffusionModel(nn.Module):
         self.truncated_prompts = 0  # prompts so far that were longer than the tokenizer's limit
         self.reference_denoiser: Any = None  # frozen copy, full fine-tuning only
         self.rollout_network: RolloutNetwork | None = None  # in training, where one is asked for
+        self.compiled: Compiled | None = None  # the trained network in calls with gradient, likewise
         self.guidance_interval: GuidanceInterval | None = None  # of its steps without gradient, likewise
         self.decoder = DecoderSettings()  # of the pictures in training: see decoding.set_up_decoder
         self.small_decoder: Any = None
         self.prompt_cache: PromptCache | None = None
+        self.offload = Offload()
         self.notes: dict[str, str] = {}  # for the metadata of its exports
         self._as_reference = False
         names = [name for name, part in pipe.components.items() if isinstance(part, nn.Module)]
@@ -111,7 +115,7 @@ class DiffusionModel(nn.Module):
         return [target for target in wanted if any(n == target or n.endswith(f".{target}") for n in names)]
 
     def frozen_parts(self) -> dict[str, nn.Module]:
-        """By the names that ``model.fsdp_frozen`` knows; several text encoders are one part."""
+        """By the names that ``model.fsdp_frozen`` and ``offload`` know; several text encoders are one part."""
         encoders = {name: part for name, part in self.networks.items() if name.startswith("text_encoder")}
         decoders = [part for part in (self.networks.get("vae"), self.small_decoder) if part is not None]
         return {"text_encoder": nn.ModuleDict(encoders), **({"vae": nn.ModuleList(decoders)} if decoders else {})}

@@ -54,6 +54,11 @@ class LayoutSettings(Settings):
         Kind("texts", nullable=True),
         "frozen parts that fsdp shards too: a list of text_encoder, vae, reward; null: none",
     )
+    offload: tuple[str, ...] | None = setting(
+        None,
+        Kind("texts", nullable=True),
+        "frozen parts kept in host memory outside of their turn: a list of text_encoder, vae, reward; null: none",
+    )
     activation_checkpointing: bool = setting(
         False,
         BOOL,
@@ -62,10 +67,14 @@ class LayoutSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        unknown = [name for name in self.fsdp_frozen or () if name not in FROZEN_PARTS]
-        if unknown:
+        for key in ("fsdp_frozen", "offload"):
+            unknown = [name for name in getattr(self, key) or () if name not in FROZEN_PARTS]
+            if unknown:
+                raise ConfigurationError(f"model.{key} names {unknown[0]!r}: expected any of {', '.join(FROZEN_PARTS)}")
+        if both := sorted({*(self.fsdp_frozen or ())} & {*(self.offload or ())}):
             raise ConfigurationError(
-                f"model.fsdp_frozen names {unknown[0]!r}: expected any of {', '.join(FROZEN_PARTS)}"
+                f"model.fsdp_frozen and model.offload both name {', '.join(both)}: what is sharded stays on the "
+                "devices; leave it out of one of the two"
             )
         if self.fsdp_frozen and not self.fsdp:
             raise ConfigurationError(

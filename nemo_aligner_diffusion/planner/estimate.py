@@ -165,6 +165,12 @@ BOTTLENECKS = {
     "sharding": "gathering sharded weights",
     "replicas": "averaging gradients",
 }
+# phases that have a part of model.offload on the device; what moving it takes is not in the seconds
+TURNS = {
+    "text_encoder": ("text", "validation"),
+    "vae": ("encode", "decode and reward", "validation"),
+    "reward": ("decode and reward", "validation"),
+}
 LEARNING = ("replay", "forward and backward")  # the phase with the denoiser's gradient: of a trajectory, of pairs
 # (group, kind) of a collective -> what is sent, and which of PhaseTime's seconds it costs
 TRAFFIC = {
@@ -189,21 +195,27 @@ def memory(
     parts |= {"optimizer": measured.moments, "moving average": average}
     always = sum(parts.values())
     peaks: dict[str, float] = {}
+
+    def away(phase: str) -> int:
+        parts = settings.run.model.offload if settings.on_gpu else None  # a CPU's memory is the host's
+        return sum(measured.weights.get(part, 0) for part in parts or () if phase not in TURNS[part])
+
     kept = gradients if accumulation > 1 else 0  # gradients of the micro-batches before
     for name, most in peaks_of(measured, counts).items():
         if counts.kind == "policy":
             kept = _trajectories(measured, counts, accumulation, name)
         shown = "rollout" if counts.network_calls and name in ("text", "reference") else name
         if most:
-            peaks[shown] = max(peaks.get(shown, 0), kept + most)
+            peaks[shown] = max(peaks.get(shown, -always), kept + most - away(name))
     if "average" in phases:
-        peaks["optimizer"] = max(phases["average"].peak, gradients + temporary)
+        peaks["optimizer"] = max(phases["average"].peak, gradients + temporary) - away("optimizer")
     if "validation" in phases:
         larger = max(1.0, settings.validation_batch_size / micro_batch_size)
         call = phases["call"].peak
         # autocast's copies of weights that have a gradient do not grow with the pictures
         copies = min(call, 2 * measured.trained_elements) if settings.autocast else 0
-        peaks["validation"] = gradients + max(phases["validation"].peak, int(copies + (call - copies) * larger))
+        most = max(phases["validation"].peak, int(copies + (call - copies) * larger))
+        peaks["validation"] = gradients + most  # its turns are not told apart: all count
     held = {name: always + peak for name, peak in peaks.items()}
     return Memory({**parts, "gradients": gradients}, held, gpu.reserved)
 

@@ -63,7 +63,7 @@ class Settings:
         """``key = value`` of what is planned as if it were not there; float8 as bfloat16."""
         model, found = self.run.model, []
         if self.run.method().kind == "reward":
-            approximate = ("rollout_cache", "rollout_guidance_interval", "rollout_compile")
+            approximate = ("rollout_cache", "rollout_guidance_interval", "rollout_compile", "replay_compile")
             found = [model.given(field) for field in approximate if getattr(model, field) is not None]
             found += [model.given("rollout_precision")] if model.rollout_precision == "fp8" else []
         return found + ([self.run.trainer.given("precision")] if self.run.trainer.precision == "fp8" else [])

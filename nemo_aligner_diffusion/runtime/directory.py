@@ -44,7 +44,7 @@ _STATE_TYPES: dict[str, Any] = {
     **dict.fromkeys(("status", "started", "host"), str),
     **dict.fromkeys(("finished", "error"), (str, type(None))),
     "pid": int,
-    "step": (int, type(None)),
+    **dict.fromkeys(("step", "threads"), (int, type(None))),
     "slurm": (dict, type(None)),
     "history": list,
 }
@@ -212,11 +212,12 @@ class RunDirectory:
             if key in there or now.get(key)  # a key that an earlier version did not know, and that does nothing
         }
 
-    def begin(self, config: str, argv: Sequence[str] | None = None) -> None:
+    def begin(self, config: str, argv: Sequence[str] | None = None, threads: int | None = None) -> None:
         """Write ``config.yaml`` and ``run.json`` with status ``running``, the command line and versions.
 
         Args:
             config: YAML.
+            threads: of this process, which a start that resumes takes, too: another number rounds differently.
         """
         self.has_begun = True
         if not self.is_writer:
@@ -238,6 +239,7 @@ class RunDirectory:
                 "command": list(sys.argv if argv is None else argv),
                 "python": platform.python_version(),
                 "platform": platform.platform(),
+                "threads": threads,
                 "packages": package_versions(),
                 "history": history,
             }

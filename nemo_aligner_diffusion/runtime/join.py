@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_aligner_diffusion.errors import ConfigurationError, RankLostError
-from nemo_aligner_diffusion.runtime.launch import STORE_VARIABLE
+from nemo_aligner_diffusion.runtime.launch import STORE_VARIABLE, cores, free_cores
 from nemo_aligner_diffusion.runtime.process import LOCAL_HOSTS, Process
 from nemo_aligner_diffusion.runtime.watch import RunWatch
 
@@ -59,6 +59,23 @@ def find_device(process: Process, devices: int | Sequence[int], accelerator: str
     device = torch.device("cuda", indices[process.local_rank if process.world_size > 1 else 0])
     torch.cuda.set_device(device)
     return device
+
+
+def choose_threads(asked: int | None, before: int | None, device: torch.device, process: Process) -> None:
+    """How many threads an operator takes on a CPU: as asked, else what ``OMP_NUM_THREADS`` says (of several processes
+    a launcher does), else those of the run that is resumed, else one for each core that other programs leave.
+
+    Args:
+        asked: ``trainer.threads``.
+        before: of the start whose checkpoint this one goes on from.
+    """
+    if asked is None and device.type == "cpu" and process.world_size == 1 and "OMP_NUM_THREADS" not in os.environ:
+        asked = before or free_cores()
+        if asked < min(cores(), torch.get_num_threads()):
+            why = "as the run began" if before else "others are busy"
+            log.info("%d of %d cores: %s (trainer.threads, OMP_NUM_THREADS)", asked, cores(), why)
+    if asked is not None:
+        torch.set_num_threads(asked)
 
 
 def meet(process: Process, timeout: timedelta, greeting: str = "") -> tuple[Any, str]:

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -100,6 +101,32 @@ def start_processes(devices: int, nodes: int, command: Sequence[str] | None = No
 def cores() -> int:
     """That this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def free_cores(seconds: float = 0.3) -> int:
+    """How many of them other programs leave, at least 1: looked at for ``seconds``; all of them where nothing says it.
+
+    Threads of one operator wait for the slowest, spinning: one too many beside a busy process makes a step of two
+    threads four times as long, where one thread alone would take half as long again (``benchmarks/busy_neighbour.py``).
+    """
+    before, own, began = _busy_seconds(), time.process_time(), time.monotonic()
+    if before is None:
+        return cores()
+    time.sleep(seconds)
+    others = (_busy_seconds() or 0.0) - before - (time.process_time() - own)
+    return max(1, cores() - round(others / (time.monotonic() - began)))
+
+
+def _busy_seconds() -> float | None:
+    """That these cores have worked since the machine started, but for programs of a lowered priority; Linux only."""
+    try:
+        rows = [line.split() for line in Path("/proc/stat").read_text("ascii").splitlines()]
+        mine = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+        # user, system, interrupts of both kinds, other machines' on the same host: man 5 proc_stat
+        ticks = [int(row[column]) for row in rows if row and row[0] in mine for column in (1, 3, 6, 7, 8)]
+        return sum(ticks) / os.sysconf("SC_CLK_TCK") if ticks else None
+    except (OSError, AttributeError, ValueError, IndexError):
+        return None
 
 
 def _wait(processes: list[subprocess.Popen[bytes]]) -> int:

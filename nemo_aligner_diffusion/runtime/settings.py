@@ -51,6 +51,11 @@ class MachineSettings(Settings):
         "32, 16, bf16, fp8 (model.fp8) or Lightning's names (bf16-mixed, bf16-true, 64-true …); "
         "16 and 64 for one process",
     )
+    threads: int | None = setting(
+        None,
+        integer(1, nullable=True),
+        "CPU threads a process; null: OMP_NUM_THREADS, else on a CPU the cores that others leave; integer >= 1",
+    )
     log_every_n_steps: int = setting(
         1,
         integer(1),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from nemo_aligner_diffusion.diffusion.loading import load_model
 from nemo_aligner_diffusion.diffusion.lora import add_lora, continue_lora, has_lora
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.diffusion.network.eight_bits import keep_in_8_bits, multiply_in_fp8
+from nemo_aligner_diffusion.diffusion.network.offload import Offload
 from nemo_aligner_diffusion.diffusion.network.rollout_network import cache_config
 from nemo_aligner_diffusion.diffusion.settings import SamplingSettings
 from nemo_aligner_diffusion.diffusion.taps import PromptCache
@@ -98,6 +99,24 @@ def build_model(
         count = multiply_in_fp8(model.denoiser, section.fp8, model.device, "trainer.precision=fp8")
         log.info("%d linear layers of the %s multiply in float8 (model.fp8)", count, model.trained)
     return model
+
+
+def set_up_offload(names: Sequence[str], model: DiffusionModel, reward: Reward) -> None:
+    """``model.offload``: see :class:`.Offload`.
+
+    Raises:
+        ConfigurationError: the pipeline has no such part.
+    """
+    parts = {**model.frozen_parts(), "reward": reward}
+    for name in names:
+        if not any(True for _ in parts.get(name, torch.nn.Identity()).parameters()):
+            raise ConfigurationError(
+                f"model.offload names {name}: there are no weights of it ({type(model.pipe).__name__}, reward "
+                f"{reward.name}); leave it out"
+            )
+    if names and model.device.type == "cpu":
+        log.info("model.offload: weights are in the host's memory already, as this run is on a CPU")
+    model.offload = Offload({name: parts[name] for name in names})
 
 
 def convert_frozen(model: DiffusionModel, dtype: torch.dtype) -> None:
@@ -193,6 +212,7 @@ def build_module(
     """The Lightning module of ``method``'s kind, or of that of ``model.algorithm``."""
     section = settings.model
     method = method or settings.method()
+    set_up_offload(section.offload or (), model, reward)
     common: dict[str, Any] = {
         "model": model,
         "reward": reward,
@@ -217,6 +237,7 @@ def build_module(
                 section.rollout_cache, section.rollout_cache_threshold, section.rollout_cache_interval
             ),
         },
+        replay_compile=section.replay_compile,
         rollout_guidance_interval=section.rollout_guidance_interval,
         kept_steps=section.steps_kept,
         plan_rule=method.plan,

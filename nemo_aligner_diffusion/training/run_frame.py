@@ -19,7 +19,7 @@ from nemo_aligner_diffusion.parallel.layout import Layout
 from nemo_aligner_diffusion.parallel.module import ParallelModule
 from nemo_aligner_diffusion.parallel.strategy import LaunchedProcesses, ParallelStrategy
 from nemo_aligner_diffusion.runtime.directory import RunDirectory, read_state, resolve_run_directory
-from nemo_aligner_diffusion.runtime.join import AgentNotes, find_device, join
+from nemo_aligner_diffusion.runtime.join import AgentNotes, choose_threads, find_device, join
 from nemo_aligner_diffusion.runtime.process import Process, left_over
 from nemo_aligner_diffusion.runtime.signals import Interrupted, Interruption, run_then_close
 from nemo_aligner_diffusion.runtime.slurm import Requeue
@@ -100,6 +100,8 @@ class RunFrame:
             inputs: list[str] = []
             try:
                 resume = find_resume_point(directory.checkpoints) if resumes else None
+                before = directory.previous.get("threads") if resume is not None else None
+                choose_threads(settings.trainer.threads, before, device, process)
                 frame = cls(settings, watch, interruption, device, directory, resume, notes)
                 inputs = frame.inputs
                 if resume is not None:
@@ -135,7 +137,7 @@ class RunFrame:
         if self.resume is not None:
             check_fits(self.resume, module)
             check_moments(self.resume.optimizer, optimizer)
-        self.directory.begin(self.settings.recorded())
+        self.directory.begin(self.settings.recorded(), threads=torch.get_num_threads())
         self.watch.directory = self.directory
         if self.directory.is_writer:
             self.notes.set(_BEGUN, "1")

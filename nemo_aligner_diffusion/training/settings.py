@@ -134,7 +134,7 @@ class ModelSettings(RewardTuningSettings, LayoutSettings, WeightsSettings):
         """``key = value`` of what is of whole parameters or networks: with it there are replicas alone."""
         eight, moments = [self.given("frozen_precision")], [self.optim.given("name")]
         found = (eight if self.keeps_8_bits else []) + ([] if self.optim.can_be_split else moments)
-        return found + ([self.given("rollout_compile")] if self.rollout_compile else [])
+        return found + [self.given(key) for key in ("rollout_compile", "replay_compile") if getattr(self, key)]
 
     @property
     def steps_kept(self) -> int:

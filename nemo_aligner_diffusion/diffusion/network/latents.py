@@ -53,6 +53,7 @@ def moments(model: DiffusionModel, pictures: Tensor) -> Tensor:
         ConfigurationError: the pipeline has no VAE that encodes pictures.
     """
     vae = _vae(model)
+    model.offload.bring("vae", model.device)
     parameter = next(vae.parameters())
     before = dtype = parameter.dtype
     if dtype in (torch.float16, torch.bfloat16) and vae.config.get("force_upcast"):
@@ -65,6 +66,7 @@ def moments(model: DiffusionModel, pictures: Tensor) -> Tensor:
     finally:
         if dtype != before:
             vae.to(before)
+        model.offload.release("vae")
 
 
 def from_moments(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from nemo_aligner_diffusion.diffusion.lora import has_lora
+from nemo_aligner_diffusion.diffusion.network.compiled import Compiled
 from nemo_aligner_diffusion.diffusion.network.eight_bits import dense, multiply_in_fp8
 from nemo_aligner_diffusion.diffusion.settings import Float8Settings
 from nemo_aligner_diffusion.errors import ConfigurationError, first_line
@@ -90,10 +90,9 @@ class RolloutNetwork:
                 ends = [name for name, _ in self.network.named_children() if name.endswith("proj_out")]
                 if getattr(cache, "use_lite_mode", False) and ends != ["proj_out"]:
                     raise ValueError(f"its output is not that of one layer proj_out: {', '.join(ends) or 'none'}")
-        self.compile_mode = compile_mode
+        self.call: Any = self.network
         if compile_mode is not None:
-            _check_compiler(next(denoiser.parameters()).device)
-            self.network.compile(mode=compile_mode, dynamic=False)
+            self.call = Compiled(self.network, compile_mode, "model.rollout_compile")
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -129,11 +128,7 @@ class RolloutNetwork:
                 contexts.enter_context(self._cached_call())
             if self.bf16:
                 contexts.enter_context(torch.autocast(first.device.type, torch.bfloat16))
-            if self.compile_mode:
-                contexts.enter_context(_compiling())
-            out = self.network(*args, **kwargs)
-        if self.compile_mode not in (None, "default"):  # CUDA graphs write every call's output into the same memory
-            out = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, out)
+            out = self.call(*args, **kwargs)
         if not self.bf16:
             return out
         return tree_map(lambda x: x.to(first.dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, out)
@@ -195,32 +190,6 @@ def fast_in_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
-def _check_compiler(device: torch.device) -> None:
-    if device.type != "cpu":
-        return
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler as error:
-        raise ConfigurationError(
-            f"model.rollout_compile on a CPU needs a C++ compiler ({first_line(error)}); expected g++ to be installed, "
-            "CXX to name another, or null"
-        ) from error
-
-
-@contextlib.contextmanager
-def _compiling() -> Iterator[None]:
-    """Says how long a call took in which something was compiled: the first, and any for which no graph fits."""
-    from torch._dynamo.utils import counters
-
-    before, started = counters["stats"]["unique_graphs"], time.perf_counter()
-    yield
-    if counters["stats"]["unique_graphs"] != before:
-        log.info("compiled the rollout's network in %.1f s", time.perf_counter() - started)
 
 
 def _check_plain(name: str, layer: Any) -> None:
