@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,9 @@ from tiny.training import Toy, fit
 from nemo_aligner_diffusion.algorithms.picture_validation import ValidationPictures
 from nemo_aligner_diffusion.algorithms.reward_tuning import RewardTuning
 from nemo_aligner_diffusion.evaluation.diversity import diversity, embed_images
+from nemo_aligner_diffusion.evaluation.metrics.appearance import Saturation, Sharpness
 from nemo_aligner_diffusion.evaluation.metrics.base import (
+    Pictures,
     Step,
     TrainingMetric,
     ValidationMetric,
@@ -25,6 +28,7 @@ from nemo_aligner_diffusion.evaluation.metrics.base import (
     training_figures,
     validation_figures,
 )
+from nemo_aligner_diffusion.evaluation.run_files import RunFiles
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -60,10 +64,36 @@ def test_a_validation_is_measured_by_every_metric() -> None:
 
 
 def test_what_cannot_be_measured_is_left_out() -> None:
-    assert set(validation_figures(pictures(["a", "a", "b", "b"]))) == {"reward", "base_reward", "share_improved"}
+    found = set(validation_figures(pictures(["a", "a", "b", "b"])))
+    both = {f"{of}{name}" for of in ("", "base_") for name in ("reward", "sharpness", "saturation")}
+    assert found == {*both, "share_improved"}
     one_seed = validation_figures(pictures(["a", "b", "c", "d"]), MeanColours())
     assert "diversity" not in one_seed
     assert "similarity_to_base" in one_seed
+
+
+def test_sharpness_and_saturation_are_what_they_say() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(3, 3, 9, 7, generator=generator, dtype=torch.float64)
+    grey, total = images.mean(1), 0.0
+    for n, y, x in itertools.product(range(3), range(9), range(7)):
+        around = [grey[n, min(max(y + i, 0), 8), min(max(x + j, 0), 6)] for i, j in ((-1, 0), (1, 0), (0, -1), (0, 1))]
+        total += abs(float(sum(around) - 4 * grey[n, y, x]))
+    shown = Pictures(images, ["a"] * 3, [0, 1, 2], [0.0] * 3)
+    assert Sharpness().of(shown) == pytest.approx(total / (3 * 9 * 7), rel=1e-6)
+    assert Saturation().of(shown) == pytest.approx(float((images.amax(1) - images.amin(1)).mean()), rel=1e-6)
+    video = Pictures(images.unflatten(0, (1, 3)), ["a"], [0], [0.0])
+    assert Sharpness().of(video) == Sharpness().of(shown)
+
+
+@pytest.mark.parametrize(
+    ("metric", "tuned", "said"),
+    [(Sharpness(), 0.8, "Sharpness fell to 80%"), (Sharpness(), 0.95, None),
+     (Saturation(), 1.4, "Saturation rose to 140%"), (Saturation(), 1.2, None)],
+)  # fmt: skip
+def test_blur_and_colour_are_said(metric: ValidationMetric, tuned: float, said: str | None, tmp_path: Path) -> None:
+    run = RunFiles(tmp_path, validation={"step": [1.0], metric.name: [tuned], f"base_{metric.name}": [1.0]})
+    assert [finding.title.startswith(said or "") for finding in metric.findings(run)] == [True] * (said is not None)
 
 
 def test_a_step_is_measured_and_what_else_it_reports_is_kept() -> None:

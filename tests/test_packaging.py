@@ -123,6 +123,7 @@ def test_every_console_command_exists(installed: Path) -> None:
         "nad-train-draftp",
         "nad-train-drtune",
         "nad-generate",
+        "nad-evaluate",
         "nad-export",
         "nad-prompts-to-shards",
         "nad-train-reward",

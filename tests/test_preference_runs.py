@@ -181,7 +181,8 @@ def test_without_a_reward_pictures_are_compared_and_not_scored(tmp_path) -> None
     pictures, nothing = torch.rand(2, 3, 32, 32), [float("nan")] * 2
     validation = ValidationPictures(["dog", "dog"], [1, 2], pictures, pictures.flip(-1), nothing, nothing)
     found = validation_figures(validation, restore_reward(embedded_reward_path()), rewarded=False)
-    assert set(found) == {"diversity", "base_diversity", "similarity_to_base"}
+    both = {f"{of}{name}" for of in ("", "base_") for name in ("diversity", "sharpness", "saturation")}
+    assert set(found) == {*both, "similarity_to_base"}
     assert all(map(math.isfinite, found.values()))
     run = RunFiles(tmp_path, {"rm": {"name": "none"}})
     assert reward_of(SimpleNamespace(reward=None), run, torch.device("cpu")) is None

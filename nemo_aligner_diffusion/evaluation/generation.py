@@ -100,7 +100,7 @@ def run_generation(request: Request) -> Result:
     quiet_libraries()
     model = load_model(settings.model, settings.unet, settings.vae, DTYPES[request.precision],
                        text_path=settings.text, revision=settings.revision, **settings.pipeline)  # fmt: skip
-    _set_sampler(model, settings)
+    set_sampler(model, settings)
     _check_size(model, settings.sampling)
     with naming_the_base(settings, run):
         _load_tuned(model, request)
@@ -232,7 +232,7 @@ def device_of(name: str | None) -> torch.device:
     return device
 
 
-def _set_sampler(model: DiffusionModel, settings: Settings) -> None:
+def set_sampler(model: DiffusionModel, settings: Settings) -> None:
     try:
         model.set_scheduler(settings.sampler, settings.sampling.eta)
     except ConfigurationError as error:  # written for the training configuration; here the same things are options
@@ -278,7 +278,7 @@ def _as_variant(model: DiffusionModel, variant: Variant, request: Request) -> Ab
 def _reward(request: Request, run: RunFiles | None, device: torch.device) -> Reward | None:
     """The reward asked for; else the run's own, else the embedded one, as far as they can be had."""
     if request.reward is not None:
-        asked = _asked_reward(request.reward)
+        asked = asked_reward(request.reward)
         return None if asked is None else build_reward(asked, device)
     section = run.setting("rm", {"name": "clip"}) if run else {"name": "clip"}
     section = section if isinstance(section, dict) else {"name": section}
@@ -302,7 +302,7 @@ def _reward(request: Request, run: RunFiles | None, device: torch.device) -> Rew
         return None
 
 
-def _asked_reward(asked: str) -> dict[str, Any] | None:
+def asked_reward(asked: str) -> dict[str, Any] | None:
     """The ``rm`` section that ``--reward`` stands for; ``None`` for none."""
     # those that need neither a network nor a setting
     analytic = [name for name, kind in rewards().items() if kind.make is RewardSettings.make]
@@ -380,14 +380,14 @@ def _write_pictures(
 ) -> list[Path]:
     """One PNG a picture, named by number, prompt, seed and row; its text chunks: ``prompt``, ``settings`` (JSON)."""
     # "scale -1" and "scale 1" must not become one name
-    suffix = f"_{_slug(re.sub(r'-(?=[0-9.])', 'minus ', row))}" if row else ""
+    suffix = f"_{slug(re.sub(r'-(?=[0-9.])', 'minus ', row))}" if row else ""
     paths = []
     for index, (picture, (prompt, seed)) in enumerate(zip(to_pictures(images), pairs, strict=True)):
         made = {"prompt": prompt, "seed": seed, **facts, "height": picture.height, "width": picture.width}
         if rewards is not None:
             made["reward"] = rewards[index]
         metadata = {"prompt": prompt, "settings": json.dumps(made, ensure_ascii=False)}
-        paths.append(save_image(picture, folder / f"{index:04d}_{_slug(prompt)}_seed{seed}{suffix}.png", metadata))
+        paths.append(save_image(picture, folder / f"{index:04d}_{slug(prompt)}_seed{seed}{suffix}.png", metadata))
     return paths
 
 
@@ -424,6 +424,6 @@ def _print_rewards(rewards: Mapping[str, Sequence[float]], name: str) -> None:
         print(line)
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
     """Letters and digits of any script, at most 40 of them: safe in a file name everywhere."""
     return re.sub(r"[^\w.]+", "-", text.lower()).strip("-.")[:40].rstrip("-.") or "picture"

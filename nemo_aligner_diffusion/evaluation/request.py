@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,6 +46,28 @@ class Request:
     output: Path = Path("generated")
     overwrite: bool = False
     usual: SamplingSettings = field(default_factory=SamplingSettings)  # of the model's family
+
+
+@dataclass(frozen=True)
+class EvaluationRequest(Request):
+    """What :mod:`.comparison` is asked for: each adapter is a model of its own, at each of the scales.
+
+    Attributes:
+        rewards: what ``--reward`` names, each a column.
+        clip: whose embeddings diversity, CLIPScore and distances are of; None: the embedded reward's.
+        real: folder of pictures that the Fréchet and kernel distances are taken to.
+        shard: (number from 1, of how many): the pictures that this process makes; None: all, and the tables.
+    """
+
+    rewards: list[str] = field(default_factory=list)
+    clip: Path | None = None
+    real: Path | None = None
+    shard: tuple[int, int] | None = None
+
+    @property
+    def pairs(self) -> Iterator[tuple[int, int]]:
+        """(number of the prompt, seed), prompt by prompt."""
+        return ((prompt, seed) for prompt in range(len(self.prompts)) for seed in self.seeds)
 
 
 def annealed_weights(kind: str, steps: int) -> list[float]:
