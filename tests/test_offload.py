@@ -74,6 +74,16 @@ def test_a_run_with_all_three_is_the_same_to_the_last_bit(pipeline, prompts, tmp
     assert all(torch.equal(plain[key], turns[key]) for key in plain)
 
 
+def test_in_the_end_all_stays() -> None:
+    model = model_of("sd")
+    model.offload = Offload(model.frozen_parts())
+    model.offload.bring("vae", model.device)
+    model.offload.end(model.device)
+    model.offload.release()
+    assert not model.offload.parts
+    assert not model.offload.here
+
+
 def test_what_cannot_be_is_refused_by_name():
     for words, said in (
         (["model.offload=[unet]"], "model.offload names 'unet': expected any of text_encoder, vae, reward"),

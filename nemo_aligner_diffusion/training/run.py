@@ -274,6 +274,8 @@ def _train(settings: RunSettings, frame: RunFrame, startup: Startup, given: Give
     code = frame.carry_out(fit, closing, salvage if given.keep else lambda: None)
     if ema is not None:
         ema.settle(module)
+    if given.pipe is not None:
+        model.offload.end(model.device)
     return Ended(code, module, device, directory.path, trainer.global_step)
 
 

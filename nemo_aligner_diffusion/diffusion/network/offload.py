@@ -28,6 +28,12 @@ class Offload:
             self.parts[name].to(device)
             self.here.add(name)
 
+    def end(self, device: torch.device) -> None:
+        """All parts stay on ``device`` from here on: the model is whole again for whoever uses it next."""
+        for name in self.parts:
+            self.parts[name].to(device)
+        self.parts, self.here = {}, set()
+
     def release(self, *names: str) -> None:
         """The turns of ``names`` end, without any of all: when no graph needs their weights any more."""
         for name in names or self.parts:
