@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_parallel_runs import figures
 from tiny.published import narrow
+from tiny.runs import rows
 from tiny.stable_diffusion import save_tiny_pipeline
 
 from nemo_aligner_diffusion.algorithms.picture_validation import ValidationPictures
@@ -167,7 +168,8 @@ def test_a_run_that_no_reward_watches(processes, inputs, tmp_path) -> None:
     directory = tmp_path / "run"
     one_step = ["trainer.dde_sd.max_steps=1", "trainer.dde_sd.val_check_interval=1"]
     assert processes.run(1, train, 1, inputs, directory, ["rm=none", "rm.augment.views=2", *one_step]) == [0]
-    assert not (directory / "validation.csv").exists()  # this model has no CLIP, either
+    (row,) = rows(directory / "validation.csv")  # this model has no CLIP, either
+    assert row.keys() == {"step", "sharpness", "base_sharpness", "saturation", "base_saturation"}
     cells = read_grid(Image.open(directory / "samples" / "step_000001.png"))
     assert [(cell["reward"], cell["base_reward"]) for cell in cells] == [(None, None)] * 2
     page = write_report(directory).read_text()
