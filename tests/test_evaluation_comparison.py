@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from pathlib import Path
 from statistics import fmean
 
@@ -17,6 +18,7 @@ from nemo_aligner_diffusion.diffusion.loading import load_model
 from nemo_aligner_diffusion.errors import ConfigurationError, OutputError
 from nemo_aligner_diffusion.evaluation import comparison
 from nemo_aligner_diffusion.evaluation.comparison import path_of, read_picture, rows_of, run_evaluation
+from nemo_aligner_diffusion.evaluation.request import Adapter, EvaluationRequest
 from nemo_aligner_diffusion.rewards import build_reward
 
 PROMPTS = ("red", "green", "blue")
@@ -89,13 +91,19 @@ def test_what_is_there_is_not_made_again(given, tmp_path, monkeypatch):
     missing.unlink()
     run_evaluation(read_request(words(given, tmp_path / "parts")))
     assert missing.read_bytes() == before
+    others = [word if word != "0-1" else "0-2" for word in words(given, tmp_path / "parts")]
     with pytest.raises(OutputError, match="an evaluation with other seeds: give another --output, or --overwrite"):
-        run_evaluation(
-            read_request(
-                words(given, tmp_path / "parts", "--num-images", "3")[:0]
-                + [word if word != "0-1" else "0-2" for word in words(given, tmp_path / "parts")]
-            )
-        )
+        run_evaluation(read_request(others))
+    weights = given[1] / "pytorch_lora_weights.safetensors"
+    os.utime(weights, ns=(0, weights.stat().st_mtime_ns + 1))  # trained again: its pictures are others
+    with pytest.raises(OutputError, match="an evaluation with other adapters"):
+        run_evaluation(read_request(words(given, tmp_path / "parts")))
+
+
+def test_no_two_models_share_a_folder(tmp_path):
+    adapters = [Adapter(tmp_path / name / "export") for name in ("base", "base-2", "one", "one")]
+    rows = rows_of(EvaluationRequest(prompts=["red"], adapters=adapters))
+    assert len({row.folder for row in rows}) == len({row.label for row in rows}) == 5
 
 
 def test_mistakes_are_named(given, tmp_path):

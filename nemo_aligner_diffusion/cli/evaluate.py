@@ -16,7 +16,6 @@ from nemo_aligner_diffusion.cli.generate import (
     add_sampling,
     join_negative_lists,
     numbers,
-    parse_adapter,
     prompts_and_seeds,
     usual_sampling,
 )
@@ -48,18 +47,7 @@ def main(argv: Sequence[str]) -> int:
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser("Base and tuned models on the same prompts and seeds, by every reward and judge.", EXAMPLES)
     add_prompts(parser)
-    model = add_model(parser)
-    tuned = model.add_mutually_exclusive_group()
-    tuned.add_argument("--unet", type=Path, metavar="PATH", help="fully fine-tuned denoiser: export/unet, or a file")
-    tuned.add_argument(
-        "--lora",
-        action="append",
-        dest="adapters",
-        type=parse_adapter,
-        default=[],
-        metavar="PATH[:WEIGHT]",
-        help="export folder or .safetensors file; each of several is a model of its own",
-    )
+    model = add_model(parser, "each is a model of its own")
     model.add_argument(
         "--scales", type=numbers, default=[], metavar="LIST", help="each adapter at each of these scales"
     )

@@ -43,18 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
         "Pictures from the base model, a tuned one, and anything between or beyond: PNGs and a grid.", EXAMPLES
     )
     add_prompts(parser)
-    model = add_model(parser)
-    tuned = model.add_mutually_exclusive_group()
-    tuned.add_argument("--unet", type=Path, metavar="PATH", help="fully fine-tuned denoiser: export/unet, or a file")
-    tuned.add_argument(
-        "--lora",
-        action="append",
-        dest="adapters",
-        type=parse_adapter,
-        default=[],
-        metavar="PATH[:WEIGHT]",
-        help="export folder or .safetensors file; any real weight (default 1); repeated ones are mixed",
-    )
+    add_model(parser, "repeated ones are mixed")
 
     compare = parser.add_argument_group("comparisons (rows of the grid)")
     compare.add_argument("--compare", action="store_true", help="the base model beside the tuned one, same seeds")
@@ -103,7 +92,8 @@ def add_prompts(parser: argparse.ArgumentParser) -> None:
     seeds.add_argument("--num-images", type=whole_number, metavar="N", help="the same as --seeds 0-(N-1)")
 
 
-def add_model(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+def add_model(parser: argparse.ArgumentParser, several: str) -> argparse._ArgumentGroup:
+    """``several``: what becomes of more than one ``--lora``."""
     model = parser.add_argument_group("model")
     model.add_argument(
         "--model", type=Path, metavar="PATH", help="diffusers folder, hub id or file (default: embedded)"
@@ -111,6 +101,17 @@ def add_model(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     model.add_argument("--vae", type=Path, metavar="PATH", help="another VAE: a folder or a file")
     model.add_argument(
         "--text", type=Path, metavar="FOLDER", help="text encoders and tokenizers: folder or hub id, beside a file"
+    )
+    tuned = model.add_mutually_exclusive_group()
+    tuned.add_argument("--unet", type=Path, metavar="PATH", help="fully fine-tuned denoiser: export/unet, or a file")
+    tuned.add_argument(
+        "--lora",
+        action="append",
+        dest="adapters",
+        type=parse_adapter,
+        default=[],
+        metavar="PATH[:WEIGHT]",
+        help="export folder or .safetensors file; any real weight (default 1); " + several,
     )
     return model
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import functools
 import io
+import itertools
 import json
 import math
 import shutil
@@ -32,7 +33,7 @@ from nemo_aligner_diffusion.diffusion.loading import load_model
 from nemo_aligner_diffusion.diffusion.lora import load_lora_weights, mix
 from nemo_aligner_diffusion.diffusion.model import DiffusionModel
 from nemo_aligner_diffusion.embedded_assets import embedded_reward_path
-from nemo_aligner_diffusion.errors import DataError, OutputError
+from nemo_aligner_diffusion.errors import DataError, OutputError, first_line
 from nemo_aligner_diffusion.evaluation.diversity import embed_images
 from nemo_aligner_diffusion.evaluation.figures import picture_grid, save_image, to_pictures
 from nemo_aligner_diffusion.evaluation.generation import (
@@ -56,6 +57,8 @@ from nemo_aligner_diffusion.evaluation.statistics import (
 )
 from nemo_aligner_diffusion.evaluation.text import format_gain, format_number
 from nemo_aligner_diffusion.formats.checkpoints import load_component
+from nemo_aligner_diffusion.formats.files import read_json
+from nemo_aligner_diffusion.formats.pictures import decode_picture
 from nemo_aligner_diffusion.rewards import restore_reward
 from nemo_aligner_diffusion.rewards.base import Reward, scores_of
 from nemo_aligner_diffusion.rewards.registry import build_reward
@@ -89,12 +92,12 @@ def rows_of(request: EvaluationRequest) -> list[Row]:
         rows += [
             Row(name if scale == 1 else f"{name} at {scale:g}", adapter, scale) for scale in request.scales or [1.0]
         ]
-    taken: dict[str, int] = {}
-    unique = []
+    unique: dict[str, Row] = {}  # by folder
     for row in rows:
-        taken[row.folder] = taken.get(row.folder, 0) + 1
-        unique.append(row if taken[row.folder] == 1 else replace(row, label=f"{row.label} ({taken[row.folder]})"))
-    return unique
+        names = itertools.chain([row.label], (f"{row.label} ({number})" for number in itertools.count(2)))
+        own = next(named for name in names if (named := replace(row, label=name)).folder not in unique)
+        unique[own.folder] = own
+    return list(unique.values())
 
 
 class Stored:
@@ -137,7 +140,6 @@ def run_evaluation(request: EvaluationRequest) -> Path:
     settings, device = resolve_settings(request, run), device_of(request.device)
     quiet_libraries()
     judges = {} if request.shard else _judges(request.rewards, device)
-    embedder = restore_reward(request.clip or embedded_reward_path(), device=device)
     output = _claim(request, settings, rows)
     missing = {row: _missing(output, row, request) for row in rows}
     if any(missing.values()):
@@ -145,6 +147,7 @@ def run_evaluation(request: EvaluationRequest) -> Path:
     if request.shard is not None:
         print(f"shard {request.shard[0]} of {request.shard[1]} is complete; a call without --shard scores all")
         return output
+    embedder = restore_reward(request.clip or embedded_reward_path(), device=device)
     pairs = list(request.pairs)
     prompts, seeds = [request.prompts[prompt] for prompt, _ in pairs], [seed for _, seed in pairs]
     stored = {
@@ -173,9 +176,16 @@ def path_of(output: Path, row: Row, prompt: int, seed: int) -> Path:
 
 
 def read_picture(path: Path) -> Tensor:
-    """``(3, H, W)`` in [0, 1]."""
-    with Image.open(path) as image:
-        return torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1).float() / 255
+    """``(3, H, W)`` in [0, 1].
+
+    Raises:
+        DataError: it is no picture, or damaged.
+    """
+    try:
+        picture = decode_picture(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} {first_line(error)}") from error
+    return torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).float() / 255
 
 
 def _judges(asked: Sequence[str], device: torch.device) -> dict[str, Reward]:
@@ -209,13 +219,15 @@ def _claim(request: EvaluationRequest, settings: Settings, rows: Sequence[Row]) 
     output = request.output.expanduser()
     told = {
         "prompts": request.prompts, "seeds": request.seeds, "rows": [row.label for row in rows],
-        "adapters": [[str(adapter.path), adapter.weight] for adapter in request.adapters],
-        "model": str(settings.model), "sampling": vars(settings.sampling), "sampler": settings.sampler,
+        "adapters": [[str(adapter.path), adapter.weight, _stamp(adapter.path)] for adapter in request.adapters],
+        "tuned denoiser": request.unet and [str(request.unet), _stamp(request.unet)],
+        "model": [str(getattr(settings, part)) for part in ("model", "revision", "unet", "vae", "text")],
+        "sampling": vars(settings.sampling), "sampler": settings.sampler,
         "precision": request.precision,
     }  # fmt: skip
     file = output / REQUEST_FILE
     if file.exists():
-        before = json.loads(file.read_text("utf-8"))
+        before = read_json(file, OutputError)
         changed = [name for name in told if before.get(name) != told[name]]
         if changed and not request.overwrite:
             raise OutputError(
@@ -229,6 +241,13 @@ def _claim(request: EvaluationRequest, settings: Settings, rows: Sequence[Row]) 
         raise OutputError(f"--output {output}: {error.strerror or error}; expected a folder to be made") from error
     write_atomic(file, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
     return output
+
+
+def _stamp(path: Path) -> list[list[Any]]:
+    """Sizes and times of weights, by which those of another training are told apart."""
+    path = path.expanduser()
+    files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.exists()]
 
 
 def _missing(output: Path, row: Row, request: EvaluationRequest) -> list[tuple[int, int]]:
@@ -257,7 +276,8 @@ def _make(
     for row, pairs in missing.items():
         (output / "pictures" / row.folder).mkdir(parents=True, exist_ok=True)
         started = time.perf_counter()
-        for batch in _batches(pairs, request.batch_size):
+        for start in range(0, len(pairs), request.batch_size):
+            batch = pairs[start : start + request.batch_size]
             with _as_row(model, row, request):
                 prompts = [request.prompts[prompt] for prompt, _ in batch]
                 images = generate(model, prompts, [seed for _, seed in batch], settings.sampling, request.batch_size)
@@ -274,11 +294,6 @@ def _as_row(model: DiffusionModel, row: Row, request: EvaluationRequest) -> Abst
     weights = {name: row.scale * row.adapter.weight * (number == own) for number, name in enumerate(names)}
     mix(model.denoiser, weights)
     return nullcontext()
-
-
-def _batches(pairs: Sequence[tuple[int, int]], size: int) -> Iterator[Sequence[tuple[int, int]]]:
-    for start in range(0, len(pairs), size):
-        yield pairs[start : start + size]
 
 
 def _real(folder: Path, embedder: Any) -> Tensor:

@@ -35,9 +35,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     Raises:
         ValueError: fewer than two rows.
     """
-    if min(len(a), len(b)) < 2:
-        raise ValueError(f"a covariance needs two pictures, got {len(a)} and {len(b)}")
-    a, b = a.double(), b.double()
+    a, b = _two_at_least(a), _two_at_least(b)
     first, second = torch.cov(a.T).reshape(a.shape[1], -1), torch.cov(b.T).reshape(b.shape[1], -1)
     values, vectors = torch.linalg.eigh(first)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
@@ -52,9 +50,7 @@ def kernel_distance(a: Tensor, b: Tensor) -> float:
     Raises:
         ValueError: fewer than two rows.
     """
-    if min(len(a), len(b)) < 2:
-        raise ValueError(f"an unbiased distance needs two pictures, got {len(a)} and {len(b)}")
-    a, b = a.double(), b.double()
+    a, b = _two_at_least(a), _two_at_least(b)
 
     def kernel(x: Tensor, y: Tensor) -> Tensor:
         return (x @ y.T / x.shape[1] + 1) ** 3
@@ -64,3 +60,9 @@ def kernel_distance(a: Tensor, b: Tensor) -> float:
         return (full.sum() - full.trace()) / (len(x) * (len(x) - 1))
 
     return float(within(a) + within(b) - 2 * kernel(a, b).mean())
+
+
+def _two_at_least(features: Tensor) -> Tensor:
+    if len(features) < 2:
+        raise ValueError(f"a distance between sets needs two pictures of each at least, got {len(features)}")
+    return features.double()

@@ -70,7 +70,7 @@ def choose_threads(asked: int | None, before: int | None, device: torch.device, 
         before: of the start whose checkpoint this one goes on from.
     """
     if asked is None and device.type == "cpu" and process.world_size == 1 and "OMP_NUM_THREADS" not in os.environ:
-        asked = before or free_cores()
+        asked = before or min(free_cores(), torch.get_num_threads())  # torch's own is of cores, not of hyperthreads
         if asked < min(cores(), torch.get_num_threads()):
             why = "as the run began" if before else "others are busy"
             log.info("%d of %d cores: %s (trainer.threads, OMP_NUM_THREADS)", asked, cores(), why)

@@ -98,6 +98,7 @@ class RunFrame:
             resumes, anew = section.resume_if_exists, section.resume_ignore_no_checkpoint
             directory = on_every_process(lambda: RunDirectory.prepare(path, resumes, anew, process.is_rank_zero))
             inputs: list[str] = []
+            threads = torch.get_num_threads()
             try:
                 resume = find_resume_point(directory.checkpoints) if resumes else None
                 before = directory.previous.get("threads") if resume is not None else None
@@ -108,6 +109,7 @@ class RunFrame:
                     on_every_process(frame._tell_of_changes)
                 yield frame
             finally:
+                torch.set_num_threads(threads)  # a program may make several runs, and work of its own
                 directory.release(inputs)
 
     def _tell_of_changes(self) -> None:
